@@ -1,0 +1,21 @@
+"""CNNs that shrink while they train: PruneTrain (Lym et al., SC'19) for PyTorch.
+
+The three lines of a trainer are `PruneTrain(...)`, `.regularize(loss)` and `.epoch_end()`; everything they are made of
+is here too.
+"""
+
+from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError, PruneTrainError, TraceError
+from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
+from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
+from prunetrain_kernels.prune.reconfigure import Reconfiguration, reconfigure
+from prunetrain_kernels.regularizer import GroupLasso, penalty_coefficient
+from prunetrain_kernels.train.mini_batch import MiniBatch
+from prunetrain_kernels.train.prunetrain import PruneReport, PruneTrain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChannelGraph", "CheckpointError", "DivergedError", "GroupLasso", "InputError", "Keep", "MiniBatch", "PruneReport",
+    "PruneTrain", "PruneTrainError", "Reconfiguration", "TraceError", "load_pruned", "penalty_coefficient",
+    "reconfigure", "save_pruned", "trace_channels",
+]  # fmt: skip

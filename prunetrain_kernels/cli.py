@@ -1,0 +1,215 @@
+"""The `prunetrain` command: train, report, info."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from prunetrain_kernels.cost import batch_norm_bytes, count_flops, count_flops_by_layer, gradient_bytes, step_memory
+from prunetrain_kernels.errors import InputError, PruneTrainError
+from prunetrain_kernels.graph import trace_channels
+from prunetrain_kernels.models import MODELS, build
+from prunetrain_kernels.train.loop import TrainConfig, train
+
+DATA_HELP = (
+    "digits (comes with scikit-learn); an official cifar-10-python or cifar-100-python archive or its folder; a folder "
+    "of Parquet files in the Hugging Face layout; a folder of train/CLASS/IMAGE files; or synthetic:NxHxW"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for input that cannot be used, 130 for an interrupt."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except PruneTrainError as error:
+        print(f"prunetrain: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prunetrain: interrupted; the last checkpoint is kept, go on with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone (`| head`); nothing more can be said to them.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prunetrain",
+        description="Trains convolutional networks that shrink while they train (PruneTrain, SC'19).",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_report(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+    parser = commands.add_parser(
+        "train",
+        help="train a network, pruning it on the way",
+        description="Trains a network with group lasso from the first step, prunes it every few epochs, and writes a "
+        "run folder: config.json, log.csv, channels.csv, slices.npz, summary.json, checkpoint.pt.",
+        epilog="example: prunetrain train --model resnet20 --data digits --epochs 60 --batch 32 --penalty-ratio 0.5 "
+        "--interval 2 --out runs/digits",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=_train)
+    add = parser.add_argument_group("what to train").add_argument
+    add("--model", default=defaults["model"], help=f"{', '.join(MODELS)}, or an import path package.module:function")
+    add("--data", default=defaults["data"], help=DATA_HELP)
+    add("--out", required=True, help="the run folder (will be made)")
+    add("--classes", type=int, help="number of classes; checked against the data")
+    add("--image-size", type=int, help="side of the square that images of a folder or Parquet file are scaled to")
+    add("--limit-train", type=int, metavar="N", help="use N training images only, the same number of each class")
+    add("--limit-val", type=int, metavar="N", help="use N validation images only")
+    add("--cache", help="folder for decoded images (default: the user's cache folder)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=defaults["epochs"], help="epochs with the lasso (182: the paper's CIFAR runs)")
+    add("--fine-tune-epochs", type=int, default=0, help="further epochs without the lasso, at the last learning rate")
+    add("--batch", type=int, default=defaults["batch"], help="images per step (at the start)")
+    add("--lr", type=float, default=defaults["lr"], help="learning rate of SGD")
+    add("--momentum", type=float, default=defaults["momentum"], help="momentum of SGD")
+    add("--weight-decay", type=float, default=defaults["weight_decay"], help="weight decay (paper: 1e-4 for ImageNet)")
+    add("--decay-at", type=_shares, default=defaults["decay_at"], metavar="A,B", help="when, as shares of --epochs, the learning rate decays")  # fmt: skip
+    add("--decay", type=float, default=defaults["decay"], help="factor of each decay")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation; the same seed gives the same run")
+    add = parser.add_argument_group("pruning").add_argument
+    add("--dense", action="store_true", help="plain training, for comparison: no lasso, no pruning")
+    add("--penalty-ratio", type=float, default=defaults["penalty_ratio"], help="share of the lasso in the first loss, which sets lambda (paper: 0.1 to 0.25)")  # fmt: skip
+    add("--interval", type=float, default=defaults["interval"], help="epochs, or a fraction of one, between reconfigurations (paper: 10, 5 for ImageNet)")  # fmt: skip
+    add("--reconfigure-once", type=int, metavar="EPOCH", help="reconfigure at the end of this epoch only (the prior work of the paper's section 3)")  # fmt: skip
+    add("--threshold", type=float, default=defaults["threshold"], help="a channel slice whose largest weight is below this is sparse")  # fmt: skip
+    add("--relative", action="store_true", help="the threshold is a share of the layer's largest slice")
+    add("--policy", default="union", help="how layers that share channels agree on them")
+    add("--round-to", type=int, default=1, metavar="N", help="keep a few sparse channels so that counts are multiples of N (8 suits CPUs and tensor cores)")  # fmt: skip
+    add = parser.add_argument_group("mini-batch growth (paper section 4.3)").add_argument
+    add("--grow-batch", action="store_true", help="grow the batch, and the learning rate, into the freed memory")
+    add("--batch-granularity", type=int, default=32, metavar="N", help="grow in multiples of N images")
+    add("--memory-budget", type=_bytes, metavar="BYTES", help="memory of one step, such as 11G (default: what the dense network needs)")  # fmt: skip
+    add("--batch-limit", type=int, metavar="N", help="never more than N images per step")
+    add("--lr-rule", choices=("linear", "sqrt", "none"), default="linear", help="how the learning rate follows the batch")
+    add = parser.add_argument_group("running").add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    add("--amp", choices=("off", "fp16", "bf16"), default="off", help="automatic mixed precision")
+    add("--channels-last", action="store_true", help="NHWC memory layout")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's own choice)")
+    add("--resume", action="store_true", help="go on from the folder's checkpoint; start if there is none")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    add("--quiet", action="store_true", help="no progress bar and no lines per epoch")
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "report",
+        help="draw one or more runs",
+        description="Prints a table of one or more run folders side by side, and draws them: FLOPs, channels, memory "
+        "and batch, channel sparsity, accuracy, as PNG files and one HTML page that opens without a network.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; finished or still training")
+    parser.add_argument("--out", type=Path, help="folder for the report (default: FIRST_RUN/report)")
+    parser.set_defaults(run=_report)
+
+
+def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "info",
+        help="show a network's channel spaces and costs",
+        description="Shows which layers share which channels, what stays as it is and why, and what the network costs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default="resnet20", help=f"{', '.join(MODELS)}, or package.module:function")
+    parser.add_argument("--input", type=_shape, default="3x32x32", metavar="CxHxW", help="shape of one image")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes")
+    parser.add_argument("--batch", type=int, default=128, help="images per step, for memory and traffic")
+    parser.add_argument("--layers", action="store_true", help="inference FLOPs layer by layer")
+    parser.set_defaults(run=_info)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers such as 0.5,0.75") from None
+
+
+def _bytes(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    number, factor = (text[:-1], units[text[-1].upper()]) if text and text[-1].upper() in units else (text, 1)
+    try:
+        return int(float(number) * factor)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of bytes such as 11G or 800M") from None
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is no image shape such as 3x32x32")
+    return tuple(int(part) for part in parts)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace) -> int:
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    config = TrainConfig(**{name: value for name, value in vars(options).items() if name in names})
+    folder = train(config, resume=options.resume, overwrite=options.overwrite, progress=not options.quiet)
+    if not options.quiet:
+        print(f"finished: {folder} (draw it with: prunetrain report {folder})")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from prunetrain_kernels.train.report import comparison_table, write_report
+    from prunetrain_kernels.train.run_log import read_run
+
+    print(comparison_table([read_run(run) for run in options.runs]))
+    print(f"report: {write_report(options.runs, options.out)}")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    if options.batch < 1 or options.classes < 1:
+        raise InputError("--batch and --classes must be at least 1.")
+    channels, height, width = options.input
+    model = build(options.model, options.classes, in_channels=channels)
+    if min(height, width) < getattr(model, "minimum_input_size", 1):
+        raise InputError(f"{options.model} needs images of at least {model.minimum_input_size} pixels a side.")
+    example = (torch.zeros(2, channels, height, width),)
+    print(trace_channels(model, example))
+    flops = count_flops(model, example)
+    memory = step_memory(model, example)
+    traffic = batch_norm_bytes(model, example, options.batch)
+    rows = [
+        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+        ("inference", f"{flops.inference / 1e6:,.1f} MFLOP per image ({flops.inference / 2e6:,.1f} M multiply-adds)"),
+        ("training", f"{flops.training / 1e6:,.1f} MFLOP per image"),
+        ("batch norm", f"{traffic / 2**20:,.1f} MiB per step of {options.batch} images"),
+        ("memory", f"{memory.bytes(options.batch) / 2**20:,.1f} MiB per step of {options.batch} images"),
+        ("", f"= {memory.fixed / 2**20:,.1f} MiB + {memory.per_image / 2**20:,.3f} MiB per image"),
+        ("gradients", f"{gradient_bytes(model) / 2**20:,.1f} MiB to all-reduce per step"),
+    ]
+    print("\n" + "\n".join(f"{name:<11} {value}" for name, value in rows))
+    if options.layers:
+        print("\ninference MFLOP per image")
+        for name, count in count_flops_by_layer(model, example).items():
+            print(f"  {count / 1e6:>10,.3f}  {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""What a loaded data set is, and how a batch of it is drawn, augmented and normalised.
+
+Everything random here is a function of explicit numbers (seed, epoch, step) and is drawn on the CPU: a resumed run sees
+the same batches as an undisturbed one, and a GPU the same as a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunetrain_kernels.errors import InputError
+
+_STATISTICS_BYTES = 256 * 2**20  # mean and std look at this many bytes of images: all of CIFAR, a sample of ImageNet
+_STATISTICS_CHUNK = 4 * 2**20  # this many at a time
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A classification data set with one training and one validation split.
+
+    Attributes:
+        name: what to call it in a log ("digits", "cifar10", a folder's name).
+        train_images, val_images: uint8 `(N, C, H, W)`; possibly backed by a memory-mapped file, so index it, do not
+            convert it whole.
+        train_labels, val_labels: int64 `(N,)`, each in `0 .. classes - 1`.
+        classes: number of classes.
+        class_names: one name per class, in label order.
+        mean, std: per channel, of the training pixels scaled to 0..1.
+        padding: black pixels added on each side before the random crop of training images.
+        flip: whether a mirrored training image is still of its class. True for photographs (change it with
+            `dataclasses.replace` if yours are letters or road signs), False for digits and synthetic patterns.
+        crop: side of the square that `batch` yields: cut at random in training, from the centre otherwise.
+            None keeps the stored size. Set it with `dataclasses.replace(data, crop=224)`.
+
+    Raises:
+        InputError: `crop` does not fit into the stored images, or `padding` is negative.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    val_images: Tensor
+    val_labels: Tensor
+    classes: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    padding: int
+    flip: bool
+    crop: int | None = None
+
+    def __post_init__(self) -> None:
+        height, width = self.train_images.shape[-2:]
+        if self.crop is not None and not 1 <= self.crop <= min(height, width):
+            raise InputError(
+                f"crop {self.crop} does not fit into the stored {height}x{width} images; "
+                f"choose 1..{min(height, width)} or load them at a larger image size"
+            )
+        if self.padding < 0:
+            raise InputError(f"padding must be 0 or more pixels, not {self.padding}")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of the images that `batch` yields, in pixels."""
+        channels, height, width = self.train_images.shape[1:]
+        return (channels, self.crop or height, self.crop or width)
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same data with images and labels held on `device`, which spares a small set its copies from the host."""
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images.to(device),
+            train_labels=self.train_labels.to(device),
+            val_images=self.val_images.to(device),
+            val_labels=self.val_labels.to(device),
+        )
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of `0 .. n - 1` (int64, on the CPU) that depends only on `(seed, epoch)`."""
+    return torch.randperm(n, generator=seeded_generator("order", seed, epoch))
+
+
+def batch(
+    data: ImageData,
+    indices: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    step: int,
+    device: torch.device | str,
+    train: bool,
+) -> tuple[Tensor, Tensor]:
+    """One batch, ready for a model.
+
+    Args:
+        indices: int64 `(B,)`, into the training split if `train`, else into the validation split.
+        seed, epoch, step: decide the augmentation, alone; unused if not `train`.
+        device: where the batch goes. The uint8 images travel, and are augmented there.
+
+    Returns:
+        images, float32 `(B, C, H, W)` with `(C, H, W) = data.image_shape`, and labels, int64 `(B,)`; both on `device`.
+    """
+    images, labels = (data.train_images, data.train_labels) if train else (data.val_images, data.val_labels)
+    chosen = images[indices.to(images.device)].to(device)
+    generator = seeded_generator("augment", seed, epoch, step) if train else None
+    return normalize_and_augment(chosen, data, generator, train), labels[indices.to(labels.device)].to(device)
+
+
+def normalize_and_augment(
+    images_uint8: Tensor, data: ImageData, generator: torch.Generator | None, train: bool
+) -> Tensor:
+    """`(x / 255 - mean) / std`, after a random crop and flip of each image if `train`.
+
+    Training images are padded by `data.padding` black pixels, so the border is black after normalisation too
+    (`-mean / std`, not 0); then each is cut at its own random place and, if `data.flip`, mirrored with probability 1/2.
+    Other images are cut from the centre if `data.crop` is set, and left alone otherwise.
+
+    Args:
+        images_uint8: uint8 `(B, C, H, W)`, on any device; the work happens there.
+        generator: a *CPU* generator, so that one seed gives one result on every device; None takes PyTorch's global
+            one. Unused if not `train`.
+
+    Returns:
+        float32 `(B, C, crop, crop)`, or `(B, C, H, W)` where `data.crop` is None; on the images' device.
+    """
+    height, width = images_uint8.shape[-2:]
+    size = (data.crop or height, data.crop or width)
+    if train:
+        images = _random_crop_and_flip(images_uint8, size, data.padding, data.flip, generator)
+    else:
+        top, left = (height - size[0]) // 2, (width - size[1]) // 2
+        images = images_uint8[..., top : top + size[0], left : left + size[1]]
+    mean = torch.tensor(data.mean, device=images.device).view(-1, 1, 1)
+    std = torch.tensor(data.std, device=images.device).view(-1, 1, 1)
+    # one multiply and one add per pixel instead of a divide, a subtract and a divide
+    return torch.addcmul(-mean / std, images.to(torch.float32), 1 / (255 * std))
+
+
+def _random_crop_and_flip(
+    images: Tensor, size: tuple[int, int], padding: int, flip: bool, generator: torch.Generator | None
+) -> Tensor:
+    """Cuts a window of `size` from each padded image, mirrored in half of them if `flip`; no loop over images."""
+    count, device = len(images), images.device
+    if padding:
+        images = F.pad(images, (padding, padding, padding, padding))
+    top = torch.randint(images.shape[-2] - size[0] + 1, (count,), generator=generator).to(device)
+    left = torch.randint(images.shape[-1] - size[1] + 1, (count,), generator=generator).to(device)
+    # `unfold` is a view of every possible window; the index copies one of them per image
+    windows = images.unfold(-2, size[0], 1).unfold(-2, size[1], 1)
+    images = windows[torch.arange(count, device=device), :, top, left]
+    if flip:
+        mirrored = torch.randint(2, (count,), generator=generator).bool().to(device)
+        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    return images
+
+
+def balanced_subset(labels: Tensor, limit: int | None, seed: int, stream: str = "subset") -> Tensor:
+    """Rows of a class-balanced subset: every class gives the same number (to within one) until it has no more.
+
+    The same `(labels, seed, stream)` gives the same subset, and a smaller limit a part of it.
+
+    Args:
+        labels: int64 `(N,)`.
+        limit: at most this many rows; None, or N and more, means all of them.
+        stream: names the draw, so that two splits of one data set are drawn independently.
+
+    Returns:
+        int64 `(min(limit, N),)`, ascending.
+
+    Raises:
+        InputError: `limit` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit on the number of images must be at least 1, not {limit}")
+    if limit is None or limit >= len(labels):
+        return torch.arange(len(labels))
+    by_class = _shuffled_by_class(labels, seed, stream)
+    counts = torch.bincount(labels)
+    # how many of its own class come before each row; taking the lowest ranks first takes from the classes in turn
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    # classes take turns in a random order, so that a limit that does not divide evenly favours none by its number
+    turn = torch.randperm(len(counts), generator=seeded_generator(stream + " turns", seed))[labels[by_class]]
+    return by_class[(rank * len(counts) + turn).argsort()[:limit]].sort().values
+
+
+def stratified_split(labels: Tensor, every: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits rows into training and validation: one in `every` of each class (to within one) is for validation.
+
+    Returns:
+        two int64 index tensors, ascending: training rows, validation rows.
+    """
+    by_class = _shuffled_by_class(labels, seed, "split")
+    held_out = torch.arange(len(labels)) % every == every - 1
+    if not held_out.any():  # fewer rows than `every`: hold out one all the same
+        held_out[-1] = True
+    return by_class[~held_out].sort().values, by_class[held_out].sort().values
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, of pixels scaled to 0..1.
+
+    Exact up to 256 MiB of images; of more, a sample of that size, evenly spaced. A standard deviation below one grey
+    level counts as one grey level (1/255), so that a constant channel can be normalised.
+
+    Args:
+        images: uint8 `(N, C, H, W)`, N >= 1.
+    """
+    per_image = images[0].numel()
+    used = min(len(images), max(1, _STATISTICS_BYTES // per_image))
+    rows = torch.linspace(0, len(images) - 1, used, dtype=torch.float64).long()
+    # 256 counters per channel: exact, and several times faster than summing widened pixels
+    histogram = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for part in rows.split(max(1, _STATISTICS_CHUNK // per_image)):
+        pixels = images[part].transpose(0, 1).flatten(1)
+        histogram += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
+    share = histogram.double() / histogram[0].sum()
+    levels = torch.arange(256, dtype=torch.float64)
+    mean = (share * levels).sum(1)
+    variance = (share * (levels - mean[:, None]).square()).sum(1)
+    return tuple((mean / 255).tolist()), tuple((variance.clamp_min(1).sqrt() / 255).tolist())
+
+
+def seeded_generator(stream: str, *numbers: int) -> torch.Generator:
+    """A CPU generator that depends only on a name and some integers; any change of one gives an unrelated stream."""
+    # a hash, because seed + epoch would make (seed 1, epoch 0) the same as (seed 0, epoch 1)
+    digest = hashlib.blake2b(repr((stream, *map(int, numbers))).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def _shuffled_by_class(labels: Tensor, seed: int, stream: str) -> Tensor:
+    """All rows, class after class, in random order within each."""
+    shuffled = torch.randperm(len(labels), generator=seeded_generator(stream, seed))
+    return shuffled[labels[shuffled].argsort(stable=True)]

@@ -1,0 +1,25 @@
+"""What can go wrong, as exceptions that say what was wrong and what to do.
+
+The command line turns every `PruneTrainError` into one line and exit code 2; anything else is a defect and keeps its
+traceback.
+"""
+
+
+class PruneTrainError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InputError(PruneTrainError, ValueError):
+    """An argument, a file or a model that cannot be used as it is; the message names it and the way out."""
+
+
+class TraceError(InputError):
+    """The model's channels cannot be followed; the message names the operation."""
+
+
+class CheckpointError(PruneTrainError, RuntimeError):
+    """A checkpoint that cannot be written or read; an earlier one on disk is untouched."""
+
+
+class DivergedError(PruneTrainError, ArithmeticError):
+    """Training met a loss that is not a number; the last good checkpoint is kept."""

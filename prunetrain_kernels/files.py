@@ -1,0 +1,75 @@
+"""Files that are never left half-written."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from prunetrain_kernels.errors import InputError, PruneTrainError
+
+
+def write_atomically(
+    path: Path, data: bytes | Callable[[BinaryIO], None], error: type[PruneTrainError] = InputError
+) -> None:
+    """Write a file whole: aside in the same folder, flushed to the disk, then renamed over `path`.
+
+    data: the bytes, or a function that writes them to the binary file it is given. Whatever goes wrong, the file that
+    was there stays as it was and nothing is left beside it. Raises `error` where the disk refuses (full, read-only, no
+    such folder); what else a function raises passes through.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(aside, "xb") as file:
+            disk = _DiskErrors(file)
+            if callable(data):
+                try:
+                    data(disk)  # type: ignore[arg-type]  # a BinaryIO in all that writers use
+                except Exception as failure:
+                    # torch.save turns a full disk into a RuntimeError of its own, about positions in the file
+                    if disk.refused is not None and failure is not disk.refused:
+                        raise disk.refused from failure
+                    raise
+            else:
+                disk.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as failure:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        if isinstance(failure, OSError):
+            raise error(f"cannot write {path}: {reason(failure)}") from failure
+        raise
+    # the rename itself reaches the disk with the folder; where folders cannot be flushed, it does so in its own time
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class _DiskErrors:
+    """A binary file that remembers the first write the disk refused."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.refused: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.refused = self.refused or error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def reason(error: OSError) -> str:
+    """What the system said, such as "No space left on device"."""
+    return error.strerror or str(error)

@@ -1,0 +1,278 @@
+"""Which channels stay: the sparse test, the union rule, rounding, and branches that no longer depend on their input.
+
+A slice of a weight is *sparse* when its largest absolute value is below the threshold (paper section 4.1). Under the
+union rule a channel of a space is pruned when its slice is sparse in every layer that produces or reads it (section 4.2,
+"channel union"): no index is needed anywhere, because all layers on a space keep the same channels.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.spaces import ChannelGraph
+from prunetrain_kernels.graph.trace import POINTWISE_FUNCTIONS, POINTWISE_METHODS, POINTWISE_MODULES
+from prunetrain_kernels.ops.group_lasso import slice_max_abs
+
+POLICIES = ("union",)
+
+
+@dataclass(frozen=True)
+class SparseSlices:
+    """Sparse slices of one layer: boolean masks over its input channels (C,) and output channels (K,), on the CPU."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+    @property
+    def all_zero(self) -> bool:
+        """Every weight of the layer lies in a sparse slice."""
+        return bool(self.inputs.all()) or bool(self.outputs.all())
+
+
+@dataclass(frozen=True)
+class DeadBranch:
+    """One side of a merge that adds the same constant to every pixel, whatever the network's input.
+
+    Attributes:
+        last: the convolution before the merge, all of whose weights are sparse.
+        batch_norm: the batch norm between it and the merge, if there is one.
+        upstream: modules with parameters that feed nothing but `last`, from input to output.
+        in_place: the merge writes into this branch's tensor, so it must have its full size.
+    """
+
+    last: str
+    batch_norm: str | None
+    upstream: tuple[str, ...]
+    in_place: bool
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return (*self.upstream, self.last)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a reconfiguration will keep: made by `ChannelGraph.keep`, carried out by `reconfigure`.
+
+    Attributes:
+        graph: the graph the choice was made in.
+        channels: for each space the kept channels, int64, ascending, on the CPU.
+        sparse: for each layer its sparse slices, which a reconfiguration sets to zero.
+        branches: dead branches, which a reconfiguration removes.
+    """
+
+    graph: ChannelGraph
+    channels: tuple[Tensor, ...]
+    sparse: dict[str, SparseSlices]
+    branches: tuple[DeadBranch, ...]
+    threshold: float
+    relative: bool
+    policy: str
+    round_to: int
+
+    @property
+    def removed(self) -> frozenset[str]:
+        """Names of the modules that go with the dead branches."""
+        return frozenset(name for branch in self.branches for name in branch.layers)
+
+    def __str__(self) -> str:
+        lines = [
+            f"space {i}: keeps {len(kept)} of {space.size} channels" + (f" ({space.frozen})" if space.frozen else "")
+            for i, (space, kept) in enumerate(zip(self.graph.spaces, self.channels, strict=True))
+        ]
+        return "\n".join(lines + [f"branch removed: {', '.join(branch.layers)}" for branch in self.branches])
+
+
+def choose(
+    graph: ChannelGraph, model: nn.Module, *, threshold: float, relative: bool, policy: str, round_to: int
+) -> Keep:
+    """Chooses the kept channels of each space.
+
+    Args:
+        graph: from `trace_channels(model, ...)`, of the model's present shape.
+        threshold: a slice whose largest absolute weight is below this is sparse (paper: 1e-4).
+        relative: the threshold is a fraction of the layer's largest slice on that side, for layers whose whole scale
+            has drifted towards an absolute one.
+        policy: "union".
+        round_to: each space keeps extra sparse channels, the largest first, until its count is a multiple of this or
+            the space is whole again. A live channel is never cut.
+
+    A space in which nothing is live keeps its largest channel (before rounding up): a layer needs one.
+
+    Raises:
+        InputError: arguments out of range, or a model that has changed since it was traced.
+    """
+    if policy not in POLICIES:
+        raise InputError(f"policy '{policy}' is not known; the policies are: {', '.join(POLICIES)}.")
+    if not threshold >= 0 or threshold == float("inf"):
+        raise InputError(f"threshold must be a number from 0 upwards, not {threshold}; the paper uses 1e-4.")
+    if round_to < 1 or int(round_to) != round_to:
+        raise InputError(f"round_to must be a whole number from 1 upwards, not {round_to}.")
+    graph.check(model)
+    sizes = _slice_sizes(graph, model)
+    sparse = {
+        name: SparseSlices(_is_sparse(sides[0], threshold, relative), _is_sparse(sides[1], threshold, relative))
+        for name, sides in sizes.items()
+    }
+    branches = tuple(_dead_branches(graph, model, {name for name, masks in sparse.items() if masks.all_zero}))
+    removed = {name for branch in branches for name in branch.layers}
+    largest, live = _per_space(graph, sizes, sparse, removed)
+    channels = tuple(
+        torch.arange(space.size) if space.frozen else _kept(live[i], largest[i], int(round_to))
+        for i, space in enumerate(graph.spaces)
+    )
+    return Keep(graph, channels, sparse, branches, threshold, relative, policy, int(round_to))
+
+
+def _slice_sizes(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Largest absolute weight of each input and output slice of each layer, on the CPU after one transfer."""
+    modules = dict(model.named_modules())
+    parts: list[Tensor] = []
+    for layer in graph.layers.values():
+        parts += [side.float() for side in slice_max_abs(modules[layer.name].weight, layer.block)]
+    if not parts:
+        return {}
+    flat = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
+    return {name: (next(flat), next(flat)) for name in graph.layers}
+
+
+def _is_sparse(size: Tensor, threshold: float, relative: bool) -> Tensor:
+    limit = threshold * size.max() if relative else threshold
+    return (size < limit) | (size == 0)
+
+
+def _per_space(
+    graph: ChannelGraph,
+    sizes: dict[str, tuple[Tensor, Tensor]],
+    sparse: dict[str, SparseSlices],
+    removed: set[str],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each space the largest slice and whether it is live, of each channel, over all layers that remain."""
+    largest = [torch.zeros(space.size) for space in graph.spaces]
+    live = [torch.zeros(space.size, dtype=torch.bool) for space in graph.spaces]
+    for layer in graph.layers.values():
+        if layer.name in removed:
+            continue
+        masks = sparse[layer.name]
+        for space, size, mask in (
+            (layer.input, sizes[layer.name][0], masks.inputs),
+            (layer.output, sizes[layer.name][1], masks.outputs),
+        ):
+            largest[space] = torch.maximum(largest[space], size)
+            live[space] |= ~mask
+    return largest, live
+
+
+def _kept(live: Tensor, largest: Tensor, round_to: int) -> Tensor:
+    count = max(1, int(live.sum()))
+    target = min(len(live), -(-count // round_to) * round_to)
+    # Live channels come first whatever their size, then the sparse ones from the largest down; ties by position.
+    order = torch.argsort(torch.where(live, torch.inf, largest), descending=True, stable=True)
+    return order[:target].sort().values
+
+
+# -- branches that no longer depend on their input ---------------------------------------------------------------------
+
+
+def _dead_branches(graph: ChannelGraph, model: nn.Module, zero: set[str]) -> Iterable[DeadBranch]:
+    """Sides of merges that end in an all-zero convolution (its batch norm then emits one constant per channel)."""
+    if not zero:
+        return
+    modules = dict(model.named_modules())
+    gone: set[fx.Node] = set()
+    for merge in graph.merges:
+        for position, operand in enumerate(merge.operands):
+            found = _zero_convolution(graph, modules, operand, merge.node, zero)
+            other = merge.operands[1 - position]
+            if found is None or found[0] in gone or _is_constant(modules, other, gone):
+                continue  # one side of a merge must stay a full tensor
+            conv, batch_norm = found
+            upstream = _only_feeds(graph, modules, conv)
+            gone |= upstream | {conv}
+            names = dict.fromkeys(str(n.target) for n in graph.program.nodes if n in upstream and _owns(modules, n))
+            yield DeadBranch(
+                last=str(conv.target),
+                batch_norm=str(batch_norm.target) if batch_norm is not None else None,
+                upstream=tuple(names),
+                in_place=merge.in_place and position == 0,
+            )
+
+
+def _owns(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    return node.op == "call_module" and any(True for _ in modules[str(node.target)].parameters())
+
+
+def _is_pointwise(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], POINTWISE_MODULES) and not isinstance(
+            modules[str(node.target)], nn.Dropout
+        )
+    return node.target in POINTWISE_FUNCTIONS or (node.op == "call_method" and node.target in POINTWISE_METHODS)
+
+
+def _zero_convolution(
+    graph: ChannelGraph, modules: dict[str, nn.Module], operand: fx.Node, user: fx.Node, zero: set[str]
+) -> tuple[fx.Node, fx.Node | None] | None:
+    """Walks back from a merge over pointwise operations and at most one batch norm to an all-zero convolution."""
+    node, batch_norm = operand, None
+    while True:
+        if set(node.users) != {user}:
+            return None
+        if node.op == "call_module":
+            name = str(node.target)
+            if name in graph.layers:
+                alone = graph.layers[name].kind == "conv" and len(graph.calls[name]) == 1
+                return (node, batch_norm) if alone and name in zero else None
+            if isinstance(modules[name], nn.modules.batchnorm._BatchNorm):
+                if batch_norm is not None or len(graph.calls[name]) != 1:
+                    return None
+                batch_norm = node
+            elif batch_norm is not None or not _is_pointwise(modules, node):
+                return None  # nothing may stand between the convolution and its batch norm
+        elif batch_norm is not None or not _is_pointwise(modules, node):
+            return None
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return None
+        node, user = source, node
+
+
+def _is_constant(modules: dict[str, nn.Module], node: fx.Node, gone: set[fx.Node]) -> bool:
+    """The value is already a per-channel constant: it comes from a removed branch, of now or of before."""
+    while node.op in ("call_module", "call_function", "call_method") and node.args:
+        if node in gone:
+            return True
+        if node.op == "call_module" and getattr(modules[str(node.target)], "constant_over_pixels", False):
+            return True
+        single = node.args[0]
+        if len(node.all_input_nodes) != 1 or not isinstance(single, fx.Node):
+            return False
+        if node.op == "call_module" and not isinstance(
+            modules[str(node.target)], (*POINTWISE_MODULES, nn.modules.batchnorm._BatchNorm)
+        ):
+            return False
+        node = single
+    return False
+
+
+def _only_feeds(graph: ChannelGraph, modules: dict[str, nn.Module], conv: fx.Node) -> set[fx.Node]:
+    """Nodes whose value reaches nothing but `conv`, as far back as they are all understood."""
+    only: set[fx.Node] = {conv}
+    for node in reversed(graph.program.nodes):
+        if node in only or not node.users or not set(node.users) <= only:
+            continue
+        if node.op == "call_module":
+            name = str(node.target)
+            known = name in graph.layers or name in graph.followers
+            if not known and any(True for _ in modules[name].parameters()):
+                continue
+            if known and not set(graph.calls[name]) <= only | {node}:
+                continue  # the module also works elsewhere
+        elif node.op not in ("call_function", "call_method"):
+            continue
+        only.add(node)
+    return only - {conv}
+

@@ -1,0 +1,142 @@
+"""Channel spaces: who shares which channels (paper section 4.2, Fig. 5a).
+
+A *space* is one set of channels that several layers share, because they produce it, read it or pass it on. All layers
+that meet in a residual stage share one space; the edge between two convolutions of a VGG is another. Whatever is pruned
+is pruned from a whole space, so that every layer on it keeps fitting every other.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from prunetrain_kernels.errors import InputError
+
+
+@dataclass
+class Layer:
+    """A convolution (groups == 1) or linear layer: it reads one space and produces another.
+
+    Attributes:
+        name: the module's qualified name.
+        kind: "conv" or "linear".
+        input: index of the space it reads.
+        output: index of the space it produces.
+        block: features per input channel: H*W for a linear layer behind a flatten, else 1.
+    """
+
+    name: str
+    kind: str
+    input: int
+    output: int
+    block: int = 1
+
+
+@dataclass
+class Follower:
+    """A module with one value per channel that passes its space on: batch norm, depthwise convolution, PReLU.
+
+    `block` is the number of features per channel, as in `Layer`.
+    """
+
+    name: str
+    kind: str
+    space: int
+    block: int = 1
+
+
+@dataclass
+class Space:
+    """One set of channels.
+
+    Attributes:
+        size: number of channels.
+        producers, consumers, followers: names of the layers that write it, read it, pass it on.
+        frozen: why its channels must stay as they are, or None.
+        is_input, is_output: whether it is an input or output of the whole network.
+    """
+
+    size: int
+    producers: list[str] = field(default_factory=list)
+    consumers: list[str] = field(default_factory=list)
+    followers: list[str] = field(default_factory=list)
+    frozen: str | None = None
+    is_input: bool = False
+    is_output: bool = False
+
+
+@dataclass(frozen=True)
+class Merge:
+    """An addition of two values of one space; `in_place` tells that the first is written to."""
+
+    node: fx.Node
+    operands: tuple[fx.Node, fx.Node]
+    in_place: bool
+
+
+@dataclass
+class ChannelGraph:
+    """Every channel space of a model, with the traced program that it was found in.
+
+    Made by `trace_channels`. It describes the model's shape at that moment: trace again after a reconfiguration.
+    """
+
+    spaces: list[Space]
+    layers: dict[str, Layer]
+    followers: dict[str, Follower]
+    merges: list[Merge]
+    calls: dict[str, list[fx.Node]]
+    program: fx.Graph
+    example_inputs: tuple[Tensor, ...]
+    opaque: dict[str, str] = field(default_factory=dict)
+
+    def keep(
+        self,
+        model: nn.Module,
+        threshold: float = 1e-4,
+        relative: bool = False,
+        policy: str = "union",
+        round_to: int = 1,
+    ):  # type: ignore[no-untyped-def]  # the result's type lives one file further down the reading order
+        """The channels of each space that survive a reconfiguration; see `prunetrain_kernels.graph.keep.choose`."""
+        from prunetrain_kernels.graph.keep import choose
+
+        return choose(self, model, threshold=threshold, relative=relative, policy=policy, round_to=round_to)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises InputError where `model` no longer has the shape that was traced."""
+        modules = dict(model.named_modules())
+        for layer in self.layers.values():
+            module = modules.get(layer.name)
+            weight = getattr(module, "weight", None)
+            expected = (self.spaces[layer.output].size, self.spaces[layer.input].size * layer.block)
+            if not isinstance(weight, Tensor) or tuple(weight.shape[:2]) != expected:
+                raise InputError(
+                    f"layer '{layer.name}' does not have the shape that was traced, {expected[0]} x {expected[1]} "
+                    "channels; call trace_channels(model, example_inputs) again after every change to the model."
+                )
+
+    def __str__(self) -> str:
+        """A table with one line per space: channels, who produces, reads and passes them on, and why it is frozen."""
+        rows = [("space", "channels", "produced by", "read by", "passed on by", "stays as it is because")]
+        for i, space in enumerate(self.spaces):
+            names = [_shorten(names) for names in (space.producers, space.consumers, space.followers)]
+            rows.append((str(i), str(space.size), *names, space.frozen or ""))
+        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines += [f"not looked into: {name} ({reason})" for name, reason in self.opaque.items()]
+        return "\n".join(lines)
+
+
+def _shorten(names: list[str], most: int = 2) -> str:
+    if len(names) <= most + 1:
+        return ", ".join(names)
+    return ", ".join(names[:most]) + f" and {len(names) - most} more"
+
+
+def expand(channels: Tensor, block: int) -> Tensor:
+    """Feature indices of the given channels where each channel is a block of `block` consecutive features."""
+    if block == 1:
+        return channels
+    return (channels[:, None] * block + torch.arange(block, device=channels.device)).flatten()

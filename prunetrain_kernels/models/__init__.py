@@ -1,0 +1,17 @@
+"""The paper's networks, and a way to name anybody's."""
+
+from prunetrain_kernels.models.registry import MODELS, build
+from prunetrain_kernels.models.resnet import imagenet_resnet50, resnet20, resnet32, resnet50, resnet56
+from prunetrain_kernels.models.vgg import vgg11, vgg13
+
+__all__ = [
+    "MODELS",
+    "build",
+    "imagenet_resnet50",
+    "resnet20",
+    "resnet32",
+    "resnet50",
+    "resnet56",
+    "vgg11",
+    "vgg13",
+]

@@ -1,0 +1,1 @@
+"""Optimizers with the lasso inside the update (not there yet)."""

@@ -1,0 +1,252 @@
+"""Layer removal: what stands in for a branch that no longer depends on its input (paper section 4.1, "Layer removal").
+
+When every weight of the convolution before a merge is zero, the branch adds the same value to every pixel: what its
+batch norm makes of a constant. The convolutions in front of it then do nothing and go, with their parameters. The
+constant stays, exactly, in training and evaluation mode: the batch norm keeps its parameters and running statistics and
+is evaluated on one constant pixel instead of the whole map. It is not folded into a neighbour's shift: two shifts that
+are trained apart move at half the speed of one that carries both gradients, so folding would change the training.
+
+The user's `forward` is not rewritten; the modules it calls are replaced by ones that cost next to nothing:
+
+    conv1 -> RemovedLayer          zeros of one channel, with the map's size
+    bn1   -> RemovedLayer
+    conv2 -> ConstantConv2d        its bias (or zero) on every pixel, a view without memory
+    bn2   -> ConstantBatchNorm     (1, C, 1, 1), or the full map where the merge writes into it
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from prunetrain_kernels.errors import CheckpointError
+from prunetrain_kernels.graph.keep import DeadBranch
+from prunetrain_kernels.graph.trace import Channels, register_rule
+
+Geometry = dict[str, list[int]]
+
+
+def _geometry(module: nn.Module) -> Geometry:
+    """What a convolution does to the size of a map, one entry per spatial dimension; nothing for other modules."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return {}
+    dims = len(module.kernel_size)
+    if module.padding == "same":
+        return {}
+    padding = [0] * dims if module.padding == "valid" else [int(p) for p in module.padding]
+    return {
+        "kernel": list(module.kernel_size),
+        "stride": list(module.stride),
+        "padding": padding,
+        "dilation": list(module.dilation),
+    }
+
+
+def _map_size(size: torch.Size, geometry: Geometry) -> list[int]:
+    if not geometry:
+        return list(size)
+    columns = zip(size, geometry["kernel"], geometry["stride"], geometry["padding"], geometry["dilation"], strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in columns]
+
+
+class RemovedLayer(nn.Module):
+    """In place of a convolution or batch norm whose output no longer matters: zeros (N, 1, H', W')."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A fresh tensor, never a view of x: what follows may work in place.
+        return x.new_zeros((x.shape[0], 1, *_map_size(x.shape[2:], self.geometry)))
+
+    def extra_repr(self) -> str:
+        return "one channel of zeros"
+
+
+class ConstantConv(nn.Module):
+    """In place of a convolution whose weights are all zero: its bias, or zero, on every pixel.
+
+    Args:
+        channels: number of output channels C.
+        geometry: of the convolution.
+        bias: the convolution's own bias parameter (C,), or None.
+        full: give every pixel its own memory; else a view (N, C, H', W') without memory, or (1, C, 1, 1) where
+            `collapse` says that nothing needs the map's size.
+    """
+
+    constant_over_pixels = True
+
+    def __init__(
+        self, channels: int, geometry: Geometry, bias: nn.Parameter | None, full: bool, collapse: bool
+    ) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.geometry = geometry
+        self.full = full
+        self.collapse = collapse
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = _map_size(x.shape[2:], self.geometry)
+        ones = [1] * len(size)
+        value = x.new_zeros(1, self.out_channels, *ones) if self.bias is None else self.bias.view(1, -1, *ones)
+        if self.full:
+            return value.expand(x.shape[0], -1, *size).clone()
+        return value.clone() if self.collapse else value.expand(x.shape[0], -1, *size)
+
+    def extra_repr(self) -> str:
+        return f"{self.out_channels} channels, the same on every pixel"
+
+
+class ConstantBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm of an input (N, C, ...) that is the same on every pixel, computed on one of them.
+
+    Same parameters, running statistics and counting as the batch norm it replaces, in training and evaluation mode.
+
+    Args:
+        full: give back (N, C, ...) with its own memory, because the merge writes into it; else (1, C, 1, ...).
+    """
+
+    constant_over_pixels = True
+
+    def __init__(self, num_features: int, full: bool = False, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self.full = full
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        return
+
+    def forward(self, input: Tensor) -> Tensor:
+        ones = [1] * (input.dim() - 2)
+        pixel = input[(slice(0, 1), slice(None), *[slice(0, 1)] * len(ones))]
+        # Two equal values: batch norm refuses a single one in training mode, and their variance is the true one, zero.
+        value = super().forward(pixel.expand(2, -1, *ones))[:1]
+        return value.expand_as(input).clone() if self.full else value
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, the same on every pixel"
+
+
+STAND_INS = (RemovedLayer, ConstantConv, ConstantBatchNorm)
+
+
+def _removed_rule(walk: Any, node: fx.Node, name: str, module: nn.Module) -> bool:
+    walk.channels[node] = Channels(walk.new_space(1, f"'{name}' was removed"))
+    return True  # it reads sizes only, so it holds no channel of what goes in
+
+
+def _constant_rule(walk: Any, node: fx.Node, name: str, module: Any) -> bool:
+    walk.make_constant(node, name, module.out_channels)
+    return True
+
+
+def _constant_batch_norm_rule(walk: Any, node: fx.Node, name: str, module: Any) -> bool:
+    source = node.args[0]
+    if source not in walk.channels:
+        return False
+    return walk.follow_value(node, name, "batch_norm", walk.channels[source])
+
+
+register_rule(RemovedLayer, _removed_rule)
+register_rule(ConstantConv, _constant_rule)
+register_rule(ConstantBatchNorm, _constant_batch_norm_rule)
+
+
+def _options(norm: nn.modules.batchnorm._BatchNorm) -> dict[str, Any]:
+    return {
+        "eps": norm.eps,
+        "momentum": norm.momentum,
+        "affine": norm.affine,
+        "track_running_stats": norm.track_running_stats,
+    }
+
+
+def _constant_batch_norm(norm: nn.modules.batchnorm._BatchNorm, full: bool) -> ConstantBatchNorm:
+    """The same parameter and buffer objects in a new module."""
+    stand_in = ConstantBatchNorm(norm.num_features, full=full, **_options(norm))
+    for name in norm._parameters:
+        stand_in.register_parameter(name, norm._parameters[name])
+    for name in norm._buffers:
+        stand_in.register_buffer(name, norm._buffers[name])
+    return stand_in
+
+
+def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
+    old = model.get_submodule(name)
+    new.train(old.training)
+    model.set_submodule(name, new)
+
+
+def replacements(model: nn.Module, branch: DeadBranch) -> dict[str, nn.Module]:
+    """The modules that take over from a dead branch, by name; nothing is changed yet."""
+    result: dict[str, nn.Module] = {
+        name: RemovedLayer(_geometry(model.get_submodule(name))) for name in branch.upstream
+    }
+    last = model.get_submodule(branch.last)
+    assert isinstance(last, nn.Conv1d | nn.Conv2d | nn.Conv3d)  # the search for dead branches ends at convolutions only
+    bare = branch.batch_norm is None
+    result[branch.last] = ConstantConv(
+        last.out_channels, _geometry(last), last.bias, full=bare and branch.in_place, collapse=bare
+    )
+    if branch.batch_norm is not None:
+        norm = model.get_submodule(branch.batch_norm)
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        result[branch.batch_norm] = _constant_batch_norm(norm, branch.in_place)
+    return result
+
+
+def swap_in(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Puts modules in place by name and returns the ones they replaced."""
+    before = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        _swap(model, name, module)
+    return before
+
+
+# -- in a checkpoint ---------------------------------------------------------------------------------------------------
+
+
+def describe_stand_ins(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The stand-ins in a model as plain values, from which `restore_stand_ins` rebuilds them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RemovedLayer):
+            found[name] = {"kind": "removed", "geometry": module.geometry}
+        elif isinstance(module, ConstantConv):
+            found[name] = {
+                "kind": "constant_conv",
+                "channels": module.out_channels,
+                "geometry": module.geometry,
+                "full": module.full,
+                "collapse": module.collapse,
+            }
+        elif isinstance(module, ConstantBatchNorm):
+            found[name] = {"kind": "constant_batch_norm", "full": module.full}
+    return found
+
+
+def restore_stand_ins(model: nn.Module, described: dict[str, dict[str, Any]]) -> dict[str, nn.Module]:
+    """The modules for `swap_in` that turn a freshly built model's branches into the described stand-ins.
+
+    Raises:
+        CheckpointError: a named module is not there or is of another kind than the one that was replaced.
+    """
+    modules = dict(model.named_modules())
+    result: dict[str, nn.Module] = {}
+    for name, what in described.items():
+        module = modules.get(name)
+        kind = what["kind"]
+        if kind == "removed" and module is not None:
+            result[name] = RemovedLayer(what["geometry"])
+        elif kind == "constant_conv" and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            result[name] = ConstantConv(
+                module.out_channels, what["geometry"], module.bias, what["full"], what["collapse"]
+            )
+        elif kind == "constant_batch_norm" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            result[name] = _constant_batch_norm(module, what["full"])
+        else:
+            raise CheckpointError(
+                f"the checkpoint is of another network: it replaced '{name}' by a '{kind}', which this one cannot."
+            )
+    return result

@@ -1,0 +1,416 @@
+"""Reconfiguration: rewrites a model and its optimizer, in place, to the kept channels (paper section 4.2).
+
+In order: everything that could fail is checked; the sparse slices are set to zero; the output on the example inputs is
+noted; parameters, buffers and optimizer state are sliced and dead branches replaced; the output is measured again. If
+it moved by more than rounding can explain, all of it is undone and an error is raised: a wrong guess never trains on.
+
+Parameter objects keep their identity: `param.data` is replaced and `param.grad` cleared, so optimizers, schedulers and
+whoever else holds a parameter hold the right one. Every optimizer state tensor of a parameter's shape is sliced with
+it, whatever the optimizer is called.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from prunetrain_kernels.errors import InputError, PruneTrainError
+from prunetrain_kernels.graph.keep import Keep
+from prunetrain_kernels.graph.spaces import expand
+from prunetrain_kernels.prune.branches import ConstantConv, replacements, swap_in
+
+# An output that moves by more than this share of its scale is no rounding; such a reconfiguration is undone.
+LARGEST_MOVE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 2e-1}
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """Channels of one layer before and after; `kept_in`/`kept_out` are the kept ones as they were numbered before."""
+
+    name: str
+    kind: str
+    in_before: int
+    in_after: int
+    out_before: int
+    out_after: int
+    kept_in: Tensor
+    kept_out: Tensor
+    removed: bool
+
+
+@dataclass(frozen=True)
+class Reconfiguration:
+    """What a reconfiguration did.
+
+    Attributes:
+        layers: every convolution and linear layer.
+        removed: layers and batch norms that went with dead branches.
+        branches: dead branches removed.
+        max_abs_dy: largest difference of the output on the example inputs (evaluation mode) that pruning made, after
+            the sparse slices had been set to zero.
+        max_abs_dy_zeroing: the same for setting them to zero.
+        scale: largest absolute output before.
+        seconds: wall time of the whole reconfiguration.
+        parameters_before, parameters_after: number of weights.
+    """
+
+    layers: tuple[LayerChange, ...]
+    removed: tuple[str, ...]
+    branches: int
+    max_abs_dy: float
+    max_abs_dy_zeroing: float
+    scale: float
+    seconds: float
+    parameters_before: int
+    parameters_after: int
+
+    @property
+    def changed(self) -> bool:
+        """Whether any channel or layer went."""
+        return self.parameters_after != self.parameters_before
+
+    def __str__(self) -> str:
+        """One line, then one line per layer that changed."""
+        head = (
+            f"parameters {self.parameters_before:,} -> {self.parameters_after:,}, {self.branches} branches removed, "
+            f"max|dy| {self.max_abs_dy:.1e} of scale {self.scale:.1e}, {self.seconds:.2f} s"
+        )
+        lines = [
+            f"  {c.name}: " + ("removed" if c.removed else f"in {c.in_before} -> {c.in_after}, out {c.out_before} -> {c.out_after}")
+            for c in self.layers
+            if c.removed or (c.in_before, c.out_before) != (c.in_after, c.out_after)
+        ]  # fmt: skip
+        return "\n".join([head, *lines])
+
+
+@dataclass(frozen=True)
+class _Slicing:
+    """One tensor of a module and what to keep of it: (dimension, feature indices) pairs."""
+
+    module: str
+    tensor: Tensor
+    cuts: tuple[tuple[int, Tensor], ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        for dim, index in self.cuts:
+            channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
+            channels_last = channels_last and tensor.is_contiguous(memory_format=torch.channels_last)
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+            if channels_last:
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
+
+
+def reconfigure(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    keep: Keep,
+) -> Reconfiguration:
+    """Prunes `model` and `optimizer` in place to the kept channels.
+
+    Args:
+        model: the model that `keep` was chosen for.
+        optimizer: the optimizer (or several) that holds the model's parameters; None for a model that is not trained.
+        keep: from `ChannelGraph.keep`.
+
+    Returns:
+        What changed, and how far the output moved.
+
+    Raises:
+        InputError: the model is not the one `keep` was chosen for; the optimizer does not hold the model's parameters,
+            or holds state that cannot be sliced. Nothing has been touched then.
+        PruneTrainError: the output moved by more than rounding; everything has been undone.
+    """
+    start = time.perf_counter()
+    keep.graph.check(model)
+    optimizers = _as_list(optimizer)
+    slicings = list(_slicings(model, keep))
+    stand_ins: dict[str, nn.Module] = {}
+    for branch in keep.branches:
+        stand_ins.update(replacements(model, branch))
+    gone = _parameters_that_go(model, stand_ins)
+    _check_optimizers(model, optimizers, {id(s.tensor) for s in slicings if isinstance(s.tensor, nn.Parameter)} | gone)
+
+    before = _count(model)
+    undo: list[Callable[[], None]] = []
+    try:
+        prunes = bool(slicings or stand_ins)
+        first = second = third = None
+        if prunes or any(masks.inputs.any() or masks.outputs.any() for masks in keep.sparse.values()):
+            first = _outputs(model, keep)
+            _zero_slices(model, keep, undo)
+            second = _outputs(model, keep)
+        if prunes:
+            _slice_all(slicings, optimizers, undo)
+            _replace(model, stand_ins, undo)
+            _drop(optimizers, gone, undo)
+            _tell_the_truth(model, keep, undo)
+            third = _outputs(model, keep)
+        scale = _largest(second) if second is not None else 0.0
+        moved = _distance(second, third) if third is not None and second is not None else 0.0
+        zeroing = _distance(first, second) if first is not None and second is not None else 0.0
+        allowed = LARGEST_MOVE.get(_dtype(second), 1e-2) * max(scale, 1e-6)
+        if not moved <= allowed and scale == scale:
+            raise PruneTrainError(
+                f"pruning moved the model's output by {moved:.1e} (scale {scale:.1e}), so it was undone; the model "
+                "computes something with its channels that tracing did not see, please report it with the model."
+            )
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    return Reconfiguration(
+        layers=_changes(keep),
+        removed=tuple(name for branch in keep.branches for name in branch.layers),
+        branches=len(keep.branches),
+        max_abs_dy=moved,
+        max_abs_dy_zeroing=zeroing,
+        scale=scale,
+        seconds=time.perf_counter() - start,
+        parameters_before=before,
+        parameters_after=_count(model),
+    )
+
+
+def _as_list(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# -- what would be done ------------------------------------------------------------------------------------------------
+
+
+def _slicings(model: nn.Module, keep: Keep) -> Iterable[_Slicing]:
+    """Every parameter and buffer that loses channels."""
+    graph, modules = keep.graph, dict(model.named_modules())
+    partial = [len(kept) < space.size for kept, space in zip(keep.channels, graph.spaces, strict=True)]
+    for layer in graph.layers.values():
+        if layer.name in keep.removed:
+            if layer.name in {branch.last for branch in keep.branches} and partial[layer.output]:
+                bias = modules[layer.name]._parameters.get("bias")  # the constant that stays has the kept channels
+                if bias is not None:
+                    yield _Slicing(layer.name, bias, ((0, keep.channels[layer.output]),))
+            continue
+        outputs = ((0, keep.channels[layer.output]),) if partial[layer.output] else ()
+        inputs = ((1, expand(keep.channels[layer.input], layer.block)),) if partial[layer.input] else ()
+        module = modules[layer.name]
+        if outputs or inputs:
+            yield _Slicing(layer.name, module._parameters["weight"], (*outputs, *inputs))  # type: ignore[arg-type]
+        if outputs and module._parameters.get("bias") is not None:
+            yield _Slicing(layer.name, module._parameters["bias"], outputs)  # type: ignore[arg-type]
+    for follower in graph.followers.values():
+        if follower.name in keep.removed or not partial[follower.space]:
+            continue
+        index = expand(keep.channels[follower.space], follower.block)
+        module = modules[follower.name]
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None and tensor.dim() > 0:
+                yield _Slicing(follower.name, tensor, ((0, index),))
+
+
+def _parameters_that_go(model: nn.Module, stand_ins: dict[str, nn.Module]) -> set[int]:
+    staying = {id(p) for module in stand_ins.values() for p in module.parameters()}
+    return {id(p) for name in stand_ins for p in model.get_submodule(name).parameters()} - staying
+
+
+def _check_optimizers(model: nn.Module, optimizers: list[Optimizer], touched: set[int]) -> None:
+    """Everything the optimizers hold can follow, or an error before anything is changed."""
+    if not optimizers:
+        return
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters()}
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise InputError(
+            f"the optimizer does not hold the model's parameter '{missing[0]}' ({len(missing)} of {len(names)} are "
+            "missing); build it from model.parameters() of this very model, or pass all optimizers as a list."
+        )
+    if not touched:
+        return
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+                    if tensor.numel() <= 1 or (tensor is value and tensor.shape == parameter.shape):
+                        continue
+                    raise InputError(
+                        f"{type(optimizer).__name__} keeps a state '{key}' of shape {tuple(tensor.shape)} for the "
+                        f"parameter '{names.get(id(parameter), '?')}' of shape {tuple(parameter.shape)}; it cannot be "
+                        "sliced with the channels, so nothing was pruned. Use an optimizer whose state has its "
+                        "parameters' shapes (SGD, Adam, AdamW, RMSprop, ...)."
+                    )
+
+
+def _changes(keep: Keep) -> tuple[LayerChange, ...]:
+    graph, result = keep.graph, []
+    for layer in graph.layers.values():
+        removed = layer.name in keep.removed
+        kept_in, kept_out = keep.channels[layer.input], keep.channels[layer.output]
+        if removed:
+            kept_in, kept_out = kept_in[:0], kept_out[:0]
+        result.append(
+            LayerChange(
+                layer.name,
+                layer.kind,
+                graph.spaces[layer.input].size,
+                len(kept_in),
+                graph.spaces[layer.output].size,
+                len(kept_out),
+                kept_in,
+                kept_out,
+                removed,
+            )
+        )
+    return tuple(result)
+
+
+# -- doing it, each step with its undoing ------------------------------------------------------------------------------
+
+
+def set_data(tensor: Tensor, data: Tensor) -> None:
+    """Gives a parameter or buffer new data of another shape; the object stays the same and its `.grad` is cleared.
+
+    Autograd remembers a leaf's shape in its gradient accumulator, which lives on as long as any graph does, such as
+    that of the `loss` variable a training loop still holds; the next backward would then refuse the new shape. A change
+    of dtype makes PyTorch forget the accumulator, so the data go through one.
+    """
+    tensor.grad = None
+    if tensor.requires_grad:
+        tensor.data = torch.empty(0, dtype=torch.float32 if data.dtype != torch.float32 else torch.float64).to(data.device)
+    tensor.data = data
+
+
+def _zero_slices(model: nn.Module, keep: Keep, undo: list[Callable[[], None]]) -> None:
+    """Sets the sparse slices to zero."""
+    modules = dict(model.named_modules())
+    for layer in keep.graph.layers.values():
+        masks = keep.sparse[layer.name]
+        if not (masks.inputs.any() or masks.outputs.any()):
+            continue
+        weight = modules[layer.name].weight
+        before = weight.data
+        inputs = expand(masks.inputs.nonzero().flatten(), layer.block).to(before.device)
+        outputs = masks.outputs.nonzero().flatten().to(before.device)
+        undo.append(lambda weight=weight, before=before: setattr(weight, "data", before))  # type: ignore[misc]
+        weight.data = before.clone().index_fill_(1, inputs, 0).index_fill_(0, outputs, 0)
+
+
+def _slice_all(slicings: list[_Slicing], optimizers: list[Optimizer], undo: list[Callable[[], None]]) -> None:
+    for slicing in slicings:
+        tensor = slicing.tensor
+        old_shape, old_data = tensor.shape, tensor.data
+        for state in (o.state[tensor] for o in optimizers if tensor in o.state):
+            for key, value in state.items():
+                # numel > 1: a step counter of a parameter with one element has that parameter's shape too.
+                if isinstance(value, Tensor) and value.shape == old_shape and value.dim() > 0:
+                    undo.append(lambda state=state, key=key, value=value: state.__setitem__(key, value))  # type: ignore[misc]
+                    state[key] = slicing.of(value)
+        undo.append(lambda tensor=tensor, old=old_data, grad=tensor.grad: _restore(tensor, old, grad))  # type: ignore[misc]
+        set_data(tensor, slicing.of(old_data))
+
+
+def _restore(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    set_data(tensor, data)
+    tensor.grad = grad
+
+
+def _replace(model: nn.Module, stand_ins: dict[str, nn.Module], undo: list[Callable[[], None]]) -> None:
+    if stand_ins:
+        before = swap_in(model, stand_ins)
+        undo.append(lambda: swap_in(model, before) and None)
+
+
+def _drop(optimizers: list[Optimizer], gone: set[int], undo: list[Callable[[], None]]) -> None:
+    """Takes removed parameters and their state out of the optimizers; a group left empty stays, schedulers count it."""
+    if not gone:
+        return
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            held = group["params"]
+            undo.append(lambda group=group, held=held: group.__setitem__("params", held))  # type: ignore[misc]
+            group["params"] = [p for p in held if id(p) not in gone]
+            for parameter in held:
+                if id(parameter) in gone and parameter in optimizer.state:
+                    state = optimizer.state.pop(parameter)
+                    undo.append(lambda o=optimizer, p=parameter, s=state: o.state.__setitem__(p, s))  # type: ignore[misc]
+
+
+def _tell_the_truth(model: nn.Module, keep: Keep, undo: list[Callable[[], None]]) -> None:
+    """Module attributes such as `out_channels` say what the tensors are."""
+    spaces = {layer.name: layer.output for layer in keep.graph.layers.values()}
+    spaces |= {follower.name: follower.space for follower in keep.graph.followers.values()}
+    for name, space in spaces.items():
+        module = model.get_submodule(name)
+        told = sizes_told_by(module)
+        if isinstance(module, ConstantConv):
+            told = {"out_channels": len(keep.channels[space])}  # it may have no tensor to tell its size by
+        for attribute, value in told.items():
+            undo.append(lambda m=module, a=attribute, v=getattr(module, attribute): setattr(m, a, v))  # type: ignore[misc]
+            setattr(module, attribute, value)
+
+
+def sizes_told_by(module: nn.Module) -> dict[str, int]:
+    """The size attributes of a module as its tensors have them."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and weight is not None:
+        outputs = weight.shape[0]
+        if module.groups == 1:
+            return {"out_channels": outputs, "in_channels": weight.shape[1]}
+        if module.groups == module.in_channels == module.out_channels:
+            return {"out_channels": outputs, "in_channels": outputs, "groups": outputs}
+    elif isinstance(module, nn.Linear):
+        return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+    elif isinstance(module, nn.PReLU):
+        return {"num_parameters": module.weight.shape[0]}
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        running = module._buffers.get("running_mean")
+        sized = weight if weight is not None else running
+        return {} if sized is None else {"num_features": sized.shape[0]}
+    return {}
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluating(model: nn.Module):  # type: ignore[no-untyped-def]
+    """Evaluation mode, no gradients, no autocast; modes and random state are as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    parameter = next(model.parameters(), None)
+    devices = [parameter.get_device()] if parameter is not None and parameter.is_cuda else []
+    kind = parameter.device.type if parameter is not None else "cpu"
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _outputs(model: nn.Module, keep: Keep) -> list[Tensor]:
+    with evaluating(model):
+        return [leaf for leaf in tree_leaves(model(*keep.graph.example_inputs)) if isinstance(leaf, Tensor)]
+
+
+def _largest(tensors: list[Tensor]) -> float:
+    return max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
+
+
+def _dtype(tensors: list[Tensor] | None) -> Any:
+    return tensors[0].dtype if tensors else None

@@ -1,0 +1,123 @@
+"""The group lasso of a whole model, and the coefficient that sets its strength (paper section 4.1)."""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.spaces import ChannelGraph
+from prunetrain_kernels.graph.trace import trace_channels
+from prunetrain_kernels.ops.group_lasso import (
+    EPS,
+    Groups,
+    add_group_lasso_gradient_,
+    group_lasso,
+    slice_max_abs,
+    slice_norms,
+)
+
+
+class Group(NamedTuple):
+    """One penalised channel slice: `side` is "in" or "out", `norm` is sqrt(|slice|^2 + eps)."""
+
+    layer: str
+    side: str
+    channel: int
+    norm: float
+    max_abs: float
+
+
+class GroupLasso:
+    """R(W) of a model (paper Eq. 2): one norm per input channel and one per output channel of every layer.
+
+    Penalised are all convolutions with groups == 1 and all linear layers that tracing finds. Left out are the channels
+    that the network's input brings and its output makes, depthwise convolutions, biases and normalisation parameters,
+    and layers inside submodules that tracing could not enter (`graph.opaque` lists those).
+
+    It reads the model's present weights at every call, and goes on working after a reconfiguration.
+
+    Args:
+        model: any module that `trace_channels` can follow.
+        example_inputs: the model's positional arguments, as for `trace_channels`.
+        graph: the model's channel graph, if it is at hand already.
+        eps: added to every squared norm.
+
+    Raises:
+        TraceError: the model cannot be traced.
+        InputError: there is nothing to penalise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: tuple[Tensor, ...],
+        *,
+        graph: ChannelGraph | None = None,
+        eps: float = EPS,
+    ) -> None:
+        self.model = model
+        self.eps = eps
+        graph = graph or trace_channels(model, example_inputs)
+        self._groups: dict[str, Groups] = {}
+        for layer in graph.layers.values():
+            groups = Groups(layer.block, not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output)
+            if groups.inputs or groups.outputs:
+                self._groups[layer.name] = groups
+        if not self._groups:
+            raise InputError("the model has no channels to penalise: it has one layer only, or none that was traced.")
+
+    def _weights(self) -> tuple[list[Tensor], list[Groups]]:
+        """Present weights; a layer that was removed has none any more."""
+        found = [(self.model.get_submodule(name)._parameters.get("weight"), g) for name, g in self._groups.items()]
+        kept = [(weight, groups) for weight, groups in found if weight is not None]
+        return [weight for weight, _ in kept], [groups for _, groups in kept]
+
+    def penalty(self) -> Tensor:
+        """R(W): a scalar tensor with autograd, in fp32 (fp64 for fp64 weights)."""
+        weights, groups = self._weights()
+        return group_lasso(weights, groups, self.eps)
+
+    def add_gradient_(self, coefficient: float) -> Tensor:
+        """Adds coefficient * dR/dW into every weight's `.grad` and returns R(W); records no graph."""
+        weights, groups = self._weights()
+        return add_group_lasso_gradient_(weights, groups, coefficient, self.eps)
+
+    def groups(self) -> list[Group]:
+        """Every penalised group, in the order of the layers; `pandas.DataFrame(lasso.groups())` makes a table of it."""
+        table: list[Group] = []
+        for name, groups in self._groups.items():
+            weight = self.model.get_submodule(name)._parameters.get("weight")
+            if weight is None:
+                continue
+            norms, sizes = slice_norms(weight, groups.block, self.eps), slice_max_abs(weight, groups.block)
+            for side, used, norm, size in zip(
+                ("in", "out"), (groups.inputs, groups.outputs), norms, sizes, strict=True
+            ):
+                if used:
+                    pairs = zip(norm.tolist(), size.tolist(), strict=True)
+                    table += [Group(name, side, channel, n, m) for channel, (n, m) in enumerate(pairs)]
+        return table
+
+
+def penalty_coefficient(ce_loss: float | Tensor, penalty: float | Tensor, ratio: float) -> float:
+    """lambda such that lambda * R is `ratio` of the total loss (paper Eq. 3).
+
+    ratio = lambda R / (l + lambda R), hence lambda = ratio / (1 - ratio) * l / R.
+
+    Args:
+        ce_loss: classification loss l of the very first forward pass.
+        penalty: R(W_0) of the initial weights.
+        ratio: share of the penalty in the total loss, 0 <= ratio < 1; the paper uses 0.1 to 0.25.
+
+    Raises:
+        InputError: a ratio outside [0, 1), or a loss or penalty that is not a positive finite number.
+    """
+    if not 0 <= ratio < 1:
+        raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {ratio}; the paper uses 0.25.")
+    loss, total = float(ce_loss), float(penalty)
+    if not (math.isfinite(loss) and loss > 0 and math.isfinite(total) and total > 0):
+        raise InputError(
+            f"lambda cannot be set from a first loss of {loss} and a penalty of {total}; both must be positive numbers."
+        )
+    return ratio / (1 - ratio) * loss / total

@@ -1,0 +1,635 @@
+"""The training loop (paper Algorithm 1), from a configuration to a run folder.
+
+Read `train` from top to bottom: set up, then for each epoch the steps, the reconfiguration, the validation, the log and
+the checkpoint. The folder's `checkpoint.pt` carries everything, the log too, so a run killed at any moment goes on from
+its last checkpoint to the same result.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunetrain_kernels.cost import batch_norm_bytes, gradient_bytes, step_memory
+from prunetrain_kernels.data import ImageData, batch, epoch_order, load
+from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError
+from prunetrain_kernels.models import build
+from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint, save_pruned
+from prunetrain_kernels.train.mini_batch import MiniBatch
+from prunetrain_kernels.train.prunetrain import PruneReport, PruneTrain
+from prunetrain_kernels.train.run_log import RunLog
+
+AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
+VALIDATION_BATCH = 500
+FIT_ON_DEVICE = 4 << 30  # bytes of images that are worth keeping on a GPU whole
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run; saved as its config.json. Defaults are the paper's CIFAR settings (section 5)."""
+
+    out: str
+    model: str = "resnet20"
+    data: str = "digits"
+    classes: int | None = None
+    image_size: int | None = None
+    limit_train: int | None = None
+    limit_val: int | None = None
+    cache: str | None = None
+    epochs: int = 182
+    fine_tune_epochs: int = 0
+    batch: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_at: tuple[float, ...] = (0.5, 0.75)
+    decay: float = 0.1
+    dense: bool = False
+    penalty_ratio: float = 0.25
+    interval: float = 10
+    reconfigure_once: int | None = None
+    threshold: float = 1e-4
+    relative: bool = False
+    policy: str = "union"
+    round_to: int = 1
+    grow_batch: bool = False
+    batch_granularity: int = 32
+    memory_budget: int | None = None
+    batch_limit: int | None = None
+    lr_rule: str = "linear"
+    amp: str = "off"
+    channels_last: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises InputError for the first option that is out of range."""
+        for name, ok, must in (
+            ("epochs", self.epochs >= 1, "be at least 1"),
+            ("fine-tune-epochs", self.fine_tune_epochs >= 0, "be 0 or more"),
+            ("batch", self.batch >= 2, "be at least 2 (batch norm needs more than one image)"),
+            ("lr", math.isfinite(self.lr) and self.lr > 0, "be a positive number"),
+            ("momentum", 0 <= self.momentum < 1, "be from 0 up to, but not including, 1"),
+            ("weight-decay", self.weight_decay >= 0, "be 0 or more"),
+            ("decay", self.decay > 0, "be a positive number"),
+            ("decay-at", all(0 < d <= 1 for d in self.decay_at), "be shares of the epochs, between 0 and 1"),
+            ("penalty-ratio", 0 <= self.penalty_ratio < 1, "be from 0 up to, but not including, 1"),
+            ("interval", self.interval > 0, "be a positive number of epochs"),
+            ("amp", self.amp in AMP_DTYPES, f"be one of {', '.join(AMP_DTYPES)}"),
+            (
+                "reconfigure-once",
+                self.reconfigure_once is None or 1 <= self.reconfigure_once <= self.epochs,
+                f"be an epoch of the run, 1 to {self.epochs}",
+            ),
+            ("threads", self.threads is None or self.threads >= 1, "be at least 1"),
+        ):
+            if not ok:
+                raise InputError(f"--{name} must {must}, not {getattr(self, name.replace('-', '_'))}.")
+        if self.dense and self.reconfigure_once is not None:
+            raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
+
+
+@dataclass
+class _Costs:
+    """What the network costs in its present shape."""
+
+    training_flops: int
+    inference_flops: int
+    batch_norm: int
+    gradient: int
+    memory_fixed: int
+    memory_per_image: float
+    parameters: int
+
+
+@dataclass
+class _Totals:
+    """Sums over the whole run, in every checkpoint."""
+
+    images: int = 0
+    flops: float = 0.0
+    batch_norm: float = 0.0
+    communication: float = 0.0
+    wall: float = 0.0
+    lasso: float = 0.0
+    reconfigure: float = 0.0
+    batch_sizes: list[int] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    dense: dict[str, float] = field(default_factory=dict)
+
+
+class _Stopwatch:
+    """Seconds spent in a part of the step. On CUDA measured by events on the stream, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds = 0.0
+        self.pending: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if self.cuda:
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            yield
+            last.record()
+            self.pending.append((first, last))
+        else:
+            start = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - start
+
+    def take(self) -> float:
+        """Seconds since the last call; waits for the device."""
+        if self.pending:
+            torch.cuda.synchronize()
+            self.seconds += sum(first.elapsed_time(last) for first, last in self.pending) / 1e3
+            self.pending.clear()
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Path:
+    """Trains a network and returns its run folder.
+
+    Args:
+        config: what to train, and how.
+        resume: go on from the folder's checkpoint if there is one.
+        overwrite: start anew in a folder that holds a run.
+        progress: show a progress bar (on a terminal) and a line per reconfiguration.
+
+    Raises:
+        InputError: an option, the data, the model or the folder cannot be used.
+        CheckpointError: a checkpoint cannot be written or read, or is of other options.
+        DivergedError: the loss is not a number.
+    """
+    config.check()
+    run = _Run(config, resume, overwrite, progress)
+    total = config.epochs + config.fine_tune_epochs
+    try:
+        for epoch in range(run.epoch, total):
+            if epoch == config.epochs:
+                run.prunetrain.regularizing = False
+            run.train_epoch(epoch)
+            run.end_epoch(epoch)
+    finally:
+        run.bar.close()
+    run.finish()
+    return run.folder
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, resume: bool, overwrite: bool, progress: bool) -> None:
+        self.config = config
+        self.folder = Path(config.out)
+        self.checkpoint = self.folder / "checkpoint.pt"
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.device = _device(config.device)
+        if self.device.type == "cpu":
+            torch.set_flush_denormal(True)  # before any worker thread starts, so that all of them inherit it
+        torch.manual_seed(config.seed)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+        saved = self._saved_state(resume, overwrite)
+        self.say: Callable[[str], None] = tqdm.write if progress else lambda text: None
+        self.log = RunLog(self.folder)
+        self.data = _load_data(config, self.device)
+        self.model = _build_model(config, self.data).to(self.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        total = config.epochs + config.fine_tune_epochs
+        milestones = sorted({max(1, round(config.epochs * share)) for share in config.decay_at})
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, config.decay)
+        self.amp = AMP_DTYPES[config.amp]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
+        self.example = (self._batch(torch.arange(min(8, len(self.data.train_labels))), 0, 0, train=False)[0],)
+        self.prunetrain = PruneTrain(
+            self.model,
+            self.optimizer,
+            self.example,
+            penalty_ratio=0 if config.dense else config.penalty_ratio,
+            interval=config.interval,
+            threshold=config.threshold,
+            relative=config.relative,
+            policy=config.policy,
+            round_to=config.round_to,
+            batch=_mini_batch(config, len(self.data.train_labels)),
+            scheduler=self.scheduler,
+        )
+        self.epoch = 0
+        self.totals = _Totals()
+        self.lasso_watch = _Stopwatch(self.device)
+        if saved is None:
+            self.costs = self._measure()
+            self.totals.dense = asdict(self.costs)
+            self.log.write_config({**asdict(config), **_environment(self.device)})
+            self._log_channels()
+            self.log.add_slices(0, self.prunetrain.slice_sizes())
+        else:
+            self._restore()
+        self.log.save()
+        self.bar = tqdm(
+            total=total * len(self.data.train_labels),
+            initial=self.epoch * len(self.data.train_labels),
+            unit="img",
+            unit_scale=True,
+            disable=None if progress else True,
+            dynamic_ncols=True,
+        )
+        if saved is not None:
+            self.say(f"resuming after epoch {self.epoch} of {total}")
+
+    # -- setting up -----------------------------------------------------------------------------------------------
+
+    def _saved_state(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """The checkpoint to go on from, if any; refuses to write over a run that nobody said to replace."""
+        if not self.checkpoint.exists():
+            if not (resume or overwrite) and (self.folder / "config.json").exists():
+                raise InputError(f"'{self.folder}' holds a run already; add --resume to go on, --overwrite to replace it.")
+            return None
+        if overwrite:
+            self.checkpoint.unlink()
+            return None
+        if not resume:
+            raise InputError(f"'{self.folder}' holds a run already; add --resume to go on, --overwrite to replace it.")
+        saved = read_checkpoint(self.checkpoint)
+        before = json.loads(saved["extra"]["config"])
+        for option, value in asdict(self.config).items():
+            old = before.get(option)
+            if option not in ("out", "cache", "threads") and json.loads(json.dumps(value)) != old:
+                raise CheckpointError(
+                    f"'{self.folder}' was trained with --{option.replace('_', '-')} {old}, not {value}; resume with the "
+                    "same options, or choose another --out."
+                )
+        return saved
+
+    def _restore(self) -> None:
+        extra = load_pruned(self.checkpoint, self.model, self.optimizer, self.prunetrain)
+        self.scheduler.load_state_dict(extra["scheduler"])
+        self.scaler.load_state_dict(extra["scaler"])
+        self.log.load_state_dict(extra["log"])
+        self.totals = _Totals(**extra["totals"])
+        self.epoch = extra["epoch"]
+        torch.set_rng_state(extra["rng"])
+        if self.device.type == "cuda" and extra["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(extra["cuda_rng"], self.device)
+        self.costs = self._measure()
+
+    def _measure(self) -> _Costs:
+        memory = step_memory(self.model, self.example, self.optimizer)
+        return _Costs(
+            training_flops=self.prunetrain.flops.training,
+            inference_flops=self.prunetrain.flops.inference,
+            batch_norm=batch_norm_bytes(self.model, self.example),
+            gradient=gradient_bytes(self.model),
+            memory_fixed=memory.fixed,
+            memory_per_image=memory.per_image,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+        )
+
+    def _log_channels(self) -> None:
+        number, epoch = len(self.prunetrain.history), self.prunetrain.epochs
+        rows = self.prunetrain.channel_table()
+        self.log.add_channels([{"reconfiguration": number, "epoch": epoch, **row} for row in rows])
+
+    # -- one epoch ------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        return self.prunetrain.batch_size or self.config.batch
+
+    def _batch(self, indices: Tensor, epoch: int, step: int, *, train: bool) -> tuple[Tensor, Tensor]:
+        images, labels = batch(
+            self.data, indices, seed=self.config.seed, epoch=epoch, step=step, device=self.device, train=train
+        )
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.amp) if self.amp is not None else nullcontext()
+
+    def train_epoch(self, epoch: int) -> None:
+        """Steps over all training images, with reconfigurations inside the epoch where the interval asks for it."""
+        images_in_epoch = len(self.data.train_labels)
+        order = epoch_order(images_in_epoch, self.config.seed, epoch)
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.correct = torch.zeros((), device=self.device)
+        self.sums = {"flops": 0.0, "batch_norm": 0.0, "gradient": 0.0, "memory": 0.0, "reconfigure": 0.0}
+        self.steps, self.seen = 0, 0
+        self.first_batch = self.batch_size
+        self.step_times: list[float] = []
+        self.lr = float(self.optimizer.param_groups[0]["lr"])
+        self.epoch_start = time.perf_counter()
+        self.model.train()
+        self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs + self.config.fine_tune_epochs}")
+        position, attempts = 0, 0
+        while images_in_epoch - position >= 2:  # batch norm refuses a last batch of one image
+            size = min(self.batch_size, images_in_epoch - position)
+            start = time.perf_counter()
+            try:
+                self._step(order[position : position + size], epoch, self.steps)
+            except torch.OutOfMemoryError:
+                self._fall_back()
+                attempts += 1
+                continue
+            if size == self.batch_size:
+                self.step_times.append(time.perf_counter() - start)
+            position += size
+            self._count(size)
+            if self.steps % CHECK_EVERY == 0:
+                self._look(epoch)
+            if self.config.interval % 1 and self._reconfigures(epoch):
+                self._advance(size / images_in_epoch)
+        rest = (images_in_epoch - position) / images_in_epoch
+        self._look(epoch)
+        self.epoch_seconds = time.perf_counter() - self.epoch_start - self.sums["reconfigure"]
+        if self._reconfigures(epoch):
+            self._advance(rest if self.config.interval % 1 else 1.0)
+        self.bar.update((epoch + 1) * images_in_epoch - self.bar.n if not self.bar.disable else 0)
+
+    def _reconfigures(self, epoch: int) -> bool:
+        return not self.config.dense and self.config.reconfigure_once is None and epoch < self.config.epochs
+
+    def _step(self, indices: Tensor, epoch: int, step: int) -> None:
+        images, labels = self._batch(indices, epoch, step, train=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        with self.lasso_watch.running():
+            self.prunetrain.add_gradient_(loss)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            self.loss_sum += loss.detach() * len(labels)
+            self.correct += (logits.argmax(1) == labels).sum()
+
+    def _fall_back(self) -> None:
+        """After running out of memory: one granule fewer images, if PruneTrain manages the batch."""
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if self.prunetrain.batch is None:
+            raise InputError(
+                f"a step of {self.batch_size} images does not fit the device's memory; use a smaller --batch."
+            ) from None
+        size = self.prunetrain.batch.fall_back(self.optimizer, self.scheduler)
+        self.say(f"out of memory: going on with {size} images per step")
+
+    def _count(self, size: int) -> None:
+        self.steps += 1
+        self.seen += size
+        self.sums["flops"] += self.costs.training_flops * size
+        self.sums["batch_norm"] += self.costs.batch_norm * size
+        self.sums["gradient"] += self.costs.gradient
+        memory = self.costs.memory_fixed + self.costs.memory_per_image * size
+        self.sums["memory"] = max(self.sums["memory"], memory)
+        self.bar.update(size)
+
+    def _look(self, epoch: int) -> None:
+        """Waits for the device, shows how it goes, and stops if the loss is not a number."""
+        loss = float(self.loss_sum) / max(self.seen, 1)
+        if not math.isfinite(loss):
+            kept = f"epoch {self.epoch} is kept in '{self.checkpoint}'" if self.epoch else "there is no checkpoint yet"
+            raise DivergedError(
+                f"the loss became {loss} in epoch {epoch + 1} (within step {self.steps}); {kept}. "
+                "Lower --lr, or --penalty-ratio."
+            )
+        left = self.prunetrain.flops.training / max(self.prunetrain.dense_flops.training, 1)
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, accuracy {float(self.correct) / max(self.seen, 1):.1%}, FLOPs {left:.0%}, "
+            f"batch {self.batch_size}"
+        )
+
+    def _advance(self, epochs: float) -> None:
+        self._reconfigured(lambda: self.prunetrain.advance(epochs))
+
+    def _reconfigured(self, act: Callable[[], PruneReport | None]) -> None:
+        """Runs something that may reconfigure, with its time, log rows and new costs."""
+        start = time.perf_counter()
+        report = act()
+        if report is None:
+            return
+        if report.reconfiguration.changed:
+            self.costs = self._measure()
+        self._log_channels()
+        self.sums["reconfigure"] += time.perf_counter() - start
+        if report.reconfiguration.changed:
+            self.say(str(report))
+
+    # -- after each epoch -----------------------------------------------------------------------------------------
+
+    def end_epoch(self, epoch: int) -> None:
+        """Remaining reconfigurations, validation, log and checkpoint."""
+        config, finished = self.config, epoch + 1
+        if finished == config.reconfigure_once:
+            self.prunetrain.epochs = finished
+            self._reconfigured(self.prunetrain.reconfigure)
+        elif finished == config.epochs and self._reconfigures(epoch):
+            done = self.prunetrain.history
+            if not done or done[-1]["epoch"] < self.prunetrain.epochs - 1e-6:
+                self._reconfigured(self.prunetrain.reconfigure)  # what the last epochs made sparse
+        accuracy = self.validate()
+        lasso = self.lasso_watch.take()
+        self.scheduler.step()
+        self.epoch = finished
+        self._add_totals(lasso)
+        penalty = self.prunetrain.last_penalty
+        self.log.add_epoch(
+            {
+                "epoch": finished,
+                "phase": "fine-tune" if finished > config.epochs else "train",
+                "loss": float(self.loss_sum) / max(self.seen, 1),
+                "penalty": None if penalty is None else float(penalty),
+                "train_accuracy": float(self.correct) / max(self.seen, 1),
+                "val_accuracy": accuracy,
+                "train_flops": self.sums["flops"] / self.steps,
+                "train_flops_per_image": self.sums["flops"] / self.seen,
+                "inference_flops": self.costs.inference_flops,
+                "params": self.costs.parameters,
+                "bn_bytes": self.sums["batch_norm"] / self.steps,
+                "memory_bytes": self.sums["memory"],
+                "gradient_bytes": self.sums["gradient"] / self.steps,
+                "steps": self.steps,
+                "batch": self.first_batch,
+                "lr": self.lr,
+                "train_seconds": self.epoch_seconds - lasso,
+                "lasso_seconds": lasso,
+                "reconfigure_seconds": self.sums["reconfigure"],
+                "wall_seconds": self.totals.wall,
+            }
+        )
+        self.log.add_slices(finished, self.prunetrain.slice_sizes())
+        self._save()
+        self.log.save()
+        if self.bar.disable:
+            self.say(
+                f"epoch {finished}: loss {float(self.loss_sum) / max(self.seen, 1):.4f}, accuracy {accuracy:.1%}, "
+                f"training FLOPs {self.costs.training_flops / self.totals.dense['training_flops']:.1%}, "
+                f"batch {self.batch_size}, {self.epoch_seconds:.1f} s"
+            )
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Share of validation images classified correctly, 0..1."""
+        self.model.eval()
+        correct = torch.zeros((), device=self.device)
+        for indices in torch.arange(len(self.data.val_labels)).split(VALIDATION_BATCH):
+            images, labels = self._batch(indices, 0, 0, train=False)
+            with self._autocast():
+                correct += (self.model(images).argmax(1) == labels).sum()
+        self.model.train()
+        return float(correct) / len(self.data.val_labels)
+
+    def _add_totals(self, lasso: float) -> None:
+        totals = self.totals
+        totals.images += self.seen
+        totals.flops += self.sums["flops"]
+        totals.batch_norm += self.sums["batch_norm"]
+        totals.communication += self.sums["gradient"]
+        totals.lasso += lasso
+        totals.reconfigure += self.sums["reconfigure"]
+        totals.wall += time.perf_counter() - self.epoch_start
+        if not totals.batch_sizes or totals.batch_sizes[-1] != self.first_batch:
+            totals.batch_sizes.append(self.first_batch)
+        measured = statistics.median(self.step_times) if self.step_times and self.device.type == "cpu" else None
+        totals.step_seconds.append(measured if measured is not None else self.epoch_seconds / self.steps)
+
+    def _save(self) -> None:
+        save_pruned(
+            self.checkpoint,
+            self.model,
+            self.optimizer,
+            self.prunetrain,
+            epoch=self.epoch,
+            scheduler=self.scheduler.state_dict(),
+            scaler=self.scaler.state_dict(),
+            log=self.log.state_dict(),
+            totals=asdict(self.totals),
+            rng=torch.get_rng_state(),
+            cuda_rng=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            config=json.dumps(asdict(self.config)),
+        )
+
+    def finish(self) -> None:
+        """Writes summary.json, which marks the run as finished."""
+        totals, dense, last = self.totals, self.totals.dense, self.costs
+        images = max(totals.images, 1)
+        dense_steps = images / self.config.batch
+        state = self.log.state_dict()
+        self.log.write_summary(
+            {
+                "val_accuracy": state["epochs"][-1]["val_accuracy"],
+                "best_val_accuracy": max(row["val_accuracy"] for row in state["epochs"]),
+                "train_flops_ratio": totals.flops / (dense["training_flops"] * images),
+                "inference_flops_ratio": last.inference_flops / dense["inference_flops"],
+                "params_ratio": last.parameters / dense["parameters"],
+                "bn_bytes_ratio": totals.batch_norm / max(dense["batch_norm"] * images, 1),
+                "comm_bytes_ratio": totals.communication / (dense["gradient"] * dense_steps),
+                "wall_seconds": totals.wall,
+                "lasso_seconds": totals.lasso,
+                "reconfigure_seconds": totals.reconfigure,
+                "lambda": self.prunetrain.coefficient,
+                "batch_sizes": totals.batch_sizes,
+                "removed_layers": self.prunetrain.removed,
+                "reconfigurations": self.prunetrain.history,
+                "step_seconds_first": totals.step_seconds[0],
+                "step_seconds_last": totals.step_seconds[-1],
+                "train_flops": totals.flops,
+                "inference_flops": last.inference_flops,
+                "params": last.parameters,
+                "images": totals.images,
+                **_environment(self.device),
+            }
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "device_name": name,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "threads_used": torch.get_num_threads(),
+    }
+
+
+def _load_data(config: TrainConfig, device: torch.device) -> ImageData:
+    data = load(
+        config.data,
+        image_size=config.image_size,
+        cache=None if config.cache is None else Path(config.cache),
+        limit_train=config.limit_train,
+        limit_val=config.limit_val,
+        seed=config.seed,
+        classes=config.classes,
+    )
+    if len(data.train_labels) < 2 or len(data.val_labels) < 1:
+        raise InputError(f"'{config.data}' has too few images: training needs 2 and validation 1; raise the limits.")
+    small = data.train_images.numel() + data.val_images.numel() <= FIT_ON_DEVICE
+    return data.to(device) if device.type == "cuda" and small else data
+
+
+def _build_model(config: TrainConfig, data: ImageData) -> nn.Module:
+    channels, height, width = data.image_shape
+    model = build(config.model, data.classes, in_channels=channels)
+    least = getattr(model, "minimum_input_size", 1)
+    if min(height, width) < least:
+        raise InputError(
+            f"{config.model} needs images of at least {least} x {least} pixels, and those of '{config.data}' are "
+            f"{height} x {width}; choose another --model, or --image-size."
+        )
+    return model
+
+
+def _mini_batch(config: TrainConfig, images: int) -> MiniBatch | None:
+    if config.dense or not config.grow_batch:
+        return None
+    return MiniBatch(
+        config.batch,
+        granularity=config.batch_granularity,
+        budget_bytes=config.memory_budget,
+        maximum=config.batch_limit if config.batch_limit is not None else max(images, config.batch),
+        learning_rate=config.lr_rule,
+    )
+
+
+def config_from_dict(values: dict[str, Any]) -> TrainConfig:
+    """A TrainConfig from a config.json's content; keys that are no options are left out."""
+    known = {f.name for f in fields(TrainConfig)}
+    kept = {name: value for name, value in values.items() if name in known}
+    if "decay_at" in kept:
+        kept["decay_at"] = tuple(kept["decay_at"])
+    return TrainConfig(**kept)

@@ -1,0 +1,145 @@
+"""Dynamic mini-batch adjustment (paper section 4.3).
+
+A pruned network needs less memory per image. After each reconfiguration the bytes of one iteration are modelled as
+`a + b * batch`, and the batch grows to the largest multiple of the granularity that still fits the budget. The learning
+rate grows with it, in the optimizer and in the scheduler's base rates, so that later decays still hold.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunetrain_kernels.cost import MemoryModel, step_memory
+from prunetrain_kernels.errors import InputError
+
+LEARNING_RATE_RULES = ("linear", "sqrt", "none")
+
+# Entries of an optimizer's groups that some schedulers take their rates from.
+_GROUP_RATES = ("initial_lr", "max_lr", "min_lr")
+
+
+class MiniBatch:
+    """The size of the mini-batch, and how far it may grow.
+
+    Args:
+        size: images per step at the start.
+        granularity: the batch grows in multiples of this (paper: 32).
+        budget_bytes: memory of one iteration; by default what the dense network needs at the starting size, so that
+            the use of memory stays the same (paper Fig. 9b). Give the device's capacity to fill it (Fig. 9a).
+        maximum: never grow beyond this many images.
+        learning_rate: "linear" (by the ratio of the sizes, the paper), "sqrt", or "none".
+
+    Raises:
+        InputError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        granularity: int = 32,
+        budget_bytes: int | None = None,
+        maximum: int | None = None,
+        learning_rate: str = "linear",
+    ) -> None:
+        if size < 1 or granularity < 1 or (maximum is not None and maximum < size):
+            raise InputError(
+                f"a mini-batch needs size >= 1, granularity >= 1 and maximum >= size; got size {size}, "
+                f"granularity {granularity}, maximum {maximum}."
+            )
+        if budget_bytes is not None and budget_bytes <= 0:
+            raise InputError(f"the memory budget must be a positive number of bytes, not {budget_bytes}.")
+        if learning_rate not in LEARNING_RATE_RULES:
+            raise InputError(f"learning_rate must be one of {', '.join(LEARNING_RATE_RULES)}, not '{learning_rate}'.")
+        self.size = size
+        self.granularity = granularity
+        self.budget_bytes = budget_bytes
+        self.maximum = maximum
+        self.learning_rate = learning_rate
+        self.memory: MemoryModel | None = None
+
+    def start(self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None) -> None:
+        """Measures the dense network; sets the budget to its need unless one was given."""
+        self.memory = step_memory(model, example_inputs, optimizer)
+        if self.budget_bytes is None:
+            self.budget_bytes = math.ceil(self.memory.bytes(self.size))
+
+    def adjust(
+        self,
+        model: nn.Module,
+        example_inputs: tuple[Tensor, ...],
+        optimizer: Optimizer | None = None,
+        scheduler: Any = None,
+    ) -> int:
+        """Measures the network as it is now and grows the batch, and the learning rate with it; returns the size."""
+        self.memory = step_memory(model, example_inputs, optimizer)
+        if self.budget_bytes is None:
+            raise InputError("MiniBatch has no budget yet; call start(model, example_inputs) before adjust(...).")
+        fits = int((self.budget_bytes - self.memory.fixed) // max(self.memory.per_image, 1e-9))
+        if self.maximum is not None:
+            fits = min(fits, self.maximum)
+        target = fits // self.granularity * self.granularity
+        if target > self.size:
+            self._resize(target, optimizer, scheduler)
+        return self.size
+
+    def fall_back(self, optimizer: Optimizer | None = None, scheduler: Any = None) -> int:
+        """After a step that ran out of memory: one granule less, and never this much again; returns the size.
+
+        Raises:
+            InputError: the batch cannot shrink any further.
+        """
+        target = (self.size - 1) // self.granularity * self.granularity or self.size // 2
+        if target < 1:
+            raise InputError("one image already does not fit the device's memory; use a smaller network or image.")
+        self.maximum = target
+        self._resize(target, optimizer, scheduler)
+        return self.size
+
+    def _resize(self, size: int, optimizer: Optimizer | None, scheduler: Any) -> None:
+        ratio = size / self.size
+        self.size = size
+        if optimizer is not None and self.learning_rate != "none":
+            scale_learning_rate(optimizer, scheduler, ratio if self.learning_rate == "linear" else math.sqrt(ratio))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; learning rates live in the optimizer's and scheduler's own state."""
+        return {"size": self.size, "budget_bytes": self.budget_bytes, "maximum": self.maximum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up size, budget and maximum from `state_dict()`."""
+        self.size, self.budget_bytes, self.maximum = state["size"], state["budget_bytes"], state["maximum"]
+
+
+def scale_learning_rate(optimizer: Optimizer, scheduler: Any, factor: float) -> None:
+    """Multiplies the learning rate by `factor`, now and for the rest of the schedule.
+
+    Touches each group's `lr` (a number or a tensor, in place) and the rates that schedulers keep: `initial_lr`,
+    `max_lr` and `min_lr` in the groups, `base_lrs` and `max_lrs` in the scheduler and in those that it chains.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            with torch.no_grad():
+                group["lr"].mul_(factor)
+        else:
+            group["lr"] *= factor
+        for key in _GROUP_RATES:
+            if key in group:
+                group[key] = group[key] * factor
+    seen: set[int] = set()
+
+    def scale(one: Any) -> None:
+        if one is None or id(one) in seen:
+            return
+        seen.add(id(one))
+        for name in ("base_lrs", "max_lrs", "_last_lr"):
+            rates = getattr(one, name, None)
+            if isinstance(rates, list):
+                setattr(one, name, [rate * factor for rate in rates])
+        for inner in getattr(one, "_schedulers", ()):
+            scale(inner)
+
+    scale(scheduler)

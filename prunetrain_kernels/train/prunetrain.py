@@ -1,0 +1,288 @@
+"""PruneTrain as an object that any training loop can hold (paper Algorithm 1).
+
+    prunetrain = PruneTrain(model, optimizer, example_inputs=(x,), penalty_ratio=0.25, interval=5)
+    ...
+    loss = prunetrain.regularize(cross_entropy)   # adds lambda * R(W); sets lambda on the first call
+    ...
+    report = prunetrain.epoch_end()               # every `interval` epochs: reconfigures, returns what changed
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunetrain_kernels.cost import Flops, count_flops
+from prunetrain_kernels.errors import CheckpointError, InputError
+from prunetrain_kernels.graph import ChannelGraph, trace_channels
+from prunetrain_kernels.ops.group_lasso import slice_max_abs
+from prunetrain_kernels.prune.reconfigure import Reconfiguration, reconfigure
+from prunetrain_kernels.regularizer import GroupLasso, penalty_coefficient
+from prunetrain_kernels.train.mini_batch import MiniBatch
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What one reconfiguration changed.
+
+    Attributes:
+        epoch: epochs trained so far.
+        reconfiguration: layer by layer, with max|dy| and seconds.
+        flops: FLOPs per image, now.
+        training_ratio, inference_ratio: those FLOPs as a share of the dense network's.
+        batch_before, batch: images per step, if PruneTrain manages the batch, else None.
+    """
+
+    epoch: float
+    reconfiguration: Reconfiguration
+    flops: Flops
+    training_ratio: float
+    inference_ratio: float
+    batch_before: int | None
+    batch: int | None
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        done = self.reconfiguration
+        text = (
+            f"epoch {self.epoch:g}: training FLOPs {self.training_ratio:.1%} of dense, inference "
+            f"{self.inference_ratio:.1%}, parameters {done.parameters_before:,} -> {done.parameters_after:,}, "
+            f"max|dy| {done.max_abs_dy:.1e}, {done.seconds:.2f} s"
+        )
+        if done.removed:
+            text += f", removed {', '.join(done.removed)}"
+        return text + (f", batch {self.batch_before} -> {self.batch}" if self.batch != self.batch_before else "")
+
+
+class PruneTrain:
+    """Group lasso from the first step, periodic reconfiguration, mini-batch growth.
+
+    The model and the optimizer are changed in place; parameter objects stay the same. On a CPU the constructor switches
+    denormal numbers off (`torch.set_flush_denormal`): dying weights decay into them and slow a step down severalfold.
+
+    Args:
+        model: any CNN that `trace_channels` can follow, before its first training step.
+        optimizer: any torch.optim optimizer that holds the model's parameters.
+        example_inputs: the model's positional arguments, a few examples, on the model's device.
+        penalty_ratio: share of the lasso in the first total loss, which sets lambda (Eq. 3); 0 means no lasso.
+        interval: epochs between reconfigurations, whole or a fraction (paper: 10 for CIFAR, 5 for ImageNet).
+        threshold, relative, policy, round_to: as for `ChannelGraph.keep`.
+        batch: a `MiniBatch`, or a starting size that may grow into the freed memory; None leaves the batch alone.
+        scheduler: the learning-rate scheduler, whose base rates grow with the batch.
+
+    Raises:
+        TraceError: the model cannot be traced.
+        InputError: an argument out of range, or an optimizer that does not hold the model's parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        example_inputs: tuple[Tensor, ...],
+        penalty_ratio: float = 0.25,
+        interval: float = 10,
+        threshold: float = 1e-4,
+        relative: bool = False,
+        policy: str = "union",
+        round_to: int = 1,
+        batch: MiniBatch | int | None = None,
+        scheduler: Any = None,
+    ) -> None:
+        if not 0 <= penalty_ratio < 1:
+            raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
+        if not interval > 0:
+            raise InputError(f"interval must be a positive number of epochs, not {interval}.")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise InputError(
+                f"the optimizer does not hold the model's parameter '{missing[0]}' ({len(missing)} are missing); build "
+                "it from model.parameters() of this very model."
+            )
+        if not any(p.is_cuda for p in model.parameters()):
+            torch.set_flush_denormal(True)
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.penalty_ratio = penalty_ratio
+        self.interval = interval
+        self.threshold = threshold
+        self.relative = relative
+        self.policy = policy
+        self.round_to = round_to
+        self.coefficient: float | None = None
+        self.last_penalty: Tensor | None = None
+        self.regularizing = True
+        self.epochs = 0.0
+        self.history: list[dict[str, Any]] = []
+        self.removed: list[str] = []
+
+        self.graph: ChannelGraph = trace_channels(model, example_inputs)
+        self.graph.keep(model, threshold, relative, policy, round_to)  # refuses bad arguments before any training
+        self.lasso = GroupLasso(model, self.graph.example_inputs, graph=self.graph)
+        self.dense_flops = self.flops = count_flops(model, self.graph.example_inputs)
+        # The original numbers of each layer's present channels: for channels.csv and the sparsity map.
+        self.dense_layers = {
+            layer.name: (layer.kind, self.graph.spaces[layer.input].size, self.graph.spaces[layer.output].size)
+            for layer in self.graph.layers.values()
+        }
+        self.kept = {name: (torch.arange(ins), torch.arange(outs)) for name, (_, ins, outs) in self.dense_layers.items()}
+        self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
+        if self.batch is not None:
+            self.batch.start(model, self.graph.example_inputs, optimizer)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Images per step, to be asked for after every epoch; None if PruneTrain does not manage the batch."""
+        return None if self.batch is None else self.batch.size
+
+    # -- in every step --------------------------------------------------------------------------------------------
+
+    def regularize(self, loss: Tensor) -> Tensor:
+        """loss + lambda * R(W); sets lambda from this very loss on the first call (Eq. 3)."""
+        if not self.regularizing or self.penalty_ratio == 0:
+            return loss
+        penalty = self.lasso.penalty()
+        self.last_penalty = penalty.detach()
+        return loss + self.set_coefficient(loss, penalty) * penalty
+
+    def add_gradient_(self, loss: Tensor) -> None:
+        """Adds the gradient of lambda * R(W) into every `.grad`: what `regularize` does, but after backward and free of
+        a graph. With a gradient scaler call it after `scaler.unscale_(optimizer)`."""
+        if not self.regularizing or self.penalty_ratio == 0:
+            return
+        if self.coefficient is None:
+            self.set_coefficient(loss, self.lasso.penalty())
+        assert self.coefficient is not None
+        self.last_penalty = self.lasso.add_gradient_(self.coefficient)
+
+    def set_coefficient(self, loss: Tensor, penalty: Tensor) -> float:
+        """lambda, set once; waits for the device that once."""
+        if self.coefficient is None:
+            self.coefficient = penalty_coefficient(loss.detach(), penalty.detach(), self.penalty_ratio)
+        return self.coefficient
+
+    # -- in every epoch -------------------------------------------------------------------------------------------
+
+    def epoch_end(self) -> PruneReport | None:
+        """Counts an epoch; every `interval` epochs reconfigures and returns what changed, else None."""
+        return self.advance(1.0)
+
+    def advance(self, epochs: float) -> PruneReport | None:
+        """Counts a part of an epoch, for intervals shorter than one; reconfigures where a multiple is reached."""
+        # Rounding, so that ten steps of 0.1 reach an interval of 1.
+        before = math.floor(self.epochs / self.interval + 1e-6)
+        self.epochs += epochs
+        due = math.floor(self.epochs / self.interval + 1e-6) > before
+        return self.reconfigure() if due else None
+
+    def reconfigure(self) -> PruneReport:
+        """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it."""
+        keep = self.graph.keep(self.model, self.threshold, self.relative, self.policy, self.round_to)
+        done = reconfigure(self.model, self.optimizer, keep)
+        if done.changed:
+            for change in done.layers:
+                ins, outs = self.kept[change.name]
+                self.kept[change.name] = (ins[change.kept_in], outs[change.kept_out])
+            self.removed += done.removed
+            self._look_again()
+        batch_before = self.batch_size
+        if self.batch is not None and done.changed:
+            self.batch.adjust(self.model, self.graph.example_inputs, self.optimizer, self.scheduler)
+        self.history.append(
+            {
+                "epoch": self.epochs,
+                "seconds": done.seconds,
+                "max_abs_dy": done.max_abs_dy,
+                "max_abs_dy_zeroing": done.max_abs_dy_zeroing,
+                "scale": done.scale,
+                "train_flops": self.flops.training,
+                "inference_flops": self.flops.inference,
+                "parameters": done.parameters_after,
+                "batch": self.batch_size,
+            }
+        )
+        return PruneReport(
+            self.epochs,
+            done,
+            self.flops,
+            self.flops.training / max(self.dense_flops.training, 1),
+            self.flops.inference / max(self.dense_flops.inference, 1),
+            batch_before,
+            self.batch_size,
+        )
+
+    def _look_again(self) -> None:
+        """Traces and counts the model in its present shape."""
+        self.graph = trace_channels(self.model, self.graph.example_inputs)
+        self.lasso = GroupLasso(self.model, self.graph.example_inputs, graph=self.graph)
+        self.flops = count_flops(self.model, self.graph.example_inputs)
+
+    # -- what the logs show ---------------------------------------------------------------------------------------
+
+    def channel_table(self) -> list[dict[str, Any]]:
+        """Kept and original channels of every layer, removed ones included."""
+        return [
+            {
+                "layer": name,
+                "kind": kind,
+                "in_kept": len(self.kept[name][0]),
+                "in_total": ins,
+                "out_kept": len(self.kept[name][1]),
+                "out_total": outs,
+                "removed": int(name in self.removed),
+            }
+            for name, (kind, ins, outs) in self.dense_layers.items()
+        ]
+
+    def slice_sizes(self) -> dict[str, Tensor]:
+        """Largest absolute weight of each *original* output channel of each layer, fp32; NaN where pruned (Fig. 4)."""
+        result: dict[str, Tensor] = {}
+        for name, (_, _, outs) in self.dense_layers.items():
+            values = torch.full((outs,), torch.nan)
+            layer = self.graph.layers.get(name)
+            if layer is not None:
+                weight = self.model.get_submodule(name).weight
+                assert isinstance(weight, Tensor)
+                values[self.kept[name][1]] = slice_max_abs(weight, layer.block)[1].float().cpu()
+            result[name] = values
+        return result
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors; the model's own shape is in `save_pruned`'s file."""
+        return {
+            "coefficient": self.coefficient,
+            "regularizing": self.regularizing,
+            "epochs": self.epochs,
+            "history": self.history,
+            "removed": list(self.removed),
+            "kept": {name: list(sides) for name, sides in self.kept.items()},
+            "batch": None if self.batch is None else self.batch.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a saved state; the model must have the saved shape already (`load_pruned` sees to both).
+
+        Raises:
+            CheckpointError: the state is of another network, or of a run that managed its batch otherwise.
+        """
+        if set(state["kept"]) != set(self.dense_layers):
+            raise CheckpointError("the PruneTrain state is of another network: its layers are not this model's.")
+        if (state["batch"] is None) != (self.batch is None):
+            raise CheckpointError("the PruneTrain state was saved with mini-batch growth on and is loaded with it off, "
+                                  "or the other way round; pass the same `batch`.")  # fmt: skip
+        self.coefficient = state["coefficient"]
+        self.regularizing = state["regularizing"]
+        self.epochs = state["epochs"]
+        self.history = list(state["history"])
+        self.removed = list(state["removed"])
+        self.kept = {name: (sides[0], sides[1]) for name, sides in state["kept"].items()}
+        if self.batch is not None:
+            self.batch.load_state_dict(state["batch"])
+        self._look_again()

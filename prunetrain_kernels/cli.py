@@ -20,16 +20,29 @@ DATA_HELP = (
     "of Parquet files in the Hugging Face layout; a folder of train/CLASS/IMAGE files; or synthetic:NxHxW"
 )
 
+BROKEN_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE stopped
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing else super()._get_help_string(action)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for input that cannot be used, 130 for an interrupt."""
+    """Runs one command; returns the exit code: 0, 2 for input that cannot be used, 130 for an interrupt.
+
+    Options that argparse refuses raise its SystemExit, with the same code 2.
+    """
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
         sys.stdout.flush()
         return code
     except PruneTrainError as error:
-        print(f"prunetrain: error: {error}", file=sys.stderr)
+        print(f"prunetrain: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prunetrain: interrupted; the last checkpoint is kept, go on with --resume", file=sys.stderr)
@@ -37,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read the output has gone (`| head`); nothing more can be said to them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return BROKEN_PIPE if options.run is _train else 0  # a training that stopped there has not succeeded
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +74,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "run folder: config.json, log.csv, channels.csv, slices.npz, summary.json, checkpoint.pt.",
         epilog="example: prunetrain train --model resnet20 --data digits --epochs 60 --batch 32 --penalty-ratio 0.5 "
         "--interval 2 --out runs/digits",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.set_defaults(run=_train)
     add = parser.add_argument_group("what to train").add_argument
@@ -80,32 +93,76 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--lr", type=float, default=defaults["lr"], help="learning rate of SGD")
     add("--momentum", type=float, default=defaults["momentum"], help="momentum of SGD")
     add("--weight-decay", type=float, default=defaults["weight_decay"], help="weight decay (paper: 1e-4 for ImageNet)")
-    add("--decay-at", type=_shares, default=defaults["decay_at"], metavar="A,B", help="when, as shares of --epochs, the learning rate decays")  # fmt: skip
+    add(
+        "--decay-at",
+        type=_shares,
+        default="0.5,0.75",
+        metavar="A,B",
+        help="when, as shares of --epochs, the learning rate decays",
+    )
     add("--decay", type=float, default=defaults["decay"], help="factor of each decay")
     add("--seed", type=int, default=0, help="of weights, order and augmentation; the same seed gives the same run")
     add = parser.add_argument_group("pruning").add_argument
     add("--dense", action="store_true", help="plain training, for comparison: no lasso, no pruning")
-    add("--penalty-ratio", type=float, default=defaults["penalty_ratio"], help="share of the lasso in the first loss, which sets lambda (paper: 0.1 to 0.25)")  # fmt: skip
-    add("--interval", type=float, default=defaults["interval"], help="epochs, or a fraction of one, between reconfigurations (paper: 10, 5 for ImageNet)")  # fmt: skip
-    add("--reconfigure-once", type=int, metavar="EPOCH", help="reconfigure at the end of this epoch only (the prior work of the paper's section 3)")  # fmt: skip
-    add("--threshold", type=float, default=defaults["threshold"], help="a channel slice whose largest weight is below this is sparse")  # fmt: skip
+    add(
+        "--penalty-ratio",
+        type=float,
+        default=defaults["penalty_ratio"],
+        help="share of the lasso in the first loss, which sets lambda (paper: 0.1 to 0.25)",
+    )
+    add(
+        "--interval",
+        type=float,
+        default=defaults["interval"],
+        help="epochs, or a fraction of one, between reconfigurations (paper: 10, 5 for ImageNet)",
+    )
+    add(
+        "--reconfigure-once",
+        type=int,
+        metavar="EPOCH",
+        help="reconfigure at the end of this epoch only (the prior work of the paper's section 3)",
+    )
+    add(
+        "--threshold",
+        type=float,
+        default=defaults["threshold"],
+        help="a channel slice whose largest weight is below this is sparse",
+    )
     add("--relative", action="store_true", help="the threshold is a share of the layer's largest slice")
     add("--policy", default="union", help="how layers that share channels agree on them")
-    add("--round-to", type=int, default=1, metavar="N", help="keep a few sparse channels so that counts are multiples of N (8 suits CPUs and tensor cores)")  # fmt: skip
+    add(
+        "--round-to",
+        type=int,
+        default=1,
+        metavar="N",
+        help="keep a few sparse channels so that counts are multiples of N (8 suits CPUs and tensor cores)",
+    )
     add = parser.add_argument_group("mini-batch growth (paper section 4.3)").add_argument
     add("--grow-batch", action="store_true", help="grow the batch, and the learning rate, into the freed memory")
     add("--batch-granularity", type=int, default=32, metavar="N", help="grow in multiples of N images")
-    add("--memory-budget", type=_bytes, metavar="BYTES", help="memory of one step, such as 11G (default: what the dense network needs)")  # fmt: skip
+    add(
+        "--memory-budget",
+        type=_bytes,
+        metavar="BYTES",
+        help="memory of one step, such as 11G (default: what the dense network needs)",
+    )
     add("--batch-limit", type=int, metavar="N", help="never more than N images per step")
-    add("--lr-rule", choices=("linear", "sqrt", "none"), default="linear", help="how the learning rate follows the batch")
-    add = parser.add_argument_group("running").add_argument
+    add(
+        "--lr-rule",
+        choices=("linear", "sqrt", "none"),
+        default="linear",
+        help="how the learning rate follows the batch",
+    )
+    running = parser.add_argument_group("running")
+    add = running.add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     add("--amp", choices=("off", "fp16", "bf16"), default="off", help="automatic mixed precision")
     add("--channels-last", action="store_true", help="NHWC memory layout")
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's own choice)")
+    add = running.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on from the folder's checkpoint; start if there is none")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    add("--quiet", action="store_true", help="no progress bar and no lines per epoch")
+    running.add_argument("--quiet", action="store_true", help="no progress bar and no lines per epoch")
 
 
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -125,7 +182,7 @@ def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "info",
         help="show a network's channel spaces and costs",
         description="Shows which layers share which channels, what stays as it is and why, and what the network costs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--model", default="resnet20", help=f"{', '.join(MODELS)}, or package.module:function")
     parser.add_argument("--input", type=_shape, default="3x32x32", metavar="CxHxW", help="shape of one image")

@@ -119,7 +119,7 @@ def _opened(item: Encoded) -> Iterator[Any]:
     except pillow.UnidentifiedImageError as error:
         raise InputError(f"{item.name} is not an image that can be read; replace or remove it") from error
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and more
-        raise InputError(f"{item.name} is a damaged image ({error}); replace or remove it") from error
+        raise InputError(f"{item.name} is a damaged image ({first_line(error)}); replace or remove it") from error
 
 
 def _pixels(item: Encoded, image_size: int | None, height: int, width: int) -> np.ndarray:
@@ -233,6 +233,11 @@ def _write(path: Path, shape: tuple[int, ...], slabs: Iterator[np.ndarray]) -> N
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def first_line(error: Exception) -> str:
+    """An exception's own words, short enough to stand inside a sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(" .:")
 
 
 def in_groups(items: Iterable[Encoded], size: int = 256) -> Iterator[list[Encoded]]:

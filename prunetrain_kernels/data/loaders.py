@@ -31,7 +31,7 @@ from prunetrain_kernels.data.dataset import (
     seeded_generator,
     stratified_split,
 )
-from prunetrain_kernels.data.decode import Encoded, decode_cached, default_cache, in_groups, need
+from prunetrain_kernels.data.decode import Encoded, decode_cached, default_cache, first_line, in_groups, need
 from prunetrain_kernels.errors import InputError
 
 _FORMS = (
@@ -156,12 +156,12 @@ def load(
 
 def _read(spec: str, image_size: int | None, cache: Path, seed: int, classes: int | None) -> _Source:
     """Chooses the reader."""
-    kind, _, rest = spec.partition(":")
+    kind, colon, rest = spec.partition(":")
     if spec == "digits":
         return _with_fixed_size(_digits(), image_size)
     if kind == "synthetic":
         return _with_fixed_size(_synthetic(rest, seed, 10 if classes is None else classes), image_size)
-    if kind in ("cifar10", "cifar100", "parquet", "imagefolder"):
+    if colon and kind in ("cifar10", "cifar100", "parquet", "imagefolder"):
         path = _home(rest)
     else:
         kind, rest, path = "", spec, _home(spec)
@@ -294,7 +294,7 @@ def _cifar_files(path: Path) -> dict[str, bytes]:
             while archive.fileobj is not None and archive.fileobj.read(2**20):
                 pass  # on to the end of the file, where gzip keeps its checksum: nothing compares it before
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is damaged or cut short ({error}); download it again") from error
+        raise InputError(f"{path} is damaged or cut short ({first_line(error)}); download it again") from error
     return files
 
 
@@ -334,7 +334,8 @@ def _empty_array(*_: object) -> np.ndarray:
 
 
 def _numeric_dtype(code: object, *_: object) -> np.dtype:
-    dtype = np.dtype(str(code), copy=True)  # type: ignore[call-overload]  # a copy: the next step changes it in place
+    # a copy: the next step sets its byte order, which numpy ignores on a built-in type
+    dtype = np.dtype(str(code), copy=True)  # type: ignore[call-overload]
     if dtype.kind not in "biuf":
         raise pickle.UnpicklingError(f"it holds an array of {dtype}, which no CIFAR file needs")
     return dtype
@@ -362,7 +363,7 @@ def _unpickle(content: bytes, where: str) -> dict[Any, Any]:
         # latin1: the official files were written by Python 2, whose strings are bytes
         record = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise InputError(f"{where} cannot be read ({error}); download the archive again") from error
+        raise InputError(f"{where} cannot be read ({first_line(error)}); download the archive again") from error
     if not isinstance(record, dict):
         raise InputError(f"{where} is not a CIFAR file; download the archive again")
     return record
@@ -474,7 +475,7 @@ def _open_parquet(file: Path) -> Any:
 
 
 def _damaged(file: Path, error: Exception) -> InputError:
-    return InputError(f"{file} is damaged or cut short ({_first_line(error)}); download it again")
+    return InputError(f"{file} is damaged or cut short ({first_line(error)}); download it again")
 
 
 def _columns(table: Any, file: Path) -> tuple[str, str]:
@@ -659,7 +660,3 @@ def _home(path: str) -> Path:
 
 def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

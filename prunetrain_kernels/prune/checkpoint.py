@@ -4,7 +4,6 @@ The file holds plain values and tensors only, so `torch.load(weights_only=True)`
 renamed: a full disk or a killed process leaves the previous checkpoint as it was.
 """
 
-import io
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,9 +53,7 @@ def save_pruned(
         "prunetrain": None if prunetrain is None else prunetrain.state_dict(),
         "extra": extra,
     }
-    buffer = io.BytesIO()
-    torch.save(payload, buffer)
-    write_atomically(Path(path), buffer.getvalue(), CheckpointError)
+    write_atomically(Path(path), lambda file: torch.save(payload, file), CheckpointError)
 
 
 def load_pruned(

@@ -24,15 +24,18 @@ from tqdm import tqdm
 from prunetrain_kernels.cost import batch_norm_bytes, gradient_bytes, step_memory
 from prunetrain_kernels.data import ImageData, batch, epoch_order, load
 from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError
+from prunetrain_kernels.graph.keep import POLICIES
 from prunetrain_kernels.models import build
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint, save_pruned
-from prunetrain_kernels.train.mini_batch import MiniBatch
+from prunetrain_kernels.train.mini_batch import LEARNING_RATE_RULES, MiniBatch
 from prunetrain_kernels.train.prunetrain import PruneReport, PruneTrain
 from prunetrain_kernels.train.run_log import RunLog
 
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
 VALIDATION_BATCH = 500
+SMALLEST_BATCH = 2  # batch norm refuses one image
+RUN_FILES = ("config.json", "log.csv", "channels.csv", "slices.npz", "summary.json", "checkpoint.pt")
 FIT_ON_DEVICE = 4 << 30  # bytes of images that are worth keeping on a GPU whole
 
 
@@ -81,13 +84,24 @@ class TrainConfig:
             ("epochs", self.epochs >= 1, "be at least 1"),
             ("fine-tune-epochs", self.fine_tune_epochs >= 0, "be 0 or more"),
             ("batch", self.batch >= 2, "be at least 2 (batch norm needs more than one image)"),
-            ("lr", math.isfinite(self.lr) and self.lr > 0, "be a positive number"),
+            ("lr", 0 < self.lr < math.inf, "be a positive number"),
             ("momentum", 0 <= self.momentum < 1, "be from 0 up to, but not including, 1"),
-            ("weight-decay", self.weight_decay >= 0, "be 0 or more"),
-            ("decay", self.decay > 0, "be a positive number"),
+            ("weight-decay", 0 <= self.weight_decay < math.inf, "be 0 or more"),
+            ("decay", 0 < self.decay < math.inf, "be a positive number"),
             ("decay-at", all(0 < d <= 1 for d in self.decay_at), "be shares of the epochs, between 0 and 1"),
             ("penalty-ratio", 0 <= self.penalty_ratio < 1, "be from 0 up to, but not including, 1"),
-            ("interval", self.interval > 0, "be a positive number of epochs"),
+            ("interval", 0 < self.interval < math.inf, "be a positive number of epochs"),
+            ("threshold", 0 <= self.threshold < math.inf, "be 0 or more (paper: 1e-4)"),
+            ("policy", self.policy in POLICIES, f"be one of {', '.join(POLICIES)}"),
+            ("round-to", self.round_to >= 1, "be at least 1"),
+            ("batch-granularity", self.batch_granularity >= 1, "be at least 1"),
+            ("memory-budget", self.memory_budget is None or self.memory_budget >= 1, "be a positive number of bytes"),
+            (
+                "batch-limit",
+                self.batch_limit is None or self.batch_limit >= self.batch,
+                f"be at least the --batch to start with, {self.batch}",
+            ),
+            ("lr-rule", self.lr_rule in LEARNING_RATE_RULES, f"be one of {', '.join(LEARNING_RATE_RULES)}"),
             ("amp", self.amp in AMP_DTYPES, f"be one of {', '.join(AMP_DTYPES)}"),
             (
                 "reconfigure-once",
@@ -95,11 +109,15 @@ class TrainConfig:
                 f"be an epoch of the run, 1 to {self.epochs}",
             ),
             ("threads", self.threads is None or self.threads >= 1, "be at least 1"),
+            ("seed", -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits"),
         ):
             if not ok:
                 raise InputError(f"--{name} must {must}, not {getattr(self, name.replace('-', '_'))}.")
         if self.dense and self.reconfigure_once is not None:
             raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
+        for name, value in (("memory-budget", self.memory_budget), ("batch-limit", self.batch_limit)):
+            if value is not None and not self.grow_batch:
+                raise InputError(f"--{name} limits the growth of the batch; add --grow-batch.")
 
 
 @dataclass
@@ -120,9 +138,9 @@ class _Totals:
     """Sums over the whole run, in every checkpoint."""
 
     images: int = 0
-    flops: float = 0.0
-    batch_norm: float = 0.0
-    communication: float = 0.0
+    flops: int = 0
+    batch_norm: int = 0
+    communication: int = 0
     wall: float = 0.0
     lasso: float = 0.0
     reconfigure: float = 0.0
@@ -177,7 +195,14 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         DivergedError: the loss is not a number.
     """
     config.check()
-    run = _Run(config, resume, overwrite, progress)
+    if resume and overwrite:
+        raise InputError("--resume goes on with a run and --overwrite replaces it; choose one.")
+    try:
+        run = _Run(config, resume, overwrite, progress)
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"a step of {config.batch} images does not fit the device's memory; use a smaller --batch."
+        ) from None
     total = config.epochs + config.fine_tune_epochs
     try:
         for epoch in range(run.epoch, total):
@@ -220,7 +245,7 @@ class _Run:
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, config.decay)
         self.amp = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
-        self.example = (self._batch(torch.arange(min(8, len(self.data.train_labels))), 0, 0, train=False)[0],)
+        self.example = (self._batch(torch.arange(min(8, len(self.data.val_labels))), 0, 0, train=False)[0],)
         self.prunetrain = PruneTrain(
             self.model,
             self.optimizer,
@@ -234,12 +259,14 @@ class _Run:
             batch=_mini_batch(config, len(self.data.train_labels)),
             scheduler=self.scheduler,
         )
+        _check_logits(config, self.model, self.example, self.data.classes)
         self.epoch = 0
         self.totals = _Totals()
         self.lasso_watch = _Stopwatch(self.device)
         if saved is None:
             self.costs = self._measure()
             self.totals.dense = asdict(self.costs)
+            self.checkpoint.unlink(missing_ok=True)  # only now, when nothing in the options can fail any more
             self.log.write_config({**asdict(config), **_environment(self.device)})
             self._log_channels()
             self.log.add_slices(0, self.prunetrain.slice_sizes())
@@ -256,28 +283,35 @@ class _Run:
         )
         if saved is not None:
             self.say(f"resuming after epoch {self.epoch} of {total}")
+        self.mark = time.perf_counter()
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
     def _saved_state(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """The checkpoint to go on from, if any; refuses to write over a run that nobody said to replace."""
-        if not self.checkpoint.exists():
-            if not (resume or overwrite) and (self.folder / "config.json").exists():
-                raise InputError(f"'{self.folder}' holds a run already; add --resume to go on, --overwrite to replace it.")
+        try:
+            has_checkpoint = self.checkpoint.exists()
+            if not (resume or overwrite) and (has_checkpoint or (self.folder / "config.json").exists()):
+                raise InputError(
+                    f"'{self.folder}' holds a run already; add --resume to go on, --overwrite to replace it."
+                )
+            # A process killed while it wrote a file left the unfinished one aside.
+            for name in RUN_FILES:
+                for unfinished in self.folder.glob(f".{name}.*-*.tmp"):
+                    unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"the run folder '{self.folder}' cannot be used: {error.strerror or error}.") from error
+        if overwrite or not has_checkpoint:
             return None
-        if overwrite:
-            self.checkpoint.unlink()
-            return None
-        if not resume:
-            raise InputError(f"'{self.folder}' holds a run already; add --resume to go on, --overwrite to replace it.")
         saved = read_checkpoint(self.checkpoint)
+        if "config" not in saved["extra"]:
+            raise CheckpointError(f"'{self.checkpoint}' was not written by `prunetrain train`; choose another --out.")
         before = json.loads(saved["extra"]["config"])
-        for option, value in asdict(self.config).items():
-            old = before.get(option)
-            if option not in ("out", "cache", "threads") and json.loads(json.dumps(value)) != old:
+        for option, value in json.loads(json.dumps(asdict(self.config))).items():
+            if option not in ("out", "cache", "threads") and value != before.get(option):
                 raise CheckpointError(
-                    f"'{self.folder}' was trained with --{option.replace('_', '-')} {old}, not {value}; resume with the "
-                    "same options, or choose another --out."
+                    f"'{self.folder}' was trained with --{option.replace('_', '-')} {before.get(option)}, not {value}; "
+                    "resume with the same options, or choose another --out."
                 )
         return saved
 
@@ -288,13 +322,16 @@ class _Run:
         self.log.load_state_dict(extra["log"])
         self.totals = _Totals(**extra["totals"])
         self.epoch = extra["epoch"]
+        self.costs = self._measure()
+        # last: nothing may draw between here and the next step
         torch.set_rng_state(extra["rng"])
         if self.device.type == "cuda" and extra["cuda_rng"] is not None:
             torch.cuda.set_rng_state(extra["cuda_rng"], self.device)
-        self.costs = self._measure()
 
     def _measure(self) -> _Costs:
-        memory = step_memory(self.model, self.example, self.optimizer)
+        # On CUDA a small batch peaks in another place than a large one, so it is measured near the one in use.
+        batches = max(2, self.batch_size // 2), max(3, self.batch_size)
+        memory = step_memory(self.model, self.example, self.optimizer, batches)
         return _Costs(
             training_flops=self.prunetrain.flops.training,
             inference_flops=self.prunetrain.flops.inference,
@@ -306,7 +343,7 @@ class _Run:
         )
 
     def _log_channels(self) -> None:
-        number, epoch = len(self.prunetrain.history), self.prunetrain.epochs
+        number, epoch = len(self.prunetrain.history), round(self.prunetrain.epochs, 9)
         rows = self.prunetrain.channel_table()
         self.log.add_channels([{"reconfiguration": number, "epoch": epoch, **row} for row in rows])
 
@@ -333,7 +370,8 @@ class _Run:
         order = epoch_order(images_in_epoch, self.config.seed, epoch)
         self.loss_sum = torch.zeros((), device=self.device)
         self.correct = torch.zeros((), device=self.device)
-        self.sums = {"flops": 0.0, "batch_norm": 0.0, "gradient": 0.0, "memory": 0.0, "reconfigure": 0.0}
+        self.flops = self.batch_norm = self.gradient = 0  # whole numbers: a dense run's ratios are exactly 1
+        self.memory = self.reconfigure_seconds = 0.0
         self.steps, self.seen = 0, 0
         self.first_batch = self.batch_size
         self.step_times: list[float] = []
@@ -341,15 +379,17 @@ class _Run:
         self.epoch_start = time.perf_counter()
         self.model.train()
         self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs + self.config.fine_tune_epochs}")
-        position, attempts = 0, 0
-        while images_in_epoch - position >= 2:  # batch norm refuses a last batch of one image
+        position = 0
+        while images_in_epoch - position >= SMALLEST_BATCH:
             size = min(self.batch_size, images_in_epoch - position)
             start = time.perf_counter()
+            fits = True
             try:
                 self._step(order[position : position + size], epoch, self.steps)
             except torch.OutOfMemoryError:
+                fits = False  # dealt with below, where the exception no longer holds the step's tensors
+            if not fits:
                 self._fall_back()
-                attempts += 1
                 continue
             if size == self.batch_size:
                 self.step_times.append(time.perf_counter() - start)
@@ -358,12 +398,12 @@ class _Run:
             if self.steps % CHECK_EVERY == 0:
                 self._look(epoch)
             if self.config.interval % 1 and self._reconfigures(epoch):
-                self._advance(size / images_in_epoch)
-        rest = (images_in_epoch - position) / images_in_epoch
+                self._advance(epoch, epoch + position / images_in_epoch)
         self._look(epoch)
-        self.epoch_seconds = time.perf_counter() - self.epoch_start - self.sums["reconfigure"]
+        self.epoch_seconds = time.perf_counter() - self.epoch_start - self.reconfigure_seconds
+        self._check_weights(epoch)
         if self._reconfigures(epoch):
-            self._advance(rest if self.config.interval % 1 else 1.0)
+            self._advance(epoch, epoch + 1)
         self.bar.update((epoch + 1) * images_in_epoch - self.bar.n if not self.bar.disable else 0)
 
     def _reconfigures(self, epoch: int) -> bool:
@@ -389,51 +429,70 @@ class _Run:
         """After running out of memory: one granule fewer images, if PruneTrain manages the batch."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        if self.prunetrain.batch is None:
+        if self.prunetrain.batch is None or self.batch_size <= SMALLEST_BATCH:
             raise InputError(
                 f"a step of {self.batch_size} images does not fit the device's memory; use a smaller --batch."
-            ) from None
+            )
         size = self.prunetrain.batch.fall_back(self.optimizer, self.scheduler)
         self.say(f"out of memory: going on with {size} images per step")
 
     def _count(self, size: int) -> None:
         self.steps += 1
         self.seen += size
-        self.sums["flops"] += self.costs.training_flops * size
-        self.sums["batch_norm"] += self.costs.batch_norm * size
-        self.sums["gradient"] += self.costs.gradient
-        memory = self.costs.memory_fixed + self.costs.memory_per_image * size
-        self.sums["memory"] = max(self.sums["memory"], memory)
+        self.flops += self.costs.training_flops * size
+        self.batch_norm += self.costs.batch_norm * size
+        self.gradient += self.costs.gradient
+        self.memory = max(self.memory, self.costs.memory_fixed + self.costs.memory_per_image * size)
+        sizes = self.totals.batch_sizes
+        if not sizes or sizes[-1] != self.batch_size:
+            sizes.append(self.batch_size)
         self.bar.update(size)
 
     def _look(self, epoch: int) -> None:
         """Waits for the device, shows how it goes, and stops if the loss is not a number."""
         loss = float(self.loss_sum) / max(self.seen, 1)
         if not math.isfinite(loss):
-            kept = f"epoch {self.epoch} is kept in '{self.checkpoint}'" if self.epoch else "there is no checkpoint yet"
-            raise DivergedError(
-                f"the loss became {loss} in epoch {epoch + 1} (within step {self.steps}); {kept}. "
-                "Lower --lr, or --penalty-ratio."
-            )
+            raise self._diverged(epoch, f"the loss became {loss}")
         left = self.prunetrain.flops.training / max(self.prunetrain.dense_flops.training, 1)
         self.bar.set_postfix_str(
             f"loss {loss:.3f}, accuracy {float(self.correct) / max(self.seen, 1):.1%}, FLOPs {left:.0%}, "
             f"batch {self.batch_size}"
         )
 
-    def _advance(self, epochs: float) -> None:
-        self._reconfigured(lambda: self.prunetrain.advance(epochs))
+    def _check_weights(self, epoch: int) -> None:
+        """Stops before weights that are no numbers reach a checkpoint: the last step's loss does not show them."""
+        state: list[Tensor] = list(self.model.parameters())
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                state += [t for t in (module.running_mean, module.running_var) if t is not None]
+        if not bool(torch.stack([t.detach().isfinite().all() for t in state]).all()):
+            raise self._diverged(epoch, "a weight became nan or infinite")
 
-    def _reconfigured(self, act: Callable[[], PruneReport | None]) -> None:
-        """Runs something that may reconfigure, with its time, log rows and new costs."""
+    def _diverged(self, epoch: int, what: str) -> DivergedError:
+        kept = f"epoch {self.epoch} is kept in '{self.checkpoint}'" if self.epoch else "there is no checkpoint yet"
+        return DivergedError(
+            f"{what} in epoch {epoch + 1} (by step {self.steps}); {kept}. "
+            "Start anew with a lower --lr or --penalty-ratio."
+        )
+
+    def _advance(self, epoch: int, reached: float) -> None:
+        """Counts up to `reached` epochs; reconfigures if that is due."""
+        step = max(0.0, reached - self.prunetrain.epochs)
+        if self.prunetrain.is_due(step):
+            self._reconfigured(epoch, lambda: self.prunetrain.advance(step))
+        else:
+            self.prunetrain.advance(step)
+
+    def _reconfigured(self, epoch: int, act: Callable[[], PruneReport | None]) -> None:
+        """Runs a reconfiguration, with its time, log rows and new costs."""
+        self._look(epoch)  # waits for the steps, whose time is none of the reconfiguration's
         start = time.perf_counter()
         report = act()
-        if report is None:
-            return
+        assert report is not None
         if report.reconfiguration.changed:
             self.costs = self._measure()
         self._log_channels()
-        self.sums["reconfigure"] += time.perf_counter() - start
+        self.reconfigure_seconds += time.perf_counter() - start
         if report.reconfiguration.changed:
             self.say(str(report))
 
@@ -444,38 +503,39 @@ class _Run:
         config, finished = self.config, epoch + 1
         if finished == config.reconfigure_once:
             self.prunetrain.epochs = finished
-            self._reconfigured(self.prunetrain.reconfigure)
+            self._reconfigured(epoch, self.prunetrain.reconfigure)
         elif finished == config.epochs and self._reconfigures(epoch):
             done = self.prunetrain.history
             if not done or done[-1]["epoch"] < self.prunetrain.epochs - 1e-6:
-                self._reconfigured(self.prunetrain.reconfigure)  # what the last epochs made sparse
+                self._reconfigured(epoch, self.prunetrain.reconfigure)  # what the last epochs made sparse
         accuracy = self.validate()
         lasso = self.lasso_watch.take()
         self.scheduler.step()
         self.epoch = finished
         self._add_totals(lasso)
-        penalty = self.prunetrain.last_penalty
+        with torch.no_grad():
+            penalty = float(self.prunetrain.lasso.penalty()) if self.prunetrain.penalty_ratio else None
         self.log.add_epoch(
             {
                 "epoch": finished,
                 "phase": "fine-tune" if finished > config.epochs else "train",
                 "loss": float(self.loss_sum) / max(self.seen, 1),
-                "penalty": None if penalty is None else float(penalty),
+                "penalty": penalty,
                 "train_accuracy": float(self.correct) / max(self.seen, 1),
                 "val_accuracy": accuracy,
-                "train_flops": self.sums["flops"] / self.steps,
-                "train_flops_per_image": self.sums["flops"] / self.seen,
+                "train_flops": self.flops / self.steps,
+                "train_flops_per_image": self.flops / self.seen,
                 "inference_flops": self.costs.inference_flops,
                 "params": self.costs.parameters,
-                "bn_bytes": self.sums["batch_norm"] / self.steps,
-                "memory_bytes": self.sums["memory"],
-                "gradient_bytes": self.sums["gradient"] / self.steps,
+                "bn_bytes": self.batch_norm / self.steps,
+                "memory_bytes": self.memory,
+                "gradient_bytes": self.gradient / self.steps,
                 "steps": self.steps,
                 "batch": self.first_batch,
                 "lr": self.lr,
                 "train_seconds": self.epoch_seconds - lasso,
                 "lasso_seconds": lasso,
-                "reconfigure_seconds": self.sums["reconfigure"],
+                "reconfigure_seconds": self.reconfigure_seconds,
                 "wall_seconds": self.totals.wall,
             }
         )
@@ -504,14 +564,14 @@ class _Run:
     def _add_totals(self, lasso: float) -> None:
         totals = self.totals
         totals.images += self.seen
-        totals.flops += self.sums["flops"]
-        totals.batch_norm += self.sums["batch_norm"]
-        totals.communication += self.sums["gradient"]
+        totals.flops += self.flops
+        totals.batch_norm += self.batch_norm
+        totals.communication += self.gradient
         totals.lasso += lasso
-        totals.reconfigure += self.sums["reconfigure"]
-        totals.wall += time.perf_counter() - self.epoch_start
-        if not totals.batch_sizes or totals.batch_sizes[-1] != self.first_batch:
-            totals.batch_sizes.append(self.first_batch)
+        totals.reconfigure += self.reconfigure_seconds
+        now = time.perf_counter()
+        totals.wall += now - self.mark
+        self.mark = now
         measured = statistics.median(self.step_times) if self.step_times and self.device.type == "cpu" else None
         totals.step_seconds.append(measured if measured is not None else self.epoch_seconds / self.steps)
 
@@ -534,18 +594,18 @@ class _Run:
     def finish(self) -> None:
         """Writes summary.json, which marks the run as finished."""
         totals, dense, last = self.totals, self.totals.dense, self.costs
-        images = max(totals.images, 1)
-        dense_steps = images / self.config.batch
+        full, rest = divmod(len(self.data.train_labels), self.config.batch)
+        dense_steps = self.epoch * (full + (rest >= SMALLEST_BATCH))
         state = self.log.state_dict()
         self.log.write_summary(
             {
                 "val_accuracy": state["epochs"][-1]["val_accuracy"],
                 "best_val_accuracy": max(row["val_accuracy"] for row in state["epochs"]),
-                "train_flops_ratio": totals.flops / (dense["training_flops"] * images),
-                "inference_flops_ratio": last.inference_flops / dense["inference_flops"],
-                "params_ratio": last.parameters / dense["parameters"],
-                "bn_bytes_ratio": totals.batch_norm / max(dense["batch_norm"] * images, 1),
-                "comm_bytes_ratio": totals.communication / (dense["gradient"] * dense_steps),
+                "train_flops_ratio": _ratio(totals.flops, dense["training_flops"] * totals.images),
+                "inference_flops_ratio": _ratio(last.inference_flops, dense["inference_flops"]),
+                "params_ratio": _ratio(last.parameters, dense["parameters"]),
+                "bn_bytes_ratio": _ratio(totals.batch_norm, dense["batch_norm"] * totals.images),
+                "comm_bytes_ratio": _ratio(totals.communication, dense["gradient"] * dense_steps),
                 "wall_seconds": totals.wall,
                 "lasso_seconds": totals.lasso,
                 "reconfigure_seconds": totals.reconfigure,
@@ -562,6 +622,11 @@ class _Run:
                 **_environment(self.device),
             }
         )
+
+
+def _ratio(part: float, whole: float) -> float:
+    """part / whole; 1 where there is nothing of either (a network without batch norm)."""
+    return part / whole if whole else 1.0
 
 
 def _device(name: str) -> torch.device:
@@ -612,6 +677,19 @@ def _build_model(config: TrainConfig, data: ImageData) -> nn.Module:
             f"{height} x {width}; choose another --model, or --image-size."
         )
     return model
+
+
+def _check_logits(config: TrainConfig, model: nn.Module, example: tuple[Tensor, ...], classes: int) -> None:
+    model.eval()
+    with torch.no_grad():
+        logits = model(*example)
+    model.train()
+    if not isinstance(logits, Tensor) or logits.shape != (len(example[0]), classes):
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(
+            f"{config.model} must return one logit for each of the data's {classes} classes, shape "
+            f"({len(example[0])}, {classes}) for {len(example[0])} images, but returned {got}."
+        )
 
 
 def _mini_batch(config: TrainConfig, images: int) -> MiniBatch | None:

@@ -17,8 +17,10 @@ from prunetrain_kernels.errors import InputError
 
 LEARNING_RATE_RULES = ("linear", "sqrt", "none")
 
-# Entries of an optimizer's groups that some schedulers take their rates from.
-_GROUP_RATES = ("initial_lr", "max_lr", "min_lr")
+# Where schedulers keep rates: in the optimizer's groups, as lists with one entry per group, and as one number.
+_GROUP_RATES = ("initial_lr", "max_lr", "min_lr", "swa_lr")
+_RATE_LISTS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
+_RATES = ("eta_min", "default_min_lr")
 
 
 class MiniBatch:
@@ -63,9 +65,18 @@ class MiniBatch:
 
     def start(self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None) -> None:
         """Measures the dense network; sets the budget to its need unless one was given."""
-        self.memory = step_memory(model, example_inputs, optimizer)
+        self.memory = self.measure(model, example_inputs, optimizer)
         if self.budget_bytes is None:
             self.budget_bytes = math.ceil(self.memory.bytes(self.size))
+
+    def measure(
+        self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None
+    ) -> MemoryModel:
+        """Bytes of one iteration of the network as it is now, fitted close to the present batch; kept in `memory`."""
+        # near the present size, because on CUDA a small batch peaks in another place than a large one
+        batches = max(2, self.size // 2), max(3, self.size)
+        self.memory = step_memory(model, example_inputs, optimizer, batches)
+        return self.memory
 
     def adjust(
         self,
@@ -75,10 +86,10 @@ class MiniBatch:
         scheduler: Any = None,
     ) -> int:
         """Measures the network as it is now and grows the batch, and the learning rate with it; returns the size."""
-        self.memory = step_memory(model, example_inputs, optimizer)
         if self.budget_bytes is None:
             raise InputError("MiniBatch has no budget yet; call start(model, example_inputs) before adjust(...).")
-        fits = int((self.budget_bytes - self.memory.fixed) // max(self.memory.per_image, 1e-9))
+        memory = self.measure(model, example_inputs, optimizer)
+        fits = int((self.budget_bytes - memory.fixed) // max(memory.per_image, 1e-9))
         if self.maximum is not None:
             fits = min(fits, self.maximum)
         target = fits // self.granularity * self.granularity
@@ -87,7 +98,9 @@ class MiniBatch:
         return self.size
 
     def fall_back(self, optimizer: Optimizer | None = None, scheduler: Any = None) -> int:
-        """After a step that ran out of memory: one granule less, and never this much again; returns the size.
+        """After a step that ran out of memory: one granule less; returns the size.
+
+        The budget falls to what that takes, so the batch grows again only when the network has shrunk further.
 
         Raises:
             InputError: the batch cannot shrink any further.
@@ -95,7 +108,10 @@ class MiniBatch:
         target = (self.size - 1) // self.granularity * self.granularity or self.size // 2
         if target < 1:
             raise InputError("one image already does not fit the device's memory; use a smaller network or image.")
-        self.maximum = target
+        if self.memory is not None and self.budget_bytes is not None:
+            self.budget_bytes = min(self.budget_bytes, self.memory.bytes(target))
+        else:
+            self.maximum = target
         self._resize(target, optimizer, scheduler)
         return self.size
 
@@ -118,7 +134,7 @@ def scale_learning_rate(optimizer: Optimizer, scheduler: Any, factor: float) -> 
     """Multiplies the learning rate by `factor`, now and for the rest of the schedule.
 
     Touches each group's `lr` (a number or a tensor, in place) and the rates that schedulers keep: `initial_lr`,
-    `max_lr` and `min_lr` in the groups, `base_lrs` and `max_lrs` in the scheduler and in those that it chains.
+    `max_lr` and `min_lr` in the groups, base, largest and smallest rates in the scheduler and in those that it chains.
     """
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
@@ -135,10 +151,13 @@ def scale_learning_rate(optimizer: Optimizer, scheduler: Any, factor: float) -> 
         if one is None or id(one) in seen:
             return
         seen.add(id(one))
-        for name in ("base_lrs", "max_lrs", "_last_lr"):
+        for name in _RATE_LISTS:
             rates = getattr(one, name, None)
             if isinstance(rates, list):
                 setattr(one, name, [rate * factor for rate in rates])
+        for name in _RATES:
+            if isinstance(getattr(one, name, None), int | float | Tensor):
+                setattr(one, name, getattr(one, name) * factor)
         for inner in getattr(one, "_schedulers", ()):
             scale(inner)
 

@@ -1,10 +1,10 @@
 """PruneTrain as an object that any training loop can hold (paper Algorithm 1).
 
-    prunetrain = PruneTrain(model, optimizer, example_inputs=(x,), penalty_ratio=0.25, interval=5)
-    ...
-    loss = prunetrain.regularize(cross_entropy)   # adds lambda * R(W); sets lambda on the first call
-    ...
-    report = prunetrain.epoch_end()               # every `interval` epochs: reconfigures, returns what changed
+prunetrain = PruneTrain(model, optimizer, example_inputs=(x,), penalty_ratio=0.25, interval=5)
+...
+loss = prunetrain.regularize(cross_entropy)   # adds lambda * R(W); sets lambda on the first call
+...
+report = prunetrain.epoch_end()               # every `interval` epochs: reconfigures, returns what changed
 """
 
 import math
@@ -130,7 +130,9 @@ class PruneTrain:
             layer.name: (layer.kind, self.graph.spaces[layer.input].size, self.graph.spaces[layer.output].size)
             for layer in self.graph.layers.values()
         }
-        self.kept = {name: (torch.arange(ins), torch.arange(outs)) for name, (_, ins, outs) in self.dense_layers.items()}
+        self.kept = {
+            name: (torch.arange(ins), torch.arange(outs)) for name, (_, ins, outs) in self.dense_layers.items()
+        }
         self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
         if self.batch is not None:
             self.batch.start(model, self.graph.example_inputs, optimizer)
@@ -173,12 +175,24 @@ class PruneTrain:
         return self.advance(1.0)
 
     def advance(self, epochs: float) -> PruneReport | None:
-        """Counts a part of an epoch, for intervals shorter than one; reconfigures where a multiple is reached."""
-        # Rounding, so that ten steps of 0.1 reach an interval of 1.
-        before = math.floor(self.epochs / self.interval + 1e-6)
+        """Counts a part of an epoch, for intervals shorter than one; reconfigures where a multiple is reached.
+
+        Raises:
+            InputError: a negative part.
+        """
+        if not 0 <= epochs < math.inf:
+            raise InputError(f"advance takes the epochs since the last call, 0 or more, not {epochs}.")
+        due = self.is_due(epochs)
         self.epochs += epochs
-        due = math.floor(self.epochs / self.interval + 1e-6) > before
         return self.reconfigure() if due else None
+
+    def is_due(self, epochs: float) -> bool:
+        """Whether `advance(epochs)` would reconfigure."""
+
+        def multiples(reached: float) -> int:
+            return math.floor(reached / self.interval + 1e-6)  # ten steps of 0.1 reach an interval of 1
+
+        return multiples(self.epochs + epochs) > multiples(self.epochs)
 
     def reconfigure(self) -> PruneReport:
         """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it."""
@@ -195,7 +209,7 @@ class PruneTrain:
             self.batch.adjust(self.model, self.graph.example_inputs, self.optimizer, self.scheduler)
         self.history.append(
             {
-                "epoch": self.epochs,
+                "epoch": round(self.epochs, 9),
                 "seconds": done.seconds,
                 "max_abs_dy": done.max_abs_dy,
                 "max_abs_dy_zeroing": done.max_abs_dy_zeroing,
@@ -207,7 +221,7 @@ class PruneTrain:
             }
         )
         return PruneReport(
-            self.epochs,
+            round(self.epochs, 9),
             done,
             self.flops,
             self.flops.training / max(self.dense_flops.training, 1),
@@ -260,7 +274,7 @@ class PruneTrain:
             "coefficient": self.coefficient,
             "regularizing": self.regularizing,
             "epochs": self.epochs,
-            "history": self.history,
+            "history": [dict(entry) for entry in self.history],
             "removed": list(self.removed),
             "kept": {name: list(sides) for name, sides in self.kept.items()},
             "batch": None if self.batch is None else self.batch.state_dict(),
@@ -275,14 +289,26 @@ class PruneTrain:
         if set(state["kept"]) != set(self.dense_layers):
             raise CheckpointError("the PruneTrain state is of another network: its layers are not this model's.")
         if (state["batch"] is None) != (self.batch is None):
-            raise CheckpointError("the PruneTrain state was saved with mini-batch growth on and is loaded with it off, "
-                                  "or the other way round; pass the same `batch`.")  # fmt: skip
+            raise CheckpointError(
+                "the PruneTrain state was saved with mini-batch growth on and is loaded with it off, or the other way "
+                "round; pass the same `batch`."
+            )
+        graph = trace_channels(self.model, self.graph.example_inputs)
+        for layer in graph.layers.values():
+            saved = tuple(len(side) for side in state["kept"].get(layer.name, ((), ())))
+            if saved != (graph.spaces[layer.input].size, graph.spaces[layer.output].size):
+                raise CheckpointError(
+                    f"the PruneTrain state has {saved[0]} x {saved[1]} channels for layer '{layer.name}', the model "
+                    "has other ones; load both with load_pruned(path, model, optimizer, prunetrain)."
+                )
         self.coefficient = state["coefficient"]
         self.regularizing = state["regularizing"]
         self.epochs = state["epochs"]
-        self.history = list(state["history"])
+        self.history = [dict(entry) for entry in state["history"]]
         self.removed = list(state["removed"])
         self.kept = {name: (sides[0], sides[1]) for name, sides in state["kept"].items()}
+        self.last_penalty = None
+        self._look_again()
         if self.batch is not None:
             self.batch.load_state_dict(state["batch"])
-        self._look_again()
+            self.batch.measure(self.model, self.graph.example_inputs, self.optimizer)

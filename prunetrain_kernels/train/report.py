@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.train.run_log import Run, read_run, write_atomically
+from prunetrain_kernels.files import write_atomically
+from prunetrain_kernels.train.run_log import Run, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -823,8 +824,8 @@ def _page(lines: Sequence[_Line], sections: Sequence[str]) -> str:
 <body>
 <h1>{html.escape(title)}</h1>
 {_table(lines)}
-<p class="note">“Of dense”: what the run computed or moved, against the dense network that it started as, for the same
-images. FLOPs count a multiplication and an addition as the run log does; bytes are decimal (1 GB = 10⁹ B).</p>
+<p class="note">“Of dense”: what the run computed, moved or sent, against the dense network that it started as, for the
+same images; inference FLOPs and parameters are the last network’s. Bytes are decimal (1 GB = 10⁹ B).</p>
 {"".join(sections)}</body>
 </html>
 """

@@ -17,17 +17,17 @@ import io
 import json
 import math
 import os
-import secrets
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainError
+from prunetrain_kernels.errors import CheckpointError, InputError
+from prunetrain_kernels.files import reason, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +84,7 @@ class RunLog:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"cannot make the run folder {self.directory}: {_reason(error)}") from error
+            raise InputError(f"cannot make the run folder {self.directory}: {reason(error)}") from error
         self._epochs: list[dict[str, Cell]] = []
         self._channels: list[dict[str, Cell]] = []
         self._slice_epochs: list[float] = []
@@ -101,7 +101,7 @@ class RunLog:
         try:
             (self.directory / "summary.json").unlink(missing_ok=True)
         except OSError as error:
-            raise InputError(f"cannot remove {self.directory / 'summary.json'}: {_reason(error)}") from error
+            raise InputError(f"cannot remove {self.directory / 'summary.json'}: {reason(error)}") from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the run's outcome to summary.json, which marks it finished. Values and errors as for `write_config`."""
@@ -211,66 +211,6 @@ class RunLog:
         write_atomically(self.directory / name, data)
 
 
-def write_atomically(
-    path: Path, data: bytes | Callable[[BinaryIO], None], error: type[PruneTrainError] = InputError
-) -> None:
-    """Write a file whole: aside in the same folder, flushed to the disk, then renamed over `path`.
-
-    data: the bytes, or a function that writes them to the binary file it is given. Whatever goes wrong, the file that
-    was there stays as it was and nothing is left beside it. Raises `error` where the disk refuses (full, read-only, no
-    such folder); what else a function raises passes through.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(aside, "xb") as file:
-            disk = _DiskErrors(file)
-            if callable(data):
-                try:
-                    data(disk)  # type: ignore[arg-type]  # a BinaryIO in all that writers use
-                except Exception as failure:
-                    # torch.save turns a full disk into a RuntimeError of its own, about positions in the file
-                    if disk.refused is not None and failure is not disk.refused:
-                        raise disk.refused from failure
-                    raise
-            else:
-                disk.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as failure:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        if isinstance(failure, OSError):
-            raise error(f"cannot write {path}: {_reason(failure)}") from failure
-        raise
-    # the rename itself reaches the disk with the folder; where folders cannot be flushed, it does so in its own time
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-class _DiskErrors:
-    """A binary file that remembers the first write the disk refused."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.refused: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.refused = self.refused or error
-            raise
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
 @dataclass(frozen=True, eq=False)  # tables and arrays have no truth value to compare by
 class Run:
     """A run folder, read.
@@ -326,7 +266,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not even text
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
@@ -342,7 +282,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, Any]:
         text = path.read_bytes().decode("utf-8")
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except OSError as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     header = rows[0] if rows else []
@@ -435,7 +375,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None  # JSON has no NaN, and what writes one is refused by strict readers
     return value
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)

@@ -71,6 +71,7 @@ def test_writing_to_the_result_does_not_change_the_cache(tmp_path: Path) -> None
     pictures = Pictures()
     pictures.decode(tmp_path).zero_()
     assert torch.equal(pictures.decode(tmp_path), crop(pictures.pixels))
+    assert pictures.asked == 6  # the file was still good, not mended
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from prunetrain_kernels.errors import CheckpointError, InputError
-from prunetrain_kernels.train.run_log import CHANNEL_COLUMNS, LOG_COLUMNS, RunLog, read_run, write_atomically
+from prunetrain_kernels.train.run_log import CHANNEL_COLUMNS, LOG_COLUMNS, RunLog, read_run
 
 LAYERS = {"conv1": 8, "epochs": 5, "block.0.conv": 3}  # "epochs": a layer may be called like the file's own array
 
@@ -275,23 +275,6 @@ def test_a_damaged_state_dict_changes_nothing(tmp_path: Path, damage: Callable[[
 # --- writing atomically ----------------------------------------------------------------------------------------------
 
 
-def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
-    write_atomically(path, b"old")
-
-    def fail(file: Any) -> None:
-        file.write(b"half of the n")
-        raise KeyError("a defect of the writer's own")
-
-    with pytest.raises(KeyError, match="defect"):
-        write_atomically(path, fail)
-    assert files(tmp_path) == {"model.pt": b"old"}
-
-    write_atomically(path, lambda file: torch.save({"a": 1}, file))
-    assert torch.load(path) == {"a": 1}
-    assert len(files(tmp_path)) == 1
-
-
 def test_a_full_disk_leaves_the_old_files(folder: Path) -> None:
     """A limit on file sizes stands in for a full disk; in a process of its own, since it cannot be lifted again."""
     before = files(folder)
@@ -300,7 +283,8 @@ def test_a_full_disk_leaves_the_old_files(folder: Path) -> None:
         from pathlib import Path
         import numpy as np, torch
         from prunetrain_kernels.errors import CheckpointError, InputError
-        from prunetrain_kernels.train.run_log import RunLog, write_atomically
+        from prunetrain_kernels.files import write_atomically
+        from prunetrain_kernels.train.run_log import RunLog
 
         folder = Path(sys.argv[1])
         log = RunLog(folder)
@@ -322,17 +306,6 @@ def test_a_full_disk_leaves_the_old_files(folder: Path) -> None:
         f"cannot write {folder / name}: File too large" for name in ("slices.npz", "summary.json", "log.csv", "log.csv")
     ], done.stderr
     assert files(folder) == before
-
-
-def test_no_folder_to_write_in(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot write .*missing.*No such file"):
-        write_atomically(tmp_path / "missing" / "x", b"", CheckpointError)
-
-
-def test_written_files_are_as_readable_as_any(tmp_path: Path) -> None:
-    (tmp_path / "plain").write_bytes(b"")
-    write_atomically(tmp_path / "atomic", b"")
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 # --- reading what is not a run ---------------------------------------------------------------------------------------

@@ -1,0 +1,39 @@
+"""Files that are never left half-written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunetrain_kernels.errors import CheckpointError
+from prunetrain_kernels.files import write_atomically
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    write_atomically(path, b"old")
+
+    def fail(file: Any) -> None:
+        file.write(b"half of the n")
+        raise KeyError("a defect of the writer's own")
+
+    with pytest.raises(KeyError, match="defect"):
+        write_atomically(path, fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    assert path.read_bytes() == b"old"
+
+    write_atomically(path, lambda file: torch.save({"a": 1}, file))
+    assert torch.load(path) == {"a": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_folder_to_write_in(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot write .*missing.*No such file"):
+        write_atomically(tmp_path / "missing" / "x", b"", CheckpointError)
+
+
+def test_written_files_are_as_readable_as_any(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomically(tmp_path / "atomic", b"")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 # Batch, ratio and decays are chosen so that a few thousand steps suffice on two cores; the method is the paper's.
-DEMO_OPTIONS := --model resnet20 --data digits --epochs 60 --batch 32 --decay-at 0.7,0.9 --threads 1 --overwrite
-DEMO_PRUNING := --penalty-ratio 0.5 --interval 2
+DEMO_OPTIONS := --model resnet20 --data digits --epochs 60 --batch 32 --decay-at 0.6,0.85 --threads 1 --overwrite
+DEMO_PRUNING := --penalty-ratio 0.6 --interval 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint clean

@@ -61,7 +61,9 @@ class GroupLasso:
         graph = graph or trace_channels(model, example_inputs)
         self._groups: dict[str, Groups] = {}
         for layer in graph.layers.values():
-            groups = Groups(layer.block, not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output)
+            groups = Groups(
+                layer.block, not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output
+            )
             if groups.inputs or groups.outputs:
                 self._groups[layer.name] = groups
         if not self._groups:
@@ -115,7 +117,7 @@ def penalty_coefficient(ce_loss: float | Tensor, penalty: float | Tensor, ratio:
     """
     if not 0 <= ratio < 1:
         raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {ratio}; the paper uses 0.25.")
-    loss, total = float(ce_loss), float(penalty)
+    loss, total = (float(v.detach() if isinstance(v, Tensor) else v) for v in (ce_loss, penalty))
     if not (math.isfinite(loss) and loss > 0 and math.isfinite(total) and total > 0):
         raise InputError(
             f"lambda cannot be set from a first loss of {loss} and a penalty of {total}; both must be positive numbers."

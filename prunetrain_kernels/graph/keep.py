@@ -1,14 +1,17 @@
 """Which channels stay: the sparse test, the union rule, rounding, and branches that no longer depend on their input.
 
 A slice of a weight is *sparse* when its largest absolute value is below the threshold (paper section 4.1). Under the
-union rule a channel of a space is pruned when its slice is sparse in every layer that produces or reads it (section 4.2,
-"channel union"): no index is needed anywhere, because all layers on a space keep the same channels.
+union rule a channel of a space is pruned when its slice is sparse in every layer that produces or reads it (section
+4.2, "channel union"): no index is needed anywhere, because all layers on a space keep the same channels.
 """
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
@@ -17,6 +20,12 @@ from prunetrain_kernels.graph.trace import POINTWISE_FUNCTIONS, POINTWISE_METHOD
 from prunetrain_kernels.ops.group_lasso import slice_max_abs
 
 POLICIES = ("union",)
+
+# May write the second operand into the first, which must then have its full size; torch.fx records `a += b` as `a + b`.
+OVERWRITING = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.isub, operator.imul,
+    operator.itruediv, "add_", "sub_", "mul_", "div_",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,10 +116,12 @@ def choose(
     """
     if policy not in POLICIES:
         raise InputError(f"policy '{policy}' is not known; the policies are: {', '.join(POLICIES)}.")
-    if not threshold >= 0 or threshold == float("inf"):
-        raise InputError(f"threshold must be a number from 0 upwards, not {threshold}; the paper uses 1e-4.")
-    if round_to < 1 or int(round_to) != round_to:
-        raise InputError(f"round_to must be a whole number from 1 upwards, not {round_to}.")
+    if not _is_number(threshold) or not 0 <= threshold < float("inf"):
+        raise InputError(f"threshold must be a number from 0 upwards, not {threshold!r}; the paper uses 1e-4.")
+    if relative and threshold >= 1:
+        raise InputError(f"a relative threshold must be below 1, not {threshold}: it is a share of the largest slice.")
+    if not _is_number(round_to) or not round_to >= 1 or round_to % 1:
+        raise InputError(f"round_to must be a whole number from 1 upwards, not {round_to!r}.")
     graph.check(model)
     sizes = _slice_sizes(graph, model)
     sparse = {
@@ -127,6 +138,10 @@ def choose(
     return Keep(graph, channels, sparse, branches, threshold, relative, policy, int(round_to))
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _slice_sizes(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Largest absolute weight of each input and output slice of each layer, on the CPU after one transfer."""
     modules = dict(model.named_modules())
@@ -140,8 +155,9 @@ def _slice_sizes(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Tenso
 
 
 def _is_sparse(size: Tensor, threshold: float, relative: bool) -> Tensor:
-    limit = threshold * size.max() if relative else threshold
-    return (size < limit) | (size == 0)
+    """NaN is live; next to an infinite slice nothing but zero is sparse relative to it."""
+    limit = torch.as_tensor(threshold) * size.max() if relative else torch.as_tensor(threshold)
+    return (size < limit.nan_to_num(nan=0, posinf=0)) | (size == 0)
 
 
 def _per_space(
@@ -185,7 +201,7 @@ def _dead_branches(graph: ChannelGraph, model: nn.Module, zero: set[str]) -> Ite
     gone: set[fx.Node] = set()
     for merge in graph.merges:
         for position, operand in enumerate(merge.operands):
-            found = _zero_convolution(graph, modules, operand, merge.node, zero)
+            found = _zero_convolution(graph, modules, operand, merge.node, zero - graph.pinned.keys())
             other = merge.operands[1 - position]
             if found is None or found[0] in gone or _is_constant(modules, other, gone):
                 continue  # one side of a merge must stay a full tensor
@@ -202,14 +218,20 @@ def _dead_branches(graph: ChannelGraph, model: nn.Module, zero: set[str]) -> Ite
 
 
 def _owns(modules: dict[str, nn.Module], node: fx.Node) -> bool:
-    return node.op == "call_module" and any(True for _ in modules[str(node.target)].parameters())
+    """A module whose tensors have one entry per channel, so it cannot read a removed layer's one channel."""
+    if node.op != "call_module":
+        return False
+    module = modules[str(node.target)]
+    return any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
 
 
 def _is_pointwise(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    """Gives the same for a constant map as for one pixel of it; dropout does not."""
     if node.op == "call_module":
-        return isinstance(modules[str(node.target)], POINTWISE_MODULES) and not isinstance(
-            modules[str(node.target)], nn.Dropout
-        )
+        module = modules[str(node.target)]
+        return isinstance(module, POINTWISE_MODULES) and not isinstance(module, nn.Dropout)
+    if node.target is F.dropout:
+        return False
     return node.target in POINTWISE_FUNCTIONS or (node.op == "call_method" and node.target in POINTWISE_METHODS)
 
 
@@ -219,7 +241,7 @@ def _zero_convolution(
     """Walks back from a merge over pointwise operations and at most one batch norm to an all-zero convolution."""
     node, batch_norm = operand, None
     while True:
-        if set(node.users) != {user}:
+        if set(node.users) != {user} or node in graph.not_followed:
             return None
         if node.op == "call_module":
             name = str(node.target)
@@ -264,15 +286,38 @@ def _only_feeds(graph: ChannelGraph, modules: dict[str, nn.Module], conv: fx.Nod
     for node in reversed(graph.program.nodes):
         if node in only or not node.users or not set(node.users) <= only:
             continue
+        if node in graph.not_followed:
+            continue  # it may not work on the one channel of a removed layer
         if node.op == "call_module":
             name = str(node.target)
             known = name in graph.layers or name in graph.followers
             if not known and any(True for _ in modules[name].parameters()):
                 continue
-            if known and not set(graph.calls[name]) <= only | {node}:
+            if known and (name in graph.pinned or not set(graph.calls[name]) <= only | {node}):
                 continue  # the module also works elsewhere
         elif node.op not in ("call_function", "call_method"):
             continue
         only.add(node)
+    while overflowing := _overflowing(graph, modules, only - {conv}):
+        only -= overflowing
     return only - {conv}
 
+
+def _overflowing(graph: ChannelGraph, modules: dict[str, nn.Module], only: set[fx.Node]) -> set[fx.Node]:
+    """Nodes that cannot go: they may write a full tensor into a removed layer's one channel, or feed one that stays."""
+    thin: set[fx.Node] = set()  # has one channel
+    perhaps: set[fx.Node] = set()  # may have
+    found: set[fx.Node] = set()
+    for node in graph.program.nodes:
+        if node not in only:
+            continue
+        read = node.all_input_nodes
+        if node.target in OVERWRITING and node.args[0] in perhaps and not thin.issuperset(read):
+            found.add(node)
+        if _owns(modules, node) or thin.issuperset(read):
+            thin.add(node)
+        if node in thin or not perhaps.isdisjoint(read):
+            perhaps.add(node)
+    while more := {n for node in found for n in node.all_input_nodes if n in only} - found:
+        found |= more
+    return found

@@ -6,11 +6,15 @@ is pruned from a whole space, so that every layer on it keeps fitting every othe
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from prunetrain_kernels.graph.keep import Keep
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Merge:
-    """An addition of two values of one space; `in_place` tells that the first is written to."""
+    """An addition of two values of one space and shape; `in_place` tells that the first is written to."""
 
     node: fx.Node
     operands: tuple[fx.Node, fx.Node]
@@ -79,6 +83,12 @@ class ChannelGraph:
     """Every channel space of a model, with the traced program that it was found in.
 
     Made by `trace_channels`. It describes the model's shape at that moment: trace again after a reconfiguration.
+
+    Attributes:
+        calls: for each called module its calls in `program`.
+        opaque: submodules that tracing could not enter, and why.
+        not_followed: the calls in `program` that froze what they touch.
+        pinned: layers and followers that are also used where tracing does not look, and why: they are never removed.
     """
 
     spaces: list[Space]
@@ -89,6 +99,8 @@ class ChannelGraph:
     program: fx.Graph
     example_inputs: tuple[Tensor, ...]
     opaque: dict[str, str] = field(default_factory=dict)
+    not_followed: frozenset[fx.Node] = frozenset()
+    pinned: dict[str, str] = field(default_factory=dict)
 
     def keep(
         self,
@@ -97,7 +109,7 @@ class ChannelGraph:
         relative: bool = False,
         policy: str = "union",
         round_to: int = 1,
-    ):  # type: ignore[no-untyped-def]  # the result's type lives one file further down the reading order
+    ) -> "Keep":
         """The channels of each space that survive a reconfiguration; see `prunetrain_kernels.graph.keep.choose`."""
         from prunetrain_kernels.graph.keep import choose
 
@@ -115,10 +127,20 @@ class ChannelGraph:
                     f"layer '{layer.name}' does not have the shape that was traced, {expected[0]} x {expected[1]} "
                     "channels; call trace_channels(model, example_inputs) again after every change to the model."
                 )
+        for follower in self.followers.values():
+            module, size = modules.get(follower.name), self.spaces[follower.space].size * follower.block
+            tensors = [] if module is None else [*module._parameters.values(), *module._buffers.values()]
+            if module is None or any(t is not None and t.dim() > 0 and t.shape[0] != size for t in tensors):
+                raise InputError(
+                    f"'{follower.name}' does not have the {size} channels that were traced; call "
+                    "trace_channels(model, example_inputs) again after every change to the model."
+                )
 
     def __str__(self) -> str:
         """A table with one line per space: channels, who produces, reads and passes them on, and why it is frozen."""
-        rows = [("space", "channels", "produced by", "read by", "passed on by", "stays as it is because")]
+        rows: list[tuple[str, ...]] = [
+            ("space", "channels", "produced by", "read by", "passed on by", "stays as it is because")
+        ]
         for i, space in enumerate(self.spaces):
             names = [_shorten(names) for names in (space.producers, space.consumers, space.followers)]
             rows.append((str(i), str(space.size), *names, space.frozen or ""))

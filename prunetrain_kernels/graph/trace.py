@@ -5,8 +5,11 @@ two values joins their spaces; a convolution or linear layer ends one space and 
 file does not know freezes the spaces it touches: their channels stay as they are, which is never wrong.
 """
 
+import inspect
+import linecache
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +59,11 @@ OTHER_BINARY = {
     operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.sub, torch.mul,
     torch.div, torch.maximum, torch.minimum, "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum",
 }  # fmt: skip
-IN_PLACE = {operator.iadd, "add_"}
+# torch.fx records `a += b` as operator.add, so a plain `a + b` has to count as one that may write into a.
+IN_PLACE = {operator.add, operator.iadd, "add_"}
+# Tell something of a tensor that has nothing to do with its channels.
+PLAIN_READERS = {"dim", "ndimension", "is_floating_point", "is_contiguous", "type", "element_size", "get_device"}
+PLAIN_ATTRIBUTES = {"dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "itemsize"}
 
 
 @dataclass(frozen=True)
@@ -103,15 +110,15 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
         TraceError: the model's own forward cannot be traced, or fails on the example inputs.
     """
     examples = _few(example_inputs)
-    if not examples or not all(isinstance(x, Tensor) for x in examples):
-        raise TraceError("example_inputs must be a tuple of tensors, the model's positional arguments, such as (x,).")
     modes = {module: module.training for module in model.modules()}
     try:
-        # Auxiliary heads and the like exist in training mode only, and training is what shrinks.
-        model.train()
-        program, opaque = _trace(model)
-        model.eval()
-        values = _run(model, program, examples)
+        # Tracing runs a forward's own writes to buffers for real.
+        with torch.random.fork_rng(devices=_cuda_devices(examples)), buffers_restored(model):
+            # Auxiliary heads and the like exist in training mode only, and training is what shrinks.
+            model.train()
+            program, opaque = _trace(model, len(examples))
+            model.eval()
+            values = _run(model, program, examples)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -119,33 +126,68 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
 
 
 def _few(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The first examples of a batch, if all inputs agree on what the batch is."""
+    """Copies of the first examples of a batch, if all inputs agree on what the batch is."""
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
-    sizes = {x.shape[0] for x in example_inputs if isinstance(x, Tensor) and x.dim()}
-    if len(sizes) == 1:
-        return tuple(x[:MOST_EXAMPLES].detach() if isinstance(x, Tensor) else x for x in example_inputs)
-    return tuple(example_inputs)
+    if not isinstance(example_inputs, tuple | list) or not example_inputs:
+        raise TraceError("example_inputs must be a tuple of tensors, the model's positional arguments, such as (x,).")
+    if not all(isinstance(x, Tensor) for x in example_inputs):
+        raise TraceError("example_inputs must be a tuple of tensors, the model's positional arguments, such as (x,).")
+    one_batch = len({x.shape[0] if x.dim() else None for x in example_inputs}) == 1 and example_inputs[0].dim() > 0
+    # Copies: a caller's buffer that is filled anew, or a whole batch kept alive, is no concern of the graph.
+    return tuple((x[:MOST_EXAMPLES] if one_batch else x).detach().clone() for x in example_inputs)
 
 
-def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
+def _trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
     closed: dict[str, str] = {}
+    settings = _settings(model, inputs)
     while True:
         tracer = _Tracer(set(closed))
         try:
-            return tracer.trace(model), closed
+            return tracer.trace(model, settings), closed
         except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".") + _where(error)
             if not tracer.failed_in or tracer.failed_in in closed:
                 raise TraceError(
-                    f"the forward of {type(model).__name__} cannot be traced by torch.fx ({reason}); move the part "
+                    f"the forward of {type(model).__name__} cannot be traced by torch.fx: {reason}; move the part "
                     "that depends on data into a submodule of its own, whose channels then stay as they are."
                 ) from error
             closed[tracer.failed_in] = reason
 
 
+def _settings(model: nn.Module, inputs: int) -> dict[str, Any] | None:
+    """Plain defaults of the forward's further arguments (`return_features=False`): flow may depend on them."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[inputs:]
+    plain = {
+        p.name: p.default
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and (p.default is None or isinstance(p.default, bool | int | float | str))
+    }
+    return plain or None
+
+
+def _where(error: Exception) -> str:
+    """The user's line of code in which an exception came up."""
+    here, found = error.__traceback__, ""
+    while here is not None:
+        file, line = here.tb_frame.f_code.co_filename, here.tb_lineno
+        # torch's own frames and those of this file are not what the user wrote
+        if not str(here.tb_frame.f_globals.get("__name__", "")).startswith(("torch.", __name__)):
+            found = f" in '{linecache.getline(file, line).strip()}' ({file}:{line})"
+        here = here.tb_next
+    return found
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of a tensor; a `torch.Size` among the values is one that the program itself asked for."""
+
+    sizes: torch.Size
+
+
 class _Recorder(fx.Interpreter):
-    """Runs the traced program and keeps what each node gave: a shape, or something that is no tensor."""
+    """Runs the traced program and keeps what each node gave: a tensor's shape, or something that is no tensor."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -157,27 +199,37 @@ class _Recorder(fx.Interpreter):
         except Exception as error:
             raise TraceError(
                 f"the model fails on the example inputs at '{n.name}' ({n.op} {n.target}): "
-                f"{str(error).strip().splitlines()[0]}; pass example_inputs that the model accepts."
+                f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}; pass example_inputs that "
+                "the model accepts."
             ) from error
-        self.values[n] = result.shape if isinstance(result, Tensor) else result
+        self.values[n] = _Shape(result.shape) if isinstance(result, Tensor) else result
         return result
 
 
 def _run(model: nn.Module, program: fx.Graph, examples: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
     inputs = [node for node in program.nodes if node.op == "placeholder"]
-    needed = sum(1 for node in inputs if not node.args)
-    if not needed <= len(examples) <= len(inputs):
-        raise TraceError(f"the model takes {len(inputs)} inputs but example_inputs has {len(examples)}; give one each.")
+    named = [node for node in inputs if not str(node.target).startswith("*")]  # *args and **kwargs may stay empty
+    needed = sum(1 for node in named if not node.args)
+    if len(examples) < needed or (len(named) == len(inputs) and len(examples) > len(inputs)):
+        raise TraceError(f"the model takes {needed} inputs but example_inputs has {len(examples)}; give one each.")
     recorder = _Recorder(fx.GraphModule(model, program))
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.no_grad():
+        recorder.run(*examples)
+    return recorder.values
+
+
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Undoes what running the model does to its buffers: a functional batch norm was traced with training=True."""
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(examples)):
-            recorder.run(*examples)
+        yield
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)  # a functional batch norm was traced with training=True
-    return recorder.values
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):  # autograd refuses a backward over a buffer written meanwhile
+                    buffer.copy_(before)
 
 
 def _cuda_devices(tensors: tuple[Tensor, ...]) -> list[int]:
@@ -187,9 +239,7 @@ def _cuda_devices(tensors: tuple[Tensor, ...]) -> list[int]:
 class _Walk:
     """One walk over the traced program, from inputs to output."""
 
-    def __init__(
-        self, model: nn.Module, program: fx.Graph, values: dict[fx.Node, Any], opaque: dict[str, str]
-    ) -> None:
+    def __init__(self, model: nn.Module, program: fx.Graph, values: dict[fx.Node, Any], opaque: dict[str, str]) -> None:
         self.modules = dict(model.named_modules())
         self.program = program
         self.values = values
@@ -201,9 +251,13 @@ class _Walk:
         self.followers: dict[str, Follower] = {}
         self.merges: list[Merge] = []
         self.calls: dict[str, list[fx.Node]] = {}
+        self.not_followed: set[fx.Node] = set()
+        self.pinned: dict[str, str] = {}
         for node in program.nodes:
             self._visit(node)
-        self._freeze_shared_parameters()
+        self._mark_inputs()
+        self._mark_outputs()
+        self._pin()
 
     # -- spaces ---------------------------------------------------------------------------------------------------
 
@@ -234,8 +288,12 @@ class _Walk:
     # -- nodes ----------------------------------------------------------------------------------------------------
 
     def shape(self, node: Any) -> torch.Size | None:
-        shape = self.values.get(node) if isinstance(node, fx.Node) else None
-        return shape if isinstance(shape, torch.Size) else None
+        value = self.values.get(node) if isinstance(node, fx.Node) else None
+        return value.sizes if isinstance(value, _Shape) else None
+
+    def _tensors(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors, or structures that hold tensors, that a node reads."""
+        return [n for n in node.all_input_nodes if _holds_tensors(self.values.get(n))]
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -247,15 +305,34 @@ class _Walk:
         elif node.op == "output":
             for value in self._inputs(node):
                 self.freeze(value, "it is the network's output")
-                self.spaces[self.find(value.space)].is_output = True
         elif node.op == "call_module":
             name = str(node.target)
             self.calls.setdefault(name, []).append(node)
             rule = _rule_for(self.modules[name])
             if name in self.opaque or rule is None or not rule(self, node, name, self.modules[name]):
                 self.unknown(node)
-        elif node.op != "get_attr" and not _function(self, node):
+        elif node.op != "get_attr" and not self._reads_size(node) and not _function(self, node):
             self.unknown(node)
+
+    def _reads_size(self, node: fx.Node) -> bool:
+        """Sizes and the like, understood as long as nobody uses the number of channels, which changes."""
+        source = node.args[0] if node.args else None
+        shape = self.shape(source)
+        if shape is None or not isinstance(source, fx.Node):
+            return False
+        attribute = str(node.args[1]) if node.target is getattr else None
+        if node.target in PLAIN_READERS or attribute in PLAIN_ATTRIBUTES:
+            return True
+        if node.target != "size" and attribute != "shape":
+            return False
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        if node.target == "size" and dim is not None:
+            used = bool(node.users) and (not isinstance(dim, int) or dim % len(shape) == 1)
+        else:
+            used = any(_takes_channels(user, len(shape)) for user in node.users)
+        if used and source in self.channels:
+            self.freeze(self.channels[source], "its number of channels is read by the forward")
+        return True
 
     def _inputs(self, node: fx.Node) -> list[Channels]:
         return [self.channels[n] for n in node.all_input_nodes if n in self.channels]
@@ -263,9 +340,7 @@ class _Walk:
     def unknown(self, node: fx.Node) -> None:
         """Freezes what the operation reads and what it makes."""
         shape = self.shape(node)
-        makes_tensors = shape is not None or _holds_tensors(self.values.get(node))
-        if not makes_tensors:
-            return  # sizes, dtypes and other plain values
+        self.not_followed.add(node)
         what = f"'{node.target}'" if node.op == "call_module" else f"operation '{_operation_name(node)}'"
         if node.op == "call_module":
             what += f" ({type(self.modules[str(node.target)]).__name__})"
@@ -280,7 +355,7 @@ class _Walk:
         before, after = self.shape(source), self.shape(node)
         if not isinstance(source, fx.Node) or source not in self.channels or before is None or after is None:
             return False
-        if len(self._inputs(node)) != 1 or before[:2] != after[:2] or len(before) != len(after):
+        if self._tensors(node) != [source] or before[:2] != after[:2] or len(before) != len(after):
             return False
         if spatial_dims is not None and len(before) != spatial_dims + 2:
             return False
@@ -330,7 +405,7 @@ class _Walk:
                     return True
             return False
         a, b = operands
-        if a not in self.channels or b not in self.channels:
+        if a not in self.channels or b not in self.channels or not set(self._tensors(node)) <= {a, b}:
             return False
         shape_a, shape_b = self.shape(a), self.shape(b)
         value_a, value_b = self.channels[a], self.channels[b]
@@ -342,13 +417,13 @@ class _Walk:
             self.channels[node] = wide
             return True
         self.channels[node] = Channels(self.join(value_a.space, value_b.space), value_a.block)
-        if addition and not node.kwargs:
+        if addition and not node.kwargs and a is not b and shape_a == shape_b:
             self.merges.append(Merge(node, (a, b), node.target in IN_PLACE))
         return True
 
     def flatten(self, node: fx.Node) -> bool:
         """(N, C, ...) to (N, C * rest): each channel becomes a block of consecutive features."""
-        source = node.args[0]
+        source = node.args[0] if node.args else None
         before, after = self.shape(source), self.shape(node)
         if not isinstance(source, fx.Node) or source not in self.channels or before is None or after is None:
             return False
@@ -363,16 +438,74 @@ class _Walk:
 
     # -- result ---------------------------------------------------------------------------------------------------
 
-    def _freeze_shared_parameters(self) -> None:
+    def _is_closed(self, node: fx.Node) -> bool:
+        """A layer, or a module with parameters that may be one inside."""
+        name = str(node.target)
+        return (
+            node.op == "call_module"
+            and name not in self.followers
+            and any(True for _ in self.modules[name].parameters())
+        )
+
+    def _mark_inputs(self) -> None:
+        """Channels that the network's input brings: no layer stands between."""
+        raw: set[fx.Node] = set()
+        for node in self.program.nodes:
+            read = self._tensors(node)
+            if node.op == "placeholder" or (
+                not self._is_closed(node)
+                and any(n in raw for n in read)
+                and all(n in raw or n.op == "get_attr" for n in read)
+            ):
+                raw.add(node)
+                if node in self.channels:
+                    self.spaces[self.find(self.channels[node].space)].is_input = True
+
+    def _mark_outputs(self) -> None:
+        """Channels that make the network's output: no layer stands between."""
+        waiting = [n for node in self.program.nodes if node.op == "output" for n in self._tensors(node)]
+        seen: set[fx.Node] = set()
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self.channels:
+                self.spaces[self.find(self.channels[node].space)].is_output = True
+            if not self._is_closed(node):
+                waiting += self._tensors(node)
+
+    def _pin(self) -> None:
+        """Freezes modules that also work where the walk cannot see, or whose tensors do."""
+        known = [*self.layers, *self.followers]
+        inside: dict[int, str] = {}
+        for node in self.not_followed:
+            if node.op == "call_module":
+                name = str(node.target)
+                for module in self.modules[name].modules():
+                    inside.setdefault(id(module), f"it also works inside '{name}', which is not followed")
+        elsewhere: dict[int, str] = {}
+        for node in self.program.nodes:
+            if node.op == "get_attr" and isinstance(found := _attribute(self.modules[""], str(node.target)), Tensor):
+                elsewhere[id(found)] = f"the forward reads '{node.target}' directly"
+        for name, module in self.modules.items():
+            if name not in self.layers and name not in self.followers:
+                for tensor in _own_tensors(module):
+                    elsewhere.setdefault(id(tensor), f"'{name or type(module).__name__}' shares a parameter with it")
         owner: dict[int, str] = {}
-        for name in [*self.layers, *self.followers]:
-            for parameter in self.modules[name].parameters(recurse=False):
-                first = owner.setdefault(id(parameter), name)
+        for name in known:
+            module = self.modules[name]
+            reasons = [inside.get(id(module)), *(elsewhere.get(id(t)) for t in _own_tensors(module))]
+            for reason in filter(None, reasons):
+                self._freeze_module(name, reason)
+            for tensor in _own_tensors(module):
+                first = owner.setdefault(id(tensor), name)
                 if first != name:
                     for shared in (first, name):
                         self._freeze_module(shared, f"'{first}' and '{name}' share a parameter")
 
     def _freeze_module(self, name: str, reason: str) -> None:
+        self.pinned.setdefault(name, reason)
         if name in self.layers:
             self.freeze(Channels(self.layers[name].input), reason)
             self.freeze(Channels(self.layers[name].output), reason)
@@ -395,8 +528,36 @@ class _Walk:
             follower.space = numbers[self.find(follower.space)]
             spaces[follower.space].followers.append(follower.name)
         return ChannelGraph(
-            spaces, self.layers, self.followers, self.merges, self.calls, self.program, examples, self.opaque
+            spaces,
+            self.layers,
+            self.followers,
+            self.merges,
+            self.calls,
+            self.program,
+            examples,
+            self.opaque,
+            frozenset(self.not_followed),
+            self.pinned,
         )
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    found: Any = root
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _takes_channels(user: fx.Node, ndim: int) -> bool:
+    """Whether a user of a tensor's whole size takes more of it than the batch and the spatial dimensions."""
+    index = user.args[1] if user.target is operator.getitem else None
+    if isinstance(index, slice) and all(i is None or isinstance(i, int) for i in (index.start, index.stop, index.step)):
+        return bool(user.users) and 1 in range(*index.indices(ndim))
+    return not isinstance(index, int) or (bool(user.users) and index % ndim == 1)
 
 
 # -- rules for modules: True if the module was understood --------------------------------------------------------------
@@ -405,8 +566,10 @@ ModuleRule = Callable[[_Walk, fx.Node, str, Any], bool]
 
 
 def _has_plain_weight(module: nn.Module) -> bool:
-    """The weight is the module's own parameter: not parametrized, not recomputed by a hook."""
-    return isinstance(module._parameters.get("weight"), nn.Parameter) and not hasattr(module, "parametrizations")
+    """Weight and bias are the module's own, not recomputed (weight norm, masks), and there is nothing else."""
+    names = module._parameters.keys()
+    own = isinstance(module._parameters.get("weight"), nn.Parameter) and names <= {"weight", "bias"}
+    return own and not module._buffers and not hasattr(module, "parametrizations")
 
 
 def _convolution(walk: _Walk, node: fx.Node, name: str, module: Any) -> bool:
@@ -439,10 +602,14 @@ def _linear(walk: _Walk, node: fx.Node, name: str, module: Any) -> bool:
 
 
 def _batch_norm(walk: _Walk, node: fx.Node, name: str, module: Any) -> bool:
-    return not hasattr(module, "parametrizations") and walk.follow(node, name, "batch_norm")
+    plain = module._parameters.keys() <= {"weight", "bias"} and not hasattr(module, "parametrizations")
+    plain = plain and module._buffers.keys() <= {"running_mean", "running_var", "num_batches_tracked"}
+    return plain and walk.follow(node, name, "batch_norm")
 
 
 def _prelu(walk: _Walk, node: fx.Node, name: str, module: Any) -> bool:
+    if not _has_plain_weight(module):
+        return False
     return walk.passes(node) if module.num_parameters == 1 else walk.follow(node, name, "prelu")
 
 
@@ -455,8 +622,8 @@ def _spatial(walk: _Walk, node: fx.Node, name: str, module: Any) -> bool:
     return walk.passes(node, spatial_dims=digit)
 
 
-def _flatten_module(walk: _Walk, node: fx.Node, name: str, module: Any) -> bool:
-    return module.start_dim == 1 and walk.flatten(node)
+def _flatten_module(walk: _Walk, node: fx.Node, name: str, module: nn.Flatten) -> bool:
+    return bool(module.start_dim == 1) and walk.flatten(node)
 
 
 _RULES: dict[type[nn.Module], ModuleRule] = {
@@ -473,6 +640,8 @@ _RULES: dict[type[nn.Module], ModuleRule] = {
 
 def _rule_for(module: nn.Module) -> ModuleRule | None:
     """The rule of the module's class; none for a subclass that computes something else than its parent."""
+    if "forward" in module.__dict__:
+        return None  # replaced on this very module
     for cls, rule in _RULES.items():
         if not isinstance(module, cls):
             continue
@@ -497,7 +666,7 @@ def _operation_name(node: fx.Node) -> str:
 
 
 def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | _Shape):
         return True
     if isinstance(value, dict):
         return any(_holds_tensors(v) for v in value.values())
@@ -517,11 +686,11 @@ def _function(walk: _Walk, node: fx.Node) -> bool:
     if target in (torch.flatten, "flatten"):
         start = args[1] if len(args) > 1 else node.kwargs.get("start_dim", 0)
         end = args[2] if len(args) > 2 else node.kwargs.get("end_dim", -1)
-        return start == 1 and end == -1 and walk.flatten(node)
+        return bool(start == 1 and end == -1) and walk.flatten(node)
     if target in ("view", "reshape", torch.reshape):
         # The channel count must not be written out: x.view(x.size(0), -1) follows pruned channels, x.view(-1, 512) not.
         sizes = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-        return len(sizes) == 2 and sizes[1] == -1 and walk.flatten(node)
+        return bool(len(sizes) == 2 and sizes[1] == -1) and walk.flatten(node)
     if target in (torch.mean, "mean", torch.sum, "sum", torch.amax, "amax"):
         return _reduction(walk, node)
     if target in ("squeeze", torch.squeeze):
@@ -538,7 +707,7 @@ def _dims(value: Any, ndim: int) -> list[int] | None:
 
 def _reduction(walk: _Walk, node: fx.Node) -> bool:
     """mean, sum or max over spatial dimensions only."""
-    source = node.args[0]
+    source = node.args[0] if node.args else None
     before = walk.shape(source)
     if not isinstance(source, fx.Node) or source not in walk.channels or before is None or len(before) < 3:
         return False
@@ -550,7 +719,7 @@ def _reduction(walk: _Walk, node: fx.Node) -> bool:
 
 
 def _squeeze(walk: _Walk, node: fx.Node) -> bool:
-    source = node.args[0]
+    source = node.args[0] if node.args else None
     before = walk.shape(source)
     if not isinstance(source, fx.Node) or source not in walk.channels or before is None:
         return False
@@ -563,11 +732,11 @@ def _squeeze(walk: _Walk, node: fx.Node) -> bool:
 
 def _pad(walk: _Walk, node: fx.Node) -> bool:
     """Padding of spatial dimensions only; padding channels would renumber them."""
-    before = walk.shape(node.args[0])
+    before = walk.shape(node.args[0] if node.args else None)
     pad = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
     if before is None or not isinstance(pad, list | tuple) or len(pad) > 2 * (len(before) - 2):
         return False
-    source = node.args[0]
+    source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or source not in walk.channels:
         return False
     walk.channels[node] = walk.channels[source]

@@ -39,7 +39,9 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.downsample(x))
+        # The branch stands on the right: torch.fx cannot tell `out += x` from `out + x`, so a removed branch on the
+        # left would have to be given its full size.
+        return F.relu(self.downsample(x) + out)
 
 
 class Bottleneck(nn.Module):
@@ -65,7 +67,7 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return F.relu(out + self.downsample(x))
+        return F.relu(self.downsample(x) + out)
 
 
 def _stage(

@@ -76,6 +76,7 @@ class ConstantConv(nn.Module):
     """
 
     constant_over_pixels = True
+    bias: nn.Parameter | None
 
     def __init__(
         self, channels: int, geometry: Geometry, bias: nn.Parameter | None, full: bool, collapse: bool
@@ -91,6 +92,9 @@ class ConstantConv(nn.Module):
         size = _map_size(x.shape[2:], self.geometry)
         ones = [1] * len(size)
         value = x.new_zeros(1, self.out_channels, *ones) if self.bias is None else self.bias.view(1, -1, *ones)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            value = value.to(torch.get_autocast_dtype(kind))  # as the convolution would
         if self.full:
             return value.expand(x.shape[0], -1, *size).clone()
         return value.clone() if self.collapse else value.expand(x.shape[0], -1, *size)
@@ -153,6 +157,10 @@ register_rule(ConstantConv, _constant_rule)
 register_rule(ConstantBatchNorm, _constant_batch_norm_rule)
 
 
+def _bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Parameter | None:
+    return conv._parameters.get("bias")
+
+
 def _options(norm: nn.modules.batchnorm._BatchNorm) -> dict[str, Any]:
     return {
         "eps": norm.eps,
@@ -173,9 +181,13 @@ def _constant_batch_norm(norm: nn.modules.batchnorm._BatchNorm, full: bool) -> C
 
 
 def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Under every name: a module may also be held by a ModuleList, say."""
     old = model.get_submodule(name)
     new.train(old.training)
-    model.set_submodule(name, new)
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
 
 
 def replacements(model: nn.Module, branch: DeadBranch) -> dict[str, nn.Module]:
@@ -187,7 +199,7 @@ def replacements(model: nn.Module, branch: DeadBranch) -> dict[str, nn.Module]:
     assert isinstance(last, nn.Conv1d | nn.Conv2d | nn.Conv3d)  # the search for dead branches ends at convolutions only
     bare = branch.batch_norm is None
     result[branch.last] = ConstantConv(
-        last.out_channels, _geometry(last), last.bias, full=bare and branch.in_place, collapse=bare
+        last.out_channels, _geometry(last), _bias(last), full=bare and branch.in_place, collapse=bare
     )
     if branch.batch_norm is not None:
         norm = model.get_submodule(branch.batch_norm)
@@ -198,7 +210,7 @@ def replacements(model: nn.Module, branch: DeadBranch) -> dict[str, nn.Module]:
 
 def swap_in(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Puts modules in place by name and returns the ones they replaced."""
-    before = {name: model.get_submodule(name) for name in modules}
+    before = {name: model.get_submodule(name) for name in modules}  # all first: aliases are swapped together
     for name, module in modules.items():
         _swap(model, name, module)
     return before
@@ -216,7 +228,6 @@ def describe_stand_ins(model: nn.Module) -> dict[str, dict[str, Any]]:
         elif isinstance(module, ConstantConv):
             found[name] = {
                 "kind": "constant_conv",
-                "channels": module.out_channels,
                 "geometry": module.geometry,
                 "full": module.full,
                 "collapse": module.collapse,
@@ -241,7 +252,7 @@ def restore_stand_ins(model: nn.Module, described: dict[str, dict[str, Any]]) ->
             result[name] = RemovedLayer(what["geometry"])
         elif kind == "constant_conv" and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             result[name] = ConstantConv(
-                module.out_channels, what["geometry"], module.bias, what["full"], what["collapse"]
+                module.out_channels, what["geometry"], _bias(module), what["full"], what["collapse"]
             )
         elif kind == "constant_batch_norm" and isinstance(module, nn.modules.batchnorm._BatchNorm):
             result[name] = _constant_batch_norm(module, what["full"])

@@ -4,17 +4,20 @@ The file holds plain values and tensors only, so `torch.load(weights_only=True)`
 renamed: a full disk or a killed process leaves the previous checkpoint as it was.
 """
 
+import errno
+import io
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from prunetrain_kernels.errors import CheckpointError
 from prunetrain_kernels.files import reason, write_atomically
-from prunetrain_kernels.prune.branches import ConstantConv, describe_stand_ins, restore_stand_ins, swap_in
-from prunetrain_kernels.prune.reconfigure import set_data, sizes_told_by
+from prunetrain_kernels.prune.branches import describe_stand_ins, restore_stand_ins, swap_in
+from prunetrain_kernels.prune.reconfigure import memory_format, set_data, size_without_tensor, sizes_told_by
 
 FORMAT = "prunetrain_kernels.checkpoint/1"
 
@@ -42,17 +45,24 @@ def save_pruned(
         extra: plain values, tensors, and lists or dicts of them (a scheduler's `state_dict()`, an epoch number).
 
     Raises:
-        CheckpointError: the file cannot be written; one that was there is untouched.
+        CheckpointError: the file cannot be written, or could not be read again because something in it is no plain
+            value; one that was there is untouched.
     """
     payload = {
         "format": FORMAT,
         "network": type(model).__name__,
         "stand_ins": describe_stand_ins(model),
+        "sizes": {
+            name: {attribute: getattr(module, attribute) for attribute in size_without_tensor(module)}
+            for name, module in model.named_modules()
+            if size_without_tensor(module)
+        },
         "model": dict(model.state_dict()),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "prunetrain": None if prunetrain is None else prunetrain.state_dict(),
         "extra": extra,
     }
+    _check_plain(payload)
     write_atomically(Path(path), lambda file: torch.save(payload, file), CheckpointError)
 
 
@@ -74,20 +84,29 @@ def load_pruned(
         What was passed to `save_pruned` as `extra`.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another network; `model` is untouched in these cases. Or
-            the optimizer or PruneTrain state does not fit what was passed.
+        CheckpointError: the file is missing, damaged, of another network, or without the optimizer or PruneTrain state
+            that is asked for, or of an optimizer with other groups; model and optimizer are untouched in these cases.
+            Or the PruneTrain state does not fit what was passed.
     """
     payload = read_checkpoint(path)
     state: dict[str, Tensor] = payload["model"]
     stand_ins = restore_stand_ins(model, payload["stand_ins"])
     _check_fits(path, model, state, payload)
-    before = swap_in(model, stand_ins) if stand_ins else {}
-    staying = {id(p) for p in model.parameters()}
+    before = {name: model.get_submodule(name) for name in stand_ins}
+    replaced = {id(module) for module in before.values()}
+    remaining = [module for module in model.modules() if id(module) not in replaced]
+    staying = {id(p) for m in (*stand_ins.values(), *remaining) for p in m.parameters(recurse=False)}
     gone = {id(p) for module in before.values() for p in module.parameters()} - staying
-    _fill(model, state, payload["stand_ins"])
+    if optimizer is not None:
+        _check_groups(path, optimizer, payload["optimizer"], gone)
+    if prunetrain is not None and payload["prunetrain"] is None:
+        raise CheckpointError(f"'{path}' holds no PruneTrain state; it was saved without one.")
+
+    swap_in(model, stand_ins)
+    _fill(model, state, payload["sizes"])
     if optimizer is not None:
         for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
+            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
         for parameter in [p for p in optimizer.state if id(p) in gone]:
             del optimizer.state[parameter]
         _load_into(path, "optimizer", optimizer, payload["optimizer"])
@@ -106,9 +125,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint at '{path}'.") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint '{path}': {reason(error)}.") from error
     except Exception as error:
+        # In a truncated file PyTorch seeks to where nothing is: an OSError too, but none of the disk's.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise CheckpointError(f"cannot read the checkpoint '{path}': {reason(error)}.") from error
         raise CheckpointError(f"'{path}' is damaged or no checkpoint: PyTorch cannot read it.") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise CheckpointError(f"'{path}' is no checkpoint of prunetrain_kernels ({FORMAT}).")
@@ -122,32 +142,61 @@ def _check_fits(path: str | Path, model: nn.Module, state: dict[str, Tensor], pa
     unknown = [name for name in state if name not in mine]
     if unknown:
         raise CheckpointError(f"{other}it has '{unknown[0]}', which {type(model).__name__} has not.")
-    replaced = tuple(f"{name}." for name in payload["stand_ins"])
+    modules = dict(model.named_modules(remove_duplicate=False))
+    gone = {id(modules[name]) for name in payload["stand_ins"]}
+    replaced = tuple(f"{name}." for name, module in modules.items() if id(module) in gone)  # under all its names
     missing = [name for name in mine if name not in state and not name.startswith(replaced)]
     if missing:
         raise CheckpointError(f"{other}it lacks '{missing[0]}' of {type(model).__name__}.")
     for name, saved in state.items():
         shape, full = tuple(saved.shape), tuple(mine[name].shape)
-        if len(shape) != len(full) or any(s > f for s, f in zip(shape, full, strict=True)):
+        # Channels are in the first two dimensions; a kernel keeps its size.
+        if len(shape) != len(full) or shape[2:] != full[2:] or any(s > f for s, f in zip(shape, full, strict=True)):
             raise CheckpointError(
                 f"{other}'{name}' is {shape} there and {full} here; build the model as it was first built "
                 "(same classes and width, not pruned)."
             )
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], stand_ins: dict[str, dict[str, Any]]) -> None:
+def _check_groups(path: str | Path, optimizer: Optimizer, saved: dict[str, Any] | None, gone: set[int]) -> None:
+    """The saved optimizer state belongs to as many parameters, in as many groups, as will be left."""
+    if saved is None:
+        raise CheckpointError(f"'{path}' holds no optimizer state; it was saved without one.")
+    mine = [sum(id(p) not in gone for p in group["params"]) for group in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in saved["param_groups"]]
+    if mine != theirs:
+        raise CheckpointError(
+            f"the optimizer state in '{path}' is of groups of {theirs} parameters, but the optimizer here would have "
+            f"{mine}; build it from the freshly built model's parameters, grouped as before."
+        )
+
+
+def _check_plain(payload: dict[str, Any]) -> None:
+    """What is saved can be read again: a checkpoint that cannot is found out too late."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, payload), buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        why = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
+        raise CheckpointError(
+            f"nothing was written, for it could not be read again: {why.strip().rstrip('.')}; pass plain values, "
+            "tensors, and lists or dicts of them."
+        ) from error
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], sizes: dict[str, dict[str, int]]) -> None:
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, saved in state.items():
         tensor = tensors[name]
         data = saved.to(device=tensor.device, dtype=tensor.dtype)
-        if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
-            data = data.contiguous(memory_format=torch.channels_last)
+        if memory_format(tensor) is not torch.contiguous_format:
+            data = data.contiguous(memory_format=memory_format(tensor))
         set_data(tensor, data.clone() if data.data_ptr() == saved.data_ptr() else data)
     for name, module in model.named_modules():
-        for attribute, value in sizes_told_by(module).items():
+        for attribute, value in (sizes_told_by(module) | sizes.get(name, {})).items():
             setattr(module, attribute, value)
-        if isinstance(module, ConstantConv):
-            module.out_channels = stand_ins[name]["channels"]
 
 
 def _load_into(path: str | Path, what: str, target: HasState | Optimizer, state: dict[str, Any] | None) -> None:

@@ -23,10 +23,12 @@ from torch.utils._pytree import tree_leaves
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.graph.spaces import expand
+from prunetrain_kernels.graph.trace import buffers_restored
 from prunetrain_kernels.prune.branches import ConstantConv, replacements, swap_in
 
 # An output that moves by more than this share of its scale is no rounding; such a reconfiguration is undone.
-LARGEST_MOVE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 2e-1}
+LARGEST_MOVE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2e-1}
+LARGEST_MOVE_TF32 = 1e-2  # fp32 on CUDA: cuDNN multiplies in TF32 unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Reconfiguration:
             f"max|dy| {self.max_abs_dy:.1e} of scale {self.scale:.1e}, {self.seconds:.2f} s"
         )
         lines = [
-            f"  {c.name}: " + ("removed" if c.removed else f"in {c.in_before} -> {c.in_after}, out {c.out_before} -> {c.out_after}")
+            f"  {c.name}: "
+            + ("removed" if c.removed else f"in {c.in_before} -> {c.in_after}, out {c.out_before} -> {c.out_after}")
             for c in self.layers
             if c.removed or (c.in_before, c.out_before) != (c.in_after, c.out_after)
         ]  # fmt: skip
@@ -98,13 +101,18 @@ class _Slicing:
     cuts: tuple[tuple[int, Tensor], ...]
 
     def of(self, tensor: Tensor) -> Tensor:
+        layout = memory_format(tensor)
         for dim, index in self.cuts:
-            channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
-            channels_last = channels_last and tensor.is_contiguous(memory_format=torch.channels_last)
             tensor = tensor.index_select(dim, index.to(tensor.device))
-            if channels_last:
-                tensor = tensor.contiguous(memory_format=torch.channels_last)
-        return tensor
+        return tensor.contiguous(memory_format=layout)
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last for a tensor that is stored so and not also the plain way, as 1x1 weights are."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim(), torch.contiguous_format)
+    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
+        return last
+    return torch.contiguous_format
 
 
 def reconfigure(
@@ -151,12 +159,12 @@ def reconfigure(
             _replace(model, stand_ins, undo)
             _drop(optimizers, gone, undo)
             _tell_the_truth(model, keep, undo)
-            third = _outputs(model, keep)
+            third = _outputs_after(model, keep)
         scale = _largest(second) if second is not None else 0.0
         moved = _distance(second, third) if third is not None and second is not None else 0.0
         zeroing = _distance(first, second) if first is not None and second is not None else 0.0
-        allowed = LARGEST_MOVE.get(_dtype(second), 1e-2) * max(scale, 1e-6)
-        if not moved <= allowed and scale == scale:
+        allowed = _largest_move(second) * max(scale, 1e-6)
+        if moved > allowed:
             raise PruneTrainError(
                 f"pruning moved the model's output by {moved:.1e} (scale {scale:.1e}), so it was undone; the model "
                 "computes something with its channels that tracing did not see, please report it with the model."
@@ -181,7 +189,13 @@ def reconfigure(
 def _as_list(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     if optimizer is None:
         return []
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    for each in optimizers:
+        if not hasattr(each, "param_groups") or not hasattr(each, "state"):
+            raise InputError(
+                f"a {type(each).__name__} is no optimizer; pass a torch.optim optimizer, or a list of them."
+            )
+    return optimizers
 
 
 def _count(model: nn.Module) -> int:
@@ -220,7 +234,9 @@ def _slicings(model: nn.Module, keep: Keep) -> Iterable[_Slicing]:
 
 
 def _parameters_that_go(model: nn.Module, stand_ins: dict[str, nn.Module]) -> set[int]:
-    staying = {id(p) for module in stand_ins.values() for p in module.parameters()}
+    replaced = {id(model.get_submodule(name)) for name in stand_ins}
+    remaining = [module for module in model.modules() if id(module) not in replaced]
+    staying = {id(p) for module in (*stand_ins.values(), *remaining) for p in module.parameters(recurse=False)}
     return {id(p) for name in stand_ins for p in model.get_submodule(name).parameters()} - staying
 
 
@@ -236,9 +252,9 @@ def _check_optimizers(model: nn.Module, optimizers: list[Optimizer], touched: se
             f"the optimizer does not hold the model's parameter '{missing[0]}' ({len(missing)} of {len(names)} are "
             "missing); build it from model.parameters() of this very model, or pass all optimizers as a list."
         )
-    if not touched:
-        return
     for optimizer in optimizers:
+        if touched.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+            continue
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
@@ -286,8 +302,9 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
     of dtype makes PyTorch forget the accumulator, so the data go through one.
     """
     tensor.grad = None
-    if tensor.requires_grad:
-        tensor.data = torch.empty(0, dtype=torch.float32 if data.dtype != torch.float32 else torch.float64).to(data.device)
+    if isinstance(tensor, nn.Parameter):
+        other = torch.float16 if data.dtype == torch.float32 else torch.float32  # not float64: MPS has none
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
     tensor.data = data
 
 
@@ -327,8 +344,13 @@ def _restore(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
 
 def _replace(model: nn.Module, stand_ins: dict[str, nn.Module], undo: list[Callable[[], None]]) -> None:
     if stand_ins:
-        before = swap_in(model, stand_ins)
-        undo.append(lambda: swap_in(model, before) and None)
+        before = {name: model.get_submodule(name) for name in stand_ins}
+
+        def back() -> None:
+            swap_in(model, before)
+
+        undo.append(back)
+        swap_in(model, stand_ins)
 
 
 def _drop(optimizers: list[Optimizer], gone: set[int], undo: list[Callable[[], None]]) -> None:
@@ -337,9 +359,10 @@ def _drop(optimizers: list[Optimizer], gone: set[int], undo: list[Callable[[], N
         return
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            held = group["params"]
-            undo.append(lambda group=group, held=held: group.__setitem__("params", held))  # type: ignore[misc]
-            group["params"] = [p for p in held if id(p) not in gone]
+            held = list(group["params"])
+            # The list stays the same object: some optimizers keep one of their own to it.
+            undo.append(lambda group=group, held=held: group["params"].__setitem__(slice(None), held))  # type: ignore[misc]
+            group["params"][:] = [p for p in held if id(p) not in gone]
             for parameter in held:
                 if id(parameter) in gone and parameter in optimizer.state:
                     state = optimizer.state.pop(parameter)
@@ -348,16 +371,26 @@ def _drop(optimizers: list[Optimizer], gone: set[int], undo: list[Callable[[], N
 
 def _tell_the_truth(model: nn.Module, keep: Keep, undo: list[Callable[[], None]]) -> None:
     """Module attributes such as `out_channels` say what the tensors are."""
-    spaces = {layer.name: layer.output for layer in keep.graph.layers.values()}
-    spaces |= {follower.name: follower.space for follower in keep.graph.followers.values()}
-    for name, space in spaces.items():
+    spaces = {layer.name: (layer.output, 1) for layer in keep.graph.layers.values()}
+    spaces |= {follower.name: (follower.space, follower.block) for follower in keep.graph.followers.values()}
+    for name, (space, block) in spaces.items():
         module = model.get_submodule(name)
         told = sizes_told_by(module)
-        if isinstance(module, ConstantConv):
-            told = {"out_channels": len(keep.channels[space])}  # it may have no tensor to tell its size by
+        for attribute in size_without_tensor(module):
+            told[attribute] = len(keep.channels[space]) * block
         for attribute, value in told.items():
-            undo.append(lambda m=module, a=attribute, v=getattr(module, attribute): setattr(m, a, v))  # type: ignore[misc]
+            before = getattr(module, attribute)
+            undo.append(lambda m=module, a=attribute, v=before: setattr(m, a, v))  # type: ignore[misc]
             setattr(module, attribute, value)
+
+
+def size_without_tensor(module: nn.Module) -> list[str]:
+    """Size attributes of a module that it may have no tensor to tell by."""
+    if isinstance(module, ConstantConv):
+        return ["out_channels"]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not sizes_told_by(module):
+        return ["num_features"]
+    return []
 
 
 def sizes_told_by(module: nn.Module) -> dict[str, int]:
@@ -385,14 +418,19 @@ def sizes_told_by(module: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def evaluating(model: nn.Module):  # type: ignore[no-untyped-def]
-    """Evaluation mode, no gradients, no autocast; modes and random state are as before afterwards."""
+    """Evaluation mode, no gradients, no autocast; modes, buffers and random state are as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     parameter = next(model.parameters(), None)
-    devices = [parameter.get_device()] if parameter is not None and parameter.is_cuda else []
     kind = parameter.device.type if parameter is not None else "cpu"
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), torch.autocast(kind, enabled=False):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=devices),
+            torch.autocast(kind, enabled=False),
+            buffers_restored(model),
+        ):
             yield
     finally:
         for module, mode in modes:
@@ -404,13 +442,37 @@ def _outputs(model: nn.Module, keep: Keep) -> list[Tensor]:
         return [leaf for leaf in tree_leaves(model(*keep.graph.example_inputs)) if isinstance(leaf, Tensor)]
 
 
+def _outputs_after(model: nn.Module, keep: Keep) -> list[Tensor]:
+    try:
+        return _outputs(model, keep)
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise PruneTrainError(
+            f"the pruned model fails on the example inputs ({why}), "
+            "so pruning was undone; the model does something with its channels that tracing did not see, please report "
+            "it with the model."
+        ) from error
+
+
 def _largest(tensors: list[Tensor]) -> float:
     return max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
-    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
+    """Largest difference; infinite where shapes differ or only one is NaN."""
+    largest = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape:
+            return float("inf")
+        if x.numel():
+            same = (x == y) | (x.isnan() & y.isnan())  # also two infinities, whose difference is NaN
+            gap = (x.double() - y.double()).abs().masked_fill_(same, 0)
+            largest = max(largest, float(gap.nan_to_num_(nan=float("inf"), posinf=float("inf")).max()))
+    return largest
 
 
-def _dtype(tensors: list[Tensor] | None) -> Any:
-    return tensors[0].dtype if tensors else None
+def _largest_move(outputs: list[Tensor] | None) -> float:
+    first = outputs[0] if outputs else torch.empty(0)
+    if first.is_cuda and first.dtype == torch.float32:
+        return LARGEST_MOVE_TF32
+    return LARGEST_MOVE.get(first.dtype, LARGEST_MOVE_TF32)

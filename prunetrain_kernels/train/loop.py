@@ -266,7 +266,10 @@ class _Run:
         if saved is None:
             self.costs = self._measure()
             self.totals.dense = asdict(self.costs)
-            self.checkpoint.unlink(missing_ok=True)  # only now, when nothing in the options can fail any more
+            try:
+                self.checkpoint.unlink(missing_ok=True)  # only now, when nothing in the options can fail any more
+            except OSError as error:
+                raise InputError(f"cannot remove '{self.checkpoint}': {error.strerror or error}.") from error
             self.log.write_config({**asdict(config), **_environment(self.device)})
             self._log_channels()
             self.log.add_slices(0, self.prunetrain.slice_sizes())
@@ -329,9 +332,12 @@ class _Run:
             torch.cuda.set_rng_state(extra["cuda_rng"], self.device)
 
     def _measure(self) -> _Costs:
-        # On CUDA a small batch peaks in another place than a large one, so it is measured near the one in use.
-        batches = max(2, self.batch_size // 2), max(3, self.batch_size)
-        memory = step_memory(self.model, self.example, self.optimizer, batches)
+        managed = self.prunetrain.batch
+        memory = managed.memory if managed is not None else None
+        if memory is None:
+            # near the batch in use, because on CUDA a small batch peaks in another place than a large one
+            batches = max(2, self.batch_size // 2), max(3, self.batch_size)
+            memory = step_memory(self.model, self.example, self.optimizer, batches)
         return _Costs(
             training_flops=self.prunetrain.flops.training,
             inference_flops=self.prunetrain.flops.inference,

@@ -16,9 +16,10 @@ pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.train import report
-from prunetrain_kernels.train.report import comparison_table, run_labels, write_report
+from prunetrain_kernels.train import figures, report
+from prunetrain_kernels.train.report import comparison_table, write_report
 from prunetrain_kernels.train.run_log import Run, RunLog, read_run
+from prunetrain_kernels.train.run_numbers import run_labels
 
 LAYERS = {"conv1": (3, 8), "block.conv1": (8, 8), "block.conv2": (8, 8), "fc": (8, 10)}
 FIGURES = ("flops", "channels", "memory", "sparsity", "learning", "time")
@@ -333,18 +334,18 @@ def test_labels_of_runs_that_collide(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_labels_at_the_ends_of_lines_keep_apart() -> None:
-    assert report._apart([0, 50, 100], 10) == [0, 50, 100]
-    assert report._apart([5, 5, 100], 10) == [0, 10, 100]  # those far away stay
-    places = report._apart([0, 1, 12, 22, 70, 79], 10)
+    assert figures._apart([0, 50, 100], 10) == [0, 50, 100]
+    assert figures._apart([5, 5, 100], 10) == [0, 10, 100]  # those far away stay
+    places = figures._apart([0, 1, 12, 22, 70, 79], 10)
     assert min(np.diff(places)) > 10 - 1e-9
     assert np.mean(places[:4]) == pytest.approx(np.mean([0, 1, 12, 22]))
 
 
 def test_layers_of_the_sparsity_map(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run = read_run(pair[1])
-    assert report._spread_layers(run) == ["conv1", "block.conv1", "block.conv2"]  # not the classifier
-    monkeypatch.setattr(report, "SPARSITY_LAYERS", 2)
-    assert report._spread_layers(run) == ["conv1", "block.conv2"]
+    assert figures._spread_layers(run) == ["conv1", "block.conv1", "block.conv2"]  # not the classifier
+    monkeypatch.setattr(figures, "SPARSITY_LAYERS", 2)
+    assert figures._spread_layers(run) == ["conv1", "block.conv2"]
 
 
 def test_labels_from_the_configuration(tmp_path: Path) -> None:

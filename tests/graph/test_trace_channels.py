@@ -1,0 +1,441 @@
+"""Channel spaces of networks of all kinds: what is understood is shared rightly, what is not stays as it is."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from prunetrain_kernels import ChannelGraph, TraceError, reconfigure, trace_channels
+from prunetrain_kernels.models import build
+
+Forward = Callable[..., Tensor]
+
+
+class Net(nn.Module):
+    """Two 8-channel convolutions `a` and `b`, a linear layer `fc`, further modules by name, and a forward."""
+
+    def __init__(self, forward: Forward, features: int = 8, **modules: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(features, 4)
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.body = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def pool(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+def images(batch: int = 2, size: int = 6) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(batch, 3, size, size)
+
+
+def space_of(graph: ChannelGraph, layer: str, side: str = "output") -> int:
+    return int(getattr(graph.layers[layer], side))
+
+
+def frozen(graph: ChannelGraph, layer: str, side: str = "output") -> str | None:
+    return graph.spaces[space_of(graph, layer, side)].frozen
+
+
+def prune_half_of_everything(model: nn.Module, *x: Tensor) -> ChannelGraph:
+    """Zeroes half of all free spaces and prunes them; the outputs must not move, in either mode."""
+    model = model.double()
+    x = tuple(t.double() for t in x)
+    graph = trace_channels(model, x)
+    for layer in graph.layers.values():
+        weight = model.get_submodule(layer.name).weight.data
+        if not graph.spaces[layer.output].frozen:
+            weight[::2] = 0
+        if not graph.spaces[layer.input].frozen:
+            weight.view(weight.shape[0], graph.spaces[layer.input].size, -1)[:, ::2] = 0
+    reference = copy.deepcopy(model)
+    keep = graph.keep(model)
+    for space, kept in zip(graph.spaces, keep.channels, strict=True):
+        assert len(kept) == (space.size if space.frozen else space.size // 2)
+    reconfigure(model, None, keep)
+    for training in (False, True):
+        torch.manual_seed(1)
+        a = model.train(training)(*x)
+        torch.manual_seed(1)
+        b = reference.train(training)(*x)
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    return graph
+
+
+# -- the paper's networks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "spaces"),
+    # spaces: input, output, one per stage (with stem), one per inner edge of each block
+    [
+        ("resnet20", 22, 2 + 3 + 9),
+        ("resnet50", 1 + 3 * (8 * 3 + 1) + 1, 2 + 4 + 2 * 24),
+        ("vgg11", 9, 10),
+        ("vgg13", 11, 12),
+    ],
+)
+def test_spaces_of_the_papers_networks(name: str, layers: int, spaces: int) -> None:
+    graph = trace_channels(build(name, 10), (torch.randn(1, 3, 32, 32),))
+    assert len(graph.layers) == layers
+    assert len(graph.spaces) == spaces
+    assert not graph.opaque
+    assert [s.size for s in graph.spaces if s.frozen] == [3, 10]
+    assert [s.is_input for s in graph.spaces].count(True) == [s.is_output for s in graph.spaces].count(True) == 1
+    if name == "resnet20":
+        stage = graph.spaces[space_of(graph, "conv1")]
+        assert stage.producers == ["conv1", "layer1.0.conv2", "layer1.1.conv2", "layer1.2.conv2"]
+        assert stage.consumers == [f"layer1.{i}.conv1" for i in range(3)] + ["layer2.0.conv1", "layer2.0.downsample.0"]
+        assert len(graph.merges) == 9
+
+
+def test_prints_as_a_table() -> None:
+    graph = trace_channels(build("resnet20", 10), (torch.randn(1, 3, 8, 8),))
+    lines = str(graph).splitlines()
+    assert lines[0].split()[:2] == ["space", "channels"]
+    assert len(lines) == 2 + len(graph.spaces)
+    assert lines[2].split()[:2] == ["0", "3"]
+    assert lines[2].endswith("it is the network's input")
+    assert "conv1, layer1.0.conv2 and 2 more" in lines[3]
+
+
+# -- understood --------------------------------------------------------------------------------------------------------
+
+UNDERSTOOD: dict[str, Callable[[], nn.Module]] = {
+    "sequential": lambda: Net(lambda m, x: m.fc(pool(m.b(F.relu(m.a(x)))))),
+    "view": lambda: Net(lambda m, x: m.fc(F.adaptive_avg_pool2d(m.b(m.a(x)), 1).view(x.size(0), -1))),
+    "view-shape": lambda: Net(lambda m, x: m.fc(F.adaptive_avg_pool2d(m.b(m.a(x)), 1).view(x.shape[0], -1))),
+    "view-own-shape": lambda: Net(lambda m, x: (y := F.max_pool2d(m.b(m.a(x)), 6), m.fc(y.view(y.shape[0], -1)))[1]),
+    "reshape": lambda: Net(lambda m, x: m.fc(m.b(m.a(x)).amax((2, 3), True).reshape(x.size(0), -1))),
+    "squeeze": lambda: Net(lambda m, x: m.fc(F.avg_pool2d(m.b(m.a(x)), 6).squeeze(3).squeeze(-1))),
+    "block": lambda: Net(lambda m, x: m.fc(torch.flatten(F.max_pool2d(m.b(m.a(x)), 2), 1)), features=72),
+    "block-module": lambda: Net(lambda m, x: m.fc(m.flat(m.b(m.a(x)))), features=8 * 36, flat=nn.Flatten()),
+    "block-batch-norm": lambda: Net(
+        lambda m, x: m.fc(m.norm(torch.flatten(F.max_pool2d(m.b(m.a(x)), 3), 1))),
+        features=32,
+        norm=nn.BatchNorm1d(32),
+    ),
+    "functional": lambda: Net(
+        lambda m, x: m.fc(pool(F.gelu(m.b(F.pad(F.interpolate(F.leaky_relu(m.a(x), 0.1), scale_factor=2), (1, 1))))))
+    ),
+    "interpolate-to-a-size": lambda: Net(
+        lambda m, x: m.fc(pool(F.interpolate(m.b(F.max_pool2d(m.a(x), 2)), size=x.shape[-2:])))
+    ),
+    "dropout": lambda: Net(
+        lambda m, x: m.fc(F.dropout(pool(m.b(m.drop(m.a(x)))), 0.0, m.training)), drop=nn.Dropout2d(0.0)
+    ),
+    "multiply-by-a-number": lambda: Net(lambda m, x: m.fc(pool(0.5 * m.b(2 * m.a(x) + 1)) / 3 - 1)),
+    "difference": lambda: Net(lambda m, x: m.fc(pool(torch.sub(m.b(m.a(x)), m.a(x)).mul(m.a(x)).abs()))),
+    "called-twice": lambda: Net(lambda m, x: m.fc(pool(m.b(F.relu(m.b(m.a(x))))))),
+    "depthwise": lambda: Net(
+        lambda m, x: m.fc(pool(m.b(m.act(m.depthwise(m.a(x)))))),
+        depthwise=nn.Conv2d(8, 8, 3, groups=8),
+        act=nn.PReLU(8),
+    ),
+    "one-map-gate": lambda: Net(lambda m, x: m.fc(pool(m.b(m.a(x)) * torch.sigmoid(m.one(x)))), one=nn.Conv2d(3, 1, 1)),
+    "setting": lambda: WithSettings(),
+}
+
+
+class WithSettings(Net):
+    """Plain defaults decide how it flows."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda m, x: m.fc(pool(m.b(m.a(x)))))
+
+    def forward(self, x: Tensor, features: bool = False, scale: float | None = None, *, mode: str = "a") -> Tensor:
+        y = super().forward(x) if mode == "a" else x
+        if features or scale is not None:
+            return y * 2
+        return y
+
+
+@pytest.mark.parametrize("name", UNDERSTOOD)
+def test_understood(name: str) -> None:
+    model = UNDERSTOOD[name]()
+    graph = prune_half_of_everything(model, images(size=6))
+    assert frozen(graph, "a") is None
+    assert frozen(graph, "b") is None
+    assert graph.spaces[space_of(graph, "a", "input")].is_input
+    assert graph.spaces[space_of(graph, "fc")].is_output
+    if name.startswith("block"):
+        assert graph.layers["fc"].block == model.fc.weight.shape[1] // len(model.b.weight)
+    if name == "called-twice":
+        assert space_of(graph, "a") == space_of(graph, "b", "input") == space_of(graph, "b")
+
+
+# -- not understood: frozen --------------------------------------------------------------------------------------------
+
+
+class Times(nn.Conv2d):
+    """A convolution that does something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flip(1))
+
+
+class Flow(nn.Module):
+    """Its flow depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return self.inner(x)
+        return x
+
+
+class Scale(nn.Module):
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.max() > 1e9 else x
+
+
+def tie(model: Net, first: str, second: str) -> Net:
+    model.get_submodule(second).weight = model.get_submodule(first).weight
+    return model
+
+
+def replaced_forward(model: Net) -> Net:
+    model.b.forward = lambda x: x.roll(1, 1)  # type: ignore[method-assign]
+    return model
+
+
+class ReadsCount(Net):
+    def __init__(self) -> None:
+        super().__init__(lambda m, x: m.fc(pool(m.b((y := m.a(x)) / y.shape[1]))))
+
+
+def simple(m: Net, x: Tensor) -> Tensor:
+    return m.fc(pool(m.b(m.a(x))))
+
+
+# name -> (model, layer whose output must be frozen, words of the reason)
+FROZEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "cat": (lambda: Net(lambda m, x: m.fc(pool(torch.cat([m.a(x), m.b(m.a(x))], 1))), features=16), "a", "'cat'"),
+    "view-written-out": (lambda: Net(lambda m, x: m.fc(m.b(m.a(x)).view(-1, 288)), features=288), "b", "'view'"),
+    "matmul": (lambda: Net(lambda m, x: m.fc(pool(torch.matmul(m.b(m.a(x)), m.a(x))))), "a", "'matmul'"),
+    "channel-slice": (lambda: Net(lambda m, x: m.fc(pool(m.b(m.a(x))[:, :8]))), "b", "'getitem'"),
+    "softmax-over-channels": (lambda: Net(lambda m, x: m.fc(pool(m.a(x).softmax(1)))), "a", "'softmax'"),
+    "mean-over-channels": (lambda: Net(lambda m, x: m.fc(pool(m.a(x) - m.a(x).mean(1, keepdim=True)))), "a", "'mean'"),
+    "flip": (lambda: Net(lambda m, x: m.fc(pool(m.a(x).flip(1)))), "a", "'flip'"),
+    "group-norm": (lambda: Net(lambda m, x: m.fc(pool(m.n(m.a(x)))), n=nn.GroupNorm(2, 8)), "a", "'n' (GroupNorm)"),
+    "grouped": (lambda: Net(lambda m, x: m.fc(pool(m.n(m.a(x)))), n=nn.Conv2d(8, 8, 1, groups=2)), "a", "'n' (Conv2d)"),
+    "transposed": (
+        lambda: Net(lambda m, x: m.fc(pool(m.n(m.a(x)))), n=nn.ConvTranspose2d(8, 8, 2)),
+        "a",
+        "'n' (ConvTranspose2d)",
+    ),
+    "overridden-forward": (lambda: Net(lambda m, x: m.fc(pool(m.n(m.a(x)))), n=Times(8, 8, 1)), "a", "'flip'"),
+    "replaced-forward": (lambda: replaced_forward(Net(simple)), "a", "'b' (Conv2d)"),
+    "weight-norm": (
+        lambda: Net(lambda m, x: m.fc(pool(m.n(m.a(x)))), n=nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))),
+        "a",
+        "'n'",
+    ),
+    "masked": (
+        lambda: Net(
+            lambda m, x: m.fc(pool(m.n(m.a(x)))),
+            n=prune.random_unstructured(nn.Conv2d(8, 8, 1), "weight", 0.3),  # type: ignore[no-untyped-call]
+        ),
+        "a",
+        "'n' (Conv2d)",
+    ),
+    "closed": (lambda: Net(lambda m, x: m.fc(pool(m.n(m.a(x)))), n=Flow()), "a", "'n' (Flow)"),
+    "tied": (lambda: tie(Net(lambda m, x: m.fc(pool(m.n(m.b(m.a(x))))), n=nn.Conv2d(8, 8, 3)), "b", "n"), "a", "share"),
+    "weight-read": (
+        lambda: Net(lambda m, x: m.fc(pool(m.b(m.a(x)))) + m.b.weight.sum()),
+        "a",
+        "the forward reads 'b.weight' directly",
+    ),
+    "layer-inside-a-closed-module": (
+        lambda: (lambda m: (setattr(m, "n", Scale(m.b)), m)[1])(Net(lambda m, x: m.fc(pool(m.b(m.n(m.a(x))))))),
+        "b",
+        "it also works inside 'n'",
+    ),
+    "channel-count": (ReadsCount, "a", "its number of channels is read by the forward"),
+    "size-1": (lambda: Net(lambda m, x: m.fc(pool(m.a(x)).mul(m.a(x).size(1)))), "a", "number of channels is read"),
+    "numel": (lambda: Net(lambda m, x: m.fc(pool(m.a(x)) / m.a(x).numel())), "a", "'numel'"),
+    "whole-shape": (lambda: Net(lambda m, x: m.fc(pool(m.b(m.a(x)) + x.new_ones(m.a(x).shape)))), "a", "number of"),
+    "clamped-by-a-tensor": (
+        lambda: Net(lambda m, x: m.fc(pool(m.a(x).clamp(min=m.b.bias.view(1, -1, 1, 1))))),
+        "a",
+        "'clamp'",
+    ),
+    "keyword-call": (lambda: Net(lambda m, x: m.fc(pool(m.b(input=m.a(x)))) + 0 * pool(m.b(m.a(x))).sum()), "b", ""),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_is_not_understood_freezes(name: str) -> None:
+    make, layer, reason = FROZEN[name]
+    graph = prune_half_of_everything(make(), images())
+    assert reason in (frozen(graph, layer) or "not frozen")
+    assert reason in str(graph)
+
+
+def test_a_module_that_cannot_be_traced_is_left_closed_and_named() -> None:
+    graph = trace_channels(FROZEN["closed"][0](), (images(),))
+    assert list(graph.opaque) == ["n"]
+    assert "control flow" in graph.opaque["n"]
+    assert "if x.sum() > 0:" in graph.opaque["n"]
+    assert "not looked into: n (" in str(graph)
+    assert "n.inner" not in graph.layers
+
+
+def test_a_forward_that_cannot_be_traced_is_an_error_that_names_the_line() -> None:
+    class Root(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            if y.mean() > 0:
+                y = -y
+            return self.fc(pool(y))
+
+    with pytest.raises(TraceError, match=r"the forward of Root cannot be traced .*'if y.mean\(\) > 0:'.*move the part"):
+        trace_channels(Root(simple), (images(),))
+
+    class Assigns(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            y[:, 0] = 0
+            return self.fc(pool(y))
+
+    with pytest.raises(TraceError, match="item assignment"):
+        trace_channels(Assigns(simple), (images(),))
+
+    with pytest.raises(TraceError, match="the model takes 1 inputs but example_inputs has 2"):
+        trace_channels(Net(simple), (images(), images()))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((torch.zeros(1, 5, 6, 6),), r"fails on the example inputs at 'a' \(call_module a\)"),
+        ((torch.zeros(1, 3, 1),), "fails on the example inputs at 'a'"),
+        ((), "must be a tuple of tensors"),
+        (None, "must be a tuple of tensors"),
+        (("x",), "must be a tuple of tensors"),
+        ({"x": 1}, "must be a tuple of tensors"),
+    ],
+    ids=["channels", "dimensions", "empty", "none", "text", "dict"],
+)
+def test_wrong_example_inputs(inputs: tuple[Tensor, ...], message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        trace_channels(Net(simple), inputs)
+
+
+# -- inputs and outputs ------------------------------------------------------------------------------------------------
+
+
+def test_two_inputs_and_a_dict_of_outputs() -> None:
+    class Two(Net):
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor | tuple[Tensor, ...]]:  # type: ignore[override]
+            f = self.b(self.a(x) + self.a(y))
+            return {"logits": self.fc(pool(f)), "maps": (f,)}
+
+    model = Two(simple)
+    graph = trace_channels(model, (images(), images()))
+    assert frozen(graph, "b") == frozen(graph, "fc") == "it is the network's output"
+    assert frozen(graph, "a") is None
+    assert graph.spaces[space_of(graph, "a", "input")].is_input
+    model.a.weight.data[3] = 0
+    model.b.weight.data[:, 3] = 0
+    before = model(images(), images())["logits"]
+    reconfigure(model, None, graph.keep(model))
+    assert model.a.out_channels == 7
+    assert torch.allclose(model(images(), images())["logits"], before, atol=1e-6)
+
+
+def test_ends_are_found_through_operations_that_are_not_followed() -> None:
+    class Ends(Net):
+        def __init__(self) -> None:
+            super().__init__(simple)
+            self.register_buffer("mean", torch.rand(3, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.log_softmax(super().forward((x - self.mean) * 2), 1)
+
+    graph = trace_channels(Ends(), (images(),))
+    assert graph.spaces[space_of(graph, "a", "input")].is_input
+    assert graph.spaces[space_of(graph, "fc")].is_output
+    inner = graph.spaces[space_of(graph, "a")]
+    assert not inner.is_input
+    assert not inner.is_output
+    assert not inner.frozen
+
+
+def test_a_scalar_loss_from_the_forward() -> None:
+    class Loss(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return F.cross_entropy(super().forward(x), y)
+
+    graph = trace_channels(Loss(simple), (images(), torch.tensor([1, 2])))
+    assert graph.spaces[space_of(graph, "fc")].is_output
+    assert frozen(graph, "fc")
+    assert not frozen(graph, "b")
+
+
+def test_variable_arguments() -> None:
+    class Variable(Net):
+        def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+            return super().forward(x)
+
+    assert frozen(trace_channels(Variable(simple), (images(),)), "a") is None
+
+
+# -- the model stays as it was -----------------------------------------------------------------------------------------
+
+
+def test_leaves_the_model_as_it_was() -> None:
+    class Busy(Net):
+        def __init__(self) -> None:
+            super().__init__(simple, bn=nn.BatchNorm2d(8), drop=nn.Dropout(0.5))
+            self.register_buffer("calls", torch.zeros(1))
+            self.register_buffer("running", torch.zeros(8))
+            self.register_buffer("variance", torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            y = self.drop(self.bn(self.a(x))) * torch.rand(())
+            F.batch_norm(y, self.running, self.variance, training=True)
+            return self.fc(pool(F.dropout(self.b(y))))
+
+    model = Busy()
+    model.bn.eval()
+    x = images()
+    loss = model(x).sum()
+    before = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    state, versions = torch.get_rng_state(), [b._version for b in model.bn.buffers()]
+    graph = trace_channels(model, (x,))
+    assert torch.equal(state, torch.get_rng_state())
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert versions == [b._version for b in model.bn.buffers()]
+    loss.backward()  # nothing that autograd saved was written to
+    x.fill_(float("nan"))  # nor does the graph hold on to the caller's batch
+    assert graph.example_inputs[0].isfinite().all()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_failure_leaves_modes_as_they_were() -> None:
+    model = Net(simple).eval()
+    model.b.train()
+    with pytest.raises(TraceError):
+        trace_channels(model, (torch.zeros(1, 4, 4, 4),))
+    assert [m.training for m in (model, model.a, model.b)] == [False, False, True]

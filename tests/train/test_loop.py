@@ -1,0 +1,836 @@
+"""Whole runs: killed and resumed, deterministic, refused, diverged, out of memory; and what they write."""
+
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prunetrain_kernels.files
+import prunetrain_kernels.prune.checkpoint
+from prunetrain_kernels.cost import batch_norm_bytes, count_flops, gradient_bytes
+from prunetrain_kernels.data import load
+from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError
+from prunetrain_kernels.models import build
+from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint
+from prunetrain_kernels.train import loop
+from prunetrain_kernels.train.loop import TrainConfig, config_from_dict, train
+from prunetrain_kernels.train.run_log import LOG_COLUMNS, read_run
+
+TINY = '''
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(x + self.bn2(self.conv2(self.dropout(y))))
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 12, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(12)
+        self.a, self.b, self.c = Block(12), Block(12), Block(12)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(12, num_classes)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.stem(x)))
+        return self.fc(torch.flatten(self.pool(self.c(self.b(self.a(x)))), 1))
+
+
+def tiny(num_classes=10, in_channels=3):
+    """Three residual blocks, with dropout."""
+    return Net(num_classes, in_channels)
+
+
+def wrong_logits(num_classes=10, in_channels=3):
+    return Net(num_classes + 1, in_channels)
+'''
+plain_step = loop._Run._step
+SHORT: dict[str, Any] = {"epochs": 2, "fine_tune_epochs": 0, "interval": 1}
+TIMES = ["train_seconds", "lasso_seconds", "reconfigure_seconds", "wall_seconds"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "tiny_net_for_tests.py").write_text(TINY)
+    sys.path.insert(0, str(folder))
+    torch.set_num_threads(1)
+    yield folder
+    sys.path.remove(str(folder))
+
+
+def config(out: Path, **changes: Any) -> TrainConfig:
+    """Six epochs of 1 to 4 steps, with everything that has a state: dropout, growth, fine-tuning, branches that go."""
+    default = TrainConfig(
+        out=str(out),
+        model="tiny_net_for_tests:tiny",
+        data="synthetic:60x8x8",
+        epochs=4,
+        fine_tune_epochs=2,
+        batch=16,
+        lr=0.05,
+        decay_at=(0.8,),
+        interval=0.4,
+        grow_batch=True,
+        batch_granularity=8,
+        batch_limit=32,
+        device="cpu",
+        threads=1,
+    )
+    return replace(default, **changes)
+
+
+def resnet(out: Path, **changes: Any) -> TrainConfig:
+    """A ResNet-20 in two short epochs."""
+    return config(out, model="resnet20", epochs=2, fine_tune_epochs=0, interval=1, **changes)
+
+
+def withering_step(self: Any, indices: Tensor, epoch: int, step: int) -> None:
+    """A training step after which more and more channels are zero: the lasso's work in a few steps.
+
+    A function of epoch and step alone, so that resumed runs see the same. The blocks a and c die as a whole.
+    """
+    plain_step(self, indices, epoch, step)
+    if self.config.dense or epoch >= self.config.epochs:
+        return
+    prunetrain, share = self.prunetrain, min(0.7, 0.1 * (epoch + step / 4))
+    with torch.no_grad():
+        for name, layer in prunetrain.graph.layers.items():
+            weight = self.model.get_submodule(name)._parameters.get("weight")
+            if weight is None or weight.dim() < 2:
+                continue
+            if (name == "c.conv2" and (epoch, step) >= (0, 2)) or (name == "a.conv2" and epoch >= 3):
+                weight.zero_()
+            _, ins, outs = prunetrain.dense_layers[name]
+            for dim, space, size in ((0, layer.output, outs), (1, layer.input, ins)):
+                if prunetrain.graph.spaces[space].frozen is None:
+                    kept = prunetrain.kept[name][1 - dim]
+                    weight.index_fill_(dim, (kept < share * size).nonzero().flatten(), 0)
+
+
+@pytest.fixture(autouse=True)
+def withering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop._Run, "_step", withering_step)
+
+
+def checkpoint_of(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bitwise the same model, optimizer and records, but for what the clock says."""
+    first, second = checkpoint_of(one), checkpoint_of(other)
+    assert first["model"].keys() == second["model"].keys()
+    for name, tensor in first["model"].items():
+        assert torch.equal(tensor, second["model"][name]), name
+        assert tensor.stride() == second["model"][name].stride(), name
+    momenta = [c["optimizer"]["state"] for c in (first, second)]
+    assert momenta[0].keys() == momenta[1].keys()
+    for key, state in momenta[0].items():
+        assert torch.equal(state["momentum_buffer"], momenta[1][key]["momentum_buffer"])
+    assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+    assert torch.equal(first["extra"]["rng"], second["extra"]["rng"])
+    assert first["extra"]["scheduler"] == second["extra"]["scheduler"]
+
+    runs = [read_run(folder) for folder in (one, other)]
+    pd.testing.assert_frame_equal(runs[0].log.drop(columns=TIMES), runs[1].log.drop(columns=TIMES), check_exact=True)
+    assert (one / "channels.csv").read_bytes() == (other / "channels.csv").read_bytes()
+    assert runs[0].slices.keys() == runs[1].slices.keys()
+    for layer, sizes in runs[0].slices.items():
+        np.testing.assert_array_equal(sizes, runs[1].slices[layer])
+    np.testing.assert_array_equal(runs[0].slice_epochs, runs[1].slice_epochs)
+
+    def untimed(summary: dict[str, Any] | None) -> dict[str, Any]:
+        assert summary is not None
+        kept = {k: v for k, v in summary.items() if "seconds" not in k}
+        kept["reconfigurations"] = [{k: v for k, v in r.items() if k != "seconds"} for r in kept["reconfigurations"]]
+        return kept
+
+    assert untimed(runs[0].summary) == untimed(runs[1].summary)
+
+
+# -- killed and resumed ------------------------------------------------------------------------------------------------
+
+
+def _child(options: TrainConfig, kill: tuple[str, int] | None) -> None:
+    """Trains in a process of its own, which dies by SIGKILL at the given point."""
+    counts = {"step": 0, "save": 0}
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            result = function(*arguments, **keywords)
+            counts[kind] += 1
+            if kill == (kind, counts[kind]):
+                die()
+            return result
+
+        return run
+
+    def half_written(path: Path, data: Callable[[Any], None], *error: Any) -> None:
+        counts["save"] += 1
+        if kill == ("half", counts["save"]):
+            whole = io.BytesIO()
+            data(whole)
+            unfinished = Path(path).with_name(f".{path.name}.{os.getpid()}-0123abcd.tmp")
+            unfinished.write_bytes(whole.getvalue()[: whole.tell() // 2])
+            die()
+        write(path, data, *error)
+        if kill == ("save", counts["save"]):
+            die()  # the checkpoint is there, the log is not
+
+    run: Any = loop._Run
+    run._step = counted("step", withering_step)
+    write = prunetrain_kernels.files.write_atomically
+    prunetrain_kernels.prune.checkpoint.write_atomically = half_written  # type: ignore[assignment]
+    if kill is not None and kill[0] == "after":  # milliseconds of its own work, so the machine's load does not matter
+        signal.setitimer(signal.ITIMER_PROF, kill[1] / 1000)  # SIGPROF ends a process as SIGKILL does: at once
+    train(options, resume=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def start(tiny_module: Path) -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["prunetrain_kernels.cli", "prunetrain_kernels.train.report", "torch._dynamo", "pandas", "pytest", __name__]
+    )
+
+    def launch(options: TrainConfig, kill: tuple[str, int] | None = None) -> Any:
+        process = context.Process(target=_child, args=(options, kill))
+        process.start()
+        return process
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, start: Any) -> Path:
+    """The run of `config`, in a process of its own."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start(config(folder))
+    process.join()
+    assert process.exitcode == 0
+    return folder
+
+
+def test_the_undisturbed_run_has_everything_that_a_resume_could_lose(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    epochs = [r["epoch"] for r in summary["reconfigurations"]]
+    assert any(epoch % 1 for epoch in epochs)
+    shapes = [r["parameters"] for r in summary["reconfigurations"]]
+    assert len(set(shapes)) >= 3
+    assert len(summary["batch_sizes"]) >= 2
+    assert summary["removed_layers"]
+    assert [row.phase for row in read_run(undisturbed).log.itertuples()] == ["train"] * 4 + ["fine-tune"] * 2
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        # before the first checkpoint, so that it starts anew; in the middle of an epoch; and again
+        [("step", 2), ("step", 5), ("step", 2)],
+        # between checkpoint and log; while a checkpoint is written; after the last training epoch; in the fine-tuning;
+        # with everything written but the summary
+        [("save", 2), ("half", 2), ("save", 1), ("half", 1), ("save", 1), ("save", 1)],
+    ],
+)
+def test_killed_and_resumed_it_ends_like_the_undisturbed_run(
+    tmp_path: Path, start: Any, undisturbed: Path, kills: list[tuple[str, int]]
+) -> None:
+    options = config(tmp_path / "run")
+    for kill in kills:
+        process = start(options, kill)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "run" / "summary.json").exists()
+    process = start(options)
+    process.join()
+    assert process.exitcode == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+    assert not list((tmp_path / "run").glob(".*")), "unfinished files of killed processes stay behind"
+
+
+def test_killed_at_random_moments(tmp_path: Path, start: Any, undisturbed: Path) -> None:
+    options, moments, killed = config(tmp_path / "run"), random.Random(0), 0
+    exitcode = -signal.SIGPROF
+    while exitcode != 0:
+        assert exitcode == -signal.SIGPROF
+        process = start(options, ("after", moments.randint(300, 900) + 400 * killed))
+        process.join()
+        exitcode, killed = process.exitcode, killed + 1
+    assert killed > 1
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, undisturbed: Path) -> None:
+    options = config(tmp_path / "run", epochs=1, fine_tune_epochs=0, interval=1)
+    train(options, progress=False)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    train(options, resume=True, progress=False)
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert before.keys() == after.keys()
+    for name in ("config.json", "log.csv", "channels.csv", "summary.json", "checkpoint.pt"):
+        assert before[name] == after[name], name
+
+
+def test_wall_time_goes_on_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = config(tmp_path / "run", epochs=3, fine_tune_epochs=0, interval=1)
+
+    def stop(self: Any, epoch: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        original = loop._Run.train_epoch
+        patch.setattr(loop._Run, "train_epoch", lambda self, e: stop(self, e) if e == 2 else original(self, e))
+        with pytest.raises(KeyboardInterrupt):
+            train(options, progress=False)
+    before = read_run(tmp_path / "run").log
+    time.sleep(0.3)  # the time between the two is nobody's
+    train(options, resume=True, progress=False)
+    log = read_run(tmp_path / "run").log
+    pd.testing.assert_frame_equal(log.head(2), before, check_exact=True)
+    assert log.wall_seconds.is_monotonic_increasing
+    parts = log[["train_seconds", "lasso_seconds", "reconfigure_seconds"]].sum(axis=1)
+    assert (log.wall_seconds >= parts.cumsum() - 1e-9).all()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["wall_seconds"] == log.wall_seconds.iloc[-1]
+    assert summary["lasso_seconds"] == pytest.approx(log.lasso_seconds.sum())
+    assert summary["reconfigure_seconds"] == pytest.approx(log.reconfigure_seconds.sum())
+    assert summary["reconfigure_seconds"] >= sum(r["seconds"] for r in summary["reconfigurations"])
+
+
+def test_the_progress_bar_counts_the_epochs_before_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = config(tmp_path / "run", epochs=2, fine_tune_epochs=1, interval=1)
+    bars: list[Any] = []
+
+    class Bar(loop.tqdm):  # type: ignore[misc,name-defined]
+        def __init__(self, **keywords: Any) -> None:
+            super().__init__(**{**keywords, "disable": False, "file": open(os.devnull, "w")})  # noqa: SIM115
+            self.started_at = self.n
+            bars.append(self)
+
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    original = loop._Run.train_epoch
+
+    def stop(self: Any, epoch: int) -> None:
+        if epoch == 2 and len(bars) == 1:
+            raise KeyboardInterrupt
+        original(self, epoch)
+
+    monkeypatch.setattr(loop._Run, "train_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(options, progress=False)
+    train(options, resume=True, progress=False)
+    assert [(bar.started_at, bar.n, bar.total) for bar in bars] == [(0, 120, 180), (120, 180, 180)]
+
+
+# -- folders that hold a run -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `config(**SHORT)`; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "_step", withering_step)
+        train(config(folder, **SHORT), progress=False)
+    return folder
+
+
+@pytest.fixture
+def copy_of_run(finished: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in finished.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lr", 0.2),
+        ("seed", 1),
+        ("epochs", 3),
+        ("model", "resnet20"),
+        ("data", "synthetic:62x8x8"),
+        ("decay_at", (0.5,)),
+        ("dense", True),
+        ("lr_rule", "sqrt"),
+        ("round_to", 8),
+        ("batch_limit", 40),
+    ],
+)
+def test_resuming_with_another_option_names_it(copy_of_run: Path, option: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"--{option.replace('_', '-')} "):
+        train(config(copy_of_run, **{**SHORT, option: value}), resume=True, progress=False)
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over_unasked(copy_of_run: Path) -> None:
+    before = {path: path.read_bytes() for path in copy_of_run.iterdir()}
+    with pytest.raises(InputError, match=r"--resume.*--overwrite"):
+        train(config(copy_of_run, **SHORT), progress=False)
+    with pytest.raises(InputError, match="choose one"):
+        train(config(copy_of_run, **SHORT), resume=True, overwrite=True, progress=False)
+    assert before == {path: path.read_bytes() for path in copy_of_run.iterdir()}
+    (copy_of_run / "checkpoint.pt").unlink()  # killed in its first epoch
+    with pytest.raises(InputError, match="holds a run already"):
+        train(config(copy_of_run, **SHORT), progress=False)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"data": "/nowhere/cifar"}, {"model": "resnet21"}, {"model": "tiny_net_for_tests:wrong_logits"}, {"round_to": 0}],
+)
+def test_overwriting_with_options_that_cannot_be_used_keeps_the_old_run(copy_of_run: Path, broken: Any) -> None:
+    before = {path: path.read_bytes() for path in copy_of_run.iterdir()}
+    with pytest.raises(InputError):
+        train(config(copy_of_run, **{**SHORT, **broken}), overwrite=True, progress=False)
+    assert before == {path: path.read_bytes() for path in copy_of_run.iterdir()}
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(copy_of_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Any, epoch: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "train_epoch", stop)
+    (copy_of_run / ".checkpoint.pt.123-0123abcd.tmp").write_bytes(b"half")
+    (copy_of_run / "notes.txt").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        train(config(copy_of_run, **SHORT, seed=5), overwrite=True, progress=False)
+    run = read_run(copy_of_run)
+    assert len(run.log) == 0
+    assert run.summary is None
+    assert run.config["seed"] == 5
+    assert list(run.slice_epochs) == [0]
+    assert set(run.channels.reconfiguration) == {0}
+    names = {path.name for path in copy_of_run.iterdir()}
+    assert names == {"config.json", "log.csv", "channels.csv", "slices.npz", "notes.txt"}
+
+
+def test_a_checkpoint_that_a_strangers_loop_wrote_is_refused(copy_of_run: Path) -> None:
+    from prunetrain_kernels.prune.checkpoint import save_pruned
+
+    save_pruned(copy_of_run / "checkpoint.pt", nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="not written by"):
+        train(config(copy_of_run, **SHORT), resume=True, progress=False)
+
+
+def test_a_checkpoint_of_another_network_of_that_name_is_refused(copy_of_run: Path) -> None:
+    payload = read_checkpoint(copy_of_run / "checkpoint.pt")
+    payload["model"]["fc.weight"] = torch.zeros(10, 99)
+    torch.save(payload, copy_of_run / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"another network.*fc\.weight"):
+        train(config(copy_of_run, **SHORT), resume=True, progress=False)
+
+
+def test_the_checkpoint_loads_into_a_freshly_built_network(finished: Path) -> None:
+    model = build("tiny_net_for_tests:tiny", 10, 3)
+    extra = load_pruned(finished / "checkpoint.pt", model)
+    assert extra["epoch"] == 2
+    summary = json.loads((finished / "summary.json").read_text())
+    assert sum(p.numel() for p in model.parameters()) == summary["params"]
+    data = load("synthetic:60x8x8", seed=0)
+    from prunetrain_kernels.data import batch as draw
+
+    images, labels = draw(data, torch.arange(len(data.val_labels)), seed=0, epoch=0, step=0, device="cpu", train=False)
+    accuracy = (model.eval()(images).argmax(1) == labels).float().mean()
+    assert float(accuracy) == pytest.approx(summary["val_accuracy"])
+
+
+# -- the same, and not the same ----------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_run_and_another_seed_another(finished: Path, tmp_path: Path) -> None:
+    torch.manual_seed(987)  # whatever was drawn before
+    torch.rand(3)
+    train(config(tmp_path / "again", **SHORT), progress=False)
+    assert_same_run(tmp_path / "again", finished)
+    train(config(tmp_path / "other", **SHORT, seed=1), progress=False)
+    assert checkpoint_of(tmp_path / "other")["extra"]["log"]["epochs"][0]["loss"] != pytest.approx(
+        checkpoint_of(finished)["extra"]["log"]["epochs"][0]["loss"], abs=1e-9
+    )
+
+
+# -- what a run writes -------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_agrees_with_the_log_and_with_the_shrunk_network(undisturbed: Path) -> None:
+    run = read_run(undisturbed)
+    summary, log = run.summary, run.log
+    assert summary is not None
+    needed = """val_accuracy train_flops_ratio inference_flops_ratio params_ratio bn_bytes_ratio comm_bytes_ratio
+        wall_seconds lasso_seconds reconfigure_seconds lambda batch_sizes removed_layers reconfigurations"""
+    assert set(needed.split()) <= summary.keys()
+    assert all({"epoch", "seconds", "max_abs_dy", "train_flops"} <= r.keys() for r in summary["reconfigurations"])
+    assert tuple(log.columns) == LOG_COLUMNS
+    assert list(log.epoch) == list(range(1, 7))
+
+    torch.manual_seed(0)
+    dense = build("tiny_net_for_tests:tiny", 10, 3)
+    example = (torch.zeros(2, 3, 8, 8),)
+    flops, parameters = count_flops(dense, example), sum(p.numel() for p in dense.parameters())
+    images = 60 * len(log)  # a batch of one image would be left out, and there is none here
+    steps = log.steps
+    assert summary["images"] == images
+    assert (log.train_flops * steps).sum() == pytest.approx(summary["train_flops_ratio"] * flops.training * images)
+    bn = batch_norm_bytes(dense, example)
+    assert (log.bn_bytes * steps).sum() == pytest.approx(summary["bn_bytes_ratio"] * bn * images)
+    sent = summary["comm_bytes_ratio"] * gradient_bytes(dense) * math.ceil(60 / 16) * len(log)
+    assert (log.gradient_bytes * steps).sum() == pytest.approx(sent)
+    assert summary["val_accuracy"] == log.val_accuracy.iloc[-1]
+    assert (log.train_flops_per_image * 60).sum() == pytest.approx((log.train_flops * steps).sum())
+
+    load_pruned(undisturbed / "checkpoint.pt", dense)
+    small = count_flops(dense, example)
+    assert summary["inference_flops_ratio"] == small.inference / flops.inference
+    assert summary["params_ratio"] == sum(p.numel() for p in dense.parameters()) / parameters
+    assert summary["reconfigurations"][-1]["train_flops"] == small.training
+    assert 0 < summary["train_flops_ratio"] < 1
+    assert 0 < summary["comm_bytes_ratio"] < 1
+
+    first_loss = log.loss.iloc[0]
+    assert summary["lambda"] > 0
+    assert first_loss > 0
+    assert log.penalty.notna().all()  # in the fine-tuning too
+
+
+def test_slices_are_nan_where_channels_were_pruned_and_channels_csv_counts_them(undisturbed: Path) -> None:
+    run = read_run(undisturbed)
+    model = build("tiny_net_for_tests:tiny", 10, 3)
+    load_pruned(undisturbed / "checkpoint.pt", model)
+    last = run.channels[run.channels.reconfiguration == run.channels.reconfiguration.max()].set_index("layer")
+    assert list(run.slice_epochs) == list(range(7))
+    pruned = 0
+    for layer, sizes in run.slices.items():
+        assert not np.isnan(sizes[0]).any()
+        gone = np.isnan(sizes)
+        assert (gone[1:] >= gone[:-1]).all(), "what was pruned does not come back"
+        assert (~gone[-1]).sum() == last.out_kept[layer]
+        pruned += gone[-1].sum()
+        module = model.get_submodule(layer)
+        if last.removed[layer]:
+            assert gone[-1].all()
+        else:
+            weight = module.weight.detach()
+            expected = weight.abs().flatten(1).amax(1).numpy()
+            np.testing.assert_array_equal(sizes[-1][~gone[-1]], expected)
+            assert weight.shape[1] == last.in_kept[layer]
+    assert pruned
+    assert set(last.index[last.removed == 1]) <= set(run.summary["removed_layers"] if run.summary else [])
+    assert (last.removed == 1).any()
+
+
+def test_a_dense_run_has_ratios_of_exactly_one(tmp_path: Path) -> None:
+    # 33 images in batches of 16: the last image of each epoch is left out, by the dense count of steps too
+    options = config(tmp_path / "run", **SHORT, dense=True, data="synthetic:33x8x8", grow_batch=False, batch_limit=None)
+    train(options, progress=False)
+    run = read_run(tmp_path / "run")
+    assert run.summary is not None
+    for ratio in ("train_flops", "inference_flops", "params", "bn_bytes", "comm_bytes"):
+        assert run.summary[f"{ratio}_ratio"] == 1, ratio
+    assert run.summary["images"] == 64
+    assert list(run.log.steps) == [2, 2]
+    assert run.summary["lambda"] is None
+    assert run.summary["reconfigurations"] == []
+    assert run.summary["batch_sizes"] == [16]
+    assert run.log.penalty.isna().all()
+
+
+def test_reconfigure_once_does_so_at_that_epoch_only(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=3, fine_tune_epochs=1, interval=0.25, reconfigure_once=2), progress=False)
+    run = read_run(tmp_path / "run")
+    assert run.summary is not None
+    assert [r["epoch"] for r in run.summary["reconfigurations"]] == [2]
+    assert run.log.params.iloc[0] > run.log.params.iloc[1] == run.log.params.iloc[3]
+    assert sorted(set(run.channels.epoch)) == [0, 2]
+
+
+def test_the_last_epochs_are_pruned_too_where_the_interval_does_not_divide(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=3, fine_tune_epochs=1, interval=2), progress=False)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [r["epoch"] for r in summary["reconfigurations"]] == [2, 3]
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(0.5, [0.5, 1, 1.5, 2]), (1.5, [1.5, 2]), (2 / 3, [0.75, 1.5, 2])])
+def test_fractions_of_an_epoch_are_hit_at_the_next_step(tmp_path: Path, interval: float, expected: list[float]) -> None:
+    options = config(
+        tmp_path / "run", **{**SHORT, "interval": interval}, data="synthetic:64x8x8", grow_batch=False, batch_limit=None
+    )
+    train(options, progress=False)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [r["epoch"] for r in summary["reconfigurations"]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("changes", [{"amp": "bf16"}, {"channels_last": True}, {"amp": "bf16", "channels_last": True}])
+def test_mixed_precision_and_channels_last_train_and_prune(tmp_path: Path, changes: dict[str, Any]) -> None:
+    train(config(tmp_path / "run", **{**SHORT, "interval": 0.5}, **changes), progress=False)
+    run = read_run(tmp_path / "run")
+    assert run.summary is not None
+    assert run.summary["params_ratio"] < 1
+    assert run.log.loss.notna().all()
+    if changes.get("channels_last"):
+        weight = checkpoint_of(tmp_path / "run")["model"]["a.conv1.weight" if "a.conv1" not in
+                 run.summary["removed_layers"] else "stem.weight"]  # fmt: skip
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_channels_last_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = config(tmp_path / "whole", **SHORT, channels_last=True)
+    train(options, progress=False)
+    original = loop._Run.train_epoch
+
+    def stop(self: Any, epoch: int) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+        original(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "train_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(options, out=str(tmp_path / "halves")), progress=False)
+    train(replace(options, out=str(tmp_path / "halves")), resume=True, progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_round_to_gives_multiples(tmp_path: Path) -> None:
+    train(resnet(tmp_path / "run", round_to=8), progress=False)
+    channels = read_run(tmp_path / "run").channels
+    last = channels[channels.reconfiguration == channels.reconfiguration.max()]
+    alive = last[last.removed == 0]
+    inner = alive[alive.layer != "fc"]
+    assert (inner.out_kept % 8 == 0).all()
+    assert (alive[alive.layer != "conv1"].in_kept % 8 == 0).all()
+    assert (inner.out_kept < inner.out_total).any()
+
+
+def test_a_validation_split_smaller_than_the_example_batch(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1, fine_tune_epochs=0, interval=1, limit_val=3), progress=False)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["val_accuracy"] in (0, 1 / 3, 2 / 3, 1)
+
+
+def test_a_batch_larger_than_the_data(tmp_path: Path) -> None:
+    train(
+        config(tmp_path / "run", **{**SHORT, "epochs": 1}, batch=64, grow_batch=False, batch_limit=None), progress=False
+    )
+    assert list(read_run(tmp_path / "run").log.steps) == [1]
+
+
+def test_config_json_makes_the_same_config_again(finished: Path) -> None:
+    assert config_from_dict(json.loads((finished / "config.json").read_text())) == config(finished, **SHORT)
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    {
+        "epochs": [0, -1],
+        "fine_tune_epochs": [-1],
+        "batch": [1, 0, -4],
+        "lr": [0, -0.1, math.nan, math.inf],
+        "momentum": [-0.1, 1, math.nan],
+        "weight_decay": [-1e-4, math.nan, math.inf],
+        "decay": [0, -1, math.nan, math.inf],
+        "decay_at": [(0.0,), (1.5,), (0.5, math.nan)],
+        "penalty_ratio": [-0.1, 1, math.nan],
+        "interval": [0, -1, math.nan, math.inf],
+        "threshold": [-1e-4, math.nan, math.inf],
+        "policy": ["gating?"],
+        "round_to": [0, -8],
+        "batch_granularity": [0],
+        "memory_budget": [0, -1],
+        "batch_limit": [8],
+        "lr_rule": ["square"],
+        "amp": ["fp8"],
+        "reconfigure_once": [0, 6],
+        "threads": [0],
+        "seed": [2**64],
+    }.items(),
+)
+def test_options_out_of_range_are_refused_by_name(tmp_path: Path, option: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(InputError, match=f"^--{option.replace('_', '-')} must "):
+            config(tmp_path, **{option: value}).check()
+    assert asdict(config(tmp_path)).keys() >= {option}
+
+
+def test_options_that_exclude_each_other() -> None:
+    with pytest.raises(InputError, match="--dense"):
+        TrainConfig("x", dense=True, reconfigure_once=3).check()
+    for changes in ({"memory_budget": 1000}, {"batch_limit": 1000}):
+        with pytest.raises(InputError, match="add --grow-batch"):
+            TrainConfig("x", **changes).check()  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = config(tmp_path / "run", **{**SHORT, "epochs": 3}, dense=True)
+    original = loop._Run._step
+
+    def poison(self: Any, indices: Tensor, epoch: int, step: int) -> None:
+        original(self, indices, epoch, step)
+        if epoch == 1 and step == 1:
+            with torch.no_grad():
+                self.model.stem.weight[0, 0, 0, 0] = math.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", poison)
+        with pytest.raises(DivergedError, match=r"nan in epoch 2 .*epoch 1 is kept"):
+            train(options, progress=False)
+    run = read_run(tmp_path / "run")
+    assert len(run.log) == 1
+    assert run.summary is None
+    assert checkpoint_of(tmp_path / "run")["extra"]["epoch"] == 1
+    train(options, resume=True, progress=False)
+    train(replace(options, out=str(tmp_path / "whole")), progress=False)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("interval", [1, 0.25])
+def test_weights_spoilt_by_an_epochs_last_step_reach_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: float
+) -> None:
+    original = loop._Run._step
+
+    def poison(self: Any, indices: Tensor, epoch: int, step: int) -> None:
+        original(self, indices, epoch, step)
+        if epoch == 1 and self.seen + len(indices) == 60:  # no loss of this epoch has seen it
+            with torch.no_grad():
+                self.model.fc.bias[0] = math.inf
+
+    monkeypatch.setattr(loop._Run, "_step", poison)
+    with pytest.raises(DivergedError, match="epoch 1 is kept"):
+        train(config(tmp_path / "run", **{**SHORT, "interval": interval}), progress=False)
+    saved = checkpoint_of(tmp_path / "run")
+    assert saved["extra"]["epoch"] == 1
+    assert all(t.isfinite().all() for t in saved["model"].values())
+
+
+def test_a_huge_learning_rate_diverges_with_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="lower --lr"):
+        train(config(tmp_path / "run", lr=1e30, epochs=3), progress=False)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_model_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"wrong_logits.*10 classes.*\(8, 11\)"):
+        train(config(tmp_path / "run", model="tiny_net_for_tests:wrong_logits"), progress=False)
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> list[list[int]]:
+    """The forward of the given steps runs out of memory; returns the images of every step that went through."""
+    done: list[list[int]] = []
+    calls = itertools.count()
+    original = loop._Run._step
+
+    def step(self: Any, indices: Tensor, epoch: int, number: int) -> None:
+        def refuse(module: nn.Module, arguments: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+        handle = self.model.fc.register_forward_pre_hook(refuse) if next(calls) in at else None
+        try:
+            original(self, indices, epoch, number)
+        finally:
+            if handle is not None:
+                handle.remove()
+        done.append(indices.tolist())
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    return done
+
+
+def test_out_of_memory_goes_on_with_one_granule_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = fail_once(monkeypatch, {1})
+    options = config(tmp_path / "run", epochs=2, fine_tune_epochs=0, interval=2, batch=24, data="synthetic:64x8x8")
+    train(options, progress=False)
+    assert [len(images) for images in done] == [24, 16, 16, 8, 16, 16, 16, 16]
+    assert sorted(itertools.chain(*done[:4])) == list(range(64)), "an image was skipped or repeated"
+    run = read_run(tmp_path / "run")
+    assert list(run.log.lr) == pytest.approx([0.05, 0.05 * 16 / 24])
+    assert run.summary is not None
+    assert run.summary["batch_sizes"] == [24, 16]
+    assert run.summary["images"] == 128
+
+
+def test_out_of_memory_without_growth_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_once(monkeypatch, {1})
+    with pytest.raises(InputError, match=r"16 images does not fit.*smaller --batch"):
+        train(config(tmp_path / "run", grow_batch=False, batch_limit=None), progress=False)
+
+
+def test_out_of_memory_for_ever_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = fail_once(monkeypatch, set(range(1000)))
+    with pytest.raises(InputError, match="does not fit"):
+        train(config(tmp_path / "run"), progress=False)
+    assert done == []
+
+
+def _fill_the_disk(options: TrainConfig, messages: Any) -> None:
+    """Trains one epoch, then resumes with a limit on the size of files that no checkpoint fits in."""
+    original = loop._Run._save
+    saves = itertools.count()
+
+    def save(self: Any) -> None:
+        if next(saves) == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        original(self)
+
+    loop._Run._save = save  # type: ignore[method-assign]
+    loop._Run._step = withering_step  # type: ignore[method-assign]
+    try:
+        train(options, progress=False)
+    except CheckpointError as error:
+        messages.put(str(error))
+        messages.close()
+        messages.join_thread()
+
+
+def test_a_full_disk_during_a_checkpoint_keeps_the_old_one(tmp_path: Path, start: Any) -> None:
+    context = multiprocessing.get_context("forkserver")
+    messages = context.Queue()
+    options = config(tmp_path / "run", **SHORT)
+    process = context.Process(target=_fill_the_disk, args=(options, messages))
+    process.start()
+    assert "cannot write" in messages.get(timeout=60)
+    process.join()
+    assert checkpoint_of(tmp_path / "run")["extra"]["epoch"] == 1
+    assert not list((tmp_path / "run").glob(".*"))
+    train(options, resume=True, progress=False)
+    train(replace(options, out=str(tmp_path / "whole")), progress=False)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -13,7 +13,8 @@ from prunetrain_kernels.cost import batch_norm_bytes, count_flops, count_flops_b
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.graph import trace_channels
 from prunetrain_kernels.models import MODELS, build
-from prunetrain_kernels.train.loop import TrainConfig, train
+from prunetrain_kernels.train.config import TrainConfig
+from prunetrain_kernels.train.loop import train
 
 DATA_HELP = (
     "digits (comes with scikit-learn); an official cifar-10-python or cifar-100-python archive or its folder; a folder "

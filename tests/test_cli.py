@@ -18,7 +18,7 @@ import torch
 from prunetrain_kernels import cli
 from prunetrain_kernels.models import MODELS
 from prunetrain_kernels.train import loop
-from prunetrain_kernels.train.loop import TrainConfig
+from prunetrain_kernels.train.config import TrainConfig
 
 MODULE = """
 import torch

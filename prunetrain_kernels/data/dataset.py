@@ -7,6 +7,7 @@ the same batches as an undisturbed one, and a GPU the same as a CPU.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -108,9 +109,23 @@ def batch(
         images, float32 `(B, C, H, W)` with `(C, H, W) = data.image_shape`, and labels, int64 `(B,)`; both on `device`.
     """
     images, labels = (data.train_images, data.train_labels) if train else (data.val_images, data.val_labels)
-    chosen = images[indices.to(images.device)].to(device)
+    chosen = _send(images[_send(indices, images.device)], device)
     generator = seeded_generator("augment", seed, epoch, step) if train else None
-    return normalize_and_augment(chosen, data, generator, train), labels[indices.to(labels.device)].to(device)
+    return normalize_and_augment(chosen, data, generator, train), _send(labels[_send(indices, labels.device)], device)
+
+
+def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`; to a GPU through pinned memory, so that the host need not wait for it."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`1 / (255 std)` and `-mean / std`, (C, 1, 1) each, sent to the device once and not at every step."""
+    means, stds = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
+    return 1 / (255 * stds), -means / stds
 
 
 def normalize_and_augment(
@@ -137,10 +152,9 @@ def normalize_and_augment(
     else:
         top, left = (height - size[0]) // 2, (width - size[1]) // 2
         images = images_uint8[..., top : top + size[0], left : left + size[1]]
-    mean = torch.tensor(data.mean, device=images.device).view(-1, 1, 1)
-    std = torch.tensor(data.std, device=images.device).view(-1, 1, 1)
+    scale, shift = _scale_and_shift(data.mean, data.std, images.device)
     # one multiply and one add per pixel instead of a divide, a subtract and a divide
-    return torch.addcmul(-mean / std, images.to(torch.float32), 1 / (255 * std))
+    return torch.addcmul(shift, images.to(torch.float32), scale)
 
 
 def _random_crop_and_flip(
@@ -150,13 +164,14 @@ def _random_crop_and_flip(
     count, device = len(images), images.device
     if padding:
         images = F.pad(images, (padding, padding, padding, padding))
-    top = torch.randint(images.shape[-2] - size[0] + 1, (count,), generator=generator).to(device)
-    left = torch.randint(images.shape[-1] - size[1] + 1, (count,), generator=generator).to(device)
+    top = torch.randint(images.shape[-2] - size[0] + 1, (count,), generator=generator)
+    left = torch.randint(images.shape[-1] - size[1] + 1, (count,), generator=generator)
+    top, left = _send(torch.stack([top, left]), device)
     # `unfold` is a view of every possible window; the index copies one of them per image
     windows = images.unfold(-2, size[0], 1).unfold(-2, size[1], 1)
     images = windows[torch.arange(count, device=device), :, top, left]
     if flip:
-        mirrored = torch.randint(2, (count,), generator=generator).bool().to(device)
+        mirrored = _send(torch.randint(2, (count,), generator=generator).bool(), device)
         images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
     return images
 

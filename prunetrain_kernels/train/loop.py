@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,100 +24,18 @@ from tqdm import tqdm
 from prunetrain_kernels.cost import batch_norm_bytes, gradient_bytes, step_memory
 from prunetrain_kernels.data import ImageData, batch, epoch_order, load
 from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError
-from prunetrain_kernels.graph.keep import POLICIES
 from prunetrain_kernels.models import build
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint, save_pruned
-from prunetrain_kernels.train.mini_batch import LEARNING_RATE_RULES, MiniBatch
+from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig
+from prunetrain_kernels.train.mini_batch import MiniBatch
 from prunetrain_kernels.train.prunetrain import PruneReport, PruneTrain
 from prunetrain_kernels.train.run_log import RunLog
 
-AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
 VALIDATION_BATCH = 500
 SMALLEST_BATCH = 2  # batch norm refuses one image
 RUN_FILES = ("config.json", "log.csv", "channels.csv", "slices.npz", "summary.json", "checkpoint.pt")
 FIT_ON_DEVICE = 4 << 30  # bytes of images that are worth keeping on a GPU whole
-
-
-@dataclass
-class TrainConfig:
-    """Everything that decides a run; saved as its config.json. Defaults are the paper's CIFAR settings (section 5)."""
-
-    out: str
-    model: str = "resnet20"
-    data: str = "digits"
-    classes: int | None = None
-    image_size: int | None = None
-    limit_train: int | None = None
-    limit_val: int | None = None
-    cache: str | None = None
-    epochs: int = 182
-    fine_tune_epochs: int = 0
-    batch: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    decay_at: tuple[float, ...] = (0.5, 0.75)
-    decay: float = 0.1
-    dense: bool = False
-    penalty_ratio: float = 0.25
-    interval: float = 10
-    reconfigure_once: int | None = None
-    threshold: float = 1e-4
-    relative: bool = False
-    policy: str = "union"
-    round_to: int = 1
-    grow_batch: bool = False
-    batch_granularity: int = 32
-    memory_budget: int | None = None
-    batch_limit: int | None = None
-    lr_rule: str = "linear"
-    amp: str = "off"
-    channels_last: bool = False
-    device: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises InputError for the first option that is out of range."""
-        for name, ok, must in (
-            ("epochs", self.epochs >= 1, "be at least 1"),
-            ("fine-tune-epochs", self.fine_tune_epochs >= 0, "be 0 or more"),
-            ("batch", self.batch >= 2, "be at least 2 (batch norm needs more than one image)"),
-            ("lr", 0 < self.lr < math.inf, "be a positive number"),
-            ("momentum", 0 <= self.momentum < 1, "be from 0 up to, but not including, 1"),
-            ("weight-decay", 0 <= self.weight_decay < math.inf, "be 0 or more"),
-            ("decay", 0 < self.decay < math.inf, "be a positive number"),
-            ("decay-at", all(0 < d <= 1 for d in self.decay_at), "be shares of the epochs, between 0 and 1"),
-            ("penalty-ratio", 0 <= self.penalty_ratio < 1, "be from 0 up to, but not including, 1"),
-            ("interval", 0 < self.interval < math.inf, "be a positive number of epochs"),
-            ("threshold", 0 <= self.threshold < math.inf, "be 0 or more (paper: 1e-4)"),
-            ("policy", self.policy in POLICIES, f"be one of {', '.join(POLICIES)}"),
-            ("round-to", self.round_to >= 1, "be at least 1"),
-            ("batch-granularity", self.batch_granularity >= 1, "be at least 1"),
-            ("memory-budget", self.memory_budget is None or self.memory_budget >= 1, "be a positive number of bytes"),
-            (
-                "batch-limit",
-                self.batch_limit is None or self.batch_limit >= self.batch,
-                f"be at least the --batch to start with, {self.batch}",
-            ),
-            ("lr-rule", self.lr_rule in LEARNING_RATE_RULES, f"be one of {', '.join(LEARNING_RATE_RULES)}"),
-            ("amp", self.amp in AMP_DTYPES, f"be one of {', '.join(AMP_DTYPES)}"),
-            (
-                "reconfigure-once",
-                self.reconfigure_once is None or 1 <= self.reconfigure_once <= self.epochs,
-                f"be an epoch of the run, 1 to {self.epochs}",
-            ),
-            ("threads", self.threads is None or self.threads >= 1, "be at least 1"),
-            ("seed", -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits"),
-        ):
-            if not ok:
-                raise InputError(f"--{name} must {must}, not {getattr(self, name.replace('-', '_'))}.")
-        if self.dense and self.reconfigure_once is not None:
-            raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
-        for name, value in (("memory-budget", self.memory_budget), ("batch-limit", self.batch_limit)):
-            if value is not None and not self.grow_batch:
-                raise InputError(f"--{name} limits the growth of the batch; add --grow-batch.")
 
 
 @dataclass
@@ -377,7 +295,7 @@ class _Run:
         self.loss_sum = torch.zeros((), device=self.device)
         self.correct = torch.zeros((), device=self.device)
         self.flops = self.batch_norm = self.gradient = 0  # whole numbers: a dense run's ratios are exactly 1
-        self.memory = self.reconfigure_seconds = 0.0
+        self.memory = self.reconfigure_seconds = self.measure_seconds = 0.0
         self.steps, self.seen = 0, 0
         self.first_batch = self.batch_size
         self.step_times: list[float] = []
@@ -406,7 +324,8 @@ class _Run:
             if self.config.interval % 1 and self._reconfigures(epoch):
                 self._advance(epoch, epoch + position / images_in_epoch)
         self._look(epoch)
-        self.epoch_seconds = time.perf_counter() - self.epoch_start - self.reconfigure_seconds
+        elapsed = time.perf_counter() - self.epoch_start
+        self.epoch_seconds = elapsed - self.reconfigure_seconds - self.measure_seconds
         self._check_weights(epoch)
         if self._reconfigures(epoch):
             self._advance(epoch, epoch + 1)
@@ -495,10 +414,12 @@ class _Run:
         start = time.perf_counter()
         report = act()
         assert report is not None
+        done = time.perf_counter()
+        self.reconfigure_seconds += done - start
         if report.reconfiguration.changed:
             self.costs = self._measure()
         self._log_channels()
-        self.reconfigure_seconds += time.perf_counter() - start
+        self.measure_seconds += time.perf_counter() - done  # for the log only: a user without one does not pay it
         if report.reconfiguration.changed:
             self.say(str(report))
 
@@ -708,12 +629,3 @@ def _mini_batch(config: TrainConfig, images: int) -> MiniBatch | None:
         maximum=config.batch_limit if config.batch_limit is not None else max(images, config.batch),
         learning_rate=config.lr_rule,
     )
-
-
-def config_from_dict(values: dict[str, Any]) -> TrainConfig:
-    """A TrainConfig from a config.json's content; keys that are no options are left out."""
-    known = {f.name for f in fields(TrainConfig)}
-    kept = {name: value for name, value in values.items() if name in known}
-    if "decay_at" in kept:
-        kept["decay_at"] = tuple(kept["decay_at"])
-    return TrainConfig(**kept)

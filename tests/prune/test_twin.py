@@ -160,7 +160,8 @@ class Twice(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         doubled = self.c(x)
-        return self.fc(torch.relu(self.a(x) + self.b(x)) + (doubled + doubled)).mean((2, 3))
+        both = torch.add(torch.relu(torch.add(self.a(x), self.b(x))), torch.add(doubled, doubled))
+        return self.fc(both).mean((2, 3))
 
 
 @pytest.mark.parametrize("dead", ["ab", "abc", "c"])
@@ -184,8 +185,8 @@ class Broadcast(nn.Module):
         self.head = nn.Conv2d(6, 4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.a(x) + self.b(x).mean((2, 3), keepdim=True)
-        y = y + nn.functional.dropout(self.c(x), 0.5, self.training)
+        y = torch.add(self.a(x), self.b(x).mean((2, 3), keepdim=True))
+        y = torch.add(y, nn.functional.dropout(self.c(x), 0.5, self.training))
         return self.head(y).mean((2, 3))
 
 

@@ -30,7 +30,8 @@ from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError
 from prunetrain_kernels.models import build
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint
 from prunetrain_kernels.train import loop
-from prunetrain_kernels.train.loop import TrainConfig, config_from_dict, train
+from prunetrain_kernels.train.config import TrainConfig
+from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.run_log import LOG_COLUMNS, read_run
 
 TINY = '''
@@ -646,10 +647,6 @@ def test_a_batch_larger_than_the_data(tmp_path: Path) -> None:
         config(tmp_path / "run", **{**SHORT, "epochs": 1}, batch=64, grow_batch=False, batch_limit=None), progress=False
     )
     assert list(read_run(tmp_path / "run").log.steps) == [1]
-
-
-def test_config_json_makes_the_same_config_again(finished: Path) -> None:
-    assert config_from_dict(json.loads((finished / "config.json").read_text())) == config(finished, **SHORT)
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""The options of a training run."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.keep import POLICIES
+from prunetrain_kernels.train.mini_batch import LEARNING_RATE_RULES
+
+AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run; saved as its config.json. Defaults are the paper's CIFAR settings (section 5)."""
+
+    out: str
+    model: str = "resnet20"
+    data: str = "digits"
+    classes: int | None = None
+    image_size: int | None = None
+    limit_train: int | None = None
+    limit_val: int | None = None
+    cache: str | None = None
+    epochs: int = 182
+    fine_tune_epochs: int = 0
+    batch: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_at: tuple[float, ...] = (0.5, 0.75)
+    decay: float = 0.1
+    dense: bool = False
+    penalty_ratio: float = 0.25
+    interval: float = 10
+    reconfigure_once: int | None = None
+    threshold: float = 1e-4
+    relative: bool = False
+    policy: str = "union"
+    round_to: int = 1
+    grow_batch: bool = False
+    batch_granularity: int = 32
+    memory_budget: int | None = None
+    batch_limit: int | None = None
+    lr_rule: str = "linear"
+    amp: str = "off"
+    channels_last: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises InputError for the first option that is out of range."""
+        for name, ok, must in (
+            ("epochs", self.epochs >= 1, "be at least 1"),
+            ("fine-tune-epochs", self.fine_tune_epochs >= 0, "be 0 or more"),
+            ("batch", self.batch >= 2, "be at least 2 (batch norm needs more than one image)"),
+            ("lr", 0 < self.lr < math.inf, "be a positive number"),
+            ("momentum", 0 <= self.momentum < 1, "be from 0 up to, but not including, 1"),
+            ("weight-decay", 0 <= self.weight_decay < math.inf, "be 0 or more"),
+            ("decay", 0 < self.decay < math.inf, "be a positive number"),
+            ("decay-at", all(0 < d <= 1 for d in self.decay_at), "be shares of the epochs, between 0 and 1"),
+            ("penalty-ratio", 0 <= self.penalty_ratio < 1, "be from 0 up to, but not including, 1"),
+            ("interval", 0 < self.interval < math.inf, "be a positive number of epochs"),
+            ("threshold", 0 <= self.threshold < math.inf, "be 0 or more (paper: 1e-4)"),
+            ("policy", self.policy in POLICIES, f"be one of {', '.join(POLICIES)}"),
+            ("round-to", self.round_to >= 1, "be at least 1"),
+            ("batch-granularity", self.batch_granularity >= 1, "be at least 1"),
+            ("memory-budget", self.memory_budget is None or self.memory_budget >= 1, "be a positive number of bytes"),
+            (
+                "batch-limit",
+                self.batch_limit is None or self.batch_limit >= self.batch,
+                f"be at least the --batch to start with, {self.batch}",
+            ),
+            ("lr-rule", self.lr_rule in LEARNING_RATE_RULES, f"be one of {', '.join(LEARNING_RATE_RULES)}"),
+            ("amp", self.amp in AMP_DTYPES, f"be one of {', '.join(AMP_DTYPES)}"),
+            (
+                "reconfigure-once",
+                self.reconfigure_once is None or 1 <= self.reconfigure_once <= self.epochs,
+                f"be an epoch of the run, 1 to {self.epochs}",
+            ),
+            ("threads", self.threads is None or self.threads >= 1, "be at least 1"),
+            ("seed", -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits"),
+        ):
+            if not ok:
+                raise InputError(f"--{name} must {must}, not {getattr(self, name.replace('-', '_'))}.")
+        if self.dense and self.reconfigure_once is not None:
+            raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
+        for name, value in (("memory-budget", self.memory_budget), ("batch-limit", self.batch_limit)):
+            if value is not None and not self.grow_batch:
+                raise InputError(f"--{name} limits the growth of the batch; add --grow-batch.")

@@ -160,8 +160,9 @@ class Twice(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         doubled = self.c(x)
-        both = torch.add(torch.relu(torch.add(self.a(x), self.b(x))), torch.add(doubled, doubled))
-        return self.fc(both).mean((2, 3))
+        # torch.add writes into neither operand, so nothing but its operands can tell how large the sum is
+        sides = self.fc(torch.relu(torch.add(self.a(x), self.b(x))))
+        return (sides + self.fc(torch.add(doubled, doubled))).mean((2, 3))
 
 
 @pytest.mark.parametrize("dead", ["ab", "abc", "c"])
@@ -181,16 +182,17 @@ class Broadcast(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(3, 6, 3, padding=1) for _ in range(3))
+        self.a, self.b, self.c, self.c2 = (nn.Conv2d(3, 6, 3, padding=1) for _ in range(4))
         self.head = nn.Conv2d(6, 4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.add(self.a(x), self.b(x).mean((2, 3), keepdim=True))
-        y = torch.add(y, nn.functional.dropout(self.c(x), 0.5, self.training))
-        return self.head(y).mean((2, 3))
+        y = self.head(torch.add(self.a(x), self.b(x).mean((2, 3), keepdim=True)))
+        y = y + self.head(torch.add(x.mean(), nn.functional.dropout(self.c(x), 0.5, self.training)))
+        z = torch.add(nn.functional.dropout(self.c2(x), 0.5, self.training), self.b(x))
+        return (y + self.head(z)).mean((2, 3))
 
 
-@pytest.mark.parametrize("dead", ["a", "b", "c"])
+@pytest.mark.parametrize("dead", ["a", "b", "c", "c2"])
 def test_merges_that_need_the_full_map_keep_it(dead: str) -> None:
     model, x = randomise(Broadcast()).double(), torch.randn(2, 3, 6, 6).double()
     rest_of(model, dead).zero_()

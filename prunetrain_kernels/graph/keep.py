@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.rules import POINTWISE_FUNCTIONS, POINTWISE_METHODS, POINTWISE_MODULES
 from prunetrain_kernels.graph.spaces import ChannelGraph
-from prunetrain_kernels.graph.trace import POINTWISE_FUNCTIONS, POINTWISE_METHODS, POINTWISE_MODULES
 from prunetrain_kernels.ops.group_lasso import slice_max_abs
 
 POLICIES = ("union",)

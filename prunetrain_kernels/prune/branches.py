@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import CheckpointError
 from prunetrain_kernels.graph.keep import DeadBranch
-from prunetrain_kernels.graph.trace import Channels, register_rule
+from prunetrain_kernels.graph.rules import Channels, register_rule
 
 Geometry = dict[str, list[int]]
 

@@ -342,8 +342,9 @@ class _Run:
             loss = F.cross_entropy(logits, labels)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        with self.lasso_watch.running():
-            self.prunetrain.add_gradient_(loss)
+        if self.prunetrain.active:
+            with self.lasso_watch.running():
+                self.prunetrain.add_gradient_(loss)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():

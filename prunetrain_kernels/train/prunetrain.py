@@ -145,11 +145,16 @@ class PruneTrain:
         """Images per step, to be asked for after every epoch; None if PruneTrain does not manage the batch."""
         return None if self.batch is None else self.batch.size
 
+    @property
+    def active(self) -> bool:
+        """Whether there is a lasso to add: not with a ratio of 0, nor while fine-tuning (`regularizing = False`)."""
+        return self.regularizing and self.penalty_ratio > 0
+
     # -- in every step --------------------------------------------------------------------------------------------
 
     def regularize(self, loss: Tensor) -> Tensor:
         """loss + lambda * R(W); sets lambda from this very loss on the first call (Eq. 3)."""
-        if not self.regularizing or self.penalty_ratio == 0:
+        if not self.active:
             return loss
         penalty = self.lasso.penalty()
         self.last_penalty = penalty.detach()
@@ -158,7 +163,7 @@ class PruneTrain:
     def add_gradient_(self, loss: Tensor) -> None:
         """Adds the gradient of lambda * R(W) into every `.grad`: what `regularize` does, but after backward and free of
         a graph. With a gradient scaler call it after `scaler.unscale_(optimizer)`."""
-        if not self.regularizing or self.penalty_ratio == 0:
+        if not self.active:
             return
         if self.coefficient is None:
             self.set_coefficient(loss, self.lasso.penalty())

@@ -84,6 +84,13 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--out", required=True, help="the run folder (will be made)")
     add("--classes", type=int, help="number of classes; checked against the data")
     add("--image-size", type=int, help="side of the square that images of a folder or Parquet file are scaled to")
+    add(
+        "--crop",
+        type=int,
+        metavar="N",
+        help="train on random N x N squares of the images and validate on the middle one, instead of padding them "
+        "(ImageNet: --image-size 256 --crop 224)",
+    )
     add("--limit-train", type=int, metavar="N", help="use N training images only, the same number of each class")
     add("--limit-val", type=int, metavar="N", help="use N validation images only")
     add("--cache", help="folder for decoded images (default: the user's cache folder)")

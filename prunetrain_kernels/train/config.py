@@ -21,6 +21,7 @@ class TrainConfig:
     data: str = "digits"
     classes: int | None = None
     image_size: int | None = None
+    crop: int | None = None
     limit_train: int | None = None
     limit_val: int | None = None
     cache: str | None = None

@@ -110,18 +110,27 @@ def lines_of(runs: Sequence[Run]) -> list[Line]:
 
 
 def _draw_flops(lines: Sequence[Line]) -> "tuple[Figure, str] | None":
-    panels = (("train_flops_per_image", "Training FLOPs per image"), ("inference_flops", "Inference FLOPs per image"))
+    panels = (
+        ("train_flops", "Training, per step"),  # paper Fig. 2a; rises where the mini-batch grows
+        ("train_flops_per_image", "Training, per image"),
+        ("inference_flops", "Inference, per image"),
+    )
     shown = [line for line in lines if any(first_value(line.run, column) > 0 for column, _ in panels)]
     if not shown:
         return None
     figure = _figure(WIDTH, 2.7 + 0.18 * len(shown))
-    for ax, (column, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+    shares = {(line.label, column): 100 * of_first(line.run, column) for line in shown for column, _ in panels}
+    finite = [value for values in shares.values() for value in values if math.isfinite(value)]
+    top = 1.05 * max([100, *finite])
+    for ax, (column, title) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
         for line in shown:
-            _stairs(ax, line, 100 * of_first(line.run, column), after=column == "inference_flops")
+            _stairs(ax, line, shares[line.label, column], after=column == "inference_flops")
         _label_ends(ax, lambda value: f"{value:.0f}%")
-        ax.set(title=title, xlabel="epoch", ylim=(0, 105), yticks=range(0, 101, 20))
+        ax.set(title=title, xlabel="epoch", ylim=(0, top))
+        if top < 110:
+            ax.set_yticks(range(0, 101, 20))
         ax.grid(axis="y")
-    figure.axes[0].set_ylabel("% of the dense start")
+    figure.axes[0].set_ylabel("FLOPs, % of the dense start")
     _legend(figure, shown)
     ends = [
         f"{line.label} {as_percent(of_first(line.run, 'train_flops_per_image')[-1])} for training and "
@@ -130,7 +139,7 @@ def _draw_flops(lines: Sequence[Line]) -> "tuple[Figure, str] | None":
     ]
     return figure, (
         f"FLOPs per image over epochs, as a share of each run's own first epoch. At the end: {'; '.join(ends)}. "
-        "The area under a training curve is what the run computed, as a share of training the dense network."
+        "The area under a training curve per image is what the run computed, as a share of training the dense network."
     )
 
 

@@ -5,6 +5,7 @@ the checkpoint. The folder's `checkpoint.pt` carries everything, the log too, so
 its last checkpoint to the same result.
 """
 
+import dataclasses
 import json
 import math
 import statistics
@@ -589,6 +590,8 @@ def _load_data(config: TrainConfig, device: torch.device) -> ImageData:
         seed=config.seed,
         classes=config.classes,
     )
+    if config.crop is not None:
+        data = dataclasses.replace(data, crop=config.crop, padding=0)
     if len(data.train_labels) < 2 or len(data.val_labels) < 1:
         raise InputError(f"'{config.data}' has too few images: training needs 2 and validation 1; raise the limits.")
     small = data.train_images.numel() + data.val_images.numel() <= FIT_ON_DEVICE

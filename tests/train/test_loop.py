@@ -642,6 +642,13 @@ def test_a_validation_split_smaller_than_the_example_batch(tmp_path: Path) -> No
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["val_accuracy"] in (0, 1 / 3, 2 / 3, 1)
 
 
+def test_crops_of_a_given_side(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1, fine_tune_epochs=0, interval=1, crop=6), progress=False)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["crop"] == 6
+    with pytest.raises(InputError, match="crop 9 does not fit"):
+        train(config(tmp_path / "other", epochs=1, crop=9), progress=False)
+
+
 def test_a_batch_larger_than_the_data(tmp_path: Path) -> None:
     train(
         config(tmp_path / "run", **{**SHORT, "epochs": 1}, batch=64, grow_batch=False, batch_limit=None), progress=False

@@ -188,10 +188,8 @@ def understands_function(walk: "Walk", node: fx.Node) -> bool:
         # The channel count must not be written out: x.view(x.size(0), -1) follows pruned channels, x.view(-1, 512) not.
         sizes = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
         return bool(len(sizes) == 2 and sizes[1] == -1) and walk.flatten(node)
-    if target in (torch.mean, "mean", torch.sum, "sum", torch.amax, "amax"):
-        return _reduction(walk, node)
-    if target in ("squeeze", torch.squeeze):
-        return _squeeze(walk, node)
+    if target in (torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.squeeze, "squeeze"):
+        return _drops_spatial_dims(walk, node)
     return target is F.pad and _pad(walk, node)
 
 
@@ -202,23 +200,11 @@ def _dims(value: Any, ndim: int) -> list[int] | None:
     return [d % ndim for d in dims]
 
 
-def _reduction(walk: "Walk", node: fx.Node) -> bool:
-    """mean, sum or max over spatial dimensions only."""
+def _drops_spatial_dims(walk: "Walk", node: fx.Node) -> bool:
+    """mean, sum, max or squeeze over spatial dimensions only."""
     source = node.args[0] if node.args else None
     before = walk.shape(source)
     if not isinstance(source, fx.Node) or source not in walk.channels or before is None or len(before) < 3:
-        return False
-    dims = _dims(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"), len(before))
-    if dims is None or not dims or min(dims) < 2:
-        return False
-    walk.channels[node] = walk.channels[source]
-    return True
-
-
-def _squeeze(walk: "Walk", node: fx.Node) -> bool:
-    source = node.args[0] if node.args else None
-    before = walk.shape(source)
-    if not isinstance(source, fx.Node) or source not in walk.channels or before is None:
         return False
     dims = _dims(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"), len(before))
     if dims is None or not dims or min(dims) < 2:

@@ -4,13 +4,16 @@ When every weight of the convolution before a merge is zero, the branch adds the
 batch norm makes of a constant. The convolutions in front of it then do nothing and go, with their parameters. The
 constant stays, exactly, in training and evaluation mode: the batch norm keeps its parameters and running statistics and
 is evaluated on one constant pixel instead of the whole map. It is not folded into a neighbour's shift: two shifts that
-are trained apart move at half the speed of one that carries both gradients, so folding would change the training.
+get the same gradient move their sum twice as far in a step as a single one would go, so folding changes the training.
+
+A branch whose last convolution is alive stays, even if an earlier one is all zero: what a constant map gives behind a
+padded convolution differs at the borders, so it is no constant per channel.
 
 The user's `forward` is not rewritten; the modules it calls are replaced by ones that cost next to nothing:
 
     conv1 -> RemovedLayer          zeros of one channel, with the map's size
     bn1   -> RemovedLayer
-    conv2 -> ConstantConv2d        its bias (or zero) on every pixel, a view without memory
+    conv2 -> ConstantConv          its bias (or zero) on every pixel, a view without memory
     bn2   -> ConstantBatchNorm     (1, C, 1, 1), or the full map where the merge writes into it
 """
 

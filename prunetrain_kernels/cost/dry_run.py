@@ -2,13 +2,15 @@
 
 Every cost in this folder comes from such a run. The model works on fake copies of its parameters and buffers
 (`FakeTensorMode`), so its running statistics, its gradients and the random number generators stay as they are, and
-ImageNet ResNet-50 takes a fraction of a second on any device.
+ImageNet ResNet-50 takes a fraction of a second on any device. A model that decides by a tensor's values cannot run so;
+it is run on true copies.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from prunetrain_kernels.errors import InputError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class DryRun:
         """What the model returns on `inputs`.
 
         Raises:
-            InputError: the model failed; the message says how.
+            _Failed: the model failed; the message says how.
         """
         log = logging.getLogger("torch._subclasses.fake_tensor")
         was_disabled, log.disabled = log.disabled, True  # it would print what is raised below anyway
@@ -39,30 +43,46 @@ class DryRun:
         except Exception as error:
             shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
             what = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(
-                f"{type(self.model).__name__} does not run on example inputs of shape {shapes} "
-                f"(cost is counted without data, so it must not decide by a tensor's values): {what}"
+            raise _Failed(
+                f"{type(self.model).__name__} does not run on example inputs of shape {shapes}: {what}"
             ) from error
         finally:
             log.disabled = was_disabled
 
 
-@contextmanager
-def dry_run(model: nn.Module, example_inputs: tuple[Tensor, ...], batch: int, training: bool) -> Iterator[DryRun]:
-    """A `DryRun` of `model` in train or eval mode on `batch` images shaped like the first example, all tensors fake.
+class _Failed(InputError):
+    """The model's own forward failed."""
 
-    The inputs must have the dtype the model takes: fake convolutions do not notice a wrong one. Gradients are recorded,
-    whatever the caller's grad mode. Everything about the model is as before on exit.
+
+def dry_run(
+    measure: Callable[[DryRun], Result],
+    model: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    batch: int,
+    training: bool,
+) -> Result:
+    """What `measure` makes of a run of `model` in train or eval mode on `batch` images shaped like the first example.
+
+    All tensors are fake; if the model cannot run so, `measure` is called anew with true copies of them. The inputs must
+    have the dtype the model takes: fake convolutions do not notice a wrong one. Gradients are recorded, whatever the
+    caller's grad mode. Everything about the model is as before on return.
 
     Raises:
-        InputError: `example_inputs` is no non-empty tuple of tensors whose dimension 0 is the batch.
+        InputError: `example_inputs` is no non-empty tuple of tensors whose dimension 0 is the batch, or the model does
+            not run on them.
     """
     check_example_inputs(example_inputs)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold tensors that are no registered buffers
-    with torch.inference_mode(False), torch.enable_grad(), in_mode(model, training), fake:
-        state: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in named_tensors(model)}
-        inputs = tuple(repeated(fake.from_tensor(x), batch) for x in example_inputs)
-        yield DryRun(model, state, inputs)
+    with torch.inference_mode(False), torch.enable_grad(), in_mode(model, training):
+        with suppress(_Failed), FakeTensorMode(allow_non_fake_inputs=True) as fake:  # not all tensors are buffers
+            fakes: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in named_tensors(model)}
+            return measure(DryRun(model, fakes, tuple(repeated(fake.from_tensor(x), batch) for x in example_inputs)))
+        devices = sorted({x.get_device() for x in example_inputs if x.is_cuda})
+        with torch.random.fork_rng(devices=devices):
+            copies = {
+                name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+                for name, tensor in named_tensors(model)
+            }
+            return measure(DryRun(model, copies, tuple(repeated(x, batch) for x in example_inputs)))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunetrain_kernels.cost.dry_run import dry_run, parameter_gradients, scalar_of
+from prunetrain_kernels.cost.dry_run import DryRun, dry_run, parameter_gradients, scalar_of
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,24 @@ def count_flops(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Flops:
         example_inputs: the model's positional arguments, dimension 0 the batch (only the first example is used).
 
     Raises:
-        InputError: the model cannot be run on these inputs, or not without data.
+        InputError: the model cannot be run on these inputs.
     """
-    with dry_run(model, example_inputs, batch=1, training=False) as run, torch.no_grad(), _counter() as inference:
+    # two images in training: batch norm in train mode refuses one value per channel
+    training = dry_run(_step_flops, model, example_inputs, batch=2, training=True)
+    inference = dry_run(_forward_flops, model, example_inputs, batch=1, training=False)
+    return Flops(training=training // 2, inference=inference)
+
+
+def _forward_flops(run: DryRun) -> int:
+    with torch.no_grad(), _counter() as counter:
         run.forward()
-    # two images: batch norm in train mode refuses one value per channel
-    with dry_run(model, example_inputs, batch=2, training=True) as run, _counter() as training:
+    return counter.get_total_flops()
+
+
+def _step_flops(run: DryRun) -> int:
+    with _counter() as counter:
         parameter_gradients(run.state, scalar_of(run.forward()))
-    return Flops(training=training.get_total_flops() // 2, inference=inference.get_total_flops())
+    return counter.get_total_flops()
 
 
 def count_flops_by_layer(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, int]:
@@ -49,7 +59,11 @@ def count_flops_by_layer(model: nn.Module, example_inputs: tuple[Tensor, ...]) -
     What a module computes outside its submodules is booked under its own name (the root's is `""`), so that the values
     add up to `count_flops(...).inference`. Arguments and errors are those of `count_flops`.
     """
-    names = {module: name for name, module in model.named_modules()}
+    return dry_run(_layer_flops, model, example_inputs, batch=1, training=False)
+
+
+def _layer_flops(run: DryRun) -> dict[str, int]:
+    names = {module: name for name, module in run.model.named_modules()}
     own = dict.fromkeys(names.values(), 0)
     # the counter's own table by module gives each block of a ModuleList the same name, so modules are followed here
     running: list[tuple[int, int]] = []  # per module being run: FLOPs when it began; of them, already in submodules
@@ -65,7 +79,7 @@ def count_flops_by_layer(model: nn.Module, example_inputs: tuple[Tensor, ...]) -
             caller_start, caller_submodules = running.pop()
             running.append((caller_start, caller_submodules + flops))
 
-    with dry_run(model, example_inputs, batch=1, training=False) as run, torch.no_grad(), _counter() as counter:
+    with torch.no_grad(), _counter() as counter:
         handles = [module.register_forward_pre_hook(begin) for module in names]
         handles += [module.register_forward_hook(end) for module in names]
         try:

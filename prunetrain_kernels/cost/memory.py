@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from prunetrain_kernels.cost.dry_run import (
+    DryRun,
     check_example_inputs,
     dry_run,
     in_mode,
@@ -58,7 +59,7 @@ def step_memory(
             lies at the end of the backward pass, that of a large one at its beginning. Elsewhere any will do.
 
     Raises:
-        InputError: the model cannot be run on these inputs (elsewhere than on CUDA: or not without data).
+        InputError: the model cannot be run on these inputs.
         torch.OutOfMemoryError: on CUDA, if a step does not fit.
     """
     if any(tensor.is_cuda for _, tensor in named_tensors(model)):
@@ -66,7 +67,8 @@ def step_memory(
     _check_batches(batches)
     resident = _state_bytes(model) + _optimizer_bytes(model, optimizer)
     trainable = _bytes(p for p in model.parameters() if p.requires_grad)
-    needed = [resident + trainable + _activation_bytes(model, example_inputs, batch) for batch in batches]
+    saved = [dry_run(_activation_bytes, model, example_inputs, batch, training=True) for batch in batches]
+    needed = [resident + trainable + activations for activations in saved]
     return _line(batches, needed)
 
 
@@ -137,25 +139,24 @@ def _real_step(
     parameter_gradients(state, (loss_fn or scalar_of)(functional_call(model, state, inputs)))
 
 
-def _activation_bytes(model: nn.Module, example_inputs: tuple[Tensor, ...], batch: int) -> int:
+def _activation_bytes(run: DryRun) -> int:
     """Bytes of the inputs and of everything that autograd saves in a forward pass, each storage once."""
-    with dry_run(model, example_inputs, batch, training=True) as run:
-        counted = {_identity(tensor) for tensor in run.state.values()}
-        storages = []  # held, so that no identity is given out twice
-        total = 0
+    counted = {_identity(tensor) for tensor in run.state.values()}
+    storages = []  # held, so that no identity is given out twice
+    total = 0
 
-        def count(tensor: Tensor) -> Tensor:
-            nonlocal total
-            if _identity(tensor) not in counted:
-                counted.add(_identity(tensor))
-                storages.append(tensor.untyped_storage())
-                total += storages[-1].nbytes()
-            return tensor
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        if _identity(tensor) not in counted:
+            counted.add(_identity(tensor))
+            storages.append(tensor.untyped_storage())
+            total += storages[-1].nbytes()
+        return tensor
 
-        for x in run.inputs:
-            count(x)
-        with saved_tensors_hooks(count, lambda tensor: tensor):
-            run.forward()
+    for x in run.inputs:
+        count(x)
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        run.forward()
     return total
 
 

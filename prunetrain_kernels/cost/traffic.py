@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunetrain_kernels.cost.dry_run import dry_run
+from prunetrain_kernels.cost.dry_run import DryRun, dry_run
 
 PASSES_PER_STEP = 8  # forward: read x twice, write y; backward: read x and dy twice, write dx
 
@@ -25,8 +25,13 @@ def batch_norm_bytes(model: nn.Module, example_inputs: tuple[Tensor, ...], batch
         batch: images per step.
 
     Raises:
-        InputError: the model cannot be run on these inputs, or not without data.
+        InputError: the model cannot be run on these inputs.
     """
+    # two images: batch norm in train mode refuses one value per channel
+    return dry_run(_bytes_per_image, model, example_inputs, batch=2, training=True) * batch
+
+
+def _bytes_per_image(run: DryRun) -> int:
     per_image = 0
 
     def add(module: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object], output: object) -> None:
@@ -35,14 +40,13 @@ def batch_norm_bytes(model: nn.Module, example_inputs: tuple[Tensor, ...], batch
         assert isinstance(x, Tensor)
         per_image += PASSES_PER_STEP * x.numel() // run.inputs[0].shape[0] * x.element_size()
 
-    # two images: batch norm in train mode refuses one value per channel
-    with dry_run(model, example_inputs, batch=2, training=True) as run, torch.no_grad():
-        layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        moving = [layer for layer in layers if not getattr(layer, "constant_over_pixels", False)]
-        handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in moving]
-        try:
+    layers = [module for module in run.model.modules() if isinstance(module, _BatchNorm)]
+    moving = [layer for layer in layers if not getattr(layer, "constant_over_pixels", False)]
+    handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in moving]
+    try:
+        with torch.no_grad():
             run.forward()
-        finally:
-            for handle in handles:
-                handle.remove()
-    return per_image * batch
+    finally:
+        for handle in handles:
+            handle.remove()
+    return per_image

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunetrain_kernels.cost import count_flops, count_flops_by_layer
+from prunetrain_kernels.cost import Flops, count_flops, count_flops_by_layer
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.models import build
 
@@ -145,9 +145,17 @@ class Decides(nn.Linear):
         return super().forward(x) if x.sum() > 0 else x
 
 
-def test_a_model_that_looks_at_its_data() -> None:
-    with pytest.raises(InputError, match=r"Decides .* must not decide by a tensor's values"):
-        count_flops(Decides(3, 3), (torch.randn(1, 3),))
+def test_a_model_that_looks_at_its_data_is_run_for_real() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), Decides(3, 3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    nn.init.constant_(model[1].bias, 1)  # so that it decides for its weights
+    before["1.bias"].fill_(1)
+    # 9 multiply-adds a layer; backward: two weight gradients and one input gradient
+    assert count_flops(model, (torch.ones(1, 3),)) == Flops(training=2 * 9 * 5, inference=2 * 9 * 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_model_that_returns_no_tensor() -> None:

@@ -534,3 +534,34 @@ def test_states_that_do_not_fit_are_refused_before_anything_changes(tmp_path: Pa
     for prunetrain in (unmanaged, stranger, unshrunk):
         assert prunetrain.epochs == 0
         assert prunetrain.history == []
+
+
+class LooksAtItsData(nn.Module):
+    """Cannot be traced, nor run on tensors without values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > 0 else -self.conv(x)
+
+
+def test_a_part_that_cannot_be_traced_stays_and_the_rest_shrinks() -> None:
+    torch.manual_seed(0)
+    head = [nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), LooksAtItsData(), *head)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x = torch.randn(4, 3, 12, 12)
+    prunetrain = PruneTrain(model, optimizer, (x,), interval=1, batch=4)
+    prunetrain.regularize(F.cross_entropy(model(x), torch.arange(4))).backward()
+    optimizer.step()
+    with torch.no_grad():
+        model[2].weight[:8] = 0
+        model[6].weight[:, :8] = 0
+    report = prunetrain.epoch_end()
+    assert report is not None
+    assert (model[1].conv.out_channels, model[2].in_channels, model[2].out_channels) == (8, 8, 8)
+    assert report.training_ratio < 1
+    prunetrain.regularize(F.cross_entropy(model(x), torch.arange(4))).backward()
+    optimizer.step()

@@ -87,6 +87,9 @@ def _remove(path: Path) -> None:
         raise InputError(f"cannot remove {path}, of an earlier report: {error.strerror or error}") from error
 
 
+DENSE_HAS_NONE = ("group lasso time", "reconfiguration time")  # so there is nothing to take a share of
+
+
 def comparison_table(runs: Sequence[Run]) -> str:
     """The runs side by side as aligned plain text: one metric per row, one run per column.
 
@@ -127,7 +130,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
             dense = dense_counterpart(run, runs)
             comparable = dense is not None and not (grows and last_value(dense, "epoch") != last_value(run, "epoch"))
             reference = measure(dense) if dense is not None and comparable else math.nan
-            if math.isfinite(value) and reference > 0:
+            if math.isfinite(value) and reference > 0 and name not in DENSE_HAS_NONE:
                 text += f" ({as_percent(value / reference)})"
             row.append(text)
         rows.append(row)

@@ -40,6 +40,9 @@ def _label(run: Run) -> str:
         parts.append(f"ratio {on_one_line(config['penalty_ratio'])}")
     if config.get("reconfigure_once"):
         parts.append("reconfigured once")
+    round_to = as_number(config.get("round_to"))
+    if round_to > 1 and not is_dense(run):
+        parts.append(f"rounded to {round_to:g}")
     label = ", ".join(parts)
     return label if len(label) <= 60 else label[:59] + "…"
 

@@ -359,6 +359,8 @@ def test_labels_from_the_configuration(tmp_path: Path) -> None:
     assert label(data="/data/imagenet/") == "imagenet"
     assert label(model="m", data="d", dense=True, penalty_ratio=0.2) == "m on d, dense"
     assert label(model="m", penalty_ratio=0.2, reconfigure_once=True) == "m, ratio 0.2, reconfigured once"
+    assert label(model="m", penalty_ratio=0.2, round_to=8) == "m, ratio 0.2, rounded to 8"
+    assert label(model="m", dense=True, round_to=8) == "m, dense"
     assert len(label(model="m" * 500)) == 60
 
 

@@ -1,1 +1,0 @@
-"""Modules over `ops/` (not there yet)."""

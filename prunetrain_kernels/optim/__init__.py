@@ -1,1 +1,0 @@
-"""Optimizers with the lasso inside the update (not there yet)."""

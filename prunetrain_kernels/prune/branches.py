@@ -135,9 +135,6 @@ class ConstantBatchNorm(nn.modules.batchnorm._BatchNorm):
         return f"{super().extra_repr()}, the same on every pixel"
 
 
-STAND_INS = (RemovedLayer, ConstantConv, ConstantBatchNorm)
-
-
 def _removed_rule(walk: Any, node: fx.Node, name: str, module: nn.Module) -> bool:
     walk.channels[node] = Channels(walk.new_space(1, f"'{name}' was removed"))
     return True  # it reads sizes only, so it holds no channel of what goes in

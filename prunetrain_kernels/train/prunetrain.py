@@ -76,6 +76,14 @@ class PruneTrain:
         batch: a `MiniBatch`, or a starting size that may grow into the freed memory; None leaves the batch alone.
         scheduler: the learning-rate scheduler, whose base rates grow with the batch.
 
+    Attributes:
+        coefficient: lambda, or None before the first step.
+        last_penalty: R(W) of the last step, a scalar tensor without a graph, or None; for a log.
+        regularizing: set it to False for fine-tuning epochs without the lasso.
+        epochs: epochs counted so far.
+        history: one entry per reconfiguration: epoch, seconds, max_abs_dy, train_flops, ...
+        removed: names of the layers that went with dead branches.
+
     Raises:
         TraceError: the model cannot be traced.
         InputError: an argument out of range, or an optimizer that does not hold the model's parameters.

@@ -13,8 +13,7 @@ from prunetrain_kernels.ops.group_lasso import (
     Groups,
     add_group_lasso_gradient_,
     group_lasso,
-    slice_max_abs,
-    slice_norms,
+    slice_statistics,
 )
 
 
@@ -69,33 +68,30 @@ class GroupLasso:
         if not self._groups:
             raise InputError("the model has no channels to penalise: it has one layer only, or none that was traced.")
 
-    def _weights(self) -> tuple[list[Tensor], list[Groups]]:
-        """Present weights; a layer that was removed has none any more."""
+    def weights(self) -> tuple[list[nn.Parameter], list[Groups]]:
+        """Present weights, and which of their groups count; a layer that was removed has none any more."""
         found = [(self.model.get_submodule(name)._parameters.get("weight"), g) for name, g in self._groups.items()]
         kept = [(weight, groups) for weight, groups in found if weight is not None]
         return [weight for weight, _ in kept], [groups for _, groups in kept]
 
     def penalty(self) -> Tensor:
         """R(W): a scalar tensor with autograd, in fp32 (fp64 for fp64 weights)."""
-        weights, groups = self._weights()
+        weights, groups = self.weights()
         return group_lasso(weights, groups, self.eps)
 
-    def add_gradient_(self, coefficient: float) -> Tensor:
+    def add_gradient_(self, coefficient: float | Tensor) -> Tensor:
         """Adds coefficient * dR/dW into every weight's `.grad` and returns R(W); records no graph."""
-        weights, groups = self._weights()
+        weights, groups = self.weights()
         return add_group_lasso_gradient_(weights, groups, coefficient, self.eps)
 
     def groups(self) -> list[Group]:
         """Every penalised group, in the order of the layers; `pandas.DataFrame(lasso.groups())` makes a table of it."""
         table: list[Group] = []
-        for name, groups in self._groups.items():
-            weight = self.model.get_submodule(name)._parameters.get("weight")
-            if weight is None:
-                continue
-            norms, sizes = slice_norms(weight, groups.block, self.eps), slice_max_abs(weight, groups.block)
-            for side, used, norm, size in zip(
-                ("in", "out"), (groups.inputs, groups.outputs), norms, sizes, strict=True
-            ):
+        names = [name for name in self._groups if self.model.get_submodule(name)._parameters.get("weight") is not None]
+        statistics = slice_statistics(*self.weights(), self.eps)
+        for name, norms, sizes in zip(names, *statistics, strict=True):
+            used_sides = (self._groups[name].inputs, self._groups[name].outputs)
+            for side, used, norm, size in zip(("in", "out"), used_sides, norms, sizes, strict=True):
                 if used:
                     pairs = zip(norm.tolist(), size.tolist(), strict=True)
                     table += [Group(name, side, channel, n, m) for channel, (n, m) in enumerate(pairs)]

@@ -11,18 +11,37 @@ the penalty of a set of layers and its gradient are
 `eps` makes the gradient finite at zero: below `sqrt(eps) = 1e-4`, which is also the pruning threshold, the pull on a
 slice fades linearly instead of flipping its sign at every step.
 
-Bytes for P fp32 weights: the norms read W once, 4P; the gradient reads W and .grad and writes .grad, 12P. The
-reference below moves several times that (a squared copy, two scaled copies); a fused kernel needs one pass each.
+Bytes for P fp32 weights: the norms read W once, 4P, and give the largest |w| of every slice with them; the gradient
+reads W and .grad and writes .grad, 12P. The reference moves several times that (a squared copy, two scaled copies).
+
+Kernels. All weights of a model are cut into tiles of 64 x 128 of the matrix K x J, J = C*R*S in storage order, in which
+column j belongs to input channel `(j // inner) % C` with `inner = R*S` (contiguous), 1 (channels_last), or the block of
+a linear layer. One launch reads every tile once and writes its row sums (output groups) and column sums (input groups)
+to slots of their own, P/64 + P/128 numbers; a small second launch folds the slots of each channel in a fixed order. No
+atomics: results are the same bit for bit. One launch computes the gradient. Which weight a tile belongs to, and where
+that lies, is read from tables on the device, so neither the number of weights nor any shape is compiled in.
 
 Accumulation is in fp32 for fp16 and bf16 weights and in the weight's own dtype otherwise.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops.launch import (
+    accumulator,
+    launch,
+    register,
+    tl,
+    triton,
+    triton_dtype,
+    use_kernels,
+)
 
 EPS = 1e-8
 
@@ -40,6 +59,14 @@ class Groups:
     block: int = 1
     inputs: bool = True
     outputs: bool = True
+
+    @property
+    def used(self) -> int:
+        """Both flags as one number, as the operators take them: 1 for inputs, 2 for outputs."""
+        return int(self.inputs) + 2 * int(self.outputs)
+
+
+# -- reference ---------------------------------------------------------------------------------------------------------
 
 
 def slice_view(weight: Tensor, block: int = 1) -> Tensor:
@@ -70,110 +97,751 @@ def _square_norms(view: Tensor) -> tuple[Tensor, Tensor]:
 
 def slice_norms(weight: Tensor, block: int = 1, eps: float = EPS) -> tuple[Tensor, Tensor]:
     """Norms sqrt(|slice|^2 + eps) of the input channels, shape (C,), and of the output channels, shape (K,)."""
-    square_in, square_out = _square_norms(slice_view(weight.detach(), block))
-    return (square_in + eps).sqrt_(), (square_out + eps).sqrt_()
+    return slice_statistics([weight], [Groups(block)], eps)[0][0]
 
 
 def slice_max_abs(weight: Tensor, block: int = 1) -> tuple[Tensor, Tensor]:
-    """Largest absolute weight of each input channel, shape (C,), and of each output channel, shape (K,).
+    """Largest absolute weight of each input channel, shape (C,), and of each output channel, shape (K,), in fp32.
 
     A slice that holds a NaN gives NaN, which no threshold test calls sparse.
     """
-    size = slice_view(weight.detach(), block).abs()
-    return size.amax(_other_dims(size, "in")), size.amax(_other_dims(size, "out"))
+    return slice_statistics([weight], [Groups(block)])[1][0]
 
 
-def _scaled(view: Tensor, inverse_in: Tensor | None, inverse_out: Tensor | None) -> Tensor:
-    """W * (1 / n_in[c] + 1 / n_out[k]) in the shape of `view`; a missing side counts as zero."""
+def _reference_norms(weights: Sequence[Tensor], blocks: Sequence[int], eps: float) -> Tensor:
+    parts: list[Tensor] = []
+    for weight, block in zip(weights, blocks, strict=True):
+        parts += [(square + eps).sqrt_() for square in _square_norms(slice_view(weight, block))]
+    return torch.cat([part.to(_norm_dtype(weights)) for part in parts])
+
+
+def _reference_max_abs(weights: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
+    parts: list[Tensor] = []
+    for weight, block in zip(weights, blocks, strict=True):
+        size = slice_view(weight, block).abs()
+        parts += [size.amax(_other_dims(size, side)).to(_norm_dtype(weights)) for side in ("in", "out")]
+    return torch.cat(parts)
+
+
+def reference_gradient(weight: Tensor, norms: tuple[Tensor, Tensor], group: Groups, scale: Tensor | float) -> Tensor:
+    """scale * dR/dW of one weight from its norms, in the weight's shape, layout and dtype."""
+    view = slice_view(weight, group.block)
     trailing = [1] * (view.dim() - 2)
-    factor = torch.zeros((), device=view.device)
-    if inverse_in is not None:
-        factor = inverse_in.view(1, -1, *trailing)
-    if inverse_out is not None:
-        factor = factor + inverse_out.view(-1, 1, *trailing)
-    return (view * factor).to(view.dtype)  # the factor reaches 2e4 times the loss scale, beyond fp16
+    factor = torch.zeros((), device=view.device, dtype=norms[0].dtype)
+    if group.inputs:
+        factor = (scale / norms[0]).view(1, -1, *trailing)
+    if group.outputs:
+        factor = factor + (scale / norms[1]).view(-1, 1, *trailing)
+    # the factor reaches 2e4 times the loss scale, beyond fp16, so it is cast only after the product
+    return (view * factor).to(view.dtype).view_as(weight)
 
 
-class _GroupLasso(torch.autograd.Function):
-    """R of many weights as one autograd node, so that a step records one node and not some hundreds."""
+def _norm_dtype(weights: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
 
-    @staticmethod
-    def forward(ctx, groups: Sequence[Groups], eps: float, *weights: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.groups = groups
-        inverses: list[Tensor] = []
-        total: Tensor | None = None
-        for weight, group in zip(weights, groups, strict=True):
-            square_in, square_out = _square_norms(slice_view(weight, group.block))
-            for square, used in ((square_in, group.inputs), (square_out, group.outputs)):
-                norm = (square + eps).sqrt_()
-                if used:
-                    total = norm.sum() if total is None else total + norm.sum()
-                inverses.append(norm.reciprocal_())
-        ctx.save_for_backward(*weights, *inverses)
-        assert total is not None  # the caller refuses an empty set
-        return total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
-        count = len(ctx.groups)
-        weights, inverses = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        gradients: list[Tensor | None] = []
-        for i, (weight, group) in enumerate(zip(weights, ctx.groups, strict=True)):
-            if not ctx.needs_input_grad[i + 2]:
-                gradients.append(None)
-                continue
-            view = slice_view(weight, group.block)
-            inverse_in = inverses[2 * i] * upstream if group.inputs else None
-            inverse_out = inverses[2 * i + 1] * upstream if group.outputs else None
-            gradients.append(_scaled(view, inverse_in, inverse_out).view_as(weight))
-        return (None, None, *gradients)
+def _channels(weight: Tensor, block: int) -> tuple[int, int]:
+    """(C, K) of a weight."""
+    return weight.shape[1] // block, weight.shape[0]
+
+
+def split_by_layer(flat: Tensor, weights: Sequence[Tensor], blocks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Views of an operator's flat result: for each weight that of its input channels (C,), then outputs (K,)."""
+    sizes = [size for weight, block in zip(weights, blocks, strict=True) for size in _channels(weight, block)]
+    parts = iter(flat.split(sizes))
+    return [(ins, next(parts)) for ins in parts]
+
+
+# -- tables: many tensors in one launch --------------------------------------------------------------------------------
+
+TILE_ROWS = 64
+TILE_COLUMNS = 128
+TILE_STEP = 8  # rows in registers at a time; half of it where addresses take registers too
+FOLD_CHANNELS = 32
+FOLD_SLOTS = 32
+FIELDS = 12  # numbers per tensor in the table, in the order of `read_tensor` below
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tensor as a matrix of rows x columns in storage order; what the kernels know of it.
+
+    Attributes:
+        rows, columns: K and J of a weight; a tensor without channel slices is cut into rows of 128.
+        inner, channels: column j belongs to input channel `(j // inner) % channels`.
+        numel: elements; positions at or beyond it do not exist.
+        used: 1 for inputs, 2 for outputs, 3 for both; 0 for a tensor without a lasso, whose norms nobody wants.
+        norms: where in the flat norms its input channels begin, its output channels after them.
+        group: of hyperparameters.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    channels: int
+    numel: int
+    used: int = 0
+    norms: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Tables on the device that tell each program its tensor and tile.
+
+    Attributes:
+        tensors: (T, FIELDS) int64.
+        tile_tensor: the tensor of each tile, int32.
+        fold_tensor, fold_start: of each program of the fold: its tensor, and its first channel, counted over input
+            channels and then, from the next multiple of FOLD_CHANNELS on, output channels; int32.
+        slots: numbers of partial sums.
+    """
+
+    tensors: Tensor
+    tile_tensor: Tensor
+    fold_tensor: Tensor
+    fold_start: Tensor
+    slots: int
+
+
+def slice_tile(weight: Tensor, block: int, used: int, norms: int, group: int = 0) -> Tile:
+    """A weight (K, C, ...) whose channel slices are measured; dense, contiguous or channels_last."""
+    columns = weight.numel() // max(weight.shape[0], 1)
+    channels = weight.shape[1] // block
+    plain = weight.is_contiguous()
+    inner = columns // max(channels, 1) if plain else 1
+    return Tile(weight.shape[0], columns, inner, channels, weight.numel(), used, norms, group)
+
+
+def flat_tile(tensor: Tensor, group: int = 0) -> Tile:
+    """A tensor of which only the elements matter."""
+    return Tile(-(-tensor.numel() // TILE_COLUMNS), TILE_COLUMNS, 1, TILE_COLUMNS, tensor.numel(), group=group)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor is one run of numbers, contiguous or channels_last: what a table can describe."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    return tensor.is_contiguous() or (last is not None and tensor.is_contiguous(memory_format=last))
+
+
+@lru_cache(maxsize=64)
+def table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
+    """The tables of a list of tensors; made once for each combination of shapes."""
+    rows: list[list[int]] = []
+    tile_tensor: list[int] = []
+    fold_tensor: list[int] = []
+    fold_start: list[int] = []
+    slots = 0
+    for i, tile in enumerate(tiles):
+        across, down = -(-tile.columns // TILE_COLUMNS), -(-tile.rows // TILE_ROWS)
+        row_slots, column_slots = slots, slots + across * tile.rows
+        if tile.used:
+            slots = column_slots + down * tile.columns
+            sides = -(-tile.channels // FOLD_CHANNELS) + -(-tile.rows // FOLD_CHANNELS)
+            fold_tensor += [i] * sides
+            fold_start += [block * FOLD_CHANNELS for block in range(sides)]
+        rows.append(
+            [
+                tile.rows,
+                tile.columns,
+                tile.inner,
+                tile.channels,
+                tile.numel,
+                len(tile_tensor),
+                across,
+                row_slots,
+                column_slots,
+                tile.norms,
+                tile.used,
+                tile.group,
+            ]
+        )
+        tile_tensor += [i] * (across * down)
+
+    def to_device(values: list[Any], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    return Table(
+        to_device(rows, torch.int64),
+        to_device(tile_tensor, torch.int32),
+        to_device(fold_tensor, torch.int32),
+        to_device(fold_start, torch.int32),
+        slots,
+    )
+
+
+@lru_cache(maxsize=64)
+def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    host = torch.tensor(pointers, dtype=torch.int64)
+    # from pinned memory the copy does not wait, and a CUDA graph may record it
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def addresses(tensors: Sequence[Tensor]) -> Tensor:
+    """Where tensors begin, int64 on their device; 0 for one without elements. Uploaded again only when they moved."""
+    return _addresses(tuple(t.data_ptr() for t in tensors), tensors[0].device)
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def read_tensor(tensors, index, FIELDS: tl.constexpr):
+    """The numbers of one tensor: rows, columns, inner, channels, numel, first tile, tiles across."""
+    entry = tensors + index.to(tl.int64) * FIELDS
+    return (
+        tl.load(entry).to(tl.int32),
+        tl.load(entry + 1).to(tl.int32),
+        tl.load(entry + 2).to(tl.int32),
+        tl.load(entry + 3).to(tl.int32),
+        tl.load(entry + 4),
+        tl.load(entry + 5).to(tl.int32),
+        tl.load(entry + 6).to(tl.int32),
+    )
+
+
+@triton.jit
+def is_vector(height, columns, numel, address):
+    """Whether every row of a tensor begins at a multiple of 16 elements and 16 bytes."""
+    return (columns % 16 == 0) & (height.to(tl.int64) * columns == numel) & (address % 16 == 0)
+
+
+@triton.jit
+def tile_of(height, columns, numel, row0, column0, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row numbers of a tile, where it begins, its elements' offsets from there, and which of them exist.
+
+    VECTOR repeats what `is_vector` found out in a form that the compiler follows: then it loads vectors.
+    """
+    if VECTOR:
+        columns = columns // 16 * 16
+    rows = row0 + tl.arange(0, ROWS)
+    start = row0.to(tl.int64) * columns + column0
+    offsets = tl.arange(0, ROWS)[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
+    exists = (rows < height)[:, None] & (column0 + tl.arange(0, COLUMNS) < columns)[None, :]
+    if not VECTOR:
+        # the last row of a tensor that is cut into rows may be short
+        exists = exists & (offsets < tl.minimum(numel - start, 1 << 30).to(tl.int32))
+    return rows, start, offsets, exists
+
+
+@triton.jit
+def pointer_to(address, start, VECTOR: tl.constexpr, DTYPE: tl.constexpr):
+    """The address of a tile, as a pointer."""
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if VECTOR:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start
+
+
+@triton.jit
+def store_row_partials(
+    square, size, rows, column0, height, sums, maxima, slots, COLUMNS: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Row sums of squares and largest |w| of some rows of a tile, into the tile's own slots."""
+    slot = slots + (column0 // COLUMNS).to(tl.int64) * height + rows
+    tl.store(sums + slot, tl.sum(square, 1), mask=rows < height)
+    tl.store(maxima + slot, tl.max(size, 1).to(ACC, bitcast=True), mask=rows < height)
+
+
+@triton.jit
+def store_column_partials(
+    square, size, row0, column0, columns, sums, maxima, slots,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The same of the columns of a whole tile."""
+    cols = column0 + tl.arange(0, COLUMNS)
+    slot = slots + (row0 // ROWS).to(tl.int64) * columns + cols
+    tl.store(sums + slot, tl.sum(square, 0), mask=cols < columns)
+    tl.store(maxima + slot, tl.max(size, 0).to(ACC, bitcast=True), mask=cols < columns)
+
+
+@triton.jit
+def inverse_norms(norms, at, exists):
+    """1 / n, and 0 where there is no norm."""
+    norm = tl.load(norms + at, mask=exists, other=1.0)
+    return tl.where(exists, 1 / norm, tl.zeros_like(norm))
+
+
+@triton.jit
+def _norms_tile(
+    address, entry, height, columns, numel, row0, column0, sums, maxima,
+    VECTOR: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    ACC: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    column_square = tl.zeros((STEP, COLUMNS), ACC)
+    column_size = tl.zeros((STEP, COLUMNS), BITS)
+    row_slots, column_slots = tl.load(entry + 7), tl.load(entry + 8)
+    for step in range(0, tl.minimum(ROWS, height - row0), STEP):
+        rows, start, offsets, exists = tile_of(height, columns, numel, row0 + step, column0, VECTOR, STEP, COLUMNS)
+        w = tl.load(pointer_to(address, start, VECTOR, DTYPE) + offsets, mask=exists, other=0.0).to(ACC)
+        square = w * w
+        # The bits of a positive number, read as an integer, are in the number's order, and NaN is above infinity.
+        size = tl.abs(w).to(BITS, bitcast=True)
+        store_row_partials(square, size, rows, column0, height, sums, maxima, row_slots, COLUMNS, ACC)
+        column_square += square
+        column_size = tl.maximum(column_size, size)
+    store_column_partials(
+        column_square, column_size, row0, column0, columns, sums, maxima, column_slots, ROWS, COLUMNS, ACC
+    )
+
+
+@triton.jit
+def _norms_kernel(
+    tensors, tile_tensor, weights, sums, maxima,
+    FIELDS: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    ACC: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    index = tl.load(tile_tensor + tile)
+    height, columns, _, _, numel, first_tile, across = read_tensor(tensors, index, FIELDS)
+    entry = tensors + index.to(tl.int64) * FIELDS
+    row0 = ((tile - first_tile) // across) * ROWS
+    column0 = ((tile - first_tile) % across) * COLUMNS
+    address = tl.load(weights + index)
+    if is_vector(height, columns, numel, address):
+        _norms_tile(
+            address, entry, height, columns, numel, row0, column0, sums, maxima,
+            True, DTYPE, ROWS, COLUMNS, STEP, ACC, BITS,
+        )  # fmt: skip
+    else:
+        _norms_tile(
+            address, entry, height, columns, numel, row0, column0, sums, maxima,
+            False, DTYPE, ROWS, COLUMNS, STEP // 2, ACC, BITS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _fold_kernel(
+    tensors, fold_tensor, fold_start, sums, maxima, norms, max_abs, eps, skip,
+    FIELDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
+    ACC: tl.constexpr, BITS: tl.constexpr, SKIPS: tl.constexpr, MAXIMA: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of CHANNELS channels of one side of one weight, folded in the order of their slots."""
+    go = True
+    if SKIPS:
+        go = tl.load(skip) == 0  # a step that gradient scaling skipped: nothing was measured
+    if go:
+        index = tl.load(fold_tensor + tl.program_id(0))
+        start = tl.load(fold_start + tl.program_id(0))
+        height, columns, inner, channels, _, _, across = read_tensor(tensors, index, FIELDS)
+        entry = tensors + index.to(tl.int64) * FIELDS
+        in_blocks = (channels + CHANNELS - 1) // CHANNELS
+        is_in = start < in_blocks * CHANNELS
+        # input side: a channel has `repeats` columns in each of the tiles down; output side: one slot per tile across
+        down = (height + ROWS - 1) // ROWS
+        repeats = columns // channels
+        slots = tl.where(is_in, down * repeats, across)
+        count = tl.where(is_in, channels, height)
+        channel = tl.where(is_in, start, start - in_blocks * CHANNELS) + tl.arange(0, CHANNELS)
+        base = tl.where(is_in, tl.load(entry + 8), tl.load(entry + 7))
+        total = tl.zeros((CHANNELS, SLOTS), ACC)
+        largest = tl.zeros((CHANNELS, SLOTS), BITS)
+        for first in range(0, slots, SLOTS):
+            slot = first + tl.arange(0, SLOTS)
+            copy, step = slot % repeats, slot // repeats
+            column = (copy // inner) * channels * inner + copy % inner
+            in_slot = step.to(tl.int64)[None, :] * columns + column[None, :] + (channel * inner)[:, None]
+            out_slot = slot.to(tl.int64)[None, :] * height + channel[:, None]
+            at = base + tl.where(is_in, in_slot, out_slot)
+            exists = (slot < slots)[None, :] & (channel < count)[:, None]
+            total += tl.load(sums + at, mask=exists, other=0.0)
+            if MAXIMA:
+                largest = tl.maximum(largest, tl.load(maxima + at, mask=exists, other=0.0).to(BITS, bitcast=True))
+        to = tl.load(entry + 9) + tl.where(is_in, 0, channels) + channel
+        tl.store(norms + to, tl.sqrt(tl.sum(total, 1) + eps), mask=channel < count)
+        if MAXIMA:
+            tl.store(max_abs + to, tl.max(largest, 1).to(ACC, bitcast=True), mask=channel < count)
+
+
+@triton.jit
+def _gradient_tile(
+    address, gradient, entry, height, columns, inner, channels, numel, row0, column0, norms, scale,
+    VECTOR: tl.constexpr, DTYPE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    norm0, used = tl.load(entry + 9), tl.load(entry + 10)
+    cols = column0 + tl.arange(0, COLUMNS)
+    by_column = inverse_norms(norms, norm0 + (cols // inner) % channels, (cols < columns) & ((used & 1) != 0))
+    factor = tl.load(scale).to(ACC)
+    for step in range(0, tl.minimum(ROWS, height - row0), STEP):
+        rows, start, offsets, exists = tile_of(height, columns, numel, row0 + step, column0, VECTOR, STEP, COLUMNS)
+        out = pointer_to(gradient, start, VECTOR, DTYPE)
+        by_row = inverse_norms(norms, norm0 + channels + rows, (rows < height) & ((used & 2) != 0))
+        w = tl.load(pointer_to(address, start, VECTOR, DTYPE) + offsets, mask=exists, other=0.0).to(ACC)
+        result = w * ((by_column[None, :] + by_row[:, None]) * factor)
+        if ADD:
+            result += tl.load(out + offsets, mask=exists, other=0.0).to(ACC)
+        tl.store(out + offsets, result.to(DTYPE), mask=exists)
+
+
+@triton.jit
+def _gradient_kernel(
+    tensors, tile_tensor, weights, gradients, norms, scale,
+    FIELDS: tl.constexpr, DTYPE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, to meet what the norms left in L2
+    index = tl.load(tile_tensor + tile)
+    height, columns, inner, channels, numel, first_tile, across = read_tensor(tensors, index, FIELDS)
+    entry = tensors + index.to(tl.int64) * FIELDS
+    row0 = ((tile - first_tile) // across) * ROWS
+    column0 = ((tile - first_tile) % across) * COLUMNS
+    address, gradient = tl.load(weights + index), tl.load(gradients + index)
+    if is_vector(height, columns, numel, address | gradient):
+        _gradient_tile(
+            address, gradient, entry, height, columns, inner, channels, numel, row0, column0, norms, scale,
+            True, DTYPE, ADD, ROWS, COLUMNS, STEP, ACC,
+        )  # fmt: skip
+    else:
+        _gradient_tile(
+            address, gradient, entry, height, columns, inner, channels, numel, row0, column0, norms, scale,
+            False, DTYPE, ADD, ROWS, COLUMNS, STEP // 2, ACC,
+        )  # fmt: skip
+
+
+# -- launchers ---------------------------------------------------------------------------------------------------------
+
+
+def slice_tiles(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]) -> tuple[list[Tile], int]:
+    """The tiles of weights whose norms lie one after the other, and how many norms that makes."""
+    tiles: list[Tile] = []
+    norms = 0
+    for weight, block, sides in zip(weights, blocks, used, strict=True):
+        tiles.append(slice_tile(weight, block, sides, norms))
+        norms += sum(_channels(weight, block))
+    return tiles, norms
+
+
+def fold(
+    table: Table,
+    partials: tuple[Tensor, Tensor],
+    norms: Tensor,
+    max_abs: Tensor | None,
+    eps: float,
+    skip: Tensor | None,
+) -> None:
+    """Folds the slots of a table into norms sqrt(sum + eps) and, if wanted, largest |w|; not if `skip` holds a 1."""
+    sums, maxima = partials
+    launch(
+        _fold_kernel,
+        (len(table.fold_tensor),),
+        table.tensors,
+        table.fold_tensor,
+        table.fold_start,
+        sums,
+        maxima,
+        norms,
+        norms if max_abs is None else max_abs,
+        eps,
+        norms if skip is None else skip,
+        FIELDS=FIELDS,
+        ROWS=TILE_ROWS,
+        COLUMNS=TILE_COLUMNS,
+        CHANNELS=FOLD_CHANNELS,
+        SLOTS=FOLD_SLOTS,
+        ACC=accumulator(norms.dtype),
+        BITS=bits(norms.dtype),
+        SKIPS=skip is not None,
+        MAXIMA=max_abs is not None,
+        num_warps=4,
+    )
+
+
+def bits(dtype: torch.dtype) -> Any:
+    """Triton's integer of the accumulator's size."""
+    return tl.int64 if dtype == torch.float64 else tl.int32
+
+
+def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of tensors of one dtype each: a launch reads one."""
+    found: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel():
+            found.setdefault(tensor.dtype, []).append(i)
+    return list(found.values())
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return weight if is_dense(weight) else weight.contiguous()
+
+
+def _all_kernels(tensors: Sequence[Tensor]) -> bool:
+    return all(use_kernels(t) for t in tensors) and (
+        _norm_dtype(tensors) == torch.float32 or all(t.dtype == torch.float64 for t in tensors)
+    )
+
+
+def _measure(weights: Sequence[Tensor], blocks: Sequence[int], eps: float, sizes: bool) -> tuple[Tensor, Tensor]:
+    """Norms, and the largest |w| if wanted (else without elements), of all slices of all weights: one read of them."""
+    if not _all_kernels(weights):
+        norms = _reference_norms(weights, blocks, eps)
+        return norms, _reference_max_abs(weights, blocks) if sizes else norms.new_empty(0)
+    weights = [_dense(w) for w in weights]
+    tiles, count = slice_tiles(weights, blocks, [3] * len(weights))
+    norms = torch.empty(count, dtype=_norm_dtype(weights), device=weights[0].device)
+    max_abs = torch.empty_like(norms) if sizes else None
+    for positions in by_dtype(weights):
+        table = table_of(tuple(tiles[i] for i in positions), norms.device)
+        partials = norms.new_empty(table.slots), norms.new_empty(table.slots)
+        launch(
+            _norms_kernel,
+            (len(table.tile_tensor),),
+            table.tensors,
+            table.tile_tensor,
+            addresses([weights[i] for i in positions]),
+            *partials,
+            FIELDS=FIELDS,
+            DTYPE=triton_dtype(weights[positions[0]].dtype),
+            ROWS=TILE_ROWS,
+            COLUMNS=TILE_COLUMNS,
+            STEP=TILE_STEP,
+            ACC=accumulator(norms.dtype),
+            BITS=bits(norms.dtype),
+            num_warps=8,
+        )
+        fold(table, partials, norms, max_abs, eps, None)
+    return norms, norms.new_empty(0) if max_abs is None else max_abs
+
+
+def _write_gradient(
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    norms: Tensor,
+    scale: Tensor,
+    blocks: Sequence[int],
+    used: Sequence[int],
+    add: bool,
+) -> None:
+    """Gradients of dense weights, in their layout, written or added into `gradients`."""
+    tiles, _ = slice_tiles(weights, blocks, used)
+    for positions in by_dtype(weights):
+        table = table_of(tuple(tiles[i] for i in positions), norms.device)
+        launch(
+            _gradient_kernel,
+            (len(table.tile_tensor),),
+            table.tensors,
+            table.tile_tensor,
+            addresses([weights[i] for i in positions]),
+            addresses([gradients[i] for i in positions]),
+            norms,
+            scale,
+            FIELDS=FIELDS,
+            DTYPE=triton_dtype(weights[positions[0]].dtype),
+            ADD=add,
+            ROWS=TILE_ROWS,
+            COLUMNS=TILE_COLUMNS,
+            STEP=TILE_STEP,
+            ACC=accumulator(norms.dtype),
+            num_warps=8,
+        )
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def counted(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], like: Tensor) -> Tensor:
+    """1 for each norm that enters the penalty, 0 for the others, beside flat norms `like`."""
+    key = tuple((*_channels(w, b), u) for w, b, u in zip(weights, blocks, used, strict=True))
+    return _counted(key, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _counted(layers: tuple[tuple[int, int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    parts = [
+        torch.full((n,), float(bool(used & side)))
+        for *sizes, used in layers
+        for n, side in zip(sizes, (1, 2), strict=True)
+    ]
+    return torch.cat(parts).to(device, dtype)
+
+
+@register("slice_statistics")
+def _slice_statistics(weights: Sequence[Tensor], blocks: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    return _measure(weights, blocks, eps, sizes=True)
+
+
+@_slice_statistics.register_fake
+def _(weights: Sequence[Tensor], blocks: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    norms = _fake_norms(weights, blocks)
+    return norms, torch.empty_like(norms)
+
+
+def _fake_norms(weights: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
+    count = sum(sum(_channels(w, b)) for w, b in zip(weights, blocks, strict=True))
+    return weights[0].new_empty(count, dtype=_norm_dtype(weights))
+
+
+@register("group_lasso")
+def _group_lasso(
+    weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    norms, _ = _measure(weights, blocks, eps, sizes=False)
+    return torch.dot(norms, counted(weights, blocks, used, norms)), norms
+
+
+@_group_lasso.register_fake
+def _(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    norms = _fake_norms(weights, blocks)
+    return norms.new_empty(()), norms
+
+
+@register("group_lasso_gradient")
+def _group_lasso_gradient(
+    upstream: Tensor, norms: Tensor, weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]
+) -> list[Tensor]:
+    if not _all_kernels(weights):
+        parts = split_by_layer(norms, weights, blocks)
+        groups = [Groups(b, bool(u & 1), bool(u & 2)) for b, u in zip(blocks, used, strict=True)]
+        return [reference_gradient(w, n, g, upstream) for w, n, g in zip(weights, parts, groups, strict=True)]
+    weights = [_dense(w) for w in weights]
+    gradients = [torch.empty_like(w) for w in weights]
+    _write_gradient(gradients, weights, norms, upstream, blocks, used, add=False)
+    return gradients
+
+
+@_group_lasso_gradient.register_fake
+def _(
+    upstream: Tensor, norms: Tensor, weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]
+) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weights, ctx.blocks, ctx.used, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *weights)
+
+
+def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    norms, *weights = ctx.saved_tensors
+    gradients = _group_lasso_gradient(upstream, norms, weights, ctx.blocks, ctx.used)
+    return gradients, None, None, None
+
+
+_group_lasso.register_autograd(_backward, setup_context=_save)
+
+
+@register("add_group_lasso_gradient_", mutates=("gradients",))
+def _add_group_lasso_gradient_(
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    norms: Tensor,
+    coefficient: Tensor,
+    blocks: Sequence[int],
+    used: Sequence[int],
+) -> None:
+    same = all(is_dense(w) and g.stride() == w.stride() for g, w in zip(gradients, weights, strict=True))
+    if same and _all_kernels(weights):
+        _write_gradient(gradients, weights, norms, coefficient, blocks, used, add=True)
+        return
+    for gradient, addend in zip(
+        gradients, _group_lasso_gradient(coefficient, norms, weights, blocks, used), strict=True
+    ):
+        gradient += addend
+
+
+def _check(weights: Sequence[Tensor], groups: Sequence[Groups], penalised: bool = True) -> None:
+    if len(weights) != len(groups):
+        raise InputError(f"group_lasso got {len(weights)} weights but {len(groups)} groups; give one entry per weight.")
+    if penalised and not any(group.used for group in groups):
+        raise InputError("group_lasso got no group to penalise; give at least one weight with inputs or outputs.")
+    for weight, group in zip(weights, groups, strict=True):
+        if not weight.is_floating_point() or weight.dim() < 2 or weight.numel() == 0:
+            raise InputError(
+                f"group_lasso takes weights (K, C, ...) of floating-point numbers with at least one channel on either "
+                f"side, not {tuple(weight.shape)} of {weight.dtype}."
+            )
+        if (weight.dim() > 2 and group.block != 1) or weight.shape[1] % group.block:
+            raise InputError(
+                f"a weight of shape {tuple(weight.shape)} has no blocks of {group.block} features per input channel."
+            )
+        if weight.device != weights[0].device:
+            raise InputError(
+                f"group_lasso got weights on {weights[0].device} and on {weight.device}; move the model to one device."
+            )
+
+
+def _split(groups: Sequence[Groups]) -> tuple[list[int], list[int]]:
+    return [g.block for g in groups], [g.used for g in groups]
+
+
+def slice_statistics(
+    weights: Sequence[Tensor], groups: Sequence[Groups], eps: float = EPS
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Norms and largest |w| of every channel slice of every weight, from one read of them.
+
+    Args:
+        weights: (K, C, ...) or (K, C * block), on one device.
+        groups: one entry per weight; only `block` matters.
+        eps: added to every squared norm.
+
+    Returns:
+        norms, max_abs: for each weight those of its input channels (C,) and output channels (K,), fp32 (fp64 for fp64
+        weights). A slice that holds a NaN gives NaN in both.
+    """
+    _check(weights, groups, penalised=False)
+    if not weights:
+        return [], []
+    blocks, _ = _split(groups)
+    norms, max_abs = _slice_statistics([w.detach() for w in weights], blocks, eps)
+    return split_by_layer(norms, weights, blocks), split_by_layer(max_abs, weights, blocks)
 
 
 def group_lasso(weights: Sequence[Tensor], groups: Sequence[Groups], eps: float = EPS) -> Tensor:
     """Penalty R (Eq. 2) of a set of weights as a scalar tensor with autograd.
 
     Args:
-        weights: convolution weights (K, C, R, S) or linear weights (K, C * block), any float dtype.
+        weights: convolution weights (K, C, R, S) or linear weights (K, C * block), any float dtype, on one device.
         groups: which groups of each weight count, one entry per weight.
         eps: added to every squared norm.
 
     Raises:
-        ValueError: no weight at all, or lists of different lengths.
+        ValueError: no weight, lists of different lengths, a shape or block that makes no slices, several devices.
     """
-    if len(weights) != len(groups):
-        raise ValueError(f"group_lasso got {len(weights)} weights but {len(groups)} groups; give one entry per weight.")
-    if not any(group.inputs or group.outputs for group in groups):
-        raise ValueError("group_lasso got no group to penalise; give at least one weight with inputs or outputs.")
-    result: Tensor = _GroupLasso.apply(tuple(groups), eps, *weights)  # type: ignore[no-untyped-call]
-    return result
+    _check(weights, groups)
+    penalty: Tensor = _group_lasso(list(weights), *_split(groups), eps)[0]
+    return penalty
 
 
 @torch.no_grad()
 def add_group_lasso_gradient_(
-    weights: Sequence[Tensor], groups: Sequence[Groups], coefficient: float, eps: float = EPS
+    weights: Sequence[Tensor], groups: Sequence[Groups], coefficient: float | Tensor, eps: float = EPS
 ) -> Tensor:
     """Adds coefficient * dR/dW into each weight's `.grad` and returns R; records no graph.
 
     A weight without a `.grad` gets one, as backward would give it; a weight that needs no gradient gets none.
+
+    Raises:
+        ValueError: as `group_lasso`.
     """
-    total: Tensor | None = None
-    for weight, group in zip(weights, groups, strict=True):
-        view = slice_view(weight, group.block)
-        square_in, square_out = _square_norms(view)
-        norm_in, norm_out = (square_in + eps).sqrt_(), (square_out + eps).sqrt_()
-        for norm, used in ((norm_in, group.inputs), (norm_out, group.outputs)):
-            if used:
-                total = norm.sum() if total is None else total + norm.sum()
-        if not weight.requires_grad:
+    _check(weights, groups)
+    blocks, used = _split(groups)
+    penalty, norms = _group_lasso(list(weights), blocks, used, eps)
+    scale = coefficient_tensor(coefficient, norms)
+    parts = split_by_layer(norms, weights, blocks)
+    trained = [i for i, w in enumerate(weights) if w.requires_grad]
+    for add in (True, False):
+        chosen = [i for i in trained if (weights[i].grad is not None) == add]
+        if not chosen:
             continue
-        inverse_in = coefficient / norm_in if group.inputs else None
-        inverse_out = coefficient / norm_out if group.outputs else None
-        gradient = _scaled(view, inverse_in, inverse_out).view_as(weight)
-        if weight.grad is None:
-            weight.grad = gradient
+        some = [weights[i] for i in chosen]
+        their = torch.cat([side for i in chosen for side in parts[i]]) if len(chosen) < len(weights) else norms
+        arguments = [blocks[i] for i in chosen], [used[i] for i in chosen]
+        if add:
+            _add_group_lasso_gradient_([w.grad for w in some], some, their, scale, *arguments)
         else:
-            weight.grad += gradient
-    if total is None:
-        raise ValueError("there is no group to penalise; give at least one weight with inputs or outputs.")
-    return total
+            for weight, gradient in zip(some, _group_lasso_gradient(scale, their, some, *arguments), strict=True):
+                weight.grad = gradient
+    return penalty
+
+
+def coefficient_tensor(coefficient: float | Tensor, like: Tensor) -> Tensor:
+    """A coefficient as a scalar tensor beside `like`; numbers are uploaded once."""
+    if isinstance(coefficient, Tensor):
+        return coefficient.detach().to(like.device, like.dtype)
+    return _number(float(coefficient), like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)

@@ -1,0 +1,111 @@
+"""How kernels are launched, and when: what all operators share with Triton.
+
+An operator's kernels run when its tensors are on CUDA. On the CPU its plain-PyTorch reference runs instead, except
+
+* under Triton's interpreter (`TRITON_INTERPRET=1` in the environment before anything imports triton), which executes
+  the kernels on CPU tensors, slowly, for tests;
+* inside `compiling_only()`, where every launch compiles its kernel for the active target and runs nothing.
+
+Without triton (it exists for Linux only) the references serve every device.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # kernels below are then defined, as plain functions that nobody calls
+    HAS_TRITON = False
+
+    def _jit(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else _jit
+
+    triton = SimpleNamespace(jit=_jit)
+    tl = SimpleNamespace(constexpr=Any)
+
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_compiled: list[Any] | None = None  # inside compiling_only: what each launch compiled to
+
+
+def use_kernels(tensor: Tensor) -> bool:
+    """Whether an operator on this tensor launches kernels; otherwise its plain-PyTorch reference runs."""
+    if not HAS_TRITON or tensor.numel() == 0:
+        return False
+    if _compiled is not None:
+        return True
+    if INTERPRET:
+        return tensor.dtype in (*KERNEL_DTYPES, torch.float64)
+    return tensor.is_cuda and tensor.dtype in KERNEL_DTYPES
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """Triton's type to accumulate in: fp32, or fp64 for fp64 tensors (gradient checks in the interpreter)."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """PyTorch's name for `accumulator(dtype)`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's element type of the same name, for pointers that are read from a table."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launches `kernel` over `grid` on the device of its first tensor argument.
+
+    Args:
+        kernel: a `triton.jit` function.
+        grid: number of programs along each of up to three axes; nothing is launched if one of them is 0.
+        arguments: run-time arguments in order: tensors, numbers.
+        constants: `tl.constexpr` parameters and options such as `num_warps`, by name.
+    """
+    if 0 in grid:
+        return
+    if _compiled is not None:
+        _compiled.append(kernel.warmup(*arguments, grid=grid, **constants))
+        return
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+@contextmanager
+def compiling_only() -> Iterator[list[Any]]:
+    """Launches inside compile for Triton's active target and run nothing; yields the list of compiled kernels.
+
+    Works in a process without the interpreter; results of the operators called inside are memory nobody has written.
+    """
+    global _compiled
+    if INTERPRET:
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it in this process.")
+    before, _compiled = _compiled, []
+    try:
+        yield _compiled
+    finally:
+        _compiled = before
+
+
+def register(
+    name: str, *, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], "torch.library.CustomOpDef"]:
+    """Registers a function as the operator `prunetrain_kernels::name` for every device; the schema comes from its
+    annotations. Its shape function and derivative are added by `.register_fake` and `.register_autograd`."""
+    return torch.library.custom_op(f"prunetrain_kernels::{name}", mutates_args=mutates)

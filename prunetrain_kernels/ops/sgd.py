@@ -1,0 +1,369 @@
+"""SGD with momentum and, inside the same pass, the group lasso's gradient and the next step's norms.
+
+For each parameter p with gradient g, as `torch.optim.SGD` (its documentation gives the algorithm):
+
+    g = g / grad_scale                     if gradients are scaled (mixed precision)
+    g = -g                                 if maximize
+    g = g + lambda p (1 / n_in + 1 / n_out)        the lasso's gradient (`group_lasso.py`), always towards zero
+    g = g + weight_decay p
+    b = g at the first step, then momentum b + (1 - dampening) g
+    p = p - lr (g + momentum b  if nesterov  else b)
+
+The norms n are those of the weights before the update. The pass that writes the new p also sums its squares and its
+largest |p| per channel slice, so the norms for the next step are there when it begins and no pass over the weights is
+spent on the lasso. A step that gradient scaling skips (`found_inf`) changes nothing, and the norms stay valid.
+
+Bytes for P fp32 parameters: p, g and b are read, p and b written: 20P, lasso or not (and the slots, 0.4P, written and
+read). Without momentum 12P; where scaled gradients are written back unscaled, as torch's fused optimizers do, 4P more.
+Apart, SGD and the lasso move 20P + 16P even with fused kernels, 20-44P + 112P in plain PyTorch.
+
+One launch updates all parameters of a dtype (and one small one folds the slots): weights with a lasso as tiles of
+channel slices, everything else as rows of 128 numbers. Hyperparameters differ by parameter group; learning rates
+are read from tensors, so that a captured CUDA graph follows them. No atomics: the same bits every time.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from prunetrain_kernels.ops.group_lasso import (
+    FIELDS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_STEP,
+    Groups,
+    Tile,
+    _reference_max_abs,
+    _reference_norms,
+    addresses,
+    bits,
+    by_dtype,
+    flat_tile,
+    fold,
+    inverse_norms,
+    is_dense,
+    is_vector,
+    pointer_to,
+    read_tensor,
+    reference_gradient,
+    slice_tile,
+    split_by_layer,
+    store_column_partials,
+    store_row_partials,
+    table_of,
+    tile_of,
+)
+from prunetrain_kernels.ops.launch import (
+    accumulator,
+    accumulator_dtype,
+    launch,
+    register,
+    tl,
+    triton,
+    triton_dtype,
+    use_kernels,
+)
+
+# -- reference ---------------------------------------------------------------------------------------------------------
+
+
+def _reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    learning_rates: Sequence[Tensor],
+    momentum: Sequence[float],
+    dampening: Sequence[float],
+    weight_decay: Sequence[float],
+    nesterov: Sequence[bool],
+    maximize: Sequence[bool],
+    group: Sequence[int],
+    first: Sequence[bool],
+) -> None:
+    """The update in torch's own order of operations; `gradients` are the lasso's, already scaled."""
+    for p, g, b, lasso, i, begins in zip(params, grads, buffers, gradients, group, first, strict=True):
+        if maximize[i]:
+            g = -g
+        if lasso is not None:
+            g = g + lasso
+        if weight_decay[i]:
+            g = g.add(p, alpha=weight_decay[i])
+        if momentum[i]:
+            if begins:
+                b.copy_(g)
+            else:
+                b.mul_(momentum[i]).add_(g, alpha=1 - dampening[i])
+            g = g.add(b, alpha=momentum[i]) if nesterov[i] else b
+        p.add_(g, alpha=-float(learning_rates[i]))
+
+
+# -- kernel ------------------------------------------------------------------------------------------------------------
+
+HYPERPARAMETERS = 5  # momentum, 1 - dampening, weight decay, nesterov, sign of the gradient
+
+
+@triton.jit
+def _sgd_tile(
+    param, grad, buffer, entry, height, columns, inner, channels, numel, row0, column0, used, begins,
+    norms, sums, maxima, lr, settings, coefficient, grad_scale,
+    VECTOR: tl.constexpr, DTYPE: tl.constexpr, LASSO: tl.constexpr, MEASURE: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    momentum, undamped = tl.load(settings), tl.load(settings + 1)
+    decay, nesterov, sign = tl.load(settings + 2), tl.load(settings + 3), tl.load(settings + 4)
+    row_slots, column_slots, norm0 = tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9)
+    if LASSO:
+        pull = tl.load(coefficient).to(ACC)
+        cols = column0 + tl.arange(0, COLUMNS)
+        by_column = inverse_norms(norms, norm0 + (cols // inner) % channels, (cols < columns) & ((used & 1) != 0))
+    if MEASURE:
+        column_square = tl.zeros((STEP, COLUMNS), ACC)
+        column_size = tl.zeros((STEP, COLUMNS), BITS)
+    for step in range(0, tl.minimum(ROWS, height - row0), STEP):
+        rows, start, offsets, exists = tile_of(height, columns, numel, row0 + step, column0, VECTOR, STEP, COLUMNS)
+        p_at, g_at = pointer_to(param, start, VECTOR, DTYPE), pointer_to(grad, start, VECTOR, DTYPE)
+        b_at = pointer_to(buffer, start, VECTOR, DTYPE)
+        has_buffer = exists & (buffer != 0)
+        p = tl.load(p_at + offsets, mask=exists, other=0.0).to(ACC)
+        g = tl.load(g_at + offsets, mask=exists, other=0.0).to(ACC)
+        b = tl.load(b_at + offsets, mask=has_buffer & (begins == 0), other=0.0).to(ACC)
+        if SCALED:
+            g = g / tl.load(grad_scale).to(ACC)
+            tl.store(g_at + offsets, g.to(DTYPE), mask=exists)
+        g = g * sign + p * decay
+        if LASSO:
+            by_row = inverse_norms(norms, norm0 + channels + rows, (rows < height) & ((used & 2) != 0))
+            g += p * ((by_column[None, :] + by_row[:, None]) * pull)
+        b = tl.where(begins != 0, g, momentum * b + undamped * g)
+        tl.store(b_at + offsets, b.to(DTYPE), mask=has_buffer)
+        move = tl.where(buffer == 0, g, tl.where(nesterov != 0, g + momentum * b, b))
+        new = (p - lr * move).to(DTYPE)
+        tl.store(p_at + offsets, new, mask=exists)
+        if MEASURE:
+            w = tl.where(exists, new.to(ACC), tl.zeros_like(move))
+            square = w * w
+            size = tl.abs(w).to(BITS, bitcast=True)  # as in `_norms_tile`
+            column_square += square
+            column_size = tl.maximum(column_size, size)
+            if used != 0:
+                store_row_partials(square, size, rows, column0, height, sums, maxima, row_slots, COLUMNS, ACC)
+    if MEASURE:  # noqa: SIM102 (decided when the kernel is compiled, the other when it runs)
+        if used != 0:
+            store_column_partials(
+                column_square, column_size, row0, column0, columns, sums, maxima, column_slots, ROWS, COLUMNS, ACC
+            )
+
+
+@triton.jit
+def _sgd_kernel(
+    tensors, tile_tensor, weights, grads, buffers, first, norms, sums, maxima, learning_rates, hyper, coefficient,
+    grad_scale, found_inf,
+    FIELDS: tl.constexpr, SETTINGS: tl.constexpr, DTYPE: tl.constexpr, LASSO: tl.constexpr, MEASURE: tl.constexpr,
+    SCALED: tl.constexpr, SKIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    ACC: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    go = True
+    if SKIPS:
+        go = tl.load(found_inf) == 0
+    if go:
+        tile = tl.program_id(0)
+        index = tl.load(tile_tensor + tile)
+        height, columns, inner, channels, numel, first_tile, across = read_tensor(tensors, index, FIELDS)
+        entry = tensors + index.to(tl.int64) * FIELDS
+        row0 = ((tile - first_tile) // across) * ROWS
+        column0 = ((tile - first_tile) % across) * COLUMNS
+        used, group = tl.load(entry + 10), tl.load(entry + 11)
+        param, grad, buffer = tl.load(weights + index), tl.load(grads + index), tl.load(buffers + index)
+        begins = tl.load(first + index)
+        lr = tl.load(tl.load(learning_rates + group).to(tl.pointer_type(ACC)))
+        settings = hyper + group * SETTINGS
+        if is_vector(height, columns, numel, param | grad | buffer):
+            _sgd_tile(
+                param, grad, buffer, entry, height, columns, inner, channels, numel, row0, column0, used, begins,
+                norms, sums, maxima, lr, settings, coefficient, grad_scale,
+                True, DTYPE, LASSO, MEASURE, SCALED, ROWS, COLUMNS, STEP, ACC, BITS,
+            )  # fmt: skip
+        else:
+            _sgd_tile(
+                param, grad, buffer, entry, height, columns, inner, channels, numel, row0, column0, used, begins,
+                norms, sums, maxima, lr, settings, coefficient, grad_scale,
+                False, DTYPE, LASSO, MEASURE, SCALED, ROWS, COLUMNS, STEP // 2, ACC, BITS,
+            )  # fmt: skip
+
+
+# -- launcher ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _settings(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype).to(device)
+
+
+@lru_cache(maxsize=64)
+def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32).to(device)
+
+
+def _fits(params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
+    """Whether the kernels can update these tensors; otherwise the reference does, on any device."""
+    wide = any(p.dtype == torch.float64 for p in params)
+    return all(
+        use_kernels(p)
+        and (p.dtype == torch.float64) == wide
+        and is_dense(p)
+        and g.dtype == b.dtype == p.dtype
+        and (b.numel() == 0 or b.stride() == p.stride())
+        for p, g, b in zip(params, grads, buffers, strict=True)
+        if p.numel()
+    )
+
+
+def _beside(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in the parameter's memory layout, which is autograd's own choice, and then no copy."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+
+
+def _launch(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    norms: Tensor,
+    max_abs: Tensor,
+    learning_rates: Sequence[Tensor],
+    coefficient: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    hyper: tuple[tuple[float, ...], ...],
+    group: Sequence[int],
+    first: Sequence[bool],
+    blocks: Sequence[int],
+    used: Sequence[int],
+    eps: float,
+) -> None:
+    tiles: list[Tile] = []
+    at = 0
+    for p, block, sides, i in zip(params, blocks, used, group, strict=True):
+        tiles.append(slice_tile(p, block, sides, at, i) if sides else flat_tile(p, i))
+        at += (p.shape[1] // block + p.shape[0]) if sides else 0
+    for positions in by_dtype(params):
+        some = tuple(tiles[i] for i in positions)
+        table = table_of(some, params[positions[0]].device)
+        measure = any(tile.used for tile in some)
+        dtype = accumulator_dtype(params[positions[0]].dtype)
+        partials = norms.new_empty(table.slots), norms.new_empty(table.slots)
+        device = table.tensors.device
+        launch(
+            _sgd_kernel,
+            (len(table.tile_tensor),),
+            table.tensors,
+            table.tile_tensor,
+            addresses([params[i] for i in positions]),
+            addresses([grads[i] for i in positions]),
+            addresses([buffers[i] for i in positions]),
+            _flags(tuple(first[i] for i in positions), device),
+            norms,
+            *partials,
+            addresses(learning_rates),
+            _settings(hyper, dtype, device),
+            norms if coefficient is None else coefficient,
+            norms if grad_scale is None else grad_scale,
+            norms if found_inf is None else found_inf,
+            FIELDS=FIELDS,
+            SETTINGS=HYPERPARAMETERS,
+            DTYPE=triton_dtype(params[positions[0]].dtype),
+            LASSO=measure and coefficient is not None,
+            MEASURE=measure,
+            SCALED=grad_scale is not None,
+            SKIPS=found_inf is not None,
+            ROWS=TILE_ROWS,
+            COLUMNS=TILE_COLUMNS,
+            STEP=TILE_STEP,
+            ACC=accumulator(dtype),
+            BITS=bits(dtype),
+            num_warps=8,
+        )
+        if measure:
+            fold(table, partials, norms, max_abs if max_abs.numel() else None, eps, found_inf)
+
+
+# -- operator ----------------------------------------------------------------------------------------------------------
+
+
+@register("sgd_", mutates=("params", "grads", "buffers", "norms", "max_abs"))
+def sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    norms: Tensor,
+    max_abs: Tensor,
+    learning_rates: Sequence[Tensor],
+    coefficient: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    momentum: Sequence[float],
+    dampening: Sequence[float],
+    weight_decay: Sequence[float],
+    nesterov: Sequence[bool],
+    maximize: Sequence[bool],
+    group: Sequence[int],
+    first: Sequence[bool],
+    blocks: Sequence[int],
+    used: Sequence[int],
+    eps: float,
+) -> None:
+    """One step of SGD for all parameters, in place; see the module's docstring for the maths.
+
+    Args:
+        params, grads: parameters and gradients, same shapes, dtypes and devices.
+        buffers: momentum buffers of the parameters' shapes; one without elements where momentum is 0.
+        norms: flat norms of the weights with a lasso, as `slice_statistics` gives them, in the order of `params`; read
+            if there is a coefficient, and overwritten by those of the new weights.
+        max_abs: largest |w| beside the norms, overwritten; without elements if not wanted.
+        learning_rates: one scalar tensor per hyperparameter group, fp32 on the parameters' device (fp64 for fp64).
+        coefficient: lambda, a scalar tensor; None for no lasso.
+        grad_scale: what the gradients were multiplied by; they are divided by it, in place. None for 1.
+        found_inf: a 1 in it skips the step.
+        momentum, dampening, weight_decay, nesterov, maximize: one entry per hyperparameter group.
+        group: of each parameter.
+        first: whether a parameter's buffer is to be initialised.
+        blocks, used: as in the lasso's operators; `used` is 0 for a parameter without a lasso.
+        eps: added to every squared norm.
+    """
+    if _fits(params, grads, buffers):
+        given, grads = grads, [_beside(p, g) for p, g in zip(params, grads, strict=True)]
+        hyper = tuple(
+            (m, 1 - d, w, float(n), -1.0 if x else 1.0)
+            for m, d, w, n, x in zip(momentum, dampening, weight_decay, nesterov, maximize, strict=True)
+        )
+        _launch(
+            params, grads, buffers, norms, max_abs, learning_rates, coefficient, grad_scale, found_inf, hyper, group,
+            first, blocks, used, eps,
+        )  # fmt: skip
+        if grad_scale is not None:
+            for old, new in zip(given, grads, strict=True):
+                if old is not new:
+                    old.copy_(new)
+        return
+    if grad_scale is not None and not (found_inf is not None and float(found_inf)):
+        for g in grads:
+            g.div_(grad_scale.to(g.device))
+    if found_inf is not None and float(found_inf):
+        return
+    lasso = [i for i, sides in enumerate(used) if sides]
+    weights, their_blocks = [params[i] for i in lasso], [blocks[i] for i in lasso]
+    gradients: list[Tensor | None] = [None] * len(params)
+    if coefficient is not None and lasso:
+        for i, pair in zip(lasso, split_by_layer(norms, weights, their_blocks), strict=True):
+            sides = Groups(blocks[i], bool(used[i] & 1), bool(used[i] & 2))
+            gradients[i] = reference_gradient(params[i], pair, sides, coefficient)
+    _reference(
+        params, grads, buffers, gradients, learning_rates, momentum, dampening, weight_decay, nesterov, maximize, group,
+        first,
+    )  # fmt: skip
+    if lasso and norms.numel():
+        norms.copy_(_reference_norms(weights, their_blocks, eps))
+    if lasso and max_abs.numel():
+        max_abs.copy_(_reference_max_abs(weights, their_blocks))

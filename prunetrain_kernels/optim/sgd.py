@@ -1,0 +1,378 @@
+"""SGD with the group lasso inside the update, and its proximal variant.
+
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer.regularize_with(GroupLasso(model, (x,)), coefficient=1e-4)
+    ...
+    optimizer.step()            # momentum, weight decay and lambda * dR/dW in one pass over the parameters
+
+`PruneTrain` calls `regularize_with` by itself when it is given one of these optimizers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops.group_lasso import (
+    EPS,
+    Groups,
+    coefficient_tensor,
+    counted,
+    slice_statistics,
+    split_by_layer,
+)
+from prunetrain_kernels.ops.group_soft_threshold import group_soft_threshold_
+from prunetrain_kernels.ops.sgd import sgd_
+from prunetrain_kernels.regularizer import GroupLasso
+
+
+class _Norms:
+    """Norms and largest |w| of the weights with a lasso, and which weights, in which state, they are of."""
+
+    def __init__(self, weights: Sequence[Tensor], groups: list[Groups], eps: float) -> None:
+        self.weights = weights
+        self.groups = groups
+        self.eps = eps
+        self.blocks = [g.block for g in groups]
+        self.used = [g.used for g in groups]
+        self.shapes = [w.shape for w in weights]
+        count = sum(w.shape[0] + w.shape[1] // block for w, block in zip(weights, self.blocks, strict=True))
+        wide = any(w.dtype == torch.float64 for w in weights)
+        self.norms = weights[0].new_empty(count, dtype=torch.float64 if wide else torch.float32)
+        self.max_abs = torch.empty_like(self.norms)
+        self.state: list[tuple[int, int]] | None = None
+
+    def fit(self, weights: Sequence[Tensor], groups: list[Groups]) -> bool:
+        """Whether these are the same weights, in the same shapes."""
+        same = len(weights) == len(self.weights) and all(a is b for a, b in zip(weights, self.weights, strict=True))
+        return same and self.groups == groups and self.shapes == [w.shape for w in weights]
+
+    def mark(self) -> None:
+        """Says that the norms are those of the weights as they are now."""
+        self.state = [(w.data_ptr(), w._version) for w in self.weights]
+
+    def measure(self) -> None:
+        """Measures the weights, unless nothing has replaced or written them since their norms were last known."""
+        if self.state != [(w.data_ptr(), w._version) for w in self.weights]:
+            norms, max_abs = slice_statistics(self.weights, self.groups, self.eps)
+            torch.cat([side for pair in norms for side in pair], out=self.norms)
+            torch.cat([side for pair in max_abs for side in pair], out=self.max_abs)
+            self.mark()
+
+
+@dataclass
+class _Step:
+    """One step of the parameters on one device."""
+
+    params: list[Tensor]
+    buffers: list[Tensor]
+    group_of: list[int]
+    first: list[bool]
+    device: torch.device
+    lasso: _Norms | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+
+class SGD(torch.optim.SGD):
+    """`torch.optim.SGD` as one kernel for all parameters, with the gradient of a group lasso inside the update.
+
+    Same arguments, same `state_dict` and, without a lasso, the same results as `torch.optim.SGD` (bit for bit on a
+    CPU). On CUDA all parameters of one dtype are updated by one launch; `foreach` and `fused` are accepted and change
+    nothing. `lr` may be a tensor: a captured CUDA graph then follows it. While capturing, keep gradients where they are
+    (`zero_grad(set_to_none=False)`).
+
+    The lasso's gradient always pulls towards zero, also under `maximize`, as weight decay does. It is added once per
+    step, after all gradients have been accumulated and, in data-parallel training, all-reduced. With a
+    `torch.amp.GradScaler` do not unscale for its sake: the update divides the gradients by the scale before adding it;
+    a skipped step changes nothing.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, fused: as for `torch.optim.SGD`.
+        differentiable: must be False.
+
+    Raises:
+        InputError: `differentiable=True`.
+    """
+
+    _step_supports_amp_scaling = True  # read by GradScaler: it then hands over grad_scale and found_inf
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if differentiable:
+            raise InputError(
+                "this SGD updates in place and has no derivative; use torch.optim.SGD(differentiable=True)."
+            )
+        self._lasso: GroupLasso | None = None
+        self._coefficient: float | Tensor = 0.0
+        self._norms: _Norms | None = None
+        self._rates: dict[tuple[int, str], tuple[float, Tensor]] = {}
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=None, fused=None
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_lasso": self._lasso, "_coefficient": self._coefficient}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, value in (("_lasso", None), ("_coefficient", 0.0), ("_norms", None), ("_rates", {})):
+            self.__dict__.setdefault(name, value)
+
+    # -- the lasso ------------------------------------------------------------------------------------------------
+
+    def regularize_with(self, lasso: GroupLasso | None, coefficient: float | Tensor = 0.0) -> None:
+        """From the next step on, adds coefficient * dR/dW to every gradient; `None` ends it.
+
+        Args:
+            lasso: whose weights this optimizer holds.
+            coefficient: lambda, a number, or a scalar tensor on the parameters' device that a CUDA graph may follow.
+
+        Raises:
+            InputError: a coefficient below zero or not a number, or a weight that this optimizer does not hold.
+        """
+        if lasso is not None:
+            if not isinstance(coefficient, Tensor) and not 0 <= coefficient < math.inf:
+                raise InputError(f"the lasso's coefficient must be 0 or more, not {coefficient}.")
+            held = {id(p) for group in self.param_groups for p in group["params"]}
+            if any(w.requires_grad and id(w) not in held for w in lasso.weights()[0]):
+                raise InputError(
+                    "the lasso has weights that the optimizer does not hold; build both from the same model."
+                )
+        self._lasso, self._coefficient = lasso, coefficient
+        self._norms = None
+
+    @property
+    def lasso(self) -> GroupLasso | None:
+        """The lasso inside the update, if any."""
+        return self._lasso
+
+    @torch.no_grad()
+    def penalty(self) -> Tensor:
+        """R(W) of the present weights that are trained, a scalar tensor; after a step of `SGD` it costs no pass over
+        them.
+
+        Raises:
+            InputError: there is no lasso.
+        """
+        state, eps = self._state(), self._required().eps
+        state.measure()
+        norms = state.norms if state.eps == eps else (state.norms.square() + eps).sqrt_()
+        return torch.dot(norms, counted(state.weights, state.blocks, state.used, norms))
+
+    @torch.no_grad()
+    def slice_max_abs(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """Largest |w| of the input channels (C,) and output channels (K,) of each weight of the lasso, for the sparse
+        test; after a step of `SGD` it costs no pass over the weights.
+
+        Raises:
+            InputError: there is no lasso.
+        """
+        state = self._state()
+        state.measure()
+        return dict(zip(state.weights, split_by_layer(state.max_abs, state.weights, state.blocks), strict=True))
+
+    def forget_norms(self) -> None:
+        """Has the norms measured again before the next step. Needed only after writing into `weight.data`, which
+        PyTorch does not record; replaced weights and all other writes are noticed."""
+        self._norms = None
+
+    def _required(self) -> GroupLasso:
+        if self._lasso is None:
+            raise InputError("this optimizer has no lasso; give it one with regularize_with(lasso, coefficient).")
+        return self._lasso
+
+    def _eps(self) -> float:
+        return self._required().eps
+
+    def _state(self) -> _Norms:
+        """Norms, perhaps not yet measured, of the lasso's weights that are trained, in the order of the parameters."""
+        order = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        weights, groups = self._required().weights()
+        pairs = [(w, g) for w, g in zip(weights, groups, strict=True) if w.requires_grad and id(w) in order]
+        pairs.sort(key=lambda pair: order[id(pair[0])])
+        if not pairs:
+            raise InputError("none of the lasso's weights is trained; end the lasso with regularize_with(None).")
+        weights, groups = [w for w, _ in pairs], [g for _, g in pairs]
+        if self._norms is None or not self._norms.fit(weights, groups):
+            self._norms = _Norms(weights, groups, self._eps())
+        return self._norms
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates all parameters that have a gradient.
+
+        Args:
+            closure: computes the loss anew and returns it, as for every PyTorch optimizer.
+
+        Raises:
+            RuntimeError: a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        state = self._state() if self._lasso is not None else None
+        if state is not None:
+            for weight in state.weights:
+                if weight.grad is None:  # the lasso pulls at a weight that the loss did not reach, too
+                    weight.grad = torch.zeros_like(weight)
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for device in {p.device for group in self.param_groups for p in group["params"] if p.grad is not None}:
+            self._update(
+                _Step(
+                    *self._gather(device),
+                    device,
+                    state if state is not None and state.norms.device == device else None,
+                    None if grad_scale is None else grad_scale.to(device),
+                    None if found_inf is None else found_inf.to(device),
+                )
+            )
+        return loss
+
+    def _gather(self, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[int], list[bool]]:
+        """Parameters with a gradient, their momentum buffers, groups, and whether the buffer is to be begun."""
+        params: list[Tensor] = []
+        buffers: list[Tensor] = []
+        group_of: list[int] = []
+        first: list[bool] = []
+        for i, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None or p.device != device:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError("this SGD takes no sparse gradients; use torch.optim.SGD for embeddings.")
+                buffer = p.new_empty(0)
+                begins = False
+                if group["momentum"] != 0:
+                    kept = self.state[p].get("momentum_buffer") if p in self.state else None
+                    begins = kept is None
+                    buffer = torch.empty_like(p) if kept is None else kept
+                params.append(p)
+                buffers.append(buffer)
+                group_of.append(i)
+                first.append(begins)
+        return params, buffers, group_of, first
+
+    def _update(self, step: "_Step") -> None:
+        """One call of the operator; the new momentum buffers become state, unless the step was skipped."""
+        self._launch(step, self._lasso_coefficient(step), self._eps() if step.lasso is not None else EPS)
+        # Whether gradient scaling skipped the very first step has to be known, and waited for, only then.
+        if any(step.first) and not (step.found_inf is not None and float(step.found_inf)):
+            for p, buffer, begins in zip(step.params, step.buffers, step.first, strict=True):
+                if begins:
+                    self.state[p]["momentum_buffer"] = buffer
+        if step.lasso is not None:
+            step.lasso.mark()
+
+    def _lasso_coefficient(self, step: "_Step") -> Tensor | None:
+        """Lambda on the device, with valid norms beside it."""
+        if step.lasso is None:
+            return None
+        step.lasso.measure()
+        return coefficient_tensor(self._coefficient, step.lasso.norms)
+
+    def _launch(self, step: "_Step", coefficient: Tensor | None, eps: float) -> None:
+        settings = self.param_groups
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in step.params) else torch.float32
+        sides = {} if step.lasso is None else dict(zip(map(id, step.lasso.weights), step.lasso.groups, strict=True))
+        empty = torch.empty(0, dtype=wide, device=step.device)
+        sgd_(
+            step.params,
+            [p.grad for p in step.params],  # type: ignore[misc]
+            step.buffers,
+            empty if step.lasso is None else step.lasso.norms,
+            empty.clone() if step.lasso is None else step.lasso.max_abs,
+            [self._number(i, "lr", group["lr"], wide, step.device) for i, group in enumerate(settings)],
+            coefficient,
+            step.grad_scale,
+            step.found_inf,
+            [float(group["momentum"]) for group in settings],
+            [float(group["dampening"]) for group in settings],
+            [float(group["weight_decay"]) for group in settings],
+            [bool(group["nesterov"]) for group in settings],
+            [bool(group["maximize"]) for group in settings],
+            step.group_of,
+            step.first,
+            [sides[id(p)].block if id(p) in sides else 1 for p in step.params],
+            [sides[id(p)].used if id(p) in sides else 0 for p in step.params],
+            eps,
+        )
+
+    def _number(self, group: int, name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A hyperparameter as a scalar tensor on the device: the user's own tensor, or one that is kept."""
+        if isinstance(value, Tensor) and value.device == device and value.dtype == dtype and value.numel() == 1:
+            return value
+        key = (group, f"{name}/{device}/{dtype}")
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            kept = self._rates.get(key, (math.nan, torch.empty((), dtype=dtype, device=device)))[1]
+            self._rates[key] = (math.nan, kept.copy_(value))  # on the device, so that a captured graph follows it too
+            return kept
+        number = float(value)
+        if key not in self._rates or self._rates[key][0] != number:
+            self._rates[key] = (number, torch.tensor(number, dtype=dtype).to(device))
+        return self._rates[key][1]
+
+
+class ProximalSGD(SGD):
+    """SGD whose lasso acts by a proximal step: after the update every channel slice is shrunk by a soft-threshold.
+
+    An extension beyond the paper. The subgradient of a norm pulls at a dying slice with full force until it is within
+    1e-4 of zero, so at a high learning rate the slice hops around zero and is not found sparse before the rate decays.
+    The soft-threshold ends at zero exactly, so channels go earlier, and each channel that goes makes the rest of the
+    training cheaper.
+
+    The threshold is lr * lambda / (1 - momentum), the length that the subgradient moves a slice per step once momentum
+    has built up, so the same lambda means the same strength. Weight decay and momentum are those of SGD; the lasso is
+    in neither. What is exact and what is approximate where a weight lies in an input and an output group: see
+    `ops/group_soft_threshold.py`.
+    """
+
+    def _eps(self) -> float:
+        return 0.0  # bare norms: the threshold is compared with them
+
+    def _update(self, step: "_Step") -> None:
+        super()._update(step)
+        if step.lasso is None:
+            return
+        where = {id(p): i for p, i in zip(step.params, step.group_of, strict=True)}
+        coefficient = coefficient_tensor(self._coefficient, step.lasso.norms)
+        group_soft_threshold_(
+            step.lasso.weights,
+            step.lasso.norms,
+            [self._threshold(i, coefficient) for i in range(len(self.param_groups))],
+            step.found_inf,
+            [where[id(w)] for w in step.lasso.weights],
+            step.lasso.blocks,
+            step.lasso.used,
+        )  # the norms are now of the weights before the threshold: whoever asks has them measured
+
+    def _lasso_coefficient(self, step: "_Step") -> Tensor | None:
+        return None  # no subgradient
+
+    def _threshold(self, group: int, coefficient: Tensor) -> Tensor:
+        settings = self.param_groups[group]
+        scale = 1 / (1 - float(settings["momentum"]))
+        if isinstance(settings["lr"], Tensor) or isinstance(self._coefficient, Tensor):
+            rate = self._number(group, "lr", settings["lr"], coefficient.dtype, coefficient.device)
+            return rate * coefficient * scale
+        value = settings["lr"] * self._coefficient * scale
+        return self._number(group, "threshold", value, coefficient.dtype, coefficient.device)

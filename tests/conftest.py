@@ -1,0 +1,41 @@
+"""Test tiers (T0: kernels against references; T1: kernels compiled offline; the rest), and where kernels run.
+
+`pytest -m t0` runs the kernels on CPU tensors in Triton's interpreter, `pytest -m t0 --device cuda` on a GPU (tier T2).
+Tests without a tier's mark see operators as a user without a GPU does: by their plain-PyTorch references.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+if not any(a == "--device=cuda" or a == "cuda" for a in sys.argv):
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+import torch
+
+from prunetrain_kernels.ops import launch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where T0 tests run kernels")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def _tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.node.get_closest_marker("t0") is None:
+        monkeypatch.setattr(launch, "INTERPRET", False)
+        yield
+        return
+    # every uninitialised tensor is filled with NaN (or the largest integer): what a kernel forgets to write is seen
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

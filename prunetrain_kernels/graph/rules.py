@@ -110,7 +110,8 @@ def _linear(walk: "Walk", node: fx.Node, name: str, module: Any) -> bool:
     return walk.make_layer(node, name, "linear", walk.channels[source], module.out_features)
 
 
-def _batch_norm(walk: "Walk", node: fx.Node, name: str, module: Any) -> bool:
+def batch_norm_rule(walk: "Walk", node: fx.Node, name: str, module: Any) -> bool:
+    """One value per channel and nothing else, so it passes the space on and is sliced with it."""
     plain = module._parameters.keys() <= {"weight", "bias"} and not hasattr(module, "parametrizations")
     plain = plain and module._buffers.keys() <= {"running_mean", "running_var", "num_batches_tracked"}
     return plain and walk.follow(node, name, "batch_norm")
@@ -139,7 +140,7 @@ _RULES: dict[type[nn.Module], ModuleRule] = {
     nn.modules.conv._ConvTransposeNd: lambda walk, node, name, module: False,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     nn.Linear: _linear,
-    nn.modules.batchnorm._BatchNorm: _batch_norm,
+    nn.modules.batchnorm._BatchNorm: batch_norm_rule,
     nn.PReLU: _prelu,
     nn.Flatten: _flatten_module,
     **dict.fromkeys(POINTWISE_MODULES, _pointwise),
@@ -149,7 +150,8 @@ _RULES: dict[type[nn.Module], ModuleRule] = {
 
 def rule_for(module: nn.Module) -> ModuleRule | None:
     """The rule of the module's class; none for a subclass that computes something else than its parent."""
-    if "forward" in module.__dict__:
+    own_forward = module.__dict__.get("forward")
+    if own_forward is not None and not getattr(own_forward, "computes_the_same", False):
         return None  # replaced on this very module
     for cls, rule in _RULES.items():
         if not isinstance(module, cls):
@@ -165,6 +167,53 @@ def register_rule(cls: type[nn.Module], rule: ModuleRule) -> None:
     rest = {known: old for known, old in _RULES.items() if known is not cls}
     _RULES.clear()
     _RULES.update({cls: rule, **rest})
+
+
+# -- modules that do several things in one call, taken apart before the walk ------------------------------------------
+
+Expansion = Callable[[fx.Graph, fx.Node, Any], None]
+
+_EXPANSIONS: dict[type[nn.Module], Expansion] = {}
+
+
+def register_expansion(cls: type[nn.Module], expansion: Expansion) -> None:
+    """Teaches the tracer to take the calls of a module class apart, in the traced program, before it is walked.
+
+    `expansion(graph, node, module)` replaces the node by several that compute the same, or leaves it as it is. The
+    class needs a rule too (`register_rule`), or tracing looks inside it.
+    """
+    _EXPANSIONS[cls] = expansion
+
+
+def expand_calls(program: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Applies the registered expansions to a traced program."""
+    for node in list(program.nodes):
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            expansion = _EXPANSIONS.get(type(module))
+            if expansion is not None and rule_for(module) is not None:
+                expansion(program, node, module)
+
+
+def expand_sum_and_relu(program: fx.Graph, node: fx.Node, relu: bool) -> None:
+    """`module(x, residual, relu)` as `relu(module(x, relu=False) + residual)`.
+
+    Args:
+        relu: what the module does where the call does not say.
+    """
+    given = dict(zip(("input", "residual", "relu", "scatter"), node.args, strict=False)) | node.kwargs
+    apply = relu if given.get("relu") is None else given["relu"]
+    if "input" not in given or given.get("scatter") is not None or not isinstance(apply, bool):
+        return
+    residual = given.get("residual")
+    with program.inserting_before(node):
+        last = program.call_module(str(node.target), (given["input"],), {"relu": False})
+        if residual is not None:
+            last = program.call_function(torch.add, (last, residual))
+        if apply:
+            last = program.call_function(F.relu, (last,))
+    node.replace_all_uses_with(last)
+    program.erase_node(node)
 
 
 # -- functions and tensor methods --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from prunetrain_kernels.graph.rules import (
     PLAIN_ATTRIBUTES,
     PLAIN_READERS,
     Channels,
+    expand_calls,
     rule_for,
     understands_function,
 )
@@ -74,6 +75,7 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
             # Auxiliary heads and the like exist in training mode only, and training is what shrinks.
             model.train()
             program, opaque = _trace(model, len(examples))
+            expand_calls(program, dict(model.named_modules()))
             model.eval()
             values = _run(model, program, examples)
     finally:

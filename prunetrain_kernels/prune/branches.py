@@ -15,16 +15,20 @@ The user's `forward` is not rewritten; the modules it calls are replaced by ones
     bn1   -> RemovedLayer
     conv2 -> ConstantConv          its bias (or zero) on every pixel, a view without memory
     bn2   -> ConstantBatchNorm     (1, C, 1, 1), or the full map where the merge writes into it
+
+A fused batch norm (`nn.BatchNormAct2d`) is called with what follows it, `bn2(x, residual, relu=True)`; its stand-ins
+take the same arguments, so one checkpoint serves fused and plain models.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import CheckpointError
 from prunetrain_kernels.graph.keep import DeadBranch
-from prunetrain_kernels.graph.rules import Channels, register_rule
+from prunetrain_kernels.graph.rules import Channels, expand_sum_and_relu, register_expansion, register_rule
 
 Geometry = dict[str, list[int]]
 
@@ -59,7 +63,8 @@ class RemovedLayer(nn.Module):
         super().__init__()
         self.geometry = geometry
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool | None = None) -> Tensor:
+        # Nothing reads these zeros but layers that are gone too, so a residual would change nothing.
         # A fresh tensor, never a view of x: what follows may work in place.
         return x.new_zeros((x.shape[0], 1, *_map_size(x.shape[2:], self.geometry)))
 
@@ -113,23 +118,29 @@ class ConstantBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     Args:
         full: give back (N, C, ...) with its own memory, because the merge writes into it; else (1, C, 1, ...).
+        relu: whether a call that does not say applies a ReLU, as in the `BatchNormAct2d` it replaces.
     """
 
     constant_over_pixels = True
 
-    def __init__(self, num_features: int, full: bool = False, **options: Any) -> None:
+    def __init__(self, num_features: int, full: bool = False, relu: bool = False, **options: Any) -> None:
         super().__init__(num_features, **options)
         self.full = full
+        self.relu = relu
 
     def _check_input_dim(self, input: Tensor) -> None:
         return
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool | None = None) -> Tensor:
         ones = [1] * (input.dim() - 2)
         pixel = input[(slice(0, 1), slice(None), *[slice(0, 1)] * len(ones))]
         # Two equal values: batch norm refuses a single one in training mode, and their variance is the true one, zero.
         value = super().forward(pixel.expand(2, -1, *ones))[:1]
-        return value.expand_as(input).clone() if self.full else value
+        if residual is not None:
+            value = value + residual
+        elif self.full:
+            value = value.expand_as(input).clone()
+        return F.relu(value) if (self.relu if relu is None else relu) else value
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, the same on every pixel"
@@ -147,7 +158,7 @@ def _constant_rule(walk: Any, node: fx.Node, name: str, module: Any) -> bool:
 
 def _constant_batch_norm_rule(walk: Any, node: fx.Node, name: str, module: Any) -> bool:
     source = node.args[0]
-    if source not in walk.channels:
+    if source not in walk.channels or node.kwargs.keys() - {"relu"}:
         return False
     return walk.follow_value(node, name, "batch_norm", walk.channels[source])
 
@@ -155,6 +166,7 @@ def _constant_batch_norm_rule(walk: Any, node: fx.Node, name: str, module: Any) 
 register_rule(RemovedLayer, _removed_rule)
 register_rule(ConstantConv, _constant_rule)
 register_rule(ConstantBatchNorm, _constant_batch_norm_rule)
+register_expansion(ConstantBatchNorm, lambda graph, node, module: expand_sum_and_relu(graph, node, module.relu))
 
 
 def _bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Parameter | None:
@@ -167,6 +179,7 @@ def _options(norm: nn.modules.batchnorm._BatchNorm) -> dict[str, Any]:
         "momentum": norm.momentum,
         "affine": norm.affine,
         "track_running_stats": norm.track_running_stats,
+        "relu": bool(getattr(norm, "relu", False)),
     }
 
 

@@ -1,0 +1,125 @@
+"""Batch norm with what follows it: a residual added, a ReLU applied, in the same pass over memory."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.rules import batch_norm_rule, expand_sum_and_relu, register_expansion, register_rule
+from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
+from prunetrain_kernels.ops.channel_index import ChannelIndex
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """`relu(batch_norm(x) + residual)` in one module; parameters, buffers and state dict are `nn.BatchNorm2d`'s.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as `nn.BatchNorm2d`.
+        relu: what a call does that does not say: apply the ReLU (default) or not.
+    """
+
+    relu: bool
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        relu: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.relu = relu
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        relu: bool | None = None,
+        scatter: ChannelIndex | None = None,
+    ) -> Tensor:
+        """Batch norm of `input`, plus `residual`, through a ReLU.
+
+        Args:
+            input: (N, C, H, W), fp32, fp16 or bf16; contiguous and channels_last alike.
+            residual: added before the ReLU, with the dtype and shape that `batch_norm(input) + residual` has. In
+                the same pass if it has the shape of `input` and a dtype that does not widen the sum, or is one value
+                per channel, (1, C, 1, 1); else in a pass of its own.
+            relu: apply the ReLU; None for the module's own setting.
+            scatter: `input` has fewer channels than `residual`, and these are their places; see `batch_norm_act`.
+
+        Returns:
+            (N, C, H, W), in the layout of `input`; with `scatter`, the channels of `residual`.
+
+        Raises:
+            InputError: `scatter` without a residual, or what `batch_norm_act` refuses.
+            ValueError: `input` is not 4-D.
+        """
+        if isinstance(input, fx.Proxy):  # closed to every torch.fx tracer, as nn.BatchNorm2d is
+            return _recorded(self, input, residual, relu, scatter)
+        self._check_input_dim(input)
+        relu = self.relu if relu is None else relu
+        if residual is None and scatter is not None:
+            raise InputError("scatter places a branch's channels in a residual; pass the residual too.")
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        keeps = not self.training or self.track_running_stats
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+
+        apart: Tensor | None = None  # what is added in a pass of its own
+        if residual is not None and scatter is None:
+            if torch.promote_types(input.dtype, residual.dtype) != input.dtype:
+                residual, apart = None, residual
+            elif residual.shape == input.shape:
+                residual = residual.to(input.dtype)
+            elif residual.shape == (1, input.shape[1], 1, 1):
+                shift = residual.flatten()
+                bias = shift if bias is None else bias + shift
+                weight = torch.ones_like(bias) if weight is None else weight
+                residual = None
+            else:
+                residual, apart = None, residual
+
+        out = batch_norm_act(
+            input,
+            self.running_mean if keeps else None,
+            self.running_var if keeps else None,
+            weight,
+            bias,
+            training=self.training or (self.running_mean is None and self.running_var is None),
+            momentum=momentum,
+            eps=self.eps,
+            residual=residual,
+            relu=relu and apart is None,
+            scatter=scatter,
+        )
+        if apart is None:
+            return out
+        out = out + apart
+        return F.relu(out) if relu else out
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, relu={self.relu}"
+
+
+def _recorded(module: nn.Module, input: fx.Proxy, *options: Any) -> Any:
+    tracer = input.tracer
+    assert isinstance(tracer, fx.Tracer)
+    given = dict(zip(("residual", "relu", "scatter"), options, strict=True))
+    keywords = {name: value for name, value in given.items() if value is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), keywords)
+
+
+# For the channel graph a call is a batch norm, a sum and a ReLU, each by itself.
+register_rule(BatchNormAct2d, batch_norm_rule)
+register_expansion(BatchNormAct2d, lambda graph, node, module: expand_sum_and_relu(graph, node, module.relu))

@@ -145,6 +145,12 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="N",
         help="keep a few sparse channels so that counts are multiples of N (8 suits CPUs and tensor cores)",
     )
+    add(
+        "--proximal",
+        action="store_true",
+        help="the lasso by soft-thresholding after each update instead of its gradient: exact zeros, sooner (an "
+        "extension beyond the paper)",
+    )
     add = parser.add_argument_group("mini-batch growth (paper section 4.3)").add_argument
     add("--grow-batch", action="store_true", help="grow the batch, and the learning rate, into the freed memory")
     add("--batch-granularity", type=int, default=32, metavar="N", help="grow in multiples of N images")
@@ -166,6 +172,11 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     add("--amp", choices=("off", "fp16", "bf16"), default="off", help="automatic mixed precision")
     add("--channels-last", action="store_true", help="NHWC memory layout")
+    add(
+        "--fuse",
+        action="store_true",
+        help="fused operators: batch norm with the addition and ReLU behind it, SGD with the lasso inside",
+    )
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's own choice)")
     add = running.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on from the folder's checkpoint; start if there is none")

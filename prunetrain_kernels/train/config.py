@@ -41,6 +41,7 @@ class TrainConfig:
     relative: bool = False
     policy: str = "union"
     round_to: int = 1
+    proximal: bool = False
     grow_batch: bool = False
     batch_granularity: int = 32
     memory_budget: int | None = None
@@ -48,6 +49,7 @@ class TrainConfig:
     lr_rule: str = "linear"
     amp: str = "off"
     channels_last: bool = False
+    fuse: bool = False
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
@@ -89,6 +91,8 @@ class TrainConfig:
                 raise InputError(f"--{name} must {must}, not {getattr(self, name.replace('-', '_'))}.")
         if self.dense and self.reconfigure_once is not None:
             raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
+        if self.dense and self.proximal:
+            raise InputError("--dense has no lasso, so it cannot go with --proximal; choose one.")
         for name, value in (("memory-budget", self.memory_budget), ("batch-limit", self.batch_limit)):
             if value is not None and not self.grow_batch:
                 raise InputError(f"--{name} limits the growth of the batch; add --grow-batch.")

@@ -26,6 +26,7 @@ from prunetrain_kernels.cost import batch_norm_bytes, gradient_bytes, step_memor
 from prunetrain_kernels.data import ImageData, batch, epoch_order, load
 from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError
 from prunetrain_kernels.models import build
+from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint, save_pruned
 from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig
 from prunetrain_kernels.train.mini_batch import MiniBatch
@@ -156,7 +157,7 @@ class _Run:
         self.model = _build_model(config, self.data).to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.SGD(
+        self.optimizer = _optimizer_class(config)(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         total = config.epochs + config.fine_tune_epochs
@@ -177,6 +178,7 @@ class _Run:
             round_to=config.round_to,
             batch=_mini_batch(config, len(self.data.train_labels)),
             scheduler=self.scheduler,
+            fuse=config.fuse,
         )
         _check_logits(config, self.model, self.example, self.data.classes)
         self.epoch = 0
@@ -228,11 +230,12 @@ class _Run:
         saved = read_checkpoint(self.checkpoint)
         if "config" not in saved["extra"]:
             raise CheckpointError(f"'{self.checkpoint}' was not written by `prunetrain train`; choose another --out.")
-        before = json.loads(saved["extra"]["config"])
+        defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}  # of options that came later
+        before = {**defaults, **json.loads(saved["extra"]["config"])}
         for option, value in json.loads(json.dumps(asdict(self.config))).items():
-            if option not in ("out", "cache", "threads") and value != before.get(option):
+            if option not in ("out", "cache", "threads") and value != before[option]:
                 raise CheckpointError(
-                    f"'{self.folder}' was trained with --{option.replace('_', '-')} {before.get(option)}, not {value}; "
+                    f"'{self.folder}' was trained with --{option.replace('_', '-')} {before[option]}, not {value}; "
                     "resume with the same options, or choose another --out."
                 )
         return saved
@@ -342,10 +345,10 @@ class _Run:
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels)
         self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        if self.prunetrain.active:
-            with self.lasso_watch.running():
-                self.prunetrain.add_gradient_(loss)
+        if not self.prunetrain.lasso_inside:
+            self.scaler.unscale_(self.optimizer)
+        with self.lasso_watch.running():
+            self.prunetrain.add_gradient_(loss)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
@@ -578,6 +581,12 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "threads_used": torch.get_num_threads(),
     }
+
+
+def _optimizer_class(config: TrainConfig) -> type[torch.optim.SGD]:
+    if config.proximal:
+        return ProximalSGD
+    return SGD if config.fuse else torch.optim.SGD
 
 
 def _load_data(config: TrainConfig, device: torch.device) -> ImageData:

@@ -19,7 +19,10 @@ from torch.optim import Optimizer
 from prunetrain_kernels.cost import Flops, count_flops
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.graph import ChannelGraph, trace_channels
+from prunetrain_kernels.nn import FuseReport
+from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.ops.group_lasso import slice_max_abs
+from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.reconfigure import Reconfiguration, reconfigure
 from prunetrain_kernels.regularizer import GroupLasso, penalty_coefficient
 from prunetrain_kernels.train.mini_batch import MiniBatch
@@ -66,6 +69,10 @@ class PruneTrain:
     The model and the optimizer are changed in place; parameter objects stay the same. On a CPU the constructor switches
     denormal numbers off (`torch.set_flush_denormal`): dying weights decay into them and slow a step down severalfold.
 
+    With `prunetrain_kernels.optim.SGD` (or `ProximalSGD`) as the optimizer, the lasso acts inside its update, for no
+    pass over the weights of its own: `regularize` then only adds the penalty's value to the loss, and `add_gradient_`
+    adds no gradient.
+
     Args:
         model: any CNN that `trace_channels` can follow, before its first training step.
         optimizer: any torch.optim optimizer that holds the model's parameters.
@@ -75,10 +82,12 @@ class PruneTrain:
         threshold, relative, policy, round_to: as for `ChannelGraph.keep`.
         batch: a `MiniBatch`, or a starting size that may grow into the freed memory; None leaves the batch alone.
         scheduler: the learning-rate scheduler, whose base rates grow with the batch.
+        fuse: swap batch norms, with the addition and ReLU behind them, for fused ones, in place
+            (`prunetrain_kernels.nn.fuse`).
 
     Attributes:
         coefficient: lambda, or None before the first step.
-        last_penalty: R(W) of the last step, a scalar tensor without a graph, or None; for a log.
+        fused: what `fuse=True` swapped, or None.
         regularizing: set it to False for fine-tuning epochs without the lasso.
         epochs: epochs counted so far.
         history: one entry per reconfiguration: epoch, seconds, max_abs_dy, train_flops, ...
@@ -102,6 +111,7 @@ class PruneTrain:
         round_to: int = 1,
         batch: MiniBatch | int | None = None,
         scheduler: Any = None,
+        fuse: bool = False,
     ) -> None:
         if not 0 <= penalty_ratio < 1:
             raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
@@ -126,12 +136,13 @@ class PruneTrain:
         self.policy = policy
         self.round_to = round_to
         self.coefficient: float | None = None
-        self.last_penalty: Tensor | None = None
+        self._last_penalty: Tensor | None = None
         self.regularizing = True
         self.epochs = 0.0
         self.history: list[dict[str, Any]] = []
         self.removed: list[str] = []
 
+        self.fused: FuseReport | None = fuse_model(model, example_inputs) if fuse else None
         self.graph: ChannelGraph = trace_channels(model, example_inputs)
         self.graph.keep(model, threshold, relative, policy, round_to)  # refuses bad arguments before any training
         self.lasso = GroupLasso(model, self.graph.example_inputs, graph=self.graph)
@@ -158,25 +169,47 @@ class PruneTrain:
         """Whether there is a lasso to add: not with a ratio of 0, nor while fine-tuning (`regularizing = False`)."""
         return self.regularizing and self.penalty_ratio > 0
 
+    @property
+    def lasso_inside(self) -> bool:
+        """Whether the optimizer adds the lasso by itself, inside its update."""
+        return isinstance(self.optimizer, SGD)
+
+    @property
+    def last_penalty(self) -> Tensor | None:
+        """R(W) for a log, a scalar tensor without a graph: of the last step's weights, or of the present ones where the
+        lasso is inside the update; None before the first step."""
+        if isinstance(self.optimizer, SGD) and self.optimizer.lasso is self.lasso:
+            return self.optimizer.penalty()
+        return self._last_penalty
+
     # -- in every step --------------------------------------------------------------------------------------------
 
     def regularize(self, loss: Tensor) -> Tensor:
         """loss + lambda * R(W); sets lambda from this very loss on the first call (Eq. 3)."""
+        if isinstance(self.optimizer, SGD):
+            self.add_gradient_(loss)
+            return loss + (self.coefficient or 0.0) * self.optimizer.penalty() if self.active else loss
         if not self.active:
             return loss
         penalty = self.lasso.penalty()
-        self.last_penalty = penalty.detach()
+        self._last_penalty = penalty.detach()
         return loss + self.set_coefficient(loss, penalty) * penalty
 
     def add_gradient_(self, loss: Tensor) -> None:
         """Adds the gradient of lambda * R(W) into every `.grad`: what `regularize` does, but after backward and free of
-        a graph. With a gradient scaler call it after `scaler.unscale_(optimizer)`."""
-        if not self.active:
-            return
-        if self.coefficient is None:
+        a graph. With a gradient scaler call it after `scaler.unscale_(optimizer)`.
+
+        Where the lasso is inside the optimizer's update, only sees to it that the update has it; nothing needs to be
+        unscaled for its sake then."""
+        if self.active and self.coefficient is None:
             self.set_coefficient(loss, self.lasso.penalty())
-        assert self.coefficient is not None
-        self.last_penalty = self.lasso.add_gradient_(self.coefficient)
+        if isinstance(self.optimizer, SGD):
+            wanted = self.lasso if self.active else None
+            if self.optimizer.lasso is not wanted:
+                self.optimizer.regularize_with(wanted, self.coefficient or 0.0)
+        elif self.active:
+            assert self.coefficient is not None
+            self._last_penalty = self.lasso.add_gradient_(self.coefficient)
 
     def set_coefficient(self, loss: Tensor, penalty: Tensor) -> float:
         """lambda, set once; waits for the device that once."""
@@ -326,7 +359,7 @@ class PruneTrain:
         self.history = [dict(entry) for entry in state["history"]]
         self.removed = list(state["removed"])
         self.kept = {name: (sides[0], sides[1]) for name, sides in state["kept"].items()}
-        self.last_penalty = None
+        self._last_penalty = None
         self._look_again()
         if self.batch is not None:
             self.batch.load_state_dict(state["batch"])

@@ -595,7 +595,17 @@ def test_fractions_of_an_epoch_are_hit_at_the_next_step(tmp_path: Path, interval
     assert [r["epoch"] for r in summary["reconfigurations"]] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("changes", [{"amp": "bf16"}, {"channels_last": True}, {"amp": "bf16", "channels_last": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"amp": "bf16"},
+        {"channels_last": True},
+        {"amp": "bf16", "channels_last": True},
+        {"fuse": True},
+        {"fuse": True, "amp": "bf16", "channels_last": True},
+        {"fuse": True, "amp": "fp16", "proximal": True},
+    ],
+)
 def test_mixed_precision_and_channels_last_train_and_prune(tmp_path: Path, changes: dict[str, Any]) -> None:
     train(config(tmp_path / "run", **{**SHORT, "interval": 0.5}, **changes), progress=False)
     run = read_run(tmp_path / "run")
@@ -608,8 +618,9 @@ def test_mixed_precision_and_channels_last_train_and_prune(tmp_path: Path, chang
         assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_channels_last_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = config(tmp_path / "whole", **SHORT, channels_last=True)
+@pytest.mark.parametrize("changes", [{"channels_last": True}, {"fuse": True}, {"fuse": True, "proximal": True}])
+def test_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    options = config(tmp_path / "whole", **SHORT, **changes)
     train(options, progress=False)
     original = loop._Run.train_epoch
 
@@ -624,6 +635,24 @@ def test_channels_last_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.Monke
             train(replace(options, out=str(tmp_path / "halves")), progress=False)
     train(replace(options, out=str(tmp_path / "halves")), resume=True, progress=False)
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_fused_training_is_training(tmp_path: Path) -> None:
+    """The same run with fused operators: the same lambda, losses and pruned channels."""
+    runs = []
+    for fuse in (False, True):
+        out = tmp_path / f"fuse-{fuse}"
+        train(config(out, **SHORT, grow_batch=False, batch_limit=None, fuse=fuse), progress=False)
+        runs.append(read_run(out))
+    plain, fused = runs
+    assert plain.summary is not None
+    assert fused.summary is not None
+    assert plain.summary["params_ratio"] < 1
+    assert fused.summary["params_ratio"] == plain.summary["params_ratio"]
+    assert fused.summary["removed_layers"] == plain.summary["removed_layers"]
+    assert fused.summary["lambda"] == pytest.approx(plain.summary["lambda"], rel=1e-5)
+    for column in ("loss", "penalty", "train_flops", "inference_flops", "bn_bytes", "params"):
+        assert fused.log[column].tolist() == pytest.approx(plain.log[column].tolist(), rel=1e-4), column
 
 
 def test_round_to_gives_multiples(tmp_path: Path) -> None:
@@ -693,6 +722,8 @@ def test_options_out_of_range_are_refused_by_name(tmp_path: Path, option: str, v
 
 
 def test_options_that_exclude_each_other() -> None:
+    with pytest.raises(InputError, match="--dense has no lasso, so it cannot go with --proximal"):
+        TrainConfig("out", dense=True, proximal=True).check()
     with pytest.raises(InputError, match="--dense"):
         TrainConfig("x", dense=True, reconfigure_once=3).check()
     for changes in ({"memory_budget": 1000}, {"batch_limit": 1000}):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from prunetrain_kernels.cost import count_flops
 from prunetrain_kernels.errors import CheckpointError, InputError, TraceError
+from prunetrain_kernels.nn import BatchNormAct2d
+from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train.mini_batch import MiniBatch
 from prunetrain_kernels.train.prunetrain import PruneTrain
@@ -565,3 +567,77 @@ def test_a_part_that_cannot_be_traced_stays_and_the_rest_shrinks() -> None:
     assert report.training_ratio < 1
     prunetrain.regularize(F.cross_entropy(model(x), torch.arange(4))).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["regularize", "add_gradient_"])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_the_lasso_inside_the_update(fuse: bool, how: str) -> None:
+    """With the package's SGD: the same values, the same training, fine-tuning without it, and nothing in `.grad`."""
+    models = [net(), net()]
+    optimizers = [sgd(models[0]), SGD(models[1].parameters(), lr=0.05, momentum=0.9)]
+    pair = [
+        PruneTrain(m, o, EXAMPLE, 0.3, interval=1, fuse=fuse and o is optimizers[1])
+        for m, o in zip(models, optimizers, strict=True)
+    ]
+    assert (pair[1].fused is not None) == fuse
+    assert pair[1].lasso_inside
+    assert not pair[0].lasso_inside
+    assert (type(models[1].bn) is BatchNormAct2d) == fuse
+    for step in range(8):
+        values = []
+        for model, optimizer, prunetrain in zip(models, optimizers, pair, strict=True):
+            prunetrain.regularizing = step != 5
+            x, y = images(step)
+            model.eval()  # no dropout
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if how == "regularize":
+                loss = prunetrain.regularize(loss)
+                loss.backward()
+            else:
+                loss.backward()
+                prunetrain.add_gradient_(loss)
+            optimizer.step()
+            values.append(float(loss.detach()))
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+        assert pair[1].optimizer.lasso is (pair[1].lasso if step != 5 else None)
+        if step == 3:
+            for model, prunetrain in zip(models, pair, strict=True):
+                with torch.no_grad():
+                    model.a.conv1.weight[2:4] = 0
+                    model.a.conv2.weight[:, 2:4] = 0
+                    model.b.conv2.weight.zero_()
+                report = prunetrain.epoch_end()
+                assert report is not None
+                assert set(report.reconfiguration.removed) == {"b.conv1", "b.bn1", "b.conv2"}
+    assert pair[0].coefficient == pytest.approx(pair[1].coefficient, rel=1e-6)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6, msg=name)
+    last = pair[1].last_penalty
+    assert last is not None
+    assert float(last) == pytest.approx(float(pair[1].lasso.penalty().detach()), rel=1e-6)
+
+
+def test_a_proximal_optimizer_prunes_and_is_saved(tmp_path: Path) -> None:
+    model = net()
+    optimizer = ProximalSGD(model.parameters(), lr=0.05, momentum=0.9)
+    prunetrain = PruneTrain(model, optimizer, EXAMPLE, 0.6, interval=1)
+    for step in range(60):
+        optimizer.zero_grad()
+        prunetrain.regularize(F.cross_entropy(model(images(step)[0]), images(step)[1])).backward()
+        optimizer.step()
+    before = sum(p.numel() for p in model.parameters())
+    assert prunetrain.epoch_end() is not None
+    assert sum(p.numel() for p in model.parameters()) < before
+    save_pruned(tmp_path / "pruned.pt", model, optimizer, prunetrain)
+    other = net(1)
+    their = ProximalSGD(other.parameters(), lr=0.05, momentum=0.9)
+    again = PruneTrain(other, their, EXAMPLE, 0.6, interval=1)
+    load_pruned(tmp_path / "pruned.pt", other, their, again)
+    for m, o, p in ((model, optimizer, prunetrain), (other, their, again)):
+        m.eval()
+        for step in range(3):
+            o.zero_grad()
+            p.regularize(F.cross_entropy(m(images(step)[0]), images(step)[1])).backward()
+            o.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# One visit to a GPU machine: everything worth having in at most 9 minutes.
+#
+#   bench/gpu.sh                              on a GPU; results in bench/results
+#   OUT=/tmp/out bench/gpu.sh                 results elsewhere
+#   DEVICE=cpu QUICK=1 bench/gpu.sh           a dry run through all steps, without a GPU
+#
+# Needs nothing but Python with torch, triton, numpy, pandas, pytest: no network, nothing installed, no virtual
+# environment (PYTHON names another interpreter). Steps, in order of value; a step that fails or runs out of time is
+# reported, and the next one goes on:
+#
+#   1. the operators' tests on the device (tier T2), bitwise and CUDA-graph tests included
+#   2. python -m bench fused
+#   3. compute-sanitizer memcheck and racecheck on a few small tests, where that tool is there
+#
+# Everything is written as it goes: a visit that is cut off leaves what it has. Exit code 1 if any step failed.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+
+DEVICE=${DEVICE:-cuda}
+QUICK=${QUICK:-0}
+OUT=${OUT:-bench/results}
+PYTHON=${PYTHON:-python3}
+SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}
+mkdir -p "$OUT" || { echo "gpu.sh: cannot write to OUT=$OUT; name another folder" >&2; exit 2; }
+OUT=$(cd "$OUT" && pwd)
+LOG=$OUT/gpu.log
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/prunetrain-triton}  # a home folder may be read-only
+unset TRITON_INTERPRET  # the tests set it themselves where they need it
+
+case $DEVICE in cpu | cuda) ;; *) echo "gpu.sh: DEVICE is cpu or cuda, not $DEVICE" >&2; exit 2 ;; esac
+VERSIONS=$("$PYTHON" -c '
+import sys
+try:
+    import numpy, pandas, pytest, torch, triton
+except ImportError as error:
+    sys.exit(f"gpu.sh: {sys.executable}: {error}; set PYTHON to one that has torch, triton, numpy, pandas, pytest")
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit("gpu.sh: this PyTorch sees no CUDA device; DEVICE=cpu QUICK=1 makes a dry run")
+print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda, "triton", triton.__version__)
+for i in range(torch.cuda.device_count() if sys.argv[1] == "cuda" else 0):
+    print(torch.cuda.get_device_name(i))' "$DEVICE") || exit 2
+
+say() { echo "[$SECONDS s] $*" | tee -a "$LOG"; }
+
+FAILED=0
+# step NAME LIMIT COMMAND...: at most LIMIT seconds, and never beyond the visit's end. SIGINT first, so that Python
+# still prints how far it came.
+step() {
+  local name=$1 limit=$2 left=$((SECONDS_IN_ALL - SECONDS)) code
+  shift 2
+  if [ "$left" -lt 15 ]; then say "SKIPPED $name: no time left"; FAILED=1; return; fi
+  if [ "$limit" -gt "$left" ]; then limit=$left; fi
+  say "BEGIN $name (at most $limit s): $*"
+  timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG" "$OUT/$name.log"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) say "DONE $name" ;;
+    124 | 137) say "OUT OF TIME $name"; FAILED=1 ;;
+    *) say "FAILED $name: exit code $code"; FAILED=1 ;;
+  esac
+}
+
+: >"$LOG"
+{
+  date -u
+  git rev-parse HEAD 2>/dev/null || echo "no git here"
+  echo "$VERSIONS"
+  if [ "$DEVICE" = cuda ]; then nvidia-smi 2>/dev/null | head -15; fi
+} 2>&1 | tee -a "$LOG"
+
+TESTS=(tests/ops)
+FUSED=(--device "$DEVICE")
+if [ "$QUICK" = 1 ]; then
+  TESTS=(tests/ops/test_on_gpu.py)
+  FUSED+=(--quick)
+fi
+if [ "$OUT" != "$PWD/bench/results" ]; then FUSED+=(--out "$OUT/fused.csv"); fi
+
+if [ "$DEVICE" = cuda ]; then rm -f "$OUT"/t2.log "$OUT"/fused.log "$OUT"/memcheck.log "$OUT"/racecheck.log; fi
+step t2 240 "$PYTHON" -m pytest -m t0 --device "$DEVICE" -q -ra -p no:cacheprovider "${TESTS[@]}"
+step fused 270 "$PYTHON" -m bench fused "${FUSED[@]}"
+
+SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)
+if [ "$DEVICE" = cuda ] && [ -n "$SANITIZER" ]; then
+  # without PyTorch's caching allocator every tensor is a block of its own, and what lies beside it is out of bounds
+  for tool in memcheck racecheck; do
+    step $tool 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool $tool --error-exitcode 3 \
+      "$PYTHON" -m pytest -m t0 --device cuda -q -p no:cacheprovider -k sanitized tests/ops/test_on_gpu.py
+  done
+else
+  say "SKIPPED memcheck, racecheck: compute-sanitizer works on CUDA and comes with the CUDA toolkit"
+fi
+
+say "$([ $FAILED = 0 ] && echo "all steps done" || echo "some steps failed, see above"); results in $OUT"
+exit $FAILED

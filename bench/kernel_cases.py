@@ -1,0 +1,314 @@
+"""Which calls of which operators show every kernel of the package, and what vector widths they promise.
+
+`cases()` feeds the offline report (`kernels.py`); `reuse()` lists the calls that must share one binary.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.kernels import Case, Promise, Reuse
+from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
+from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_gather, channel_scatter, channel_scatter_add
+from prunetrain_kernels.ops.group_lasso import Groups, add_group_lasso_gradient_, group_lasso, slice_statistics
+from prunetrain_kernels.optim import SGD, ProximalSGD
+from prunetrain_kernels.regularizer import GroupLasso
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
+LOADS, STORES, BOTH = Promise(load=16), Promise(store=16), Promise(load=16, store=16)
+
+
+def cases() -> list[Case]:
+    """Every operator in every dtype and layout, with every combination of flags that makes another kernel."""
+    return [*_lasso_cases(), *_sgd_cases(), *_batch_norm_cases(), *_channel_index_cases()]
+
+
+def reuse() -> list[Reuse]:
+    """Changes of shape, as a reconfiguration makes them, that must compile nothing."""
+    return [*_lasso_reuse(), *_sgd_reuse(), *_batch_norm_reuse(), *_channel_index_reuse()]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+
+
+def _activation(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, offset: int = 0, *, derive: bool = False
+) -> Tensor:
+    """Zeros; `offset` elements away from 16-byte alignment."""
+    numel = torch.Size(shape).numel()
+    strides = torch.empty(shape, device="meta").contiguous(memory_format=LAYOUTS[layout]).stride()
+    return torch.zeros(numel + offset, dtype=dtype)[offset:].as_strided(shape, strides).requires_grad_(derive)
+
+
+# -- group lasso, SGD --------------------------------------------------------------------------------------------------
+
+
+def _four(dtype: torch.dtype) -> Promise:
+    """Four elements a thread, whatever their size: what counts are master weights, which are fp32."""
+    return Promise(load=4 * dtype.itemsize, store=4 * dtype.itemsize)
+
+
+def _weights(dtype: torch.dtype, widths: tuple[int, int]) -> list[Tensor]:
+    """Of a convolution of either layout, a convolution 1 x 1, a linear layer behind a flatten."""
+    a, b = widths
+    shapes = [(a, b, 3, 3), (b, a, 3, 3), (b, a, 1, 1), (10, 4 * b)]
+    weights = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    weights[1] = weights[1].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    return weights
+
+
+_GROUPS = [Groups(), Groups(), Groups(inputs=False), Groups(block=4, outputs=False)]
+
+
+def _penalty(weights: list[Tensor]) -> None:
+    group_lasso(weights, _GROUPS).backward()
+
+
+def _add_gradient(weights: list[Tensor]) -> None:
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    add_group_lasso_gradient_(weights, _GROUPS, 0.1)
+
+
+def _lasso_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        name, weights = _name(dtype), _weights(dtype, (64, 64))
+        norms = {"_norms_kernel": Promise(load=4 * dtype.itemsize)}
+        gradient = norms | {"_gradient_kernel": _four(dtype)}
+        yield Case(f"slice_statistics {name}", dtype, partial(slice_statistics, weights, _GROUPS), norms)
+        yield Case(f"group_lasso, backward {name}", dtype, partial(_penalty, weights), gradient)
+        yield Case(f"add_group_lasso_gradient_ {name}", dtype, partial(_add_gradient, weights), gradient)
+
+
+def _lasso_reuse() -> Iterator[Reuse]:
+    def calls(widths: tuple[int, int], count: int) -> Callable[[], None]:
+        def call() -> None:
+            weights = _weights(torch.float32, widths)[:count]
+            slice_statistics(weights, _GROUPS[:count])
+            group_lasso(weights, _GROUPS[:count]).backward()
+            for weight in weights:
+                weight.grad = torch.zeros_like(weight)
+            add_group_lasso_gradient_(weights, _GROUPS[:count], 0.2)
+
+        return call
+
+    yield Reuse(
+        "group_lasso with 64 channels, then 61, 37, 1, then fewer layers",
+        calls((64, 64), 4),
+        (calls((61, 64), 4), calls((37, 61), 4), calls((1, 1), 4), calls((37, 64), 3), calls((64, 61), 1)),
+    )
+
+
+class _Network(nn.Module):
+    """A convolution, batch norm and a linear layer: weights with slices, and parameters without."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 64, 3, padding=1)
+        self.fc = nn.Linear(64 * 4, 10)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.conv2(self.bn(self.conv1(x))), 1))
+
+
+def _step(
+    optimizer_class: type[SGD], width: int, dtype: torch.dtype, *, lasso: bool, scaled: bool = False
+) -> Callable[[], None]:
+    """Two steps of an optimizer: the first measures the norms, the second finds them."""
+    model = _Network(width, torch.float32)
+    regularizer = GroupLasso(model, (torch.zeros(1, 3, 2, 2),)) if lasso else None
+    model.to(dtype)
+    optimizer = optimizer_class(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    if regularizer is not None:
+        optimizer.regularize_with(regularizer, 0.1)
+
+    def run() -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        if scaled:  # as torch.amp.GradScaler does
+            vars(optimizer).update(grad_scale=torch.ones(()), found_inf=torch.zeros(()))
+        for _ in range(2):
+            optimizer.step()
+
+    return run
+
+
+def _sgd_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        name, update = _name(dtype), {"_sgd_kernel": _four(dtype)}
+        proximal = update | {"_soft_threshold_kernel": _four(dtype)}
+        yield Case(f"SGD {name}", dtype, _step(SGD, 64, dtype, lasso=False), update)
+        yield Case(f"SGD + lasso {name}", dtype, _step(SGD, 64, dtype, lasso=True), update)
+        yield Case(f"ProximalSGD {name}", dtype, _step(ProximalSGD, 64, dtype, lasso=True), proximal)
+    single = torch.float32  # what weights are where gradients are scaled
+    update = {"_sgd_kernel": _four(single)}
+    proximal = update | {"_soft_threshold_kernel": _four(single)}
+    yield Case("SGD, GradScaler fp32", single, _step(SGD, 64, single, lasso=False, scaled=True), update)
+    yield Case("SGD + lasso, GradScaler fp32", single, _step(SGD, 64, single, lasso=True, scaled=True), update)
+    yield Case(
+        "ProximalSGD, GradScaler fp32", single, _step(ProximalSGD, 64, single, lasso=True, scaled=True), proximal
+    )
+
+
+def _sgd_reuse() -> Iterator[Reuse]:
+    for optimizer in (SGD, ProximalSGD):
+        yield Reuse(
+            f"{optimizer.__name__} + lasso of a layer of 64 channels, then 61, 37, 1",
+            _step(optimizer, 64, torch.float32, lasso=True),
+            tuple(_step(optimizer, width, torch.float32, lasso=True) for width in (61, 37, 1)),
+        )
+
+
+# -- batch norm with what follows it -----------------------------------------------------------------------------------
+
+
+def _batch_norm(
+    channels: int,
+    dtype: torch.dtype,
+    layout: str,
+    *,
+    training: bool = True,
+    relu: bool = False,
+    residual: bool = False,
+    live: int | None = None,
+    parameters: torch.dtype | None = torch.float32,
+    batch: int = 8,
+    side: int = 14,
+    offset: int = 0,
+) -> Callable[[], None]:
+    """Forward and backward; `live` channels are scattered into the residual's, `parameters` None is for no affine."""
+    width = channels if live is None else live
+    scatter = None if live is None else ChannelIndex(range(live), channels)
+
+    def run() -> None:
+        x = _activation((batch, width, side, side), dtype, layout, offset, derive=True)
+        full = (batch, channels, side, side)
+        r = _activation(full, dtype, layout, offset, derive=True) if residual or live is not None else None
+        mean, var = torch.zeros(width), torch.ones(width)
+        weight, bias = (
+            (None, None)
+            if parameters is None
+            else (torch.zeros(width, dtype=parameters, requires_grad=True) for _ in range(2))
+        )
+        y = batch_norm_act(x, mean, var, weight, bias, training=training, residual=r, relu=relu, scatter=scatter)
+        y.backward(_activation(full, dtype, layout, offset))
+
+    return run
+
+
+def _batch_norm_cases() -> Iterator[Case]:
+    always = {"_statistics_kernel": LOADS, "_apply_kernel": BOTH, "_sums_kernel": LOADS}
+    dense = always | {"_gradient_kernel": BOTH}
+    evaluated = {"_apply_kernel": BOTH, "_gradient_kernel": BOTH}
+    flags: dict[str, dict[str, Any]] = {
+        "BN": {},
+        "BN + ReLU": {"relu": True},
+        "BN + add": {"residual": True},
+        "BN + add + ReLU": {"residual": True, "relu": True},
+    }
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            what = f"{_name(dtype)} {layout}"
+            for name, chosen in flags.items():
+                yield Case(f"{name} {what}", dtype, _batch_norm(64, dtype, layout, **chosen), dense)
+            # x and dx are at the mercy of the index there, and the sums read dy as they read x; the rest is not
+            run, scattered = _batch_norm(64, dtype, layout, live=32, relu=True), dense | {"_sums_kernel": Promise()}
+            yield Case(f"BN + scatter + add + ReLU {what}", dtype, run, scattered)
+            run = _batch_norm(64, dtype, layout, live=32)
+            yield Case(f"BN + scatter + add {what}", dtype, run, scattered | {"_gradient_kernel": LOADS})
+        for name, chosen in flags.items():
+            run = _batch_norm(64, dtype, "NHWC", training=False, **chosen)
+            yield Case(f"{name} {_name(dtype)}, eval", dtype, run, evaluated)
+    both: dict[str, Any] = {"residual": True, "relu": True}
+    half = torch.float16
+    yield Case("BN + ReLU fp16, no affine", half, _batch_norm(64, half, "NHWC", relu=True, parameters=None), dense)
+    yield Case(
+        "BN + ReLU fp16, fp16 parameters", half, _batch_norm(64, half, "NHWC", relu=True, parameters=half), dense
+    )
+    yield Case("BN + add + ReLU fp16, misaligned", half, _batch_norm(64, half, "NHWC", offset=1, **both))
+
+
+def _batch_norm_reuse() -> Iterator[Reuse]:
+    def calls(channels: int, layout: str, live: int, batch: int = 8, side: int = 14) -> Callable[[], object]:
+        half = torch.float16
+        chosen: list[dict[str, Any]] = [{}, {"relu": True}, {"residual": True, "relu": True}]
+        chosen += [{"live": live, "relu": True}, {"training": False, "relu": True}]
+        return lambda: [_batch_norm(channels, half, layout, batch=batch, side=side, **some)() for some in chosen]
+
+    for layout in LAYOUTS:
+        yield Reuse(
+            f"batch norm {layout} with 64 channels, then 61, 37, 1, then other batches and sides",
+            calls(64, layout, 32),
+            (
+                calls(61, layout, 31),
+                calls(37, layout, 37),
+                calls(1, layout, 1),
+                calls(64, layout, 16, batch=1, side=9),
+                calls(37, layout, 1, batch=48, side=7),
+            ),
+        )
+
+
+# -- channel_gather, channel_scatter, channel_scatter_add --------------------------------------------------------------
+
+
+def _channel_index_calls(
+    channels: int, live: int, dtype: torch.dtype, layout: str, batch: int = 4, side: int = 14, offset: int = 0
+) -> dict[str, Callable[[], object]]:
+    """The three operators; gather and scatter are each other's backward, and the sum's is a gather."""
+    index = ChannelIndex(range(live), channels)
+
+    def full() -> Tensor:
+        return _activation((batch, channels, side, side), dtype, layout, offset, derive=True)
+
+    def part() -> Tensor:
+        return _activation((batch, live, side, side), dtype, layout, offset, derive=True)
+
+    def both(out: Tensor) -> None:
+        out.backward(torch.zeros_like(out))
+
+    return {
+        "channel_gather": lambda: both(channel_gather(full(), index)),
+        "channel_scatter": lambda: both(channel_scatter(part(), index)),
+        "channel_scatter_add": lambda: channel_scatter_add(full(), part(), index),
+    }
+
+
+def _channel_index_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            for name, run in _channel_index_calls(64, 32, dtype, layout).items():
+                # the gathered side is at the mercy of the index; output and addend are not
+                promise = BOTH if name == "channel_scatter_add" else STORES
+                yield Case(f"{name} {_name(dtype)} {layout}", dtype, run, {"_channel_map_kernel": promise})
+    for name, run in _channel_index_calls(64, 32, torch.float16, "NHWC", offset=1).items():
+        yield Case(f"{name} fp16 NHWC, misaligned", torch.float16, run)
+
+
+def _channel_index_reuse() -> Iterator[Reuse]:
+    def calls(channels: int, live: int, layout: str, batch: int = 4, side: int = 14) -> Callable[[], object]:
+        return lambda: [
+            run() for run in _channel_index_calls(channels, live, torch.float16, layout, batch, side).values()
+        ]
+
+    for layout in LAYOUTS:
+        yield Reuse(
+            f"channel operators {layout} with 64 channels, then 61, 37, 1, then other batches and sides",
+            calls(64, 32, layout),
+            (
+                calls(61, 31, layout),
+                calls(37, 37, layout),
+                calls(1, 1, layout),
+                calls(64, 61, layout, batch=1),
+                calls(37, 5, layout, batch=7, side=9),
+            ),
+        )

@@ -1,0 +1,1245 @@
+"""Batch norm with what follows it: the residual sum, the ReLU, and the scatter of a branch that lacks channels.
+
+For x (N, C, ...) with n values per channel, r a residual (optional) and act a ReLU or nothing,
+
+    y = act( (x - mean) * scale + bias + r )          rstd = 1 / sqrt(var + eps),   scale = weight * rstd
+    g = dy where act let its input through, else 0
+    dr = g          dbias = sum g          dweight = sum g xhat,   xhat = (x - mean) * rstd
+    dx = scale * (g - dbias / n - xhat * dweight / n)          training: mean and var are those of x, var biased
+    dx = scale * g                                             eval: they are the running ones
+
+With `inverse`, a map of the residual's channels to x's (-1 = not there), x has fewer channels than r and y:
+
+    y[:, c] = act( r[:, c] + BN(x)[:, inverse[c]] )          act( r[:, c] ) where inverse[c] is -1
+
+x - mean comes first, never x * a + b: activations with mean / std = 1e3 are met in practice.
+
+Bytes, E those of an activation:  forward  training 3E (statistics read x; apply reads x, writes y), with residual 4E
+                                           eval 2E, with residual 3E
+                                  backward 5E (sums read dy, x; apply reads dy, x, writes dx)
+                                           with residual and ReLU 6E (dr is written too); without ReLU dr is dy itself
+and, where a residual and a ReLU meet, one bit per element of what the ReLU let through: written once, read twice.
+Without a residual that is computed again from x. Eager PyTorch moves 5E + 8E (BN, ReLU), 8E + 8E (BN, add, ReLU).
+
+Three launches each way, the second a small one: partial results of one tile of columns and one chunk of rows (see
+`layout`) go to private slots, which are folded in fixed order; the last pass runs in reverse order, to meet what the
+first left in L2. Statistics are a Welford mean and M2 per lane, merged by Chan's formula, never E[x^2] - E[x]^2.
+
+The passes are operators of their own, so that a process group can reduce the statistics and the sums between them, as
+SyncBatchNorm does. `batch_norm_act` is the differentiable whole.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops.launch import (
+    KERNEL_DTYPES,
+    accumulator,
+    accumulator_dtype,
+    launch,
+    register,
+    tl,
+    triton,
+    use_kernels,
+)
+from prunetrain_kernels.ops.layout import TILE_COLUMNS, Matrix, dense, is_channels_last, matrix_of
+
+if TYPE_CHECKING:
+    from prunetrain_kernels.ops.channel_index import ChannelIndex
+
+TILE_ROWS = 16  # 16 elements a thread: enough loads in flight, accumulators that fit in registers
+FOLD_CHANNELS = 2
+FOLD_SLOTS = 1024
+_APPLY_ROWS = 64  # rows of one program of the apply passes: the columns' parameters are read once for four tiles
+_PROGRAMS = 2048  # of a reduction, at most about: several waves on any GPU, and few slots beside the tensor
+_WIDEST_CHUNK = 1024
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _stored_as(y: Tensor, like: Tensor) -> Tensor:
+    """y in the dtype and the strides of `like`."""
+    if y.dtype == like.dtype and y.stride() == like.stride():
+        return y
+    return torch.empty_like(like).copy_(y)
+
+
+def _live_channels(inverse: Tensor, live: int) -> Tensor:
+    """The index of which `inverse` is the inverse: (live,), int64."""
+    index = torch.zeros(live + 1, dtype=torch.int64, device=inverse.device)
+    places = torch.where(inverse < 0, live, inverse).long()  # absent ones all go to the last place, which is cut off
+    return index.scatter_(0, places, torch.arange(len(inverse), device=inverse.device))[:live]
+
+
+def _pack_bits(keep: Tensor) -> Tensor:
+    """A dense bool tensor as bits in storage order: element i is bit i % 8 of byte i // 8."""
+    flat = keep.as_strided((keep.numel(),), (1,))
+    if flat.numel() % 8:
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
+    words = flat.contiguous().view(torch.int64)  # eight bytes of 0 or 1: the product gathers them in the highest byte
+    return (words * 0x0102040810204080).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def _unpack_bits(mask: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_pack_bits`, in the shape and the strides of `like`: uint8, of which any but 0 is True."""
+    # each byte repeated in the eight bytes of a word, of which each keeps a bit of its own: 0x8040201008040201 as int64
+    words = (mask.to(torch.int64) * 0x0101010101010101).bitwise_and_(0x8040201008040201 - 2**64)
+    flat = words.view(torch.uint8)[: like.numel()]
+    return flat.as_strided(like.shape, like.stride())
+
+
+def _wide(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else value.to(accumulator_dtype(dtype))
+
+
+def _normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """BN(x) in the accumulation dtype, a new tensor."""
+    wide = x.to(accumulator_dtype(x.dtype))
+    if x.numel() == 0:
+        return wide.clone()
+    weight, bias = _wide(weight, x.dtype), _wide(bias, x.dtype)
+    return torch.native_batch_norm(wide, weight, bias, mean.to(wide.dtype), var.to(wide.dtype), False, 0.0, eps)[0]
+
+
+def _statistics_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        nothing = torch.zeros(x.shape[1], dtype=accumulator_dtype(x.dtype), device=x.device)
+        return nothing, nothing.clone()
+    mean, var = torch.batch_norm_update_stats(x.to(accumulator_dtype(x.dtype)), None, None, 0.0)
+    return mean, var
+
+
+def _apply_reference(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    inverse: Tensor | None,
+    eps: float,
+    relu: bool,
+    record: bool,
+) -> tuple[Tensor, Tensor]:
+    y = _normalized(x, mean, var, weight, bias, eps)
+    if residual is not None and inverse is not None:
+        y = residual.to(y.dtype).index_add(1, _live_channels(inverse, x.shape[1]), y)
+    elif residual is not None:
+        y = y.add_(residual)
+    like = x if residual is None else residual
+    y = _stored_as(y, like.to(y.dtype))
+    mask = _pack_bits((y <= 0).logical_not_()) if relu and record and residual is not None else _nothing(x, torch.uint8)
+    return _stored_as(y.relu_() if relu else y, like), mask
+
+
+def _through_act_reference(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """dy where the ReLU let its input through, else 0, in the accumulation dtype; may be dy itself."""
+    g = dy.to(accumulator_dtype(dy.dtype))
+    if mask is not None:
+        return torch.ops.aten.threshold_backward(
+            g, _unpack_bits(mask, dy).to(g.dtype), 0
+        )  # torch.where: 5 times slower
+    if relu:
+        return torch.ops.aten.threshold_backward(g, _normalized(x, mean, var, weight, bias, eps), 0)
+    return g
+
+
+def _native_backward(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    inverse: Tensor | None,
+    eps: float,
+    training: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's (dx, dweight, dbias) from the gradient of BN(x) or, with `inverse`, of the sum that it went into."""
+    if inverse is not None:
+        g = g.index_select(1, _live_channels(inverse, x.shape[1]))
+    if x.numel() == 0:
+        empty = torch.zeros(x.shape[1], dtype=g.dtype, device=x.device)
+        return torch.empty_like(g), empty, empty.clone()
+    mean, var = (v.to(g.dtype) for v in (mean, var))
+    weight = torch.ones_like(mean) if weight is None else weight.to(g.dtype)
+    rstd = (var + eps).rsqrt_()
+    return torch.ops.aten.native_batch_norm_backward(
+        g, x.to(g.dtype), weight, mean, var, mean, rstd, training, eps, wanted
+    )
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+# Every number of a launch: channel counts change as a network shrinks, and must not compile anything new.
+_COUNTS = ["full_rows", "rest", "columns8", "inner", "channels", "group", "live", "tiles", "rows_per_program", "slots"]
+
+
+@triton.jit
+def _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS: tl.constexpr):
+    """A tile of columns: themselves, their bytes in a mask, whether x has their channels, how many there are in a row;
+    how many of x's there are in a row, and which; beside the tile its channels of x. Without `inverse` x is as wide."""
+    col = tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    byte = tile * (TILE_COLUMNS // 8) + tl.arange(0, TILE_COLUMNS // 8)
+    channel = (col // inner) % channels
+    present = col < columns
+    x_columns = columns
+    x_col = col
+    if inverse is not None:
+        channel = tl.load(inverse + channel, mask=present, other=-1)
+        present = channel >= 0
+        x_columns = group * live * inner
+        x_col = (col // inner // channels * live + channel) * inner + col % inner
+    return (col, byte, present, columns, x_columns, x_col), channel
+
+
+@triton.jit
+def _parameters(mean, var, weight, bias, channel, present, eps, ACC: tl.constexpr):
+    """Mean, scale and shift of each column; and rstd. Those of a channel that is not there make its BN(x) zero."""
+    m = tl.load(mean + channel, mask=present, other=0).to(ACC)
+    rstd = 1 / tl.sqrt(tl.load(var + channel, mask=present, other=1).to(ACC) + eps)
+    scale = rstd
+    shift = m * 0
+    if weight is not None:
+        scale = rstd * tl.load(weight + channel, mask=present, other=0).to(ACC)
+    if bias is not None:
+        shift = tl.load(bias + channel, mask=present, other=0).to(ACC)
+    return (m, scale, shift), rstd
+
+
+@triton.jit
+def _merged(n, mean, m2, first, AXIS: tl.constexpr):
+    """Chan's formula for many parts at once, along an axis; `first` marks a part that is never empty."""
+    total = tl.sum(n, AXIS)
+    reference = tl.sum(tl.where(first, mean, 0), AXIS)
+    merged = reference + tl.sum(n * (mean - tl.expand_dims(reference, AXIS)), AXIS) / tl.maximum(total, 1)
+    delta = mean - tl.expand_dims(merged, AXIS)
+    return total, merged, tl.sum(m2 + n * delta * delta, AXIS)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _statistics_kernel(
+    x,
+    means,
+    m2s,
+    full_rows,
+    rest,
+    columns8,
+    inner,
+    channels,
+    tiles,
+    rows_per_program,
+    ACC: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    columns = columns8 * 8
+    chunk = tl.program_id(0) // tiles
+    col = (tl.program_id(0) % tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    first = chunk * rows_per_program
+    stop = tl.minimum(first + rows_per_program, full_rows)
+    lane = tl.arange(0, TILE_ROWS)[:, None]
+
+    mean = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
+    m2 = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
+    count = tl.full((), 0, ACC)
+    for start in range(first, stop, TILE_ROWS):
+        row = start + lane
+        limit = tl.where(row < stop, columns, 0)  # a multiple of 8: vector loads
+        value = tl.load(x + (row.to(tl.int64) * columns + col), mask=col < limit, other=0).to(ACC)
+        count += 1
+        delta = tl.where(row < stop, value - mean, 0)
+        mean += delta * (1 / count)
+        m2 += delta * (value - mean)
+    n = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC) + ((stop - first - lane + TILE_ROWS - 1) // TILE_ROWS).to(ACC)
+    n, mean, m2 = _merged(n, mean, m2, lane == 0, 0)
+    if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
+        value = tl.load(x + (full_rows.to(tl.int64) * columns + col), mask=col < rest, other=0).to(ACC)
+        delta = tl.where(col < rest, value - mean, 0)
+        mean += delta / (n + 1)
+        m2 += delta * (value - mean)
+    slot = chunk.to(tl.int64) * columns + col
+    tl.store(means + slot, mean, mask=col < columns)
+    tl.store(m2s + slot, m2, mask=col < columns)
+
+
+@triton.jit
+def _slots(start, channel, slots, columns, inner, channels, group, FOLD_SLOTS: tl.constexpr):
+    """Some of the slots of some channels: chunk and column of each, where it is stored, and whether it exists."""
+    slot = start + tl.arange(0, FOLD_SLOTS)[None, :]
+    period = slot // inner
+    chunk = period // group
+    column = (period % group * channels + channel) * inner + slot % inner
+    return chunk, column, chunk.to(tl.int64) * columns + column, (slot < slots) & (channel < channels)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _fold_statistics_kernel(
+    means,
+    m2s,
+    mean_out,
+    var_out,
+    full_rows,
+    rest,
+    columns8,
+    inner,
+    channels,
+    group,
+    rows_per_program,
+    slots,
+    ACC: tl.constexpr,
+    FOLD_CHANNELS: tl.constexpr,
+    FOLD_SLOTS: tl.constexpr,
+):
+    channel = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)[:, None]
+    n = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
+    mean = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
+    m2 = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
+    for start in range(0, slots, FOLD_SLOTS):
+        chunk, column, at, here = _slots(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
+        rows = full_rows + (column < rest).to(tl.int32) - chunk * rows_per_program
+        more = tl.where(here, tl.minimum(tl.maximum(rows, 0), rows_per_program), 0).to(ACC)
+        delta = tl.load(means + at, mask=here, other=0) - mean
+        share = more / tl.maximum(n + more, 1)
+        mean += delta * share
+        m2 += tl.load(m2s + at, mask=here, other=0) + delta * delta * n * share
+        n += more
+    total, mean, m2 = _merged(n, mean, m2, tl.arange(0, FOLD_SLOTS)[None, :] == 0, 1)
+    out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)
+    tl.store(mean_out + out, mean, mask=out < channels)
+    tl.store(var_out + out, m2 / tl.maximum(total, 1), mask=out < channels)
+
+
+@triton.jit
+def _apply_tile(
+    x, residual, y, mask, row, limit, tile_columns, parameters,
+    RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One tile, of which each row has `limit` columns."""
+    col, byte, present, columns, x_columns, x_col = tile_columns
+    m, scale, shift = parameters
+    row = row.to(tl.int64)
+    at = row * columns + col
+    valid = col < limit
+    value = tl.load(x + (row * x_columns + x_col), mask=valid & present, other=0).to(ACC)
+    value = tl.fma(value - m, scale, shift)
+    if residual is not None:
+        value += tl.load(residual + at, mask=valid, other=0).to(ACC)
+    if mask is not None:
+        keep = tl.where(value <= 0, 0, 1).to(tl.int32)  # a NaN goes through, as in torch.relu
+        bits = tl.reshape(keep, (TILE_ROWS, TILE_COLUMNS // 8, 8)) << tl.arange(0, 8)[None, None, :]
+        packed = tl.sum(bits, 2).to(tl.uint8)
+        tl.store(mask + (row * (columns // 8) + byte), packed, mask=byte * 8 < limit)
+    if RELU:
+        value = tl.where(value <= 0, 0, value)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _apply_kernel(
+    x,
+    mean,
+    var,
+    weight,
+    bias,
+    residual,
+    inverse,
+    y,
+    mask,
+    full_rows,
+    rest,
+    columns8,
+    inner,
+    channels,
+    group,
+    live,
+    tiles,
+    rows_per_program,
+    eps,
+    RELU: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    columns = columns8 * 8
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
+    tile = program % tiles
+    tile_columns, channel = _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS)
+    parameters, _ = _parameters(mean, var, weight, bias, channel, tile_columns[2], eps, ACC)
+    first = program // tiles * rows_per_program
+    lane = tl.arange(0, TILE_ROWS)[:, None]
+    for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
+        row = start + lane
+        limit = tl.where(row < full_rows, columns, 0)
+        _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, RELU, ACC, TILE_ROWS, TILE_COLUMNS)
+    if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
+        row = full_rows + tl.arange(0, 1)[:, None]
+        _apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, RELU, ACC, 1, TILE_COLUMNS)
+
+
+@triton.jit
+def _through_act(
+    dy, x, mask, row, limit, wanted, tile_columns, parameters,
+    NEEDS_X: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of the `wanted` of a tile: dy where the ReLU let its input through, else 0; and x - mean, 0 unless NEEDS_X."""
+    col, byte, present, columns, x_columns, x_col = tile_columns
+    m, scale, shift = parameters
+    g = tl.load(dy + (row * columns + col), mask=wanted, other=0).to(ACC)
+    centred = tl.zeros_like(g)
+    if NEEDS_X:
+        centred = tl.load(x + (row * x_columns + x_col), mask=wanted & present, other=0).to(ACC) - m
+    if mask is not None:
+        packed = tl.load(mask + (row * (columns // 8) + byte), mask=byte * 8 < limit, other=0).to(tl.int32)
+        bits = (tl.expand_dims(packed, 2) >> tl.arange(0, 8)[None, None, :]) & 1
+        g = tl.where(tl.reshape(bits, (TILE_ROWS, TILE_COLUMNS)) == 0, 0, g)
+    elif RELU:
+        g = tl.where(tl.fma(centred, scale, shift) <= 0, 0, g)
+    return g, centred
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _sums_kernel(
+    dy,
+    x,
+    mean,
+    var,
+    weight,
+    bias,
+    mask,
+    inverse,
+    sums,
+    sums_xhat,
+    full_rows,
+    rest,
+    columns8,
+    inner,
+    channels,
+    group,
+    live,
+    tiles,
+    rows_per_program,
+    eps,
+    RELU: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    columns = columns8 * 8
+    tile = tl.program_id(0) % tiles
+    chunk = tl.program_id(0) // tiles
+    tile_columns, channel = _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS)
+    parameters, rstd = _parameters(mean, var, weight, bias, channel, tile_columns[2], eps, ACC)
+    col = tile_columns[0]
+    first = chunk * rows_per_program
+    lane = tl.arange(0, TILE_ROWS)[:, None]
+
+    total = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
+    total_x = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
+    for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
+        row = (start + lane).to(tl.int64)
+        limit = tl.where(start + lane < full_rows, columns, 0)
+        wanted = (col < limit) & tile_columns[2]
+        g, centred = _through_act(
+            dy, x, mask, row, limit, wanted, tile_columns, parameters, True, RELU, ACC, TILE_ROWS, TILE_COLUMNS
+        )
+        total += g
+        total_x += g * centred
+    column_sum = tl.sum(total, 0)
+    column_sum_x = tl.sum(total_x, 0)
+    if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
+        row = (full_rows + tl.arange(0, 1)[:, None]).to(tl.int64)
+        wanted = ((col < rest) & tile_columns[2])[None, :]
+        g, centred = _through_act(
+            dy, x, mask, row, rest, wanted, tile_columns, parameters, True, RELU, ACC, 1, TILE_COLUMNS
+        )
+        column_sum += tl.sum(g, 0)
+        column_sum_x += tl.sum(g * centred, 0)
+    slot = chunk.to(tl.int64) * columns + col
+    tl.store(sums + slot, column_sum, mask=col < columns)
+    tl.store(sums_xhat + slot, column_sum_x * rstd, mask=col < columns)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _fold_sums_kernel(
+    sums,
+    sums_xhat,
+    inverse,
+    sum_out,
+    sum_xhat_out,
+    columns8,
+    inner,
+    channels,
+    group,
+    slots,
+    ACC: tl.constexpr,
+    FOLD_CHANNELS: tl.constexpr,
+    FOLD_SLOTS: tl.constexpr,
+):
+    channel = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)[:, None]
+    total = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
+    total_xhat = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
+    for start in range(0, slots, FOLD_SLOTS):
+        _, _, at, here = _slots(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
+        total += tl.load(sums + at, mask=here, other=0)
+        total_xhat += tl.load(sums_xhat + at, mask=here, other=0)
+    out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)
+    place = out
+    if inverse is not None:
+        place = tl.load(inverse + out, mask=out < channels, other=-1)
+    present = (out < channels) & (place >= 0)
+    tl.store(sum_out + place, tl.sum(total, 1), mask=present)
+    tl.store(sum_xhat_out + place, tl.sum(total_xhat, 1), mask=present)
+
+
+@triton.jit
+def _gradient_tile(
+    dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2,
+    NEEDS_X: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    col, _, present, columns, x_columns, x_col = tile_columns
+    row = row.to(tl.int64)
+    valid = col < limit
+    g, centred = _through_act(
+        dy, x, mask, row, limit, valid, tile_columns, parameters, NEEDS_X, RELU, ACC, TILE_ROWS, TILE_COLUMNS
+    )
+    if dresidual is not None:
+        tl.store(dresidual + (row * columns + col), g.to(dresidual.dtype.element_ty), mask=valid)
+    if k1 is not None:
+        g = g - k1 - centred * k2
+    tl.store(dx + (row * x_columns + x_col), (parameters[1] * g).to(dx.dtype.element_ty), mask=valid & present)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _gradient_kernel(
+    dy,
+    x,
+    mean,
+    var,
+    weight,
+    bias,
+    mask,
+    inverse,
+    sum_dy,
+    sum_dy_xhat,
+    dx,
+    dresidual,
+    full_rows,
+    rest,
+    columns8,
+    inner,
+    channels,
+    group,
+    live,
+    tiles,
+    rows_per_program,
+    eps,
+    count,
+    NEEDS_X: tl.constexpr,
+    RELU: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    columns = columns8 * 8
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
+    tile = program % tiles
+    tile_columns, channel = _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS)
+    present = tile_columns[2]
+    parameters, rstd = _parameters(mean, var, weight, bias, channel, present, eps, ACC)
+    k1 = None
+    k2 = None
+    if sum_dy is not None:
+        k1 = tl.load(sum_dy + channel, mask=present, other=0).to(ACC) / count
+        k2 = tl.load(sum_dy_xhat + channel, mask=present, other=0).to(ACC) / count * rstd
+    first = program // tiles * rows_per_program
+    lane = tl.arange(0, TILE_ROWS)[:, None]
+    for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
+        row = start + lane
+        limit = tl.where(row < full_rows, columns, 0)
+        _gradient_tile(
+            dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2,
+            NEEDS_X, RELU, ACC, TILE_ROWS, TILE_COLUMNS,
+        )  # fmt: skip
+    if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
+        row = full_rows + tl.arange(0, 1)[:, None]
+        _gradient_tile(
+            dy, x, mask, dx, dresidual, row, rest, tile_columns, parameters, k1, k2,
+            NEEDS_X, RELU, ACC, 1, TILE_COLUMNS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _update_running_kernel(
+    running_mean, running_var, mean, var, channels, unbiased, momentum, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = channel < channels
+    m = tl.load(mean + channel, mask=here, other=0).to(ACC)
+    v = tl.load(var + channel, mask=here, other=0).to(ACC) * unbiased
+    m = momentum * m + (1 - momentum) * tl.load(running_mean + channel, mask=here, other=0).to(ACC)
+    v = momentum * v + (1 - momentum) * tl.load(running_var + channel, mask=here, other=0).to(ACC)
+    tl.store(running_mean + channel, m.to(running_mean.dtype.element_ty), mask=here)
+    tl.store(running_var + channel, v.to(running_var.dtype.element_ty), mask=here)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _tiles(m: Matrix) -> int:
+    return -(-m.columns // TILE_COLUMNS)
+
+
+def _chunk_rows(m: Matrix) -> int:
+    """Rows per program of a reduction: of the shape alone, so that every device adds in the same order."""
+    rows = _next_power_of_two(-(-m.rows * _tiles(m) // _PROGRAMS))
+    return min(max(rows, TILE_ROWS), _WIDEST_CHUNK)
+
+
+def _shape(m: Matrix) -> tuple[int, int, int, int, int]:
+    """full_rows, rest, columns8, inner, channels: the last row holds `rest` columns only, if any."""
+    full_rows, rest = divmod(m.numel, m.columns)
+    return full_rows, rest, m.columns // 8, m.inner, m.channels
+
+
+def _constants(x: Tensor) -> dict[str, Any]:
+    return {"ACC": accumulator(x.dtype), "TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
+
+
+def _fold_constants(x: Tensor) -> dict[str, Any]:
+    constants = {"ACC": accumulator(x.dtype), "FOLD_CHANNELS": FOLD_CHANNELS, "FOLD_SLOTS": FOLD_SLOTS}
+    return constants | {"num_warps": 8}
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = dense(x)
+    if not use_kernels(x):
+        return _statistics_reference(x)
+    m = matrix_of(x)
+    rows, tiles = _chunk_rows(m), _tiles(m)
+    chunks = -(-m.rows // rows)
+    full_rows, rest, columns8, inner, channels = _shape(m)
+    dtype = accumulator_dtype(x.dtype)
+    means, m2s = torch.empty(2, chunks * m.columns, dtype=dtype, device=x.device)
+    mean, var = torch.empty(channels, dtype=dtype, device=x.device), torch.empty(channels, dtype=dtype, device=x.device)
+    launch(
+        _statistics_kernel, (tiles * chunks,),
+        x, means, m2s, full_rows, rest, columns8, inner, channels, tiles, rows,
+        **_constants(x),
+    )  # fmt: skip
+    launch(
+        _fold_statistics_kernel, (-(-channels // FOLD_CHANNELS),),
+        means, m2s, mean, var, full_rows, rest, columns8, inner, channels, m.group, rows, chunks * m.group * inner,
+        **_fold_constants(x),
+    )  # fmt: skip
+    return mean, var
+
+
+def _one_layout(x: Tensor, other: Tensor | None, channels_last: bool | None = None) -> tuple[Tensor, Any]:
+    """x and a tensor of y's shape in one layout: that of x; if x is both contiguous and channels_last, having one
+    channel say, the one that `channels_last` tells, or the other's own."""
+    x = dense(x)
+    if other is None:
+        return x, None
+    if not (x.is_contiguous() and is_channels_last(x)):
+        return x, dense(other, like=x)
+    if channels_last is None or other.dim() < 4:
+        return x, dense(other)
+    formats = (torch.channels_last, torch.channels_last_3d)
+    return x, other.contiguous(memory_format=formats[x.dim() - 4] if channels_last else torch.contiguous_format)
+
+
+def _only_channels_last(y: Tensor) -> bool:
+    return is_channels_last(y) and not y.is_contiguous()
+
+
+def _apply(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    inverse: Tensor | None,
+    eps: float,
+    relu: bool,
+    record: bool,
+) -> tuple[Tensor, Tensor]:
+    x, residual = _one_layout(x, residual)
+    if not use_kernels(x):
+        return _apply_reference(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
+    y, mask = _apply_outputs(x, residual, relu, record)
+    m = matrix_of(y)
+    launch(
+        _apply_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
+        x, mean, var, weight, bias, residual, inverse, y, mask if mask.numel() else None,
+        *_shape(m), m.group, x.shape[1], _tiles(m), _APPLY_ROWS, eps,
+        RELU=relu, **_constants(x),
+    )  # fmt: skip
+    return y, mask
+
+
+def _apply_outputs(x: Tensor, residual: Tensor | None, relu: bool, record: bool) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x if residual is None else residual)
+    recorded = relu and record and residual is not None
+    return y, torch.empty((y.numel() + 7) // 8 if recorded else 0, dtype=torch.uint8, device=x.device)
+
+
+def _sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    inverse: Tensor | None,
+    eps: float,
+    relu: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    x, dy = _one_layout(x, dy, channels_last)
+    if not use_kernels(x):
+        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
+        _, sum_dy_xhat, sum_dy = _native_backward(g, x, mean, var, weight, inverse, eps, True, [False, True, True])
+        return sum_dy, sum_dy_xhat
+    m = matrix_of(dy)
+    rows, tiles = _chunk_rows(m), _tiles(m)
+    chunks = -(-m.rows // rows)
+    dtype = accumulator_dtype(x.dtype)
+    sums, sums_xhat = torch.empty(2, chunks * m.columns, dtype=dtype, device=x.device)
+    sum_dy, sum_dy_xhat = _sum_outputs(x)
+    launch(
+        _sums_kernel, (tiles * chunks,),
+        dy, x, mean, var, weight, bias, mask, inverse, sums, sums_xhat,
+        *_shape(m), m.group, x.shape[1], tiles, rows, eps,
+        RELU=relu, **_constants(x),
+    )  # fmt: skip
+    launch(
+        _fold_sums_kernel, (-(-m.channels // FOLD_CHANNELS),),
+        sums, sums_xhat, inverse, sum_dy, sum_dy_xhat,
+        m.columns // 8, m.inner, m.channels, m.group, chunks * m.group * m.inner,
+        **_fold_constants(x),
+    )  # fmt: skip
+    return sum_dy, sum_dy_xhat
+
+
+def _sum_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape, dtype = x.shape[1], accumulator_dtype(x.dtype)
+    return torch.empty(shape, dtype=dtype, device=x.device), torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def _gradient(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    inverse: Tensor | None,
+    sum_dy: Tensor | None,
+    sum_dy_xhat: Tensor | None,
+    count: float,
+    eps: float,
+    relu: bool,
+    channels_last: bool,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    x, dy = _one_layout(x, dy, channels_last)
+    if not use_kernels(x):
+        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
+        dresidual = _stored_as(g.clone() if g is dy else g, dy) if residual_gradient else _nothing(x)
+        if inverse is not None:
+            g = g.index_select(1, _live_channels(inverse, x.shape[1]))
+        rstd = _per_channel((var.to(g.dtype) + eps).rsqrt(), x)
+        if sum_dy is not None and sum_dy_xhat is not None:
+            xhat = (x.to(g.dtype) - _per_channel(mean, x)) * rstd
+            g = g - _per_channel(sum_dy / count, x) - xhat * _per_channel(sum_dy_xhat / count, x)
+        scale = rstd if weight is None else rstd * _per_channel(weight.to(g.dtype), x)
+        return _stored_as(g * scale, x), dresidual
+    m = matrix_of(dy)
+    dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else _nothing(x)
+    needs_x = sum_dy is not None or (relu and mask is None)
+    launch(
+        _gradient_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
+        dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat,
+        dx, dresidual if residual_gradient else None,
+        *_shape(m), m.group, x.shape[1], _tiles(m), _APPLY_ROWS, eps, float(count),
+        NEEDS_X=needs_x, RELU=relu, **_constants(x),
+    )  # fmt: skip
+    return dx, dresidual
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def _check_mask(mask: Tensor | None, dy: Tensor) -> None:
+    if mask is not None and mask.numel() != (dy.numel() + 7) // 8:
+        raise InputError(
+            f"the mask has {mask.numel()} bytes, the gradient {dy.numel()} elements; ask the forward to record a mask."
+        )
+
+
+@register("batch_norm_statistics")
+def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel.
+
+    Args:
+        x: (N, C, ...), 2-D to 5-D, fp32, fp16, bf16 or fp64.
+
+    Returns:
+        mean, var: (C,), fp32 (fp64 of fp64), each of x.numel() / C values. No gradient is defined.
+    """
+    return _statistics(x)
+
+
+@batch_norm_statistics.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _sum_outputs(x)
+
+
+def merge_statistics(
+    means: Tensor, variances: Tensor, counts: Sequence[float] | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of the union of several parts, such as the ranks' shares of a batch, by Chan's formula.
+
+    Args:
+        means, variances: (parts, C), as `batch_norm_statistics` gives them; variances biased.
+        counts: (parts,): values per channel in each part. A part may be empty, all of them may not.
+
+    Returns:
+        mean, var: (C,); count: (): of the union, in the dtype of `means`.
+    """
+    n = torch.as_tensor(counts, dtype=means.dtype, device=means.device)[:, None]
+    total = n.sum()
+    # an empty part's statistics may be anything, NaN included
+    means, variances = torch.where(n > 0, means, 0), torch.where(n > 0, variances, 0)
+    reference = means[n.argmax()]
+    mean = reference + (n * (means - reference)).sum(0) / total
+    var = (n * (variances + (means - mean).square())).sum(0) / total
+    return mean, var, total
+
+
+@register("batch_norm_update_running_", mutates=("running_mean", "running_var"))
+def batch_norm_update_running_(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """running = (1 - momentum) * running + momentum * new, in place, with the unbiased variance of `count` values.
+
+    Args:
+        running_mean, running_var: (C,), any float dtype.
+        mean, var: (C,), fp32 (or fp64), var biased: what `batch_norm_statistics` or `merge_statistics` gives.
+        count: values per channel behind them, 2 or more.
+        momentum: weight of the new ones.
+    """
+    unbiased = count / max(count - 1, 1)
+    if not use_kernels(mean) or not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        for running, new in ((running_mean, mean), (running_var, var * unbiased)):
+            running.copy_(momentum * new + (1 - momentum) * running.to(new.dtype))
+        return
+    launch(
+        _update_running_kernel, (-(-mean.numel() // 1024),),
+        running_mean, running_var, mean, var, mean.numel(), unbiased, momentum,
+        ACC=accumulator(mean.dtype), BLOCK=1024,
+    )  # fmt: skip
+
+
+@register("batch_norm_apply")
+def batch_norm_apply(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    inverse: Tensor | None,
+    eps: float,
+    relu: bool,
+    record: bool,
+) -> tuple[Tensor, Tensor]:
+    """act(BN(x) [+ residual]) with given statistics; no gradient is defined.
+
+    Args:
+        x: (N, C, ...).
+        mean, var: (C,), var biased.
+        weight, bias: (C,) or None.
+        residual: of x's dtype and shape; or, with `inverse`, of more channels.
+        inverse: int32 (channels of residual,): the channel of x that is added to each, or -1.
+        record: write the mask that a backward needs where there are both a residual and a ReLU.
+
+    Returns:
+        y: x's dtype and layout, the shape of the sum; mask: uint8, one bit per element of y in storage order, or empty.
+    """
+    return _apply(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
+
+
+@batch_norm_apply.register_fake
+def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record):  # type: ignore[no-untyped-def]
+    return _apply_outputs(*_one_layout(x, residual), relu, record)
+
+
+@register("batch_norm_backward_sums")
+def batch_norm_backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    inverse: Tensor | None,
+    eps: float,
+    relu: bool,
+    channels_last: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Sums of g and of g * xhat over each channel of x (of this rank's share): the gradients of bias and weight.
+
+    Args:
+        dy: gradient of y.
+        x, mean, var, weight, bias, inverse, eps, relu: as `batch_norm_apply` had them.
+        mask: what it recorded if it had a residual and a ReLU, else None.
+        channels_last: whether y was: matters only with `inverse`, if x has one channel or none and cannot tell.
+
+    Returns:
+        sum_dy, sum_dy_xhat: (C,), fp32 (fp64 of fp64).
+    """
+    _check_mask(mask, dy)
+    return _sums(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last)
+
+
+@batch_norm_backward_sums.register_fake
+def _(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last=False):  # type: ignore[no-untyped-def]
+    return _sum_outputs(x)
+
+
+@register("batch_norm_backward_apply")
+def batch_norm_backward_apply(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    inverse: Tensor | None,
+    sum_dy: Tensor | None,
+    sum_dy_xhat: Tensor | None,
+    count: float,
+    eps: float,
+    relu: bool,
+    residual_gradient: bool,
+    channels_last: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and, on request, of the residual.
+
+    Args:
+        dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last: as for `batch_norm_backward_sums`.
+        sum_dy, sum_dy_xhat: its results, summed over the ranks; both None where mean and var were constants (eval).
+        count: values per channel of all ranks together. (Where only a tensor knows it: divide the sums by it, pass 1.)
+        residual_gradient: also write the residual's, for which without a ReLU dy itself will do.
+
+    Returns:
+        dx, dresidual: dresidual is empty unless asked for.
+    """
+    _check_mask(mask, dy)
+    return _gradient(
+        dy,
+        x,
+        mean,
+        var,
+        weight,
+        bias,
+        mask,
+        inverse,
+        sum_dy,
+        sum_dy_xhat,
+        count,
+        eps,
+        relu,
+        channels_last,
+        residual_gradient,
+    )
+
+
+@batch_norm_backward_apply.register_fake
+def _(  # type: ignore[no-untyped-def]
+    dy,
+    x,
+    mean,
+    var,
+    weight,
+    bias,
+    mask,
+    inverse,
+    sum_dy,
+    sum_dy_xhat,
+    count,
+    eps,
+    relu,
+    residual_gradient,
+    channels_last=False,
+):
+    x, dy = _one_layout(x, dy, channels_last)
+    return torch.empty_like(x), torch.empty_like(dy) if residual_gradient else _nothing(x)
+
+
+@register("batch_norm_act")
+def _batch_norm_act(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    inverse: Tensor | None,
+    eps: float,
+    relu: bool,
+    record: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, mean, var, mask. With `mean` and `var` given those are used, and the ones returned are empty."""
+    if mean is not None and var is not None:
+        y, mask = _apply(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
+        return y, *_statistics_outputs(x, False), mask
+    mean, var = _statistics(x)
+    y, mask = _apply(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
+    return y, mean, var, mask
+
+
+def _statistics_outputs(x: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    if wanted:
+        return _sum_outputs(x)
+    dtype = accumulator_dtype(x.dtype)
+    return _nothing(x, dtype), _nothing(x, dtype)
+
+
+@_batch_norm_act.register_fake
+def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record):  # type: ignore[no-untyped-def]
+    y, mask = _apply_outputs(*_one_layout(x, residual), relu, record)
+    return y, *_statistics_outputs(x, mean is None), mask
+
+
+@register("batch_norm_act_backward")
+def _batch_norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    inverse: Tensor | None,
+    eps: float,
+    relu: bool,
+    channels_last: bool,
+    training: bool,
+    x_gradient: bool,
+    sums: bool,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, sum_dy, sum_dy_xhat: those asked for; the others are empty."""
+    _check_mask(mask, dy)
+    x, dy = _one_layout(x, dy, channels_last)
+    dx, dresidual = _nothing(x), _nothing(x)
+    sum_dy, sum_dy_xhat = no_sums = _statistics_outputs(x, False)
+    if not use_kernels(x):
+        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
+        if x_gradient or sums:
+            wanted = [x_gradient, sums, sums]
+            native = _native_backward(g, x, mean, var, weight, inverse, eps, training, wanted)
+            dx = _stored_as(native[0], x) if x_gradient else dx
+            sum_dy_xhat, sum_dy = native[1:] if sums else no_sums
+        if residual_gradient:
+            dresidual = _stored_as(g.clone() if g is dy else g, dy)
+        return dx, dresidual, sum_dy, sum_dy_xhat
+    of_batch = training and x_gradient
+    if sums or of_batch:
+        sum_dy, sum_dy_xhat = _sums(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last)
+    if x_gradient or residual_gradient:
+        dx, dresidual = _gradient(
+            dy, x, mean, var, weight, bias, mask, inverse,
+            sum_dy if of_batch else None, sum_dy_xhat if of_batch else None, x.numel() // x.shape[1], eps, relu,
+            channels_last, residual_gradient,
+        )  # fmt: skip
+    return dx if x_gradient else _nothing(x), dresidual, *((sum_dy, sum_dy_xhat) if sums else no_sums)
+
+
+@_batch_norm_act_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    dy,
+    x,
+    mean,
+    var,
+    weight,
+    bias,
+    mask,
+    inverse,
+    eps,
+    relu,
+    channels_last,
+    training,
+    x_gradient,
+    sums,
+    residual_gradient,
+):
+    x, dy = _one_layout(x, dy, channels_last)
+    dx = torch.empty_like(x) if x_gradient else _nothing(x)
+    return dx, torch.empty_like(dy) if residual_gradient else _nothing(x), *_statistics_outputs(x, sums)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, mean, var, weight, bias, residual, inverse, ctx.eps, ctx.relu, _ = inputs
+    ctx.training = mean is None
+    ctx.channels_last = _only_channels_last(output[0])
+    if ctx.training:
+        _, mean, var, _ = output
+    mask = output[3] if ctx.relu and residual is not None else None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, mean, var, weight, bias, mask, inverse)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 10
+    x, mean, var, weight, bias, mask, inverse = ctx.saved_tensors
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        raise InputError("batch_norm_act has no gradient for running statistics; detach them.")
+    of_x, of_weight, of_bias, of_residual = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
+    dx, dresidual, sum_dy, sum_dy_xhat = _batch_norm_act_backward(
+        dy, x, mean, var, weight, bias, mask, inverse, ctx.eps, ctx.relu, ctx.channels_last, ctx.training,
+        of_x, of_weight or of_bias, of_residual and ctx.relu,
+    )  # fmt: skip
+    return (
+        dx if of_x else None,
+        None,
+        None,
+        sum_dy_xhat.to(weight.dtype) if of_weight else None,
+        sum_dy.to(bias.dtype) if of_bias else None,
+        (dresidual if ctx.relu else dy) if of_residual else None,
+        *(None,) * 4,
+    )
+
+
+_batch_norm_act.register_autograd(_backward, setup_context=_save)
+
+
+def _check(
+    x: Tensor, parameters: dict[str, Tensor | None], residual: Tensor | None, scatter: "ChannelIndex | None"
+) -> None:
+    if not 2 <= x.dim() <= 5:
+        raise InputError(f"batch_norm_act got an input of {x.dim()} dimensions; give (N, C) to (N, C, D, H, W).")
+    if x.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise InputError(f"batch_norm_act got an input of {x.dtype}; give float32, float16, bfloat16 or float64.")
+    channels = x.shape[1]
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        if value.shape != (channels,):
+            raise InputError(f"{name} has shape {tuple(value.shape)}; for this input it must be ({channels},).")
+        if value.dtype not in (x.dtype, torch.float32):
+            raise InputError(f"{name} is {value.dtype} and the input {x.dtype}; give float32, or the input's dtype.")
+        if value.device != x.device:
+            raise InputError(f"{name} is on {value.device} and the input on {x.device}; move one to the other.")
+    if scatter is not None:
+        if residual is None:
+            raise InputError("scatter adds to a residual, and there is none; give the residual too.")
+        if scatter.index.numel() != channels:
+            raise InputError(
+                f"scatter places {scatter.index.numel()} channels, the input has {channels}; give each one place."
+            )
+        if scatter.inverse.device != x.device:
+            raise InputError(f"scatter is on {scatter.inverse.device} and the input on {x.device}; move it there.")
+    if residual is not None:
+        shape = (x.shape[0], channels if scatter is None else scatter.channels, *x.shape[2:])
+        if residual.shape != shape:
+            raise InputError(f"the residual has shape {tuple(residual.shape)}; {tuple(shape)} is needed.")
+        if residual.dtype != x.dtype:
+            raise InputError(f"the residual is {residual.dtype} and the input {x.dtype}; convert one to the other.")
+        if residual.device != x.device:
+            raise InputError(f"the residual is on {residual.device}, the input on {x.device}; move one to the other.")
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    scatter: "ChannelIndex | None" = None,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, and in the same pass what follows it: act(BN(x) [+ residual]).
+
+    Differentiable, once, by x, weight, bias and residual.
+
+    Args:
+        x: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); fp32, fp16, bf16 or fp64; contiguous or channels_last
+            (any other is copied).
+        running_mean, running_var: (C,), fp32 or x's dtype. In training updated in place, or both None; eval needs them.
+        weight, bias: (C,), fp32 or x's dtype, or None.
+        training: normalise with the statistics of x instead of the running ones.
+        momentum: weight of the new statistics in the running ones.
+        residual: added before the ReLU: x's dtype and shape; with `scatter`, the channels of that.
+        relu: apply a ReLU last.
+        scatter: where x's channels lie among the residual's. Channels that x lacks get the residual alone.
+
+    Returns:
+        x's dtype and memory layout (the residual's if x, having one channel, is both contiguous and channels_last); the
+        residual's shape if there is one.
+
+    Raises:
+        InputError: (a ValueError) shapes, dtypes or devices that do not fit each other; eval without running
+            statistics, or one without the other; training with fewer than two values per channel.
+    """
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    _check(x, parameters, residual, scatter)
+    if (running_mean is None) != (running_var is None):
+        raise InputError("one of running_mean and running_var is None; give both or neither.")
+    record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
+    inverse = None if scatter is None else scatter.inverse
+    if not training:
+        if running_mean is None:
+            raise InputError("batch_norm_act in eval needs running_mean and running_var; give them, or training=True.")
+        y, *_ = _batch_norm_act(x, running_mean, running_var, weight, bias, residual, inverse, eps, relu, record)
+        return y
+    count = x.shape[0]
+    for size in x.shape[2:]:
+        count *= size
+    if count < 2:
+        raise InputError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
+    y, mean, var, _ = _batch_norm_act(x, None, None, weight, bias, residual, inverse, eps, relu, record)
+    if running_mean is not None and running_var is not None:
+        batch_norm_update_running_(running_mean, running_var, mean, var, count, momentum)
+    return y

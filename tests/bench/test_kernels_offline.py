@@ -1,0 +1,96 @@
+"""Tier T1: every kernel compiles for V100, A100 and H100, and its code is as promised.
+
+Kernels are compiled in processes of their own, because this one interprets them. One process per architecture.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.t1
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = (70, 80, 90)
+OPERATORS = {"group_lasso", "sgd", "group_soft_threshold", "batch_norm_act", "channel_index"}
+
+
+def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a process that compiles kernels, with one thread."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_of_every_operator(arch: int, tmp_path: Path) -> None:
+    """No spills, no stack, no atomics, no fp64; vector widths; and changed shapes compile nothing new."""
+    out = tmp_path / "kernels.csv"
+    run = compiling("-m", "bench", "kernels", "--arch", str(arch), "--out", str(out))
+    faults = [line for line in run.stdout.splitlines() if line.startswith("FAULT")]
+    assert not faults, "\n".join(faults)
+    assert run.returncode == 0, run.stderr
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["kernel"].split(".")[0] for row in rows} == OPERATORS
+    assert {row["arch"] for row in rows} == {str(arch)}
+    assert {row["dtype"] for row in rows} == {"float32", "float16"} | ({"bfloat16"} if arch >= 80 else set())
+    for row in rows:
+        for what in ("spill_stores", "spill_loads", "stack", "atomics", "fp64"):
+            assert row[what] == "0", (row["kernel"], row["case"], what)
+        assert 0 < int(row["registers"]) <= 255
+        assert int(row["cubin_bytes"]) > 0
+    # the passes over activations and weights, as the report promises them from sm_80 on
+    for kernel in ("batch_norm_act._apply_kernel", "batch_norm_act._gradient_kernel", "sgd._sgd_kernel"):
+        aligned = [row for row in rows if row["kernel"] == kernel and "misaligned" not in row["case"]]
+        assert aligned
+        wide = [row for row in aligned if arch >= 80 and row["dtype"] == "float32" and "scatter" not in row["case"]]
+        assert all(int(row["load_v4"]) > 0 and int(row["store_v4"]) > 0 for row in wide)
+
+
+@pytest.fixture(scope="module")
+def toys() -> dict[str, object]:
+    """The report over kernels that have the faults it looks for, and over sound ones."""
+    run = compiling(str(Path(__file__).with_name("toys.py")), "80")
+    assert run.returncode == 0, run.stderr
+    found: dict[str, object] = json.loads(run.stdout)
+    return found
+
+
+def test_the_report_finds_what_it_looks_for(toys: dict[str, object]) -> None:
+    faults = "\n".join(toys["faults"])
+    for said in (
+        "toys.scalar (scalar, sm_80) promised loads of 16 bytes, its widest is 2",
+        "toys.scalar (scalar, sm_80) promised stores of 16 bytes, its widest is 2",
+        "toys.atomic (atomic, sm_80) has 8 atomic instructions",
+        "toys.double (double, sm_80) has",
+        "toys.spilling (spilling, sm_80) spills",
+        "broken fails for sm_80: CompilationError",
+        "nothing launched no kernel",
+        "elsewhere promises something of other_kernel",
+    ):
+        assert said in faults
+    assert len(toys["faults"]) == 8  # and nothing else: sound kernels have none
+
+
+def test_the_report_counts_instructions(toys: dict[str, object]) -> None:
+    rows = {row["kernel"].split(".")[1] + " " + row["case"]: row for row in toys["rows"].values()}
+    assert "sound again" not in rows  # another length makes no other kernel
+    sound = rows["sound sound"]
+    assert (sound["load_v4"], sound["load_scalar"], sound["widest_load"]) == (1, 0, 16)
+    assert (sound["store_v4"], sound["store_scalar"], sound["widest_store"]) == (1, 0, 16)
+    assert rows["sound bfloat"]["dtype"] == "bfloat16"
+    assert rows["product product"]["mma"] > 0
+    assert rows["product product"]["shared"] > 0
+    assert rows["spilling spilling"]["spill_stores"] > 0
+    assert rows["spilling spilling"]["stack"] > 0
+    assert "x:*fp16/16 y:*fp16 n:i32 BLOCK=1024" in rows["scalar scalar"]["specialisation"]
+
+
+def test_the_report_notices_a_length_that_is_compiled_in(toys: dict[str, object]) -> None:
+    assert toys["reuse"] == ["specialised compiled 2 kernels more for sm_80"]

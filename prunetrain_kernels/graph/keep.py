@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.rules import POINTWISE_FUNCTIONS, POINTWISE_METHODS, POINTWISE_MODULES
-from prunetrain_kernels.graph.spaces import ChannelGraph
-from prunetrain_kernels.ops.group_lasso import slice_max_abs
+from prunetrain_kernels.graph.spaces import ChannelGraph, Layer
+from prunetrain_kernels.ops.group_lasso import Groups, slice_statistics
 
 POLICIES = ("union",)
 
@@ -143,15 +143,24 @@ def _is_number(value: object) -> bool:
 
 
 def _slice_sizes(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Largest absolute weight of each input and output slice of each layer, on the CPU after one transfer."""
-    modules = dict(model.named_modules())
-    parts: list[Tensor] = []
+    """Largest absolute weight of each input and output slice of each layer, on the CPU."""
+    by_device: dict[torch.device, list[Layer]] = {}
     for layer in graph.layers.values():
-        parts += [side.float() for side in slice_max_abs(modules[layer.name].weight, layer.block)]
-    if not parts:
-        return {}
-    flat = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
-    return {name: (next(flat), next(flat)) for name in graph.layers}
+        by_device.setdefault(_weight(model, layer).device, []).append(layer)
+    result: dict[str, tuple[Tensor, Tensor]] = {}
+    for layers in by_device.values():
+        groups = [Groups(layer.block) for layer in layers]
+        _, sizes = slice_statistics([_weight(model, layer) for layer in layers], groups)
+        parts = [side.float() for pair in sizes for side in pair]
+        flat = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
+        result |= {layer.name: (next(flat), next(flat)) for layer in layers}
+    return result
+
+
+def _weight(model: nn.Module, layer: Layer) -> Tensor:
+    weight = model.get_submodule(layer.name).weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _is_sparse(size: Tensor, threshold: float, relative: bool) -> Tensor:

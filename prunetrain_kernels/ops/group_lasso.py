@@ -14,12 +14,9 @@ slice fades linearly instead of flipping its sign at every step.
 Bytes for P fp32 weights: the norms read W once, 4P, and give the largest |w| of every slice with them; the gradient
 reads W and .grad and writes .grad, 12P. The reference moves several times that (a squared copy, two scaled copies).
 
-Kernels. All weights of a model are cut into tiles of 64 x 128 of the matrix K x J, J = C*R*S in storage order, in which
-column j belongs to input channel `(j // inner) % C` with `inner = R*S` (contiguous), 1 (channels_last), or the block of
-a linear layer. One launch reads every tile once and writes its row sums (output groups) and column sums (input groups)
-to slots of their own, P/64 + P/128 numbers; a small second launch folds the slots of each channel in a fixed order. No
-atomics: results are the same bit for bit. One launch computes the gradient. Which weight a tile belongs to, and where
-that lies, is read from tables on the device, so neither the number of weights nor any shape is compiled in.
+Kernels. One launch reads all weights of a model in tiles (`tables.py`) and writes each tile's row sums (output groups)
+and column sums (input groups) to slots of their own, P/64 + P/128 numbers; a small second launch folds the slots of
+each channel in a fixed order. No atomics: results are the same bit for bit. One launch computes the gradient.
 
 Accumulation is in fp32 for fp16 and bf16 weights and in the weight's own dtype otherwise.
 """
@@ -42,6 +39,26 @@ from prunetrain_kernels.ops.launch import (
     triton_dtype,
     use_kernels,
 )
+from prunetrain_kernels.ops.tables import (
+    FIELDS,
+    FOLD_CHANNELS,
+    FOLD_SLOTS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_STEP,
+    Table,
+    addresses,
+    bits,
+    by_dtype,
+    channels_of,
+    is_dense,
+    is_vector,
+    pointer_to,
+    read_tensor,
+    slice_tiles,
+    table_of,
+    tile_of,
+)  # fmt: skip
 
 EPS = 1e-8
 
@@ -140,197 +157,14 @@ def _norm_dtype(weights: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
 
 
-def _channels(weight: Tensor, block: int) -> tuple[int, int]:
-    """(C, K) of a weight."""
-    return weight.shape[1] // block, weight.shape[0]
-
-
 def split_by_layer(flat: Tensor, weights: Sequence[Tensor], blocks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Views of an operator's flat result: for each weight that of its input channels (C,), then outputs (K,)."""
-    sizes = [size for weight, block in zip(weights, blocks, strict=True) for size in _channels(weight, block)]
+    sizes = [size for weight, block in zip(weights, blocks, strict=True) for size in channels_of(weight, block)]
     parts = iter(flat.split(sizes))
     return [(ins, next(parts)) for ins in parts]
 
 
-# -- tables: many tensors in one launch --------------------------------------------------------------------------------
-
-TILE_ROWS = 64
-TILE_COLUMNS = 128
-TILE_STEP = 8  # rows in registers at a time; half of it where addresses take registers too
-FOLD_CHANNELS = 32
-FOLD_SLOTS = 32
-FIELDS = 12  # numbers per tensor in the table, in the order of `read_tensor` below
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One tensor as a matrix of rows x columns in storage order; what the kernels know of it.
-
-    Attributes:
-        rows, columns: K and J of a weight; a tensor without channel slices is cut into rows of 128.
-        inner, channels: column j belongs to input channel `(j // inner) % channels`.
-        numel: elements; positions at or beyond it do not exist.
-        used: 1 for inputs, 2 for outputs, 3 for both; 0 for a tensor without a lasso, whose norms nobody wants.
-        norms: where in the flat norms its input channels begin, its output channels after them.
-        group: of hyperparameters.
-    """
-
-    rows: int
-    columns: int
-    inner: int
-    channels: int
-    numel: int
-    used: int = 0
-    norms: int = 0
-    group: int = 0
-
-
-@dataclass(frozen=True)
-class Table:
-    """Tables on the device that tell each program its tensor and tile.
-
-    Attributes:
-        tensors: (T, FIELDS) int64.
-        tile_tensor: the tensor of each tile, int32.
-        fold_tensor, fold_start: of each program of the fold: its tensor, and its first channel, counted over input
-            channels and then, from the next multiple of FOLD_CHANNELS on, output channels; int32.
-        slots: numbers of partial sums.
-    """
-
-    tensors: Tensor
-    tile_tensor: Tensor
-    fold_tensor: Tensor
-    fold_start: Tensor
-    slots: int
-
-
-def slice_tile(weight: Tensor, block: int, used: int, norms: int, group: int = 0) -> Tile:
-    """A weight (K, C, ...) whose channel slices are measured; dense, contiguous or channels_last."""
-    columns = weight.numel() // max(weight.shape[0], 1)
-    channels = weight.shape[1] // block
-    plain = weight.is_contiguous()
-    inner = columns // max(channels, 1) if plain else 1
-    return Tile(weight.shape[0], columns, inner, channels, weight.numel(), used, norms, group)
-
-
-def flat_tile(tensor: Tensor, group: int = 0) -> Tile:
-    """A tensor of which only the elements matter."""
-    return Tile(-(-tensor.numel() // TILE_COLUMNS), TILE_COLUMNS, 1, TILE_COLUMNS, tensor.numel(), group=group)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor is one run of numbers, contiguous or channels_last: what a table can describe."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    return tensor.is_contiguous() or (last is not None and tensor.is_contiguous(memory_format=last))
-
-
-@lru_cache(maxsize=64)
-def table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
-    """The tables of a list of tensors; made once for each combination of shapes."""
-    rows: list[list[int]] = []
-    tile_tensor: list[int] = []
-    fold_tensor: list[int] = []
-    fold_start: list[int] = []
-    slots = 0
-    for i, tile in enumerate(tiles):
-        across, down = -(-tile.columns // TILE_COLUMNS), -(-tile.rows // TILE_ROWS)
-        row_slots, column_slots = slots, slots + across * tile.rows
-        if tile.used:
-            slots = column_slots + down * tile.columns
-            sides = -(-tile.channels // FOLD_CHANNELS) + -(-tile.rows // FOLD_CHANNELS)
-            fold_tensor += [i] * sides
-            fold_start += [block * FOLD_CHANNELS for block in range(sides)]
-        rows.append(
-            [
-                tile.rows,
-                tile.columns,
-                tile.inner,
-                tile.channels,
-                tile.numel,
-                len(tile_tensor),
-                across,
-                row_slots,
-                column_slots,
-                tile.norms,
-                tile.used,
-                tile.group,
-            ]
-        )
-        tile_tensor += [i] * (across * down)
-
-    def to_device(values: list[Any], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
-    return Table(
-        to_device(rows, torch.int64),
-        to_device(tile_tensor, torch.int32),
-        to_device(fold_tensor, torch.int32),
-        to_device(fold_start, torch.int32),
-        slots,
-    )
-
-
-@lru_cache(maxsize=64)
-def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
-    host = torch.tensor(pointers, dtype=torch.int64)
-    # from pinned memory the copy does not wait, and a CUDA graph may record it
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
-def addresses(tensors: Sequence[Tensor]) -> Tensor:
-    """Where tensors begin, int64 on their device; 0 for one without elements. Uploaded again only when they moved."""
-    return _addresses(tuple(t.data_ptr() for t in tensors), tensors[0].device)
-
-
 # -- kernels -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def read_tensor(tensors, index, FIELDS: tl.constexpr):
-    """The numbers of one tensor: rows, columns, inner, channels, numel, first tile, tiles across."""
-    entry = tensors + index.to(tl.int64) * FIELDS
-    return (
-        tl.load(entry).to(tl.int32),
-        tl.load(entry + 1).to(tl.int32),
-        tl.load(entry + 2).to(tl.int32),
-        tl.load(entry + 3).to(tl.int32),
-        tl.load(entry + 4),
-        tl.load(entry + 5).to(tl.int32),
-        tl.load(entry + 6).to(tl.int32),
-    )
-
-
-@triton.jit
-def is_vector(height, columns, numel, address):
-    """Whether every row of a tensor begins at a multiple of 16 elements and 16 bytes."""
-    return (columns % 16 == 0) & (height.to(tl.int64) * columns == numel) & (address % 16 == 0)
-
-
-@triton.jit
-def tile_of(height, columns, numel, row0, column0, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row numbers of a tile, where it begins, its elements' offsets from there, and which of them exist.
-
-    VECTOR repeats what `is_vector` found out in a form that the compiler follows: then it loads vectors.
-    """
-    if VECTOR:
-        columns = columns // 16 * 16
-    rows = row0 + tl.arange(0, ROWS)
-    start = row0.to(tl.int64) * columns + column0
-    offsets = tl.arange(0, ROWS)[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
-    exists = (rows < height)[:, None] & (column0 + tl.arange(0, COLUMNS) < columns)[None, :]
-    if not VECTOR:
-        # the last row of a tensor that is cut into rows may be short
-        exists = exists & (offsets < tl.minimum(numel - start, 1 << 30).to(tl.int32))
-    return rows, start, offsets, exists
-
-
-@triton.jit
-def pointer_to(address, start, VECTOR: tl.constexpr, DTYPE: tl.constexpr):
-    """The address of a tile, as a pointer."""
-    pointer = address.to(tl.pointer_type(DTYPE))
-    if VECTOR:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer + start
 
 
 @triton.jit
@@ -502,16 +336,6 @@ def _gradient_kernel(
 # -- launchers ---------------------------------------------------------------------------------------------------------
 
 
-def slice_tiles(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]) -> tuple[list[Tile], int]:
-    """The tiles of weights whose norms lie one after the other, and how many norms that makes."""
-    tiles: list[Tile] = []
-    norms = 0
-    for weight, block, sides in zip(weights, blocks, used, strict=True):
-        tiles.append(slice_tile(weight, block, sides, norms))
-        norms += sum(_channels(weight, block))
-    return tiles, norms
-
-
 def fold(
     table: Table,
     partials: tuple[Tensor, Tensor],
@@ -545,20 +369,6 @@ def fold(
         MAXIMA=max_abs is not None,
         num_warps=4,
     )
-
-
-def bits(dtype: torch.dtype) -> Any:
-    """Triton's integer of the accumulator's size."""
-    return tl.int64 if dtype == torch.float64 else tl.int32
-
-
-def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of tensors of one dtype each: a launch reads one."""
-    found: dict[torch.dtype, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        if tensor.numel():
-            found.setdefault(tensor.dtype, []).append(i)
-    return list(found.values())
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -641,7 +451,7 @@ def _write_gradient(
 
 def counted(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], like: Tensor) -> Tensor:
     """1 for each norm that enters the penalty, 0 for the others, beside flat norms `like`."""
-    key = tuple((*_channels(w, b), u) for w, b, u in zip(weights, blocks, used, strict=True))
+    key = tuple((*channels_of(w, b), u) for w, b, u in zip(weights, blocks, used, strict=True))
     return _counted(key, like.dtype, like.device)
 
 
@@ -667,7 +477,7 @@ def _(weights: Sequence[Tensor], blocks: Sequence[int], eps: float) -> tuple[Ten
 
 
 def _fake_norms(weights: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
-    count = sum(sum(_channels(w, b)) for w, b in zip(weights, blocks, strict=True))
+    count = sum(sum(channels_of(w, b)) for w, b in zip(weights, blocks, strict=True))
     return weights[0].new_empty(count, dtype=_norm_dtype(weights))
 
 

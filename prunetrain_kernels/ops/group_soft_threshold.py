@@ -21,12 +21,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prunetrain_kernels.ops.group_lasso import (
+from prunetrain_kernels.ops.group_lasso import Groups, slice_view, split_by_layer
+from prunetrain_kernels.ops.launch import accumulator, launch, register, tl, triton, triton_dtype, use_kernels
+from prunetrain_kernels.ops.tables import (
     FIELDS,
     TILE_COLUMNS,
     TILE_ROWS,
     TILE_STEP,
-    Groups,
     addresses,
     by_dtype,
     is_dense,
@@ -34,12 +35,9 @@ from prunetrain_kernels.ops.group_lasso import (
     pointer_to,
     read_tensor,
     slice_tile,
-    slice_view,
-    split_by_layer,
     table_of,
     tile_of,
 )
-from prunetrain_kernels.ops.launch import accumulator, launch, register, tl, triton, triton_dtype, use_kernels
 
 # -- reference ---------------------------------------------------------------------------------------------------------
 

@@ -29,31 +29,15 @@ import torch
 from torch import Tensor
 
 from prunetrain_kernels.ops.group_lasso import (
-    FIELDS,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    TILE_STEP,
     Groups,
-    Tile,
     _reference_max_abs,
     _reference_norms,
-    addresses,
-    bits,
-    by_dtype,
-    flat_tile,
     fold,
     inverse_norms,
-    is_dense,
-    is_vector,
-    pointer_to,
-    read_tensor,
     reference_gradient,
-    slice_tile,
     split_by_layer,
     store_column_partials,
     store_row_partials,
-    table_of,
-    tile_of,
 )
 from prunetrain_kernels.ops.launch import (
     accumulator,
@@ -64,6 +48,24 @@ from prunetrain_kernels.ops.launch import (
     triton,
     triton_dtype,
     use_kernels,
+)
+from prunetrain_kernels.ops.tables import (
+    FIELDS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_STEP,
+    Tile,
+    addresses,
+    bits,
+    by_dtype,
+    flat_tile,
+    is_dense,
+    is_vector,
+    pointer_to,
+    read_tensor,
+    slice_tile,
+    table_of,
+    tile_of,
 )
 
 # -- reference ---------------------------------------------------------------------------------------------------------

@@ -47,9 +47,9 @@ def test_paper_networks(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     size, batch = PAPER[name]
     torch.manual_seed(1)
     model, x = randomise(build(name, 10)), torch.randn(batch, 3, size, size)
-    if name == "imagenet_resnet50":
-        # With a few pixels per statistic, 50 layers in fp32 are 3e-5 off their own float64 result in training mode;
-        # weaker branches are better conditioned, so that 1e-5 can tell pruning from rounding.
+    if name in ("resnet50", "imagenet_resnet50"):
+        # With a few pixels per statistic, 50 and more layers in fp32 are 3e-5 off their own float64 result in training
+        # mode, on some processors; weaker branches are better conditioned, so that 1e-5 can tell pruning from rounding.
         for block in (m for m in model.modules() if hasattr(m, "bn3")):
             block.bn3.weight.data *= 0.5
     graph = traced(model, x)

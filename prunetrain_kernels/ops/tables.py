@@ -1,0 +1,221 @@
+"""Many tensors in one launch: tables on the device that tell each program its tensor and its tile.
+
+Every tensor is seen as a matrix of rows x columns in storage order and cut into tiles of 64 x 128. A weight (K, C, ...)
+with channel slices is K x J, J = C*R*S, in which column j belongs to input channel `(j // inner) % C` with `inner` =
+R*S (contiguous), 1 (channels_last), or the block of a linear layer; a row is an output channel. Of any other tensor
+only the elements matter: it is cut into rows of 128.
+
+Where a tensor lies, its shape, and where its results go is read from the tables, so neither the number of tensors nor
+any shape is compiled in. A tile is walked down in steps of a few rows, so that registers hold a few rows and not a
+tile. A tensor whose rows all begin at multiples of 16 elements and bytes is read in vectors; others by the number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunetrain_kernels.ops.launch import tl, triton
+
+TILE_ROWS = 64
+TILE_COLUMNS = 128
+TILE_STEP = 8  # rows in registers at a time; half of it where addresses take registers too
+FOLD_CHANNELS = 32
+FOLD_SLOTS = 32
+FIELDS = 12  # numbers per tensor: rows, columns, inner, channels, numel, first tile, tiles across, row slots, ...
+WIDEST = 1 << 25  # columns: offsets inside a step of rows are of 32 bits
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tensor as a matrix of rows x columns in storage order; what the kernels know of it.
+
+    Attributes:
+        rows, columns: K and J of a weight; a tensor without channel slices is cut into rows of 128.
+        inner, channels: column j belongs to input channel `(j // inner) % channels`.
+        numel: elements; positions at or beyond it do not exist.
+        used: 1 for inputs, 2 for outputs, 3 for both; 0 for a tensor without a lasso, whose norms nobody wants.
+        norms: where in the flat norms its input channels begin, its output channels after them.
+        group: of hyperparameters.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    channels: int
+    numel: int
+    used: int = 0
+    norms: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Tables on the device that tell each program its tensor and tile.
+
+    Attributes:
+        tensors: (T, FIELDS) int64.
+        tile_tensor: the tensor of each tile, int32.
+        fold_tensor, fold_start: of each program of the fold: its tensor, and its first channel, counted over input
+            channels and then, from the next multiple of FOLD_CHANNELS on, output channels; int32.
+        slots: numbers of partial sums.
+    """
+
+    tensors: Tensor
+    tile_tensor: Tensor
+    fold_tensor: Tensor
+    fold_start: Tensor
+    slots: int
+
+
+def channels_of(weight: Tensor, block: int) -> tuple[int, int]:
+    """(C, K) of a weight."""
+    return weight.shape[1] // block, weight.shape[0]
+
+
+def slice_tile(weight: Tensor, block: int, used: int, norms: int, group: int = 0) -> Tile:
+    """A weight (K, C, ...) whose channel slices are measured; dense, contiguous or channels_last."""
+    columns = weight.numel() // max(weight.shape[0], 1)
+    channels = weight.shape[1] // block
+    plain = weight.is_contiguous()
+    inner = columns // max(channels, 1) if plain else 1
+    return Tile(weight.shape[0], columns, inner, channels, weight.numel(), used, norms, group)
+
+
+def flat_tile(tensor: Tensor, group: int = 0) -> Tile:
+    """A tensor of which only the elements matter."""
+    return Tile(-(-tensor.numel() // TILE_COLUMNS), TILE_COLUMNS, 1, TILE_COLUMNS, tensor.numel(), group=group)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor is one run of numbers, contiguous or channels_last: what a table can describe."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    return tensor.is_contiguous() or (last is not None and tensor.is_contiguous(memory_format=last))
+
+
+@lru_cache(maxsize=64)
+def table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
+    """The tables of a list of tensors; made once for each combination of shapes."""
+    rows: list[list[int]] = []
+    tile_tensor: list[int] = []
+    fold_tensor: list[int] = []
+    fold_start: list[int] = []
+    slots = 0
+    for i, tile in enumerate(tiles):
+        if tile.columns >= WIDEST:
+            raise ValueError(
+                f"a weight with {tile.columns} numbers per output channel is beyond the {WIDEST} that these kernels "
+                "address; use torch.optim.SGD and a smaller layer."
+            )
+        across, down = -(-tile.columns // TILE_COLUMNS), -(-tile.rows // TILE_ROWS)
+        row_slots, column_slots = slots, slots + across * tile.rows
+        if tile.used:
+            slots = column_slots + down * tile.columns
+            sides = -(-tile.channels // FOLD_CHANNELS) + -(-tile.rows // FOLD_CHANNELS)
+            fold_tensor += [i] * sides
+            fold_start += [block * FOLD_CHANNELS for block in range(sides)]
+        shape = (tile.rows, tile.columns, tile.inner, tile.channels, tile.numel)
+        places = (len(tile_tensor), across, row_slots, column_slots, tile.norms)
+        rows.append([*shape, *places, tile.used, tile.group])
+        tile_tensor += [i] * (across * down)
+
+    def to_device(values: list[Any], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    return Table(
+        to_device(rows, torch.int64),
+        to_device(tile_tensor, torch.int32),
+        to_device(fold_tensor, torch.int32),
+        to_device(fold_start, torch.int32),
+        slots,
+    )
+
+
+@lru_cache(maxsize=64)
+def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    host = torch.tensor(pointers, dtype=torch.int64)
+    # from pinned memory the copy does not wait, and a CUDA graph may record it
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def addresses(tensors: Sequence[Tensor]) -> Tensor:
+    """Where tensors begin, int64 on their device; 0 for one without elements. Uploaded again only when they moved."""
+    return _addresses(tuple(t.data_ptr() for t in tensors), tensors[0].device)
+
+
+def slice_tiles(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]) -> tuple[list[Tile], int]:
+    """The tiles of weights whose norms lie one after the other, and how many norms that makes."""
+    tiles: list[Tile] = []
+    norms = 0
+    for weight, block, sides in zip(weights, blocks, used, strict=True):
+        tiles.append(slice_tile(weight, block, sides, norms))
+        norms += sum(channels_of(weight, block))
+    return tiles, norms
+
+
+def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of tensors of one dtype each: a launch reads one."""
+    found: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel():
+            found.setdefault(tensor.dtype, []).append(i)
+    return list(found.values())
+
+
+def bits(dtype: torch.dtype) -> Any:
+    """Triton's integer of the accumulator's size."""
+    return tl.int64 if dtype == torch.float64 else tl.int32
+
+
+# -- in kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def read_tensor(tensors, index, FIELDS: tl.constexpr):
+    """The numbers of one tensor: rows, columns, inner, channels, numel, first tile, tiles across."""
+    entry = tensors + index.to(tl.int64) * FIELDS
+    return (
+        tl.load(entry).to(tl.int32),
+        tl.load(entry + 1).to(tl.int32),
+        tl.load(entry + 2).to(tl.int32),
+        tl.load(entry + 3).to(tl.int32),
+        tl.load(entry + 4),
+        tl.load(entry + 5).to(tl.int32),
+        tl.load(entry + 6).to(tl.int32),
+    )
+
+
+@triton.jit
+def is_vector(height, columns, numel, address):
+    """Whether every row of a tensor begins at a multiple of 16 elements and 16 bytes."""
+    return (columns % 16 == 0) & (height.to(tl.int64) * columns == numel) & (address % 16 == 0)
+
+
+@triton.jit
+def tile_of(height, columns, numel, row0, column0, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row numbers of a tile, where it begins, its elements' offsets from there, and which of them exist.
+
+    VECTOR repeats what `is_vector` found out in a form that the compiler follows: then it loads vectors.
+    """
+    if VECTOR:
+        columns = columns // 16 * 16
+    rows = row0 + tl.arange(0, ROWS)
+    start = row0.to(tl.int64) * columns + column0
+    offsets = tl.arange(0, ROWS)[:, None] * columns + tl.arange(0, COLUMNS)[None, :]
+    exists = (rows < height)[:, None] & (column0 + tl.arange(0, COLUMNS) < columns)[None, :]
+    if not VECTOR:
+        # the last row of a tensor that is cut into rows may be short
+        exists = exists & (offsets < tl.minimum(numel - start, 1 << 30).to(tl.int32))
+    return rows, start, offsets, exists
+
+
+@triton.jit
+def pointer_to(address, start, VECTOR: tl.constexpr, DTYPE: tl.constexpr):
+    """The address of a tile, as a pointer."""
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if VECTOR:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start

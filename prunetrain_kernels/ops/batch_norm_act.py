@@ -74,9 +74,7 @@ def _stored_as(y: Tensor, like: Tensor) -> Tensor:
 
 def _live_channels(inverse: Tensor, live: int) -> Tensor:
     """The index of which `inverse` is the inverse: (live,), int64."""
-    index = torch.zeros(live + 1, dtype=torch.int64, device=inverse.device)
-    places = torch.where(inverse < 0, live, inverse).long()  # absent ones all go to the last place, which is cut off
-    return index.scatter_(0, places, torch.arange(len(inverse), device=inverse.device))[:live]
+    return inverse.argsort()[len(inverse) - live :]  # the absent channels' -1 come first
 
 
 def _pack_bits(keep: Tensor) -> Tensor:
@@ -96,39 +94,19 @@ def _unpack_bits(mask: Tensor, like: Tensor) -> Tensor:
     return flat.as_strided(like.shape, like.stride())
 
 
-def _wide(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if value is None else value.to(accumulator_dtype(dtype))
-
-
 def _normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """BN(x) in the accumulation dtype, a new tensor."""
     wide = x.to(accumulator_dtype(x.dtype))
     if x.numel() == 0:
         return wide.clone()
-    weight, bias = _wide(weight, x.dtype), _wide(bias, x.dtype)
+    weight, bias = (None if t is None else t.to(wide.dtype) for t in (weight, bias))
     return torch.native_batch_norm(wide, weight, bias, mean.to(wide.dtype), var.to(wide.dtype), False, 0.0, eps)[0]
 
 
-def _statistics_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.numel() == 0:
-        nothing = torch.zeros(x.shape[1], dtype=accumulator_dtype(x.dtype), device=x.device)
-        return nothing, nothing.clone()
-    mean, var = torch.batch_norm_update_stats(x.to(accumulator_dtype(x.dtype)), None, None, 0.0)
-    return mean, var
-
-
 def _apply_reference(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    inverse: Tensor | None,
-    eps: float,
-    relu: bool,
-    record: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    inverse: Tensor | None, eps: float, relu: bool, record: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = _normalized(x, mean, var, weight, bias, eps)
     if residual is not None and inverse is not None:
         y = residual.to(y.dtype).index_add(1, _live_channels(inverse, x.shape[1]), y)
@@ -141,56 +119,52 @@ def _apply_reference(
 
 
 def _through_act_reference(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> Tensor:
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    eps: float, relu: bool,
+) -> Tensor:  # fmt: skip
     """dy where the ReLU let its input through, else 0, in the accumulation dtype; may be dy itself."""
     g = dy.to(accumulator_dtype(dy.dtype))
-    if mask is not None:
-        return torch.ops.aten.threshold_backward(
-            g, _unpack_bits(mask, dy).to(g.dtype), 0
-        )  # torch.where: 5 times slower
-    if relu:
-        return torch.ops.aten.threshold_backward(g, _normalized(x, mean, var, weight, bias, eps), 0)
-    return g
+    if mask is None and not relu:
+        return g
+    y = _normalized(x, mean, var, weight, bias, eps) if mask is None else _unpack_bits(mask, dy).to(g.dtype)
+    return torch.ops.aten.threshold_backward(g, y, 0)  # torch.where is 5 times slower
 
 
 def _native_backward(
-    g: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    inverse: Tensor | None,
-    eps: float,
-    training: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, inverse: Tensor | None, eps: float,
+    training: bool, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """PyTorch's (dx, dweight, dbias) from the gradient of BN(x) or, with `inverse`, of the sum that it went into."""
     if inverse is not None:
         g = g.index_select(1, _live_channels(inverse, x.shape[1]))
     if x.numel() == 0:
-        empty = torch.zeros(x.shape[1], dtype=g.dtype, device=x.device)
-        return torch.empty_like(g), empty, empty.clone()
-    mean, var = (v.to(g.dtype) for v in (mean, var))
+        return torch.empty_like(g), g.new_zeros(x.shape[1]), g.new_zeros(x.shape[1])
+    mean, var = mean.to(g.dtype), var.to(g.dtype)
     weight = torch.ones_like(mean) if weight is None else weight.to(g.dtype)
     rstd = (var + eps).rsqrt_()
-    return torch.ops.aten.native_batch_norm_backward(
-        g, x.to(g.dtype), weight, mean, var, mean, rstd, training, eps, wanted
-    )
+    backward = torch.ops.aten.native_batch_norm_backward
+    return backward(g, x.to(g.dtype), weight, mean, var, mean, rstd, training, eps, wanted)
+
+
+def _gradient_reference(
+    g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, inverse: Tensor | None,
+    sum_dy: Tensor | None, sum_dy_xhat: Tensor | None, count: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """dx from g and, unless mean and var are constants, its sums: which may be those of several ranks."""
+    if inverse is not None:
+        g = g.index_select(1, _live_channels(inverse, x.shape[1]))
+    rstd = _per_channel((var.to(g.dtype) + eps).rsqrt(), x)
+    if sum_dy is not None and sum_dy_xhat is not None:
+        xhat = (x.to(g.dtype) - _per_channel(mean, x)) * rstd
+        g = g - _per_channel(sum_dy / count, x) - xhat * _per_channel(sum_dy_xhat / count, x)
+    scale = rstd if weight is None else rstd * _per_channel(weight.to(g.dtype), x)
+    return _stored_as(g * scale, x)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 # Every number of a launch: channel counts change as a network shrinks, and must not compile anything new.
-_COUNTS = ["full_rows", "rest", "columns8", "inner", "channels", "group", "live", "tiles", "rows_per_program", "slots"]
+_COUNTS = ["full_rows", "rest", "columns8", "inner", "channels", "group", "live", "tiles", "rows_per_program"]
 
 
 @triton.jit
@@ -237,20 +211,9 @@ def _merged(n, mean, m2, first, AXIS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _statistics_kernel(
-    x,
-    means,
-    m2s,
-    full_rows,
-    rest,
-    columns8,
-    inner,
-    channels,
-    tiles,
-    rows_per_program,
-    ACC: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-):
+    x, means, m2s, full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program,
+    ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = columns8 * 8
     chunk = tl.program_id(0) // tiles
     col = (tl.program_id(0) % tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
@@ -282,39 +245,28 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _slots(start, channel, slots, columns, inner, channels, group, FOLD_SLOTS: tl.constexpr):
+def _slots(start, channel, chunks, columns, inner, channels, group, FOLD_SLOTS: tl.constexpr):
     """Some of the slots of some channels: chunk and column of each, where it is stored, and whether it exists."""
     slot = start + tl.arange(0, FOLD_SLOTS)[None, :]
     period = slot // inner
     chunk = period // group
     column = (period % group * channels + channel) * inner + slot % inner
-    return chunk, column, chunk.to(tl.int64) * columns + column, (slot < slots) & (channel < channels)
+    return chunk, column, chunk.to(tl.int64) * columns + column, (chunk < chunks) & (channel < channels)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _fold_statistics_kernel(
-    means,
-    m2s,
-    mean_out,
-    var_out,
-    full_rows,
-    rest,
-    columns8,
-    inner,
-    channels,
-    group,
-    rows_per_program,
-    slots,
-    ACC: tl.constexpr,
-    FOLD_CHANNELS: tl.constexpr,
-    FOLD_SLOTS: tl.constexpr,
-):
-    channel = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)[:, None]
+    means, m2s, mean_out, var_out, full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program,
+    ACC: tl.constexpr, FOLD_CHANNELS: tl.constexpr, FOLD_SLOTS: tl.constexpr,
+):  # fmt: skip
+    chunks = tl.cdiv(full_rows + (rest > 0).to(tl.int32), rows_per_program)
+    out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)
+    channel = out[:, None]
     n = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     mean = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     m2 = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
-    for start in range(0, slots, FOLD_SLOTS):
-        chunk, column, at, here = _slots(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
+    for start in range(0, chunks * group * inner, FOLD_SLOTS):
+        chunk, column, at, here = _slots(start, channel, chunks, columns8 * 8, inner, channels, group, FOLD_SLOTS)
         rows = full_rows + (column < rest).to(tl.int32) - chunk * rows_per_program
         more = tl.where(here, tl.minimum(tl.maximum(rows, 0), rows_per_program), 0).to(ACC)
         delta = tl.load(means + at, mask=here, other=0) - mean
@@ -323,7 +275,6 @@ def _fold_statistics_kernel(
         m2 += tl.load(m2s + at, mask=here, other=0) + delta * delta * n * share
         n += more
     total, mean, m2 = _merged(n, mean, m2, tl.arange(0, FOLD_SLOTS)[None, :] == 0, 1)
-    out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)
     tl.store(mean_out + out, mean, mask=out < channels)
     tl.store(var_out + out, m2 / tl.maximum(total, 1), mask=out < channels)
 
@@ -355,30 +306,10 @@ def _apply_tile(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _apply_kernel(
-    x,
-    mean,
-    var,
-    weight,
-    bias,
-    residual,
-    inverse,
-    y,
-    mask,
-    full_rows,
-    rest,
-    columns8,
-    inner,
-    channels,
-    group,
-    live,
-    tiles,
-    rows_per_program,
-    eps,
-    RELU: tl.constexpr,
-    ACC: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-):
+    x, mean, var, weight, bias, residual, inverse, y, mask,
+    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, eps,
+    RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = columns8 * 8
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
     tile = program % tiles
@@ -418,31 +349,10 @@ def _through_act(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _sums_kernel(
-    dy,
-    x,
-    mean,
-    var,
-    weight,
-    bias,
-    mask,
-    inverse,
-    sums,
-    sums_xhat,
-    full_rows,
-    rest,
-    columns8,
-    inner,
-    channels,
-    group,
-    live,
-    tiles,
-    rows_per_program,
-    eps,
-    RELU: tl.constexpr,
-    ACC: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-):
+    dy, x, mean, var, weight, bias, mask, inverse, sums, sums_xhat,
+    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, eps,
+    RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = columns8 * 8
     tile = tl.program_id(0) % tiles
     chunk = tl.program_id(0) // tiles
@@ -480,28 +390,19 @@ def _sums_kernel(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _fold_sums_kernel(
-    sums,
-    sums_xhat,
-    inverse,
-    sum_out,
-    sum_xhat_out,
-    columns8,
-    inner,
-    channels,
-    group,
-    slots,
-    ACC: tl.constexpr,
-    FOLD_CHANNELS: tl.constexpr,
-    FOLD_SLOTS: tl.constexpr,
-):
-    channel = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)[:, None]
+    sums, sums_xhat, inverse, sum_out, sum_xhat_out,
+    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program,
+    ACC: tl.constexpr, FOLD_CHANNELS: tl.constexpr, FOLD_SLOTS: tl.constexpr,
+):  # fmt: skip
+    chunks = tl.cdiv(full_rows + (rest > 0).to(tl.int32), rows_per_program)
+    out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)
+    channel = out[:, None]
     total = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     total_xhat = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
-    for start in range(0, slots, FOLD_SLOTS):
-        _, _, at, here = _slots(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
+    for start in range(0, chunks * group * inner, FOLD_SLOTS):
+        _, _, at, here = _slots(start, channel, chunks, columns8 * 8, inner, channels, group, FOLD_SLOTS)
         total += tl.load(sums + at, mask=here, other=0)
         total_xhat += tl.load(sums_xhat + at, mask=here, other=0)
-    out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)
     place = out
     if inverse is not None:
         place = tl.load(inverse + out, mask=out < channels, other=-1)
@@ -530,35 +431,10 @@ def _gradient_tile(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _gradient_kernel(
-    dy,
-    x,
-    mean,
-    var,
-    weight,
-    bias,
-    mask,
-    inverse,
-    sum_dy,
-    sum_dy_xhat,
-    dx,
-    dresidual,
-    full_rows,
-    rest,
-    columns8,
-    inner,
-    channels,
-    group,
-    live,
-    tiles,
-    rows_per_program,
-    eps,
-    count,
-    NEEDS_X: tl.constexpr,
-    RELU: tl.constexpr,
-    ACC: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-):
+    dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual,
+    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, eps, count,
+    NEEDS_X: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = columns8 * 8
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
     tile = program % tiles
@@ -587,7 +463,7 @@ def _gradient_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=["channels"])
 def _update_running_kernel(
     running_mean, running_var, mean, var, channels, unbiased, momentum, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -601,64 +477,20 @@ def _update_running_kernel(
     tl.store(running_var + channel, v.to(running_var.dtype.element_ty), mask=here)
 
 
-# --- launchers --------------------------------------------------------------------------------------------------------
+# --- the passes, operators each ---------------------------------------------------------------------------------------
+
+_TILE = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
+_FOLD = {"FOLD_CHANNELS": FOLD_CHANNELS, "FOLD_SLOTS": FOLD_SLOTS, "num_warps": 8}
 
 
 def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
 
 
-def _next_power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _tiles(m: Matrix) -> int:
-    return -(-m.columns // TILE_COLUMNS)
-
-
-def _chunk_rows(m: Matrix) -> int:
-    """Rows per program of a reduction: of the shape alone, so that every device adds in the same order."""
-    rows = _next_power_of_two(-(-m.rows * _tiles(m) // _PROGRAMS))
-    return min(max(rows, TILE_ROWS), _WIDEST_CHUNK)
-
-
-def _shape(m: Matrix) -> tuple[int, int, int, int, int]:
-    """full_rows, rest, columns8, inner, channels: the last row holds `rest` columns only, if any."""
-    full_rows, rest = divmod(m.numel, m.columns)
-    return full_rows, rest, m.columns // 8, m.inner, m.channels
-
-
-def _constants(x: Tensor) -> dict[str, Any]:
-    return {"ACC": accumulator(x.dtype), "TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
-
-
-def _fold_constants(x: Tensor) -> dict[str, Any]:
-    constants = {"ACC": accumulator(x.dtype), "FOLD_CHANNELS": FOLD_CHANNELS, "FOLD_SLOTS": FOLD_SLOTS}
-    return constants | {"num_warps": 8}
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = dense(x)
-    if not use_kernels(x):
-        return _statistics_reference(x)
-    m = matrix_of(x)
-    rows, tiles = _chunk_rows(m), _tiles(m)
-    chunks = -(-m.rows // rows)
-    full_rows, rest, columns8, inner, channels = _shape(m)
-    dtype = accumulator_dtype(x.dtype)
-    means, m2s = torch.empty(2, chunks * m.columns, dtype=dtype, device=x.device)
-    mean, var = torch.empty(channels, dtype=dtype, device=x.device), torch.empty(channels, dtype=dtype, device=x.device)
-    launch(
-        _statistics_kernel, (tiles * chunks,),
-        x, means, m2s, full_rows, rest, columns8, inner, channels, tiles, rows,
-        **_constants(x),
-    )  # fmt: skip
-    launch(
-        _fold_statistics_kernel, (-(-channels // FOLD_CHANNELS),),
-        means, m2s, mean, var, full_rows, rest, columns8, inner, channels, m.group, rows, chunks * m.group * inner,
-        **_fold_constants(x),
-    )  # fmt: skip
-    return mean, var
+def _channel_pair(x: Tensor, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    """Two outputs per channel of x; without elements if not wanted."""
+    size, dtype = x.shape[1] if wanted else 0, accumulator_dtype(x.dtype)
+    return torch.empty(size, dtype=dtype, device=x.device), torch.empty(size, dtype=dtype, device=x.device)
 
 
 def _one_layout(x: Tensor, other: Tensor | None, channels_last: bool | None = None) -> tuple[Tensor, Any]:
@@ -675,154 +507,51 @@ def _one_layout(x: Tensor, other: Tensor | None, channels_last: bool | None = No
     return x, other.contiguous(memory_format=formats[x.dim() - 4] if channels_last else torch.contiguous_format)
 
 
-def _only_channels_last(y: Tensor) -> bool:
-    return is_channels_last(y) and not y.is_contiguous()
+def _geometry(m: Matrix, live: int, rows_per_program: int) -> tuple[int, ...]:
+    """_COUNTS, for x of `live` channels: there are full rows, and a last one of `rest` columns if that is not 0."""
+    full_rows, rest = divmod(m.numel, m.columns)
+    return full_rows, rest, m.columns // 8, m.inner, m.channels, m.group, live, _tiles(m), rows_per_program
 
 
-def _apply(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    inverse: Tensor | None,
-    eps: float,
-    relu: bool,
-    record: bool,
-) -> tuple[Tensor, Tensor]:
-    x, residual = _one_layout(x, residual)
-    if not use_kernels(x):
-        return _apply_reference(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
-    y, mask = _apply_outputs(x, residual, relu, record)
-    m = matrix_of(y)
-    launch(
-        _apply_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
-        x, mean, var, weight, bias, residual, inverse, y, mask if mask.numel() else None,
-        *_shape(m), m.group, x.shape[1], _tiles(m), _APPLY_ROWS, eps,
-        RELU=relu, **_constants(x),
-    )  # fmt: skip
-    return y, mask
+def _tiles(m: Matrix) -> int:
+    return -(-m.columns // TILE_COLUMNS)
 
 
-def _apply_outputs(x: Tensor, residual: Tensor | None, relu: bool, record: bool) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x if residual is None else residual)
-    recorded = relu and record and residual is not None
-    return y, torch.empty((y.numel() + 7) // 8 if recorded else 0, dtype=torch.uint8, device=x.device)
-
-
-def _sums(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    inverse: Tensor | None,
-    eps: float,
-    relu: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor]:
-    x, dy = _one_layout(x, dy, channels_last)
-    if not use_kernels(x):
-        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
-        _, sum_dy_xhat, sum_dy = _native_backward(g, x, mean, var, weight, inverse, eps, True, [False, True, True])
-        return sum_dy, sum_dy_xhat
-    m = matrix_of(dy)
-    rows, tiles = _chunk_rows(m), _tiles(m)
+def _reduction(m: Matrix, like: Tensor) -> tuple[int, tuple[int], Tensor]:
+    """Rows per program, of the shape alone, so that every device adds in the same order; grid; slots of two results."""
+    rows = 1 << (-(-m.rows * _tiles(m) // _PROGRAMS) - 1).bit_length()
+    rows = min(max(rows, TILE_ROWS), _WIDEST_CHUNK)
     chunks = -(-m.rows // rows)
-    dtype = accumulator_dtype(x.dtype)
-    sums, sums_xhat = torch.empty(2, chunks * m.columns, dtype=dtype, device=x.device)
-    sum_dy, sum_dy_xhat = _sum_outputs(x)
-    launch(
-        _sums_kernel, (tiles * chunks,),
-        dy, x, mean, var, weight, bias, mask, inverse, sums, sums_xhat,
-        *_shape(m), m.group, x.shape[1], tiles, rows, eps,
-        RELU=relu, **_constants(x),
-    )  # fmt: skip
-    launch(
-        _fold_sums_kernel, (-(-m.channels // FOLD_CHANNELS),),
-        sums, sums_xhat, inverse, sum_dy, sum_dy_xhat,
-        m.columns // 8, m.inner, m.channels, m.group, chunks * m.group * m.inner,
-        **_fold_constants(x),
-    )  # fmt: skip
-    return sum_dy, sum_dy_xhat
+    slots = torch.empty(2, chunks * m.columns, dtype=accumulator_dtype(like.dtype), device=like.device)
+    return rows, (_tiles(m) * chunks,), slots
 
 
-def _sum_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
-    shape, dtype = x.shape[1], accumulator_dtype(x.dtype)
-    return torch.empty(shape, dtype=dtype, device=x.device), torch.empty(shape, dtype=dtype, device=x.device)
-
-
-def _gradient(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    inverse: Tensor | None,
-    sum_dy: Tensor | None,
-    sum_dy_xhat: Tensor | None,
-    count: float,
-    eps: float,
-    relu: bool,
-    channels_last: bool,
-    residual_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    x, dy = _one_layout(x, dy, channels_last)
-    if not use_kernels(x):
-        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
-        dresidual = _stored_as(g.clone() if g is dy else g, dy) if residual_gradient else _nothing(x)
-        if inverse is not None:
-            g = g.index_select(1, _live_channels(inverse, x.shape[1]))
-        rstd = _per_channel((var.to(g.dtype) + eps).rsqrt(), x)
-        if sum_dy is not None and sum_dy_xhat is not None:
-            xhat = (x.to(g.dtype) - _per_channel(mean, x)) * rstd
-            g = g - _per_channel(sum_dy / count, x) - xhat * _per_channel(sum_dy_xhat / count, x)
-        scale = rstd if weight is None else rstd * _per_channel(weight.to(g.dtype), x)
-        return _stored_as(g * scale, x), dresidual
-    m = matrix_of(dy)
-    dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else _nothing(x)
-    needs_x = sum_dy is not None or (relu and mask is None)
-    launch(
-        _gradient_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
-        dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat,
-        dx, dresidual if residual_gradient else None,
-        *_shape(m), m.group, x.shape[1], _tiles(m), _APPLY_ROWS, eps, float(count),
-        NEEDS_X=needs_x, RELU=relu, **_constants(x),
-    )  # fmt: skip
-    return dx, dresidual
-
-
-# --- operators --------------------------------------------------------------------------------------------------------
-
-
-def _check_mask(mask: Tensor | None, dy: Tensor) -> None:
-    if mask is not None and mask.numel() != (dy.numel() + 7) // 8:
-        raise InputError(
-            f"the mask has {mask.numel()} bytes, the gradient {dy.numel()} elements; ask the forward to record a mask."
-        )
-
-
-@register("batch_norm_statistics")
-def batch_norm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel.
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel; no gradient is defined.
 
     Args:
         x: (N, C, ...), 2-D to 5-D, fp32, fp16, bf16 or fp64.
 
     Returns:
-        mean, var: (C,), fp32 (fp64 of fp64), each of x.numel() / C values. No gradient is defined.
+        mean, var: (C,), fp32 (fp64 of fp64), each of x.numel() / C values; 0 if there are none.
     """
-    return _statistics(x)
+    x = dense(x)
+    mean, var = _channel_pair(x)
+    if x.numel() == 0:
+        return mean.zero_(), var.zero_()
+    if not use_kernels(x):
+        mean, var = torch.batch_norm_update_stats(x.to(mean.dtype), None, None, 0.0)
+        return mean, var
+    m = matrix_of(x)
+    rows, grid, slots = _reduction(m, x)
+    counts, acc = _geometry(m, m.channels, rows), accumulator(x.dtype)
+    launch(_statistics_kernel, grid, x, *slots, *counts, ACC=acc, **_TILE)
+    launch(_fold_statistics_kernel, (-(-m.channels // FOLD_CHANNELS),), *slots, mean, var, *counts, ACC=acc, **_FOLD)
+    return mean, var
 
 
-@batch_norm_statistics.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _sum_outputs(x)
+batch_norm_statistics = register("batch_norm_statistics")(_statistics)
+batch_norm_statistics.register_fake(_channel_pair)
 
 
 def merge_statistics(
@@ -866,24 +595,14 @@ def batch_norm_update_running_(
         return
     launch(
         _update_running_kernel, (-(-mean.numel() // 1024),),
-        running_mean, running_var, mean, var, mean.numel(), unbiased, momentum,
-        ACC=accumulator(mean.dtype), BLOCK=1024,
+        running_mean, running_var, mean, var, mean.numel(), unbiased, momentum, ACC=accumulator(mean.dtype), BLOCK=1024,
     )  # fmt: skip
 
 
-@register("batch_norm_apply")
-def batch_norm_apply(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    inverse: Tensor | None,
-    eps: float,
-    relu: bool,
-    record: bool,
-) -> tuple[Tensor, Tensor]:
+def _apply(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    inverse: Tensor | None, eps: float, relu: bool, record: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """act(BN(x) [+ residual]) with given statistics; no gradient is defined.
 
     Args:
@@ -897,28 +616,44 @@ def batch_norm_apply(
     Returns:
         y: x's dtype and layout, the shape of the sum; mask: uint8, one bit per element of y in storage order, or empty.
     """
-    return _apply(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
+    x, residual = _one_layout(x, residual)
+    if not use_kernels(x):
+        return _apply_reference(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
+    y, mask = _apply_outputs(x, residual, relu, record)
+    m = matrix_of(y)
+    launch(
+        _apply_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
+        x, mean, var, weight, bias, residual, inverse, y, mask if mask.numel() else None,
+        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, RELU=relu, ACC=accumulator(x.dtype), **_TILE,
+    )  # fmt: skip
+    return y, mask
+
+
+def _apply_outputs(x: Tensor, residual: Tensor | None, relu: bool, record: bool) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x if residual is None else residual)
+    recorded = relu and record and residual is not None
+    return y, torch.empty((y.numel() + 7) // 8 if recorded else 0, dtype=torch.uint8, device=x.device)
+
+
+batch_norm_apply = register("batch_norm_apply")(_apply)
 
 
 @batch_norm_apply.register_fake
-def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record):  # type: ignore[no-untyped-def]
+def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record):
     return _apply_outputs(*_one_layout(x, residual), relu, record)
 
 
-@register("batch_norm_backward_sums")
-def batch_norm_backward_sums(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    inverse: Tensor | None,
-    eps: float,
-    relu: bool,
-    channels_last: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _check_mask(mask: Tensor | None, dy: Tensor) -> None:
+    if mask is not None and mask.numel() != (dy.numel() + 7) // 8:
+        raise InputError(
+            f"the mask has {mask.numel()} bytes, the gradient {dy.numel()} elements; ask the forward to record a mask."
+        )
+
+
+def _sums(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    inverse: Tensor | None, eps: float, relu: bool, channels_last: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sums of g and of g * xhat over each channel of x (of this rank's share): the gradients of bias and weight.
 
     Args:
@@ -931,32 +666,36 @@ def batch_norm_backward_sums(
         sum_dy, sum_dy_xhat: (C,), fp32 (fp64 of fp64).
     """
     _check_mask(mask, dy)
-    return _sums(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last)
+    x, dy = _one_layout(x, dy, channels_last)
+    if not use_kernels(x):
+        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
+        _, sum_dy_xhat, sum_dy = _native_backward(g, x, mean, var, weight, inverse, eps, True, [False, True, True])
+        return sum_dy, sum_dy_xhat
+    m = matrix_of(dy)
+    rows, grid, slots = _reduction(m, x)
+    counts, acc = _geometry(m, x.shape[1], rows), accumulator(x.dtype)
+    results = _channel_pair(x)
+    launch(
+        _sums_kernel, grid, dy, x, mean, var, weight, bias, mask, inverse, *slots, *counts, eps,
+        RELU=relu, ACC=acc, **_TILE,
+    )  # fmt: skip
+    launch(_fold_sums_kernel, (-(-m.channels // FOLD_CHANNELS),), *slots, inverse, *results, *counts, ACC=acc, **_FOLD)
+    return results
+
+
+batch_norm_backward_sums = register("batch_norm_backward_sums")(_sums)
 
 
 @batch_norm_backward_sums.register_fake
-def _(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last=False):  # type: ignore[no-untyped-def]
-    return _sum_outputs(x)
+def _(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last=False):
+    return _channel_pair(x)
 
 
-@register("batch_norm_backward_apply")
-def batch_norm_backward_apply(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    inverse: Tensor | None,
-    sum_dy: Tensor | None,
-    sum_dy_xhat: Tensor | None,
-    count: float,
-    eps: float,
-    relu: bool,
-    residual_gradient: bool,
-    channels_last: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _gradient(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    inverse: Tensor | None, sum_dy: Tensor | None, sum_dy_xhat: Tensor | None, count: float, eps: float, relu: bool,
+    residual_gradient: bool, channels_last: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x and, on request, of the residual.
 
     Args:
@@ -969,105 +708,68 @@ def batch_norm_backward_apply(
         dx, dresidual: dresidual is empty unless asked for.
     """
     _check_mask(mask, dy)
-    return _gradient(
-        dy,
-        x,
-        mean,
-        var,
-        weight,
-        bias,
-        mask,
-        inverse,
-        sum_dy,
-        sum_dy_xhat,
-        count,
-        eps,
-        relu,
-        channels_last,
-        residual_gradient,
-    )
+    x, dy = _one_layout(x, dy, channels_last)
+    if not use_kernels(x):
+        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
+        dx = _gradient_reference(g, x, mean, var, weight, inverse, sum_dy, sum_dy_xhat, count, eps)
+        return dx, _stored_as(g.clone() if g is dy else g, dy) if residual_gradient else _nothing(x)
+    m = matrix_of(dy)
+    dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else _nothing(x)
+    launch(
+        _gradient_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
+        dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual if residual_gradient else None,
+        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, float(count),
+        NEEDS_X=sum_dy is not None or (relu and mask is None), RELU=relu, ACC=accumulator(x.dtype), **_TILE,
+    )  # fmt: skip
+    return dx, dresidual
+
+
+batch_norm_backward_apply = register("batch_norm_backward_apply")(_gradient)
 
 
 @batch_norm_backward_apply.register_fake
-def _(  # type: ignore[no-untyped-def]
-    dy,
-    x,
-    mean,
-    var,
-    weight,
-    bias,
-    mask,
-    inverse,
-    sum_dy,
-    sum_dy_xhat,
-    count,
-    eps,
-    relu,
-    residual_gradient,
+def _(
+    dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, count, eps, relu, residual_gradient,
     channels_last=False,
-):
+):  # fmt: skip
     x, dy = _one_layout(x, dy, channels_last)
     return torch.empty_like(x), torch.empty_like(dy) if residual_gradient else _nothing(x)
 
 
+# --- the whole, with its derivative -----------------------------------------------------------------------------------
+
+
 @register("batch_norm_act")
 def _batch_norm_act(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    inverse: Tensor | None,
-    eps: float,
-    relu: bool,
-    record: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, record: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, mean, var, mask. With `mean` and `var` given those are used, and the ones returned are empty."""
-    if mean is not None and var is not None:
-        y, mask = _apply(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
-        return y, *_statistics_outputs(x, False), mask
-    mean, var = _statistics(x)
+    if mean is None or var is None:
+        mean, var = statistics = _statistics(x)
+    else:
+        statistics = _channel_pair(x, wanted=False)
     y, mask = _apply(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
-    return y, mean, var, mask
-
-
-def _statistics_outputs(x: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    if wanted:
-        return _sum_outputs(x)
-    dtype = accumulator_dtype(x.dtype)
-    return _nothing(x, dtype), _nothing(x, dtype)
+    return y, *statistics, mask
 
 
 @_batch_norm_act.register_fake
-def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record):  # type: ignore[no-untyped-def]
+def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record):
     y, mask = _apply_outputs(*_one_layout(x, residual), relu, record)
-    return y, *_statistics_outputs(x, mean is None), mask
+    return y, *_channel_pair(x, wanted=mean is None), mask
 
 
 @register("batch_norm_act_backward")
 def _batch_norm_act_backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    inverse: Tensor | None,
-    eps: float,
-    relu: bool,
-    channels_last: bool,
-    training: bool,
-    x_gradient: bool,
-    sums: bool,
-    residual_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    inverse: Tensor | None, eps: float, relu: bool, channels_last: bool, training: bool,
+    x_gradient: bool, sums: bool, residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual, sum_dy, sum_dy_xhat: those asked for; the others are empty."""
     _check_mask(mask, dy)
     x, dy = _one_layout(x, dy, channels_last)
     dx, dresidual = _nothing(x), _nothing(x)
-    sum_dy, sum_dy_xhat = no_sums = _statistics_outputs(x, False)
+    sum_dy, sum_dy_xhat = no_sums = _channel_pair(x, wanted=False)
     if not use_kernels(x):
         g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
         if x_gradient or sums:
@@ -1082,69 +784,49 @@ def _batch_norm_act_backward(
     if sums or of_batch:
         sum_dy, sum_dy_xhat = _sums(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last)
     if x_gradient or residual_gradient:
+        used = (sum_dy, sum_dy_xhat) if of_batch else (None, None)
         dx, dresidual = _gradient(
-            dy, x, mean, var, weight, bias, mask, inverse,
-            sum_dy if of_batch else None, sum_dy_xhat if of_batch else None, x.numel() // x.shape[1], eps, relu,
-            channels_last, residual_gradient,
+            dy, x, mean, var, weight, bias, mask, inverse, *used, x.numel() // x.shape[1], eps, relu,
+            residual_gradient, channels_last,
         )  # fmt: skip
     return dx if x_gradient else _nothing(x), dresidual, *((sum_dy, sum_dy_xhat) if sums else no_sums)
 
 
 @_batch_norm_act_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    dy,
-    x,
-    mean,
-    var,
-    weight,
-    bias,
-    mask,
-    inverse,
-    eps,
-    relu,
-    channels_last,
-    training,
-    x_gradient,
-    sums,
-    residual_gradient,
-):
+def _(dy, x, *others):
+    *_, channels_last, _, x_gradient, sums, residual_gradient = others
     x, dy = _one_layout(x, dy, channels_last)
     dx = torch.empty_like(x) if x_gradient else _nothing(x)
-    return dx, torch.empty_like(dy) if residual_gradient else _nothing(x), *_statistics_outputs(x, sums)
+    return dx, torch.empty_like(dy) if residual_gradient else _nothing(x), *_channel_pair(x, wanted=sums)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, mean, var, weight, bias, residual, inverse, ctx.eps, ctx.relu, _ = inputs
+    y, *statistics, mask = output
     ctx.training = mean is None
-    ctx.channels_last = _only_channels_last(output[0])
-    if ctx.training:
-        _, mean, var, _ = output
-    mask = output[3] if ctx.relu and residual is not None else None
+    ctx.channels_last = is_channels_last(y) and not y.is_contiguous()
+    mean, var = statistics if ctx.training else (mean, var)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mean, var, weight, bias, mask, inverse)
+    recorded = mask if ctx.relu and residual is not None else None
+    ctx.save_for_backward(x, mean, var, weight, bias, recorded, inverse)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 10
-    x, mean, var, weight, bias, mask, inverse = ctx.saved_tensors
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise InputError("batch_norm_act has no gradient for running statistics; detach them.")
+    x, mean, var, weight, bias, mask, inverse = ctx.saved_tensors
     of_x, of_weight, of_bias, of_residual = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
     dx, dresidual, sum_dy, sum_dy_xhat = _batch_norm_act_backward(
         dy, x, mean, var, weight, bias, mask, inverse, ctx.eps, ctx.relu, ctx.channels_last, ctx.training,
         of_x, of_weight or of_bias, of_residual and ctx.relu,
     )  # fmt: skip
-    return (
-        dx if of_x else None,
-        None,
-        None,
-        sum_dy_xhat.to(weight.dtype) if of_weight else None,
-        sum_dy.to(bias.dtype) if of_bias else None,
-        (dresidual if ctx.relu else dy) if of_residual else None,
-        *(None,) * 4,
-    )
+    dweight = sum_dy_xhat.to(weight.dtype) if of_weight else None
+    dbias = sum_dy.to(bias.dtype) if of_bias else None
+    dresidual = (dresidual if ctx.relu else dy) if of_residual else None
+    return dx if of_x else None, None, None, dweight, dbias, dresidual, *(None,) * 4
 
 
 _batch_norm_act.register_autograd(_backward, setup_context=_save)
@@ -1157,16 +839,16 @@ def _check(
         raise InputError(f"batch_norm_act got an input of {x.dim()} dimensions; give (N, C) to (N, C, D, H, W).")
     if x.dtype not in (*KERNEL_DTYPES, torch.float64):
         raise InputError(f"batch_norm_act got an input of {x.dtype}; give float32, float16, bfloat16 or float64.")
+    places = None if scatter is None else scatter.inverse
+    for name, value in (*parameters.items(), ("the residual", residual), ("scatter", places)):
+        if value is not None and value.device != x.device:
+            raise InputError(f"{name} is on {value.device} and the input on {x.device}; move one to the other.")
     channels = x.shape[1]
     for name, value in parameters.items():
-        if value is None:
-            continue
-        if value.shape != (channels,):
+        if value is not None and value.shape != (channels,):
             raise InputError(f"{name} has shape {tuple(value.shape)}; for this input it must be ({channels},).")
-        if value.dtype not in (x.dtype, torch.float32):
+        if value is not None and value.dtype not in (x.dtype, torch.float32):
             raise InputError(f"{name} is {value.dtype} and the input {x.dtype}; give float32, or the input's dtype.")
-        if value.device != x.device:
-            raise InputError(f"{name} is on {value.device} and the input on {x.device}; move one to the other.")
     if scatter is not None:
         if residual is None:
             raise InputError("scatter adds to a residual, and there is none; give the residual too.")
@@ -1174,16 +856,12 @@ def _check(
             raise InputError(
                 f"scatter places {scatter.index.numel()} channels, the input has {channels}; give each one place."
             )
-        if scatter.inverse.device != x.device:
-            raise InputError(f"scatter is on {scatter.inverse.device} and the input on {x.device}; move it there.")
     if residual is not None:
         shape = (x.shape[0], channels if scatter is None else scatter.channels, *x.shape[2:])
         if residual.shape != shape:
             raise InputError(f"the residual has shape {tuple(residual.shape)}; {tuple(shape)} is needed.")
         if residual.dtype != x.dtype:
             raise InputError(f"the residual is {residual.dtype} and the input {x.dtype}; convert one to the other.")
-        if residual.device != x.device:
-            raise InputError(f"the residual is on {residual.device}, the input on {x.device}; move one to the other.")
 
 
 def batch_norm_act(

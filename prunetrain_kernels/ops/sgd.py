@@ -211,16 +211,16 @@ def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
 
 def _fits(params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
     """Whether the kernels can update these tensors; otherwise the reference does, on any device."""
-    wide = any(p.dtype == torch.float64 for p in params)
-    return all(
-        use_kernels(p)
-        and (p.dtype == torch.float64) == wide
-        and is_dense(p)
-        and g.dtype == b.dtype == p.dtype
-        and (b.numel() == 0 or b.stride() == p.stride())
-        for p, g, b in zip(params, grads, buffers, strict=True)
-        if p.numel()
-    )
+    if len({p.dtype == torch.float64 for p in params}) > 1:
+        return False
+    for p, g, b in zip(params, grads, buffers, strict=True):
+        if p.numel() == 0:
+            continue
+        if not (use_kernels(p) and is_dense(p) and g.dtype == b.dtype == p.dtype):
+            return False
+        if b.stride() != p.stride() and b.numel():
+            return False
+    return True
 
 
 def _beside(param: Tensor, grad: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ tile. A tensor whose rows all begin at multiples of 16 elements and bytes is rea
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ FIELDS = 12  # numbers per tensor: rows, columns, inner, channels, numel, first 
 WIDEST = 1 << 25  # columns: offsets inside a step of rows are of 32 bits
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """One tensor as a matrix of rows x columns in storage order; what the kernels know of it.
 
     Attributes:

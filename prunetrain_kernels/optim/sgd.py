@@ -260,9 +260,10 @@ class SGD(torch.optim.SGD):
                     continue
                 if p.grad.is_sparse:
                     raise RuntimeError("this SGD takes no sparse gradients; use torch.optim.SGD for embeddings.")
-                buffer = p.new_empty(0)
                 begins = False
-                if group["momentum"] != 0:
+                if group["momentum"] == 0:
+                    buffer = p.new_empty(0)
+                else:
                     kept = self.state[p].get("momentum_buffer") if p in self.state else None
                     begins = kept is None
                     buffer = torch.empty_like(p) if kept is None else kept

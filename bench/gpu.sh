@@ -10,8 +10,9 @@
 # reported, and the next one goes on:
 #
 #   1. the operators' tests on the device (tier T2), bitwise and CUDA-graph tests included
-#   2. python -m bench fused
-#   3. compute-sanitizer memcheck and racecheck on a few small tests, where that tool is there
+#   2. the optimizers' tests: 200 steps of ResNet-20 against torch.optim.SGD, through two reconfigurations
+#   3. python -m bench fused
+#   4. compute-sanitizer memcheck and racecheck on a few small tests, where that tool is there
 #
 # Everything is written as it goes: a visit that is cut off leaves what it has. Exit code 1 if any step failed.
 set -uo pipefail
@@ -71,16 +72,19 @@ step() {
 } 2>&1 | tee -a "$LOG"
 
 TESTS=(tests/ops)
+OPTIMIZERS=(tests/optim -k "200 or kernels")
 FUSED=(--device "$DEVICE")
 if [ "$QUICK" = 1 ]; then
   TESTS=(tests/ops/test_on_gpu.py)
+  OPTIMIZERS=(tests/optim -k scheduler)
   FUSED+=(--quick)
 fi
 if [ "$OUT" != "$PWD/bench/results" ]; then FUSED+=(--out "$OUT/fused.csv"); fi
 
-if [ "$DEVICE" = cuda ]; then rm -f "$OUT"/t2.log "$OUT"/fused.log "$OUT"/memcheck.log "$OUT"/racecheck.log; fi
+if [ "$DEVICE" = cuda ]; then rm -f "$OUT"/t2.log "$OUT"/optimizers.log "$OUT"/fused.log "$OUT"/memcheck.log "$OUT"/racecheck.log; fi
 step t2 240 "$PYTHON" -m pytest -m t0 --device "$DEVICE" -q -ra -p no:cacheprovider "${TESTS[@]}"
-step fused 270 "$PYTHON" -m bench fused "${FUSED[@]}"
+step optimizers 60 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprovider "${OPTIMIZERS[@]}"
+step fused 240 "$PYTHON" -m bench fused "${FUSED[@]}"
 
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)
 if [ "$DEVICE" = cuda ] && [ -n "$SANITIZER" ]; then

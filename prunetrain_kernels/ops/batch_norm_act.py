@@ -280,23 +280,20 @@ def _fold_statistics_kernel(
 
 
 @triton.jit
-def _apply_tile(
-    x, residual, y, mask, row, limit, tile_columns, parameters,
-    RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, RELU: tl.constexpr):
     """One tile, of which each row has `limit` columns."""
     col, byte, present, columns, x_columns, x_col = tile_columns
     m, scale, shift = parameters
     row = row.to(tl.int64)
     at = row * columns + col
     valid = col < limit
-    value = tl.load(x + (row * x_columns + x_col), mask=valid & present, other=0).to(ACC)
+    value = tl.load(x + (row * x_columns + x_col), mask=valid & present, other=0).to(m.dtype)
     value = tl.fma(value - m, scale, shift)
     if residual is not None:
-        value += tl.load(residual + at, mask=valid, other=0).to(ACC)
+        value += tl.load(residual + at, mask=valid, other=0).to(m.dtype)
     if mask is not None:
         keep = tl.where(value <= 0, 0, 1).to(tl.int32)  # a NaN goes through, as in torch.relu
-        bits = tl.reshape(keep, (TILE_ROWS, TILE_COLUMNS // 8, 8)) << tl.arange(0, 8)[None, None, :]
+        bits = tl.reshape(keep, (row.shape[0], byte.shape[0], 8)) << tl.arange(0, 8)[None, None, :]
         packed = tl.sum(bits, 2).to(tl.uint8)
         tl.store(mask + (row * (columns // 8) + byte), packed, mask=byte * 8 < limit)
     if RELU:
@@ -320,28 +317,25 @@ def _apply_kernel(
     for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
-        _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, RELU, ACC, TILE_ROWS, TILE_COLUMNS)
+        _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, RELU)
     if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
-        _apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, RELU, ACC, 1, TILE_COLUMNS)
+        _apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, RELU)
 
 
 @triton.jit
-def _through_act(
-    dy, x, mask, row, limit, wanted, tile_columns, parameters,
-    NEEDS_X: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Of the `wanted` of a tile: dy where the ReLU let its input through, else 0; and x - mean, 0 unless NEEDS_X."""
+def _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, RELU: tl.constexpr):
+    """Of the `wanted` of a tile: dy where the ReLU let its input through, else 0; and x - mean, 0 without x."""
     col, byte, present, columns, x_columns, x_col = tile_columns
     m, scale, shift = parameters
-    g = tl.load(dy + (row * columns + col), mask=wanted, other=0).to(ACC)
+    g = tl.load(dy + (row * columns + col), mask=wanted, other=0).to(m.dtype)
     centred = tl.zeros_like(g)
-    if NEEDS_X:
-        centred = tl.load(x + (row * x_columns + x_col), mask=wanted & present, other=0).to(ACC) - m
+    if x is not None:
+        centred = tl.load(x + (row * x_columns + x_col), mask=wanted & present, other=0).to(m.dtype) - m
     if mask is not None:
         packed = tl.load(mask + (row * (columns // 8) + byte), mask=byte * 8 < limit, other=0).to(tl.int32)
         bits = (tl.expand_dims(packed, 2) >> tl.arange(0, 8)[None, None, :]) & 1
-        g = tl.where(tl.reshape(bits, (TILE_ROWS, TILE_COLUMNS)) == 0, 0, g)
+        g = tl.where(tl.reshape(bits, g.shape) == 0, 0, g)
     elif RELU:
         g = tl.where(tl.fma(centred, scale, shift) <= 0, 0, g)
     return g, centred
@@ -368,9 +362,7 @@ def _sums_kernel(
         row = (start + lane).to(tl.int64)
         limit = tl.where(start + lane < full_rows, columns, 0)
         wanted = (col < limit) & tile_columns[2]
-        g, centred = _through_act(
-            dy, x, mask, row, limit, wanted, tile_columns, parameters, True, RELU, ACC, TILE_ROWS, TILE_COLUMNS
-        )
+        g, centred = _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, RELU)
         total += g
         total_x += g * centred
     column_sum = tl.sum(total, 0)
@@ -378,9 +370,7 @@ def _sums_kernel(
     if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
         row = (full_rows + tl.arange(0, 1)[:, None]).to(tl.int64)
         wanted = ((col < rest) & tile_columns[2])[None, :]
-        g, centred = _through_act(
-            dy, x, mask, row, rest, wanted, tile_columns, parameters, True, RELU, ACC, 1, TILE_COLUMNS
-        )
+        g, centred = _through_act(dy, x, mask, row, rest, wanted, tile_columns, parameters, RELU)
         column_sum += tl.sum(g, 0)
         column_sum_x += tl.sum(g * centred, 0)
     slot = chunk.to(tl.int64) * columns + col
@@ -412,16 +402,11 @@ def _fold_sums_kernel(
 
 
 @triton.jit
-def _gradient_tile(
-    dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2,
-    NEEDS_X: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _gradient_tile(dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2, RELU: tl.constexpr):
     col, _, present, columns, x_columns, x_col = tile_columns
     row = row.to(tl.int64)
     valid = col < limit
-    g, centred = _through_act(
-        dy, x, mask, row, limit, valid, tile_columns, parameters, NEEDS_X, RELU, ACC, TILE_ROWS, TILE_COLUMNS
-    )
+    g, centred = _through_act(dy, x, mask, row, limit, valid, tile_columns, parameters, RELU)
     if dresidual is not None:
         tl.store(dresidual + (row * columns + col), g.to(dresidual.dtype.element_ty), mask=valid)
     if k1 is not None:
@@ -433,7 +418,7 @@ def _gradient_tile(
 def _gradient_kernel(
     dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual,
     full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, eps, count,
-    NEEDS_X: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = columns8 * 8
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
@@ -451,16 +436,10 @@ def _gradient_kernel(
     for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
-        _gradient_tile(
-            dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2,
-            NEEDS_X, RELU, ACC, TILE_ROWS, TILE_COLUMNS,
-        )  # fmt: skip
+        _gradient_tile(dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2, RELU)
     if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
-        _gradient_tile(
-            dy, x, mask, dx, dresidual, row, rest, tile_columns, parameters, k1, k2,
-            NEEDS_X, RELU, ACC, 1, TILE_COLUMNS,
-        )  # fmt: skip
+        _gradient_tile(dy, x, mask, dx, dresidual, row, rest, tile_columns, parameters, k1, k2, RELU)
 
 
 @triton.jit(do_not_specialize=["channels"])
@@ -684,11 +663,7 @@ def _sums(
 
 
 batch_norm_backward_sums = register("batch_norm_backward_sums")(_sums)
-
-
-@batch_norm_backward_sums.register_fake
-def _(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last=False):
-    return _channel_pair(x)
+batch_norm_backward_sums.register_fake(lambda dy, x, *_, **__: _channel_pair(x))
 
 
 def _gradient(
@@ -714,14 +689,14 @@ def _gradient(
         dx = _gradient_reference(g, x, mean, var, weight, inverse, sum_dy, sum_dy_xhat, count, eps)
         return dx, _stored_as(g.clone() if g is dy else g, dy) if residual_gradient else _nothing(x)
     m = matrix_of(dy)
-    dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else _nothing(x)
+    dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
+    x_read = x if sum_dy is not None or (relu and mask is None) else None
     launch(
         _gradient_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
-        dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual if residual_gradient else None,
-        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, float(count),
-        NEEDS_X=sum_dy is not None or (relu and mask is None), RELU=relu, ACC=accumulator(x.dtype), **_TILE,
+        dy, x_read, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual,
+        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, float(count), RELU=relu, ACC=accumulator(x.dtype), **_TILE,
     )  # fmt: skip
-    return dx, dresidual
+    return dx, _nothing(x) if dresidual is None else dresidual
 
 
 batch_norm_backward_apply = register("batch_norm_backward_apply")(_gradient)
@@ -784,10 +759,9 @@ def _batch_norm_act_backward(
     if sums or of_batch:
         sum_dy, sum_dy_xhat = _sums(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last)
     if x_gradient or residual_gradient:
-        used = (sum_dy, sum_dy_xhat) if of_batch else (None, None)
         dx, dresidual = _gradient(
-            dy, x, mean, var, weight, bias, mask, inverse, *used, x.numel() // x.shape[1], eps, relu,
-            residual_gradient, channels_last,
+            dy, x, mean, var, weight, bias, mask, inverse, sum_dy if of_batch else None,
+            sum_dy_xhat if of_batch else None, x.numel() // x.shape[1], eps, relu, residual_gradient, channels_last,
         )  # fmt: skip
     return dx if x_gradient else _nothing(x), dresidual, *((sum_dy, sum_dy_xhat) if sums else no_sums)
 

@@ -226,8 +226,10 @@ def run(inside: bool, fuse: bool, device: torch.device, steps: int = 200) -> tup
     return model, shapes
 
 
-def test_200_steps_through_two_reconfigurations(device: torch.device) -> None:
-    """The lasso inside the update, and in the loss; same seed, fp32."""
+def test_200_steps_through_two_reconfigurations(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lasso inside the update, and in the loss; same seed, fp32. With `--device cuda` by the kernels."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     (a, shapes), (b, others) = run(False, False, device), run(True, False, device)
     assert shapes == others
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):

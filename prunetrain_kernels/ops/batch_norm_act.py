@@ -353,6 +353,10 @@ def _sums_kernel(
     tile_columns, channel = _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS)
     parameters, rstd = _parameters(mean, var, weight, bias, channel, tile_columns[2], eps, ACC)
     col = tile_columns[0]
+    near = tile_columns[2]
+    if inverse is not None:
+        eight = tl.max(tl.reshape(near.to(tl.int32), (TILE_COLUMNS // 8, 8)), 1)[:, None]
+        near = tl.max_constancy(tl.reshape(tl.broadcast_to(eight, (TILE_COLUMNS // 8, 8)), (TILE_COLUMNS,)) > 0, 8)
     first = chunk * rows_per_program
     lane = tl.arange(0, TILE_ROWS)[:, None]
 
@@ -361,7 +365,7 @@ def _sums_kernel(
     for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
         row = (start + lane).to(tl.int64)
         limit = tl.where(start + lane < full_rows, columns, 0)
-        wanted = (col < limit) & tile_columns[2]
+        wanted = (col < limit) & near
         g, centred = _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, RELU)
         total += g
         total_x += g * centred
@@ -369,7 +373,7 @@ def _sums_kernel(
     column_sum_x = tl.sum(total_x, 0)
     if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
         row = (full_rows + tl.arange(0, 1)[:, None]).to(tl.int64)
-        wanted = ((col < rest) & tile_columns[2])[None, :]
+        wanted = ((col < rest) & near)[None, :]
         g, centred = _through_act(dy, x, mask, row, rest, wanted, tile_columns, parameters, RELU)
         column_sum += tl.sum(g, 0)
         column_sum_x += tl.sum(g * centred, 0)
@@ -603,7 +607,7 @@ def _apply(
     launch(
         _apply_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
         x, mean, var, weight, bias, residual, inverse, y, mask if mask.numel() else None,
-        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, RELU=relu, ACC=accumulator(x.dtype), **_TILE,
+        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, RELU=relu, ACC=accumulator(x.dtype), **(_TILE if inverse is None else {"TILE_ROWS": 8, "TILE_COLUMNS":128}),
     )  # fmt: skip
     return y, mask
 
@@ -694,7 +698,7 @@ def _gradient(
     launch(
         _gradient_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
         dy, x_read, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual,
-        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, float(count), RELU=relu, ACC=accumulator(x.dtype), **_TILE,
+        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, float(count), RELU=relu, ACC=accumulator(x.dtype), **(_TILE if inverse is None else {"TILE_ROWS": 8, "TILE_COLUMNS":128}),
     )  # fmt: skip
     return dx, _nothing(x) if dresidual is None else dresidual
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 try:
     import triton
@@ -48,6 +49,20 @@ def use_kernels(tensor: Tensor) -> bool:
     if INTERPRET:
         return tensor.dtype in (*KERNEL_DTYPES, torch.float64)
     return tensor.is_cuda and tensor.dtype in KERNEL_DTYPES
+
+
+def is_eager(tensor: Tensor) -> bool:
+    """Whether this is a plain call on a real tensor that nobody traces, transforms or watches.
+
+    Then an operator's implementation may be called as it is. Through PyTorch's dispatcher a Python operator costs
+    more time on the host than most of these kernels take on the device.
+    """
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def accumulator(dtype: torch.dtype) -> Any:

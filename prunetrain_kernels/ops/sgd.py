@@ -28,6 +28,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops.group_lasso import (
     Groups,
     _reference_max_abs,
@@ -291,11 +292,28 @@ def _launch(
             fold(table, partials, norms, max_abs if max_abs.numel() else None, eps, found_inf)
 
 
+def _check(
+    params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], *others: Sequence[int]
+) -> None:
+    if any(len(values) != len(params) for values in (grads, buffers, *others)):
+        raise InputError(f"sgd_ takes one entry per parameter in every list, and got {len(params)} parameters.")
+    for p, g, b in zip(params, grads, buffers, strict=True):
+        if g.shape != p.shape or (b.shape != p.shape and b.numel()):
+            raise InputError(
+                f"a parameter of shape {tuple(p.shape)} came with a gradient of shape {tuple(g.shape)} and a momentum "
+                f"buffer of shape {tuple(b.shape)}; all three must agree."
+            )
+        if not p.device == g.device == b.device == params[0].device:
+            raise InputError(
+                f"sgd_ got tensors on {params[0].device}, {p.device}, {g.device} and {b.device}; one call updates one "
+                "device."
+            )
+
+
 # -- operator ----------------------------------------------------------------------------------------------------------
 
 
-@register("sgd_", mutates=("params", "grads", "buffers", "norms", "max_abs"))
-def sgd_(
+def sgd_update_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     buffers: Sequence[Tensor],
@@ -333,7 +351,11 @@ def sgd_(
         first: whether a parameter's buffer is to be initialised.
         blocks, used: as in the lasso's operators; `used` is 0 for a parameter without a lasso.
         eps: added to every squared norm.
+
+    Raises:
+        ValueError: lists of different lengths, or a gradient or buffer of another shape or device than its parameter.
     """
+    _check(params, grads, buffers, group, first, blocks, used)
     if _fits(params, grads, buffers):
         given, grads = grads, [_beside(p, g) for p, g in zip(params, grads, strict=True)]
         hyper = tuple(
@@ -369,3 +391,7 @@ def sgd_(
         norms.copy_(_reference_norms(weights, their_blocks, eps))
     if lasso and max_abs.numel():
         max_abs.copy_(_reference_max_abs(weights, their_blocks))
+
+
+# The operator `prunetrain_kernels::sgd_`: the same for whoever traces or compiles.
+sgd_ = register("sgd_", mutates=("params", "grads", "buffers", "norms", "max_abs"))(sgd_update_)

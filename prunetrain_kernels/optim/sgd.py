@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops.group_lasso import (
@@ -26,7 +27,8 @@ from prunetrain_kernels.ops.group_lasso import (
     split_by_layer,
 )
 from prunetrain_kernels.ops.group_soft_threshold import group_soft_threshold_
-from prunetrain_kernels.ops.sgd import sgd_
+from prunetrain_kernels.ops.launch import is_eager
+from prunetrain_kernels.ops.sgd import sgd_, sgd_update_
 from prunetrain_kernels.regularizer import GroupLasso
 
 
@@ -296,7 +298,9 @@ class SGD(torch.optim.SGD):
         wide = torch.float64 if any(p.dtype == torch.float64 for p in step.params) else torch.float32
         sides = {} if step.lasso is None else dict(zip(map(id, step.lasso.weights), step.lasso.groups, strict=True))
         empty = torch.empty(0, dtype=wide, device=step.device)
-        sgd_(
+        eager = is_eager(step.params[0])
+        update = sgd_update_ if eager else sgd_
+        update(
             step.params,
             [p.grad for p in step.params],  # type: ignore[misc]
             step.buffers,
@@ -317,6 +321,8 @@ class SGD(torch.optim.SGD):
             [sides[id(p)].used if id(p) in sides else 0 for p in step.params],
             eps,
         )
+        if eager:  # what the dispatcher does for an operator that writes: autograd then notices, and so do the norms
+            increment_version([*step.params, *step.buffers])
 
     def _number(self, group: int, name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A hyperparameter as a scalar tensor on the device: the user's own tensor, or one that is kept."""

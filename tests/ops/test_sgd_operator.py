@@ -1,6 +1,7 @@
 """The SGD kernel against float64: momentum and its kin, the lasso inside, the norms that it leaves, skipped steps."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from exact import assert_as_exact, error, gradient, largest, sides
 from fences import fenced, layout
 from torch import Tensor
 
-from prunetrain_kernels.ops.sgd import sgd_
+from prunetrain_kernels.ops.sgd import sgd_, sgd_update_
 
 pytestmark = pytest.mark.t0
 
@@ -38,6 +39,7 @@ class Problem:
     group: list[int]
     blocks: list[int]
     used: list[int]
+    update: Any = sgd_
     exact: list[Tensor] = field(default_factory=list)
     exact_buffers: list[Tensor | None] = field(default_factory=list)
 
@@ -49,7 +51,7 @@ class Problem:
         found_inf: Tensor | None = None,
     ) -> None:
         momentum, dampening, decay, nesterov, maximize = (list(column) for column in zip(*self.settings, strict=True))
-        sgd_(
+        self.update(
             self.params, self.grads, self.buffers, self.norms, self.max_abs, self.rates, coefficient, grad_scale,
             found_inf, momentum, dampening, decay, nesterov, maximize, self.group, [first] * len(self.params),
             self.blocks, self.used, 1e-8,
@@ -248,3 +250,26 @@ def test_operator_passes_pytorchs_own_check_compiles_and_exports(device: torch.d
     exported = tensors()
     assert torch.equal(torch.export.export(Update(), tensors()).module()(*exported), expected)
     assert torch.equal(exported[0], plain[0])
+
+
+def test_bad_input_is_refused(device: torch.device) -> None:
+    for change, message in (
+        ("lengths", "one entry per parameter"),
+        ("gradient", "all three must agree"),
+        ("buffer", "all three must agree"),
+        ("device", "one call updates one device"),
+    ):
+        case = problem("paper", torch.float32, "contiguous", device)
+        before = [p.clone() for p in case.params]
+        if change == "lengths":
+            case.blocks = case.blocks[:-1]
+        elif change == "gradient":
+            case.grads[1] = case.grads[1][:-1]
+        elif change == "buffer":
+            case.buffers[2] = case.buffers[2][:, :-1]
+        else:
+            case.grads[3] = torch.empty_like(case.grads[3], device="meta")
+            case.update = sgd_update_  # PyTorch's dispatcher would take a meta tensor for a trace
+        with pytest.raises(ValueError, match=message):
+            case.step(True)
+        assert all(torch.equal(a, b) for a, b in zip(before, case.params, strict=True))

@@ -61,10 +61,6 @@ _WIDEST_CHUNK = 1024
 # --- reference --------------------------------------------------------------------------------------------------------
 
 
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(1, -1, *[1] * (like.dim() - 2))
-
-
 def _stored_as(y: Tensor, like: Tensor) -> Tensor:
     """y in the dtype and the strides of `like`."""
     if y.dtype == like.dtype and y.stride() == like.stride():
@@ -153,18 +149,19 @@ def _gradient_reference(
     """dx from g and, unless mean and var are constants, its sums: which may be those of several ranks."""
     if inverse is not None:
         g = g.index_select(1, _live_channels(inverse, x.shape[1]))
-    rstd = _per_channel((var.to(g.dtype) + eps).rsqrt(), x)
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    rstd = (var.to(g.dtype) + eps).rsqrt()
     if sum_dy is not None and sum_dy_xhat is not None:
-        xhat = (x.to(g.dtype) - _per_channel(mean, x)) * rstd
-        g = g - _per_channel(sum_dy / count, x) - xhat * _per_channel(sum_dy_xhat / count, x)
-    scale = rstd if weight is None else rstd * _per_channel(weight.to(g.dtype), x)
-    return _stored_as(g * scale, x)
+        centred = x.to(g.dtype) - mean.view(shape)
+        g = g - (sum_dy / count).view(shape) - centred * (sum_dy_xhat / count * rstd).view(shape)
+    scale = rstd if weight is None else rstd * weight.to(g.dtype)
+    return _stored_as(g * scale.view(shape), x)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 # Every number of a launch: channel counts change as a network shrinks, and must not compile anything new.
-_COUNTS = ["full_rows", "rest", "columns8", "inner", "channels", "group", "live", "tiles", "rows_per_program"]
+_COUNTS = ["full_rows", "rest", "columns8", "inner", "channels", "group", "live", "tiles", "rows_per_program", "slots"]
 
 
 @triton.jit
@@ -245,28 +242,28 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _slots(start, channel, chunks, columns, inner, channels, group, FOLD_SLOTS: tl.constexpr):
+def _slots(start, channel, slots, columns, inner, channels, group, FOLD_SLOTS: tl.constexpr):
     """Some of the slots of some channels: chunk and column of each, where it is stored, and whether it exists."""
     slot = start + tl.arange(0, FOLD_SLOTS)[None, :]
     period = slot // inner
     chunk = period // group
     column = (period % group * channels + channel) * inner + slot % inner
-    return chunk, column, chunk.to(tl.int64) * columns + column, (chunk < chunks) & (channel < channels)
+    return chunk, column, chunk.to(tl.int64) * columns + column, (slot < slots) & (channel < channels)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _fold_statistics_kernel(
-    means, m2s, mean_out, var_out, full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program,
+    means, m2s, mean_out, var_out,
+    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, slots,
     ACC: tl.constexpr, FOLD_CHANNELS: tl.constexpr, FOLD_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    chunks = tl.cdiv(full_rows + (rest > 0).to(tl.int32), rows_per_program)
     out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)
     channel = out[:, None]
     n = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     mean = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     m2 = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
-    for start in range(0, chunks * group * inner, FOLD_SLOTS):
-        chunk, column, at, here = _slots(start, channel, chunks, columns8 * 8, inner, channels, group, FOLD_SLOTS)
+    for start in range(0, slots, FOLD_SLOTS):
+        chunk, column, at, here = _slots(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
         rows = full_rows + (column < rest).to(tl.int32) - chunk * rows_per_program
         more = tl.where(here, tl.minimum(tl.maximum(rows, 0), rows_per_program), 0).to(ACC)
         delta = tl.load(means + at, mask=here, other=0) - mean
@@ -352,29 +349,28 @@ def _sums_kernel(
     chunk = tl.program_id(0) // tiles
     tile_columns, channel = _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS)
     parameters, rstd = _parameters(mean, var, weight, bias, channel, tile_columns[2], eps, ACC)
-    col = tile_columns[0]
-    near = tile_columns[2]
-    if inverse is not None:
-        eight = tl.max(tl.reshape(near.to(tl.int32), (TILE_COLUMNS // 8, 8)), 1)[:, None]
-        near = tl.max_constancy(tl.reshape(tl.broadcast_to(eight, (TILE_COLUMNS // 8, 8)), (TILE_COLUMNS,)) > 0, 8)
+    col, near = tile_columns[0], tile_columns[2]
+    if inverse is not None:  # any of eight neighbours: so masked, dy is still loaded by vectors, and little in vain
+        some = tl.max(tl.reshape(near.to(tl.int32), (TILE_COLUMNS // 8, 8)), 1, keep_dims=True)
+        near = tl.max_constancy(tl.reshape(tl.broadcast_to(some, (TILE_COLUMNS // 8, 8)), (TILE_COLUMNS,)) > 0, 8)
     first = chunk * rows_per_program
     lane = tl.arange(0, TILE_ROWS)[:, None]
 
     total = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
     total_x = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
     for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
-        row = (start + lane).to(tl.int64)
-        limit = tl.where(start + lane < full_rows, columns, 0)
+        row = start + lane
+        limit = tl.where(row < full_rows, columns, 0)
         wanted = (col < limit) & near
-        g, centred = _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, RELU)
+        g, centred = _through_act(dy, x, mask, row.to(tl.int64), limit, wanted, tile_columns, parameters, RELU)
         total += g
         total_x += g * centred
     column_sum = tl.sum(total, 0)
     column_sum_x = tl.sum(total_x, 0)
     if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
-        row = (full_rows + tl.arange(0, 1)[:, None]).to(tl.int64)
-        wanted = ((col < rest) & near)[None, :]
-        g, centred = _through_act(dy, x, mask, row, rest, wanted, tile_columns, parameters, RELU)
+        row = full_rows + tl.arange(0, 1)[:, None]
+        wanted = (col < rest) & near
+        g, centred = _through_act(dy, x, mask, row.to(tl.int64), rest, wanted, tile_columns, parameters, RELU)
         column_sum += tl.sum(g, 0)
         column_sum_x += tl.sum(g * centred, 0)
     slot = chunk.to(tl.int64) * columns + col
@@ -385,16 +381,15 @@ def _sums_kernel(
 @triton.jit(do_not_specialize=_COUNTS)
 def _fold_sums_kernel(
     sums, sums_xhat, inverse, sum_out, sum_xhat_out,
-    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program,
+    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, slots,
     ACC: tl.constexpr, FOLD_CHANNELS: tl.constexpr, FOLD_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    chunks = tl.cdiv(full_rows + (rest > 0).to(tl.int32), rows_per_program)
     out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)
     channel = out[:, None]
     total = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     total_xhat = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
-    for start in range(0, chunks * group * inner, FOLD_SLOTS):
-        _, _, at, here = _slots(start, channel, chunks, columns8 * 8, inner, channels, group, FOLD_SLOTS)
+    for start in range(0, slots, FOLD_SLOTS):
+        _, _, at, here = _slots(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
         total += tl.load(sums + at, mask=here, other=0)
         total_xhat += tl.load(sums_xhat + at, mask=here, other=0)
     place = out
@@ -407,6 +402,8 @@ def _fold_sums_kernel(
 
 @triton.jit
 def _gradient_tile(dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2, RELU: tl.constexpr):
+    """One tile, as in `_apply_tile`. With x scattered it is short of registers, not of wide loads of dy: x and dx, one
+    element at a time, are spread over the threads in two ways, each with 64-bit addresses of its own."""
     col, _, present, columns, x_columns, x_col = tile_columns
     row = row.to(tl.int64)
     valid = col < limit
@@ -463,7 +460,6 @@ def _update_running_kernel(
 # --- the passes, operators each ---------------------------------------------------------------------------------------
 
 _TILE = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
-_FOLD = {"FOLD_CHANNELS": FOLD_CHANNELS, "FOLD_SLOTS": FOLD_SLOTS, "num_warps": 8}
 
 
 def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -491,7 +487,7 @@ def _one_layout(x: Tensor, other: Tensor | None, channels_last: bool | None = No
 
 
 def _geometry(m: Matrix, live: int, rows_per_program: int) -> tuple[int, ...]:
-    """_COUNTS, for x of `live` channels: there are full rows, and a last one of `rest` columns if that is not 0."""
+    """_COUNTS but the slots, for x of `live` channels; below the full rows there is one of `rest` columns, if any."""
     full_rows, rest = divmod(m.numel, m.columns)
     return full_rows, rest, m.columns // 8, m.inner, m.channels, m.group, live, _tiles(m), rows_per_program
 
@@ -507,6 +503,13 @@ def _reduction(m: Matrix, like: Tensor) -> tuple[int, tuple[int], Tensor]:
     chunks = -(-m.rows // rows)
     slots = torch.empty(2, chunks * m.columns, dtype=accumulator_dtype(like.dtype), device=like.device)
     return rows, (_tiles(m) * chunks,), slots
+
+
+def _fold(kernel: Any, m: Matrix, slots: Tensor, *arguments: Any) -> None:
+    launch(
+        kernel, (-(-m.channels // FOLD_CHANNELS),), *slots, *arguments, slots.shape[1] // m.channels,
+        ACC=accumulator(slots.dtype), FOLD_CHANNELS=FOLD_CHANNELS, FOLD_SLOTS=FOLD_SLOTS, num_warps=8,
+    )  # fmt: skip
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -527,9 +530,9 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         return mean, var
     m = matrix_of(x)
     rows, grid, slots = _reduction(m, x)
-    counts, acc = _geometry(m, m.channels, rows), accumulator(x.dtype)
-    launch(_statistics_kernel, grid, x, *slots, *counts, ACC=acc, **_TILE)
-    launch(_fold_statistics_kernel, (-(-m.channels // FOLD_CHANNELS),), *slots, mean, var, *counts, ACC=acc, **_FOLD)
+    counts = _geometry(m, m.channels, rows)
+    launch(_statistics_kernel, grid, x, *slots, *counts, ACC=accumulator(x.dtype), **_TILE)
+    _fold(_fold_statistics_kernel, m, slots, mean, var, *counts)
     return mean, var
 
 
@@ -607,7 +610,7 @@ def _apply(
     launch(
         _apply_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
         x, mean, var, weight, bias, residual, inverse, y, mask if mask.numel() else None,
-        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, RELU=relu, ACC=accumulator(x.dtype), **(_TILE if inverse is None else {"TILE_ROWS": 8, "TILE_COLUMNS":128}),
+        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, RELU=relu, ACC=accumulator(x.dtype), **_TILE,
     )  # fmt: skip
     return y, mask
 
@@ -656,13 +659,13 @@ def _sums(
         return sum_dy, sum_dy_xhat
     m = matrix_of(dy)
     rows, grid, slots = _reduction(m, x)
-    counts, acc = _geometry(m, x.shape[1], rows), accumulator(x.dtype)
+    counts = _geometry(m, x.shape[1], rows)
     results = _channel_pair(x)
     launch(
         _sums_kernel, grid, dy, x, mean, var, weight, bias, mask, inverse, *slots, *counts, eps,
-        RELU=relu, ACC=acc, **_TILE,
+        RELU=relu, ACC=accumulator(x.dtype), **_TILE,
     )  # fmt: skip
-    launch(_fold_sums_kernel, (-(-m.channels // FOLD_CHANNELS),), *slots, inverse, *results, *counts, ACC=acc, **_FOLD)
+    _fold(_fold_sums_kernel, m, slots, inverse, *results, *counts)
     return results
 
 
@@ -698,7 +701,7 @@ def _gradient(
     launch(
         _gradient_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
         dy, x_read, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual,
-        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, float(count), RELU=relu, ACC=accumulator(x.dtype), **(_TILE if inverse is None else {"TILE_ROWS": 8, "TILE_COLUMNS":128}),
+        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, float(count), RELU=relu, ACC=accumulator(x.dtype), **_TILE,
     )  # fmt: skip
     return dx, _nothing(x) if dresidual is None else dresidual
 

@@ -152,7 +152,11 @@ def _channel_map_kernel(
         row = first + tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
         exists = (row < full_rows)[:, None] & inside[None, :]
         at = row[:, None] * columns + column[None, :]
-        value = tl.load(x + (row[:, None] * row_in + column_in[None, :]), mask=exists & there[None, :], other=0.0)
+        # flat, so that lanes run along the row: where no two elements are known to be neighbours in x, Triton 3.6 has
+        # them run down the columns of a tile
+        at_in = tl.ravel(row[:, None] * row_in + column_in[None, :])
+        value = tl.load(x + at_in, mask=tl.ravel(exists & there[None, :]), other=0.0)
+        value = tl.reshape(value, (TILE_ROWS, TILE_COLUMNS))
         if ADD:
             value = value.to(ACC) + tl.load(base + at, mask=exists, other=0.0).to(ACC)
         tl.store(out + at, value.to(out.dtype.element_ty), mask=exists)

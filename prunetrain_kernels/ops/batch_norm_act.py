@@ -34,12 +34,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops.launch import (
     KERNEL_DTYPES,
     accumulator,
     accumulator_dtype,
+    is_eager,
     launch,
     register,
     tl,
@@ -562,8 +565,7 @@ def merge_statistics(
     return mean, var, total
 
 
-@register("batch_norm_update_running_", mutates=("running_mean", "running_var"))
-def batch_norm_update_running_(
+def _update_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
 ) -> None:
     """running = (1 - momentum) * running + momentum * new, in place, with the unbiased variance of `count` values.
@@ -583,6 +585,11 @@ def batch_norm_update_running_(
         _update_running_kernel, (-(-mean.numel() // 1024),),
         running_mean, running_var, mean, var, mean.numel(), unbiased, momentum, ACC=accumulator(mean.dtype), BLOCK=1024,
     )  # fmt: skip
+
+
+batch_norm_update_running_ = register("batch_norm_update_running_", mutates=("running_mean", "running_var"))(
+    _update_running
+)
 
 
 def _apply(
@@ -721,8 +728,7 @@ def _(
 # --- the whole, with its derivative -----------------------------------------------------------------------------------
 
 
-@register("batch_norm_act")
-def _batch_norm_act(
+def _forward(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, record: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -735,14 +741,16 @@ def _batch_norm_act(
     return y, *statistics, mask
 
 
+_batch_norm_act = register("batch_norm_act")(_forward)
+
+
 @_batch_norm_act.register_fake
 def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record):
     y, mask = _apply_outputs(*_one_layout(x, residual), relu, record)
     return y, *_channel_pair(x, wanted=mean is None), mask
 
 
-@register("batch_norm_act_backward")
-def _batch_norm_act_backward(
+def _gradients(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     inverse: Tensor | None, eps: float, relu: bool, channels_last: bool, training: bool,
     x_gradient: bool, sums: bool, residual_gradient: bool,
@@ -773,6 +781,9 @@ def _batch_norm_act_backward(
     return dx if x_gradient else _nothing(x), dresidual, *((sum_dy, sum_dy_xhat) if sums else no_sums)
 
 
+_batch_norm_act_backward = register("batch_norm_act_backward")(_gradients)
+
+
 @_batch_norm_act_backward.register_fake
 def _(dy, x, *others):
     *_, channels_last, _, x_gradient, sums, residual_gradient = others
@@ -800,7 +811,8 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
         raise InputError("batch_norm_act has no gradient for running statistics; detach them.")
     x, mean, var, weight, bias, mask, inverse = ctx.saved_tensors
     of_x, of_weight, of_bias, of_residual = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
-    dx, dresidual, sum_dy, sum_dy_xhat = _batch_norm_act_backward(
+    gradients = _gradients if is_eager(dy) else _batch_norm_act_backward
+    dx, dresidual, sum_dy, sum_dy_xhat = gradients(
         dy, x, mean, var, weight, bias, mask, inverse, ctx.eps, ctx.relu, ctx.channels_last, ctx.training,
         of_x, of_weight or of_bias, of_residual and ctx.relu,
     )  # fmt: skip
@@ -811,6 +823,14 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
 
 
 _batch_norm_act.register_autograd(_backward, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator for plain calls, which do not pay for PyTorch's dispatcher; see `is_eager`."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
 def _check(
@@ -886,19 +906,24 @@ def batch_norm_act(
     _check(x, parameters, residual, scatter)
     if (running_mean is None) != (running_var is None):
         raise InputError("one of running_mean and running_var is None; give both or neither.")
+    eager = is_eager(x)
+    act = _Eager.apply if eager else _batch_norm_act
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
     inverse = None if scatter is None else scatter.inverse
     if not training:
         if running_mean is None:
             raise InputError("batch_norm_act in eval needs running_mean and running_var; give them, or training=True.")
-        y, *_ = _batch_norm_act(x, running_mean, running_var, weight, bias, residual, inverse, eps, relu, record)
+        y, *_ = act(x, running_mean, running_var, weight, bias, residual, inverse, eps, relu, record)
         return y
     count = x.shape[0]
     for size in x.shape[2:]:
         count *= size
     if count < 2:
         raise InputError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
-    y, mean, var, _ = _batch_norm_act(x, None, None, weight, bias, residual, inverse, eps, relu, record)
+    y, mean, var, _ = act(x, None, None, weight, bias, residual, inverse, eps, relu, record)
     if running_mean is not None and running_var is not None:
-        batch_norm_update_running_(running_mean, running_var, mean, var, count, momentum)
+        update = _update_running if eager else batch_norm_update_running_
+        update(running_mean, running_var, mean, var, count, momentum)
+        if eager:
+            increment_version([running_mean, running_var])
     return y

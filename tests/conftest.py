@@ -14,8 +14,15 @@ if not any(a == "--device=cuda" or a == "cuda" for a in sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 import torch
+import triton
 
 from prunetrain_kernels.ops import launch
+
+if launch.INTERPRET:
+    # For this process only: the ones that tests start are a user's, whose environment does not say so.
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

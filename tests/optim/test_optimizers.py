@@ -198,9 +198,14 @@ def test_a_weight_that_the_loss_does_not_reach_is_regularised_too() -> None:
     torch.testing.assert_close(model[0].weight.detach(), before - 0.05 * 0.01 * gradient)
 
 
-def run(inside: bool, fuse: bool, device: torch.device, steps: int = 200) -> tuple[nn.Module, list[tuple[int, ...]]]:
+def run(
+    inside: bool, fuse: bool, device: torch.device, steps: int = 200, nudge: float = 0.0
+) -> tuple[nn.Module, list[tuple[int, ...]]]:
     torch.manual_seed(0)
     model = resnet20().to(device)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + nudge)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(64, 3, 8, 8, generator=generator).to(device)
     labels = torch.randint(0, 10, (64,), generator=generator).to(device)
@@ -226,19 +231,27 @@ def run(inside: bool, fuse: bool, device: torch.device, steps: int = 200) -> tup
     return model, shapes
 
 
+def apart(a: nn.Module, b: nn.Module) -> float:
+    """Largest difference of two networks' parameters, relative to each parameter's largest entry."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float(((p - q).abs().max() / p.abs().max().clamp_min(1e-3)).detach()) for p, q in pairs)
+
+
 def test_200_steps_through_two_reconfigurations(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lasso inside the update, and in the loss; same seed, fp32. With `--device cuda` by the kernels."""
+    """The lasso inside the update, and in the loss; same seed, fp32: equal bit for bit on a CPU.
+
+    Elsewhere (`--device cuda` runs the kernels), and with fused batch norms, to rounding: 200 steps of training blow a
+    rounding error up a millionfold, so the yardstick is PyTorch's own run from weights that were nudged by one.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    (a, shapes), (b, others) = run(False, False, device), run(True, False, device)
-    assert shapes == others
-    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        scale = p.detach().abs().max().clamp_min(1e-3)
-        assert float(((p - q).detach().abs().max() / scale).cpu()) < 1e-2, name
-    inputs = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2)).to(device)
-    a.eval(), b.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(a(inputs), b(inputs), rtol=1e-2, atol=1e-2)
+    (a, shapes), (b, others), (c, fused) = run(False, False, device), run(True, False, device), run(True, True, device)
+    assert shapes == others == fused
+    if device.type == "cpu":
+        assert equal(a, b)
+    by_rounding = apart(a, run(False, False, device, nudge=2**-23)[0])
+    assert apart(a, b) <= 4 * by_rounding
+    assert apart(a, c) <= 4 * by_rounding
 
 
 @pytest.mark.t0

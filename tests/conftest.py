@@ -14,15 +14,18 @@ if not any(a == "--device=cuda" or a == "cuda" for a in sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 import torch
-import triton
 
 from prunetrain_kernels.ops import launch
 
-if launch.INTERPRET:
+INTERPRETABLE = launch.INTERPRET
+if INTERPRETABLE:
+    import triton
+
     # For this process only: the ones that tests start are a user's, whose environment does not say so.
     triton.knobs.propagate_env = False
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
+    launch.INTERPRET = False  # but in T0 tests: a module's fixtures, set up before `_tier`, take the references too
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,9 +40,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def _tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.node.get_closest_marker("t0") is None:
-        monkeypatch.setattr(launch, "INTERPRET", False)
         yield
         return
+    monkeypatch.setattr(launch, "INTERPRET", INTERPRETABLE)
     # every uninitialised tensor is filled with NaN (or the largest integer): what a kernel forgets to write is seen
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -186,6 +186,26 @@ def _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS:
 
 
 @triton.jit
+def _load_x(x, at, wanted, inverse):
+    """A tile of x. Through `inverse` it is loaded flat, so that lanes run along the row: where no two elements are
+    known to be neighbours in memory, Triton 3.6 has them run down the columns, and takes twice the registers."""
+    if inverse is None:
+        value = tl.load(x + at, mask=wanted, other=0)
+    else:
+        value = tl.reshape(tl.load(x + tl.ravel(at), mask=tl.ravel(wanted), other=0), at.shape)
+    return value
+
+
+@triton.jit
+def _store_x(x, at, value, wanted, inverse):
+    """The counterpart of `_load_x`."""
+    if inverse is None:
+        tl.store(x + at, value, mask=wanted)
+    else:
+        tl.store(x + tl.ravel(at), tl.ravel(value), mask=tl.ravel(wanted))
+
+
+@triton.jit
 def _parameters(mean, var, weight, bias, channel, present, eps, ACC: tl.constexpr):
     """Mean, scale and shift of each column; and rstd. Those of a channel that is not there make its BN(x) zero."""
     m = tl.load(mean + channel, mask=present, other=0).to(ACC)
@@ -280,14 +300,14 @@ def _fold_statistics_kernel(
 
 
 @triton.jit
-def _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, RELU: tl.constexpr):
+def _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, inverse, RELU: tl.constexpr):
     """One tile, of which each row has `limit` columns."""
     col, byte, present, columns, x_columns, x_col = tile_columns
     m, scale, shift = parameters
     row = row.to(tl.int64)
     at = row * columns + col
     valid = col < limit
-    value = tl.load(x + (row * x_columns + x_col), mask=valid & present, other=0).to(m.dtype)
+    value = _load_x(x, row * x_columns + x_col, valid & present, inverse).to(m.dtype)
     value = tl.fma(value - m, scale, shift)
     if residual is not None:
         value += tl.load(residual + at, mask=valid, other=0).to(m.dtype)
@@ -317,21 +337,21 @@ def _apply_kernel(
     for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
-        _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, RELU)
+        _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, inverse, RELU)
     if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
-        _apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, RELU)
+        _apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, inverse, RELU)
 
 
 @triton.jit
-def _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, RELU: tl.constexpr):
+def _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, inverse, RELU: tl.constexpr):
     """Of the `wanted` of a tile: dy where the ReLU let its input through, else 0; and x - mean, 0 without x."""
     col, byte, present, columns, x_columns, x_col = tile_columns
     m, scale, shift = parameters
     g = tl.load(dy + (row * columns + col), mask=wanted, other=0).to(m.dtype)
     centred = tl.zeros_like(g)
     if x is not None:
-        centred = tl.load(x + (row * x_columns + x_col), mask=wanted & present, other=0).to(m.dtype) - m
+        centred = _load_x(x, row * x_columns + x_col, wanted & present, inverse).to(m.dtype) - m
     if mask is not None:
         packed = tl.load(mask + (row * (columns // 8) + byte), mask=byte * 8 < limit, other=0).to(tl.int32)
         bits = (tl.expand_dims(packed, 2) >> tl.arange(0, 8)[None, None, :]) & 1
@@ -365,7 +385,8 @@ def _sums_kernel(
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
         wanted = (col < limit) & near
-        g, centred = _through_act(dy, x, mask, row.to(tl.int64), limit, wanted, tile_columns, parameters, RELU)
+        row = row.to(tl.int64)
+        g, centred = _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, inverse, RELU)
         total += g
         total_x += g * centred
     column_sum = tl.sum(total, 0)
@@ -373,7 +394,8 @@ def _sums_kernel(
     if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
         wanted = (col < rest) & near
-        g, centred = _through_act(dy, x, mask, row.to(tl.int64), rest, wanted, tile_columns, parameters, RELU)
+        row = row.to(tl.int64)
+        g, centred = _through_act(dy, x, mask, row, rest, wanted, tile_columns, parameters, inverse, RELU)
         column_sum += tl.sum(g, 0)
         column_sum_x += tl.sum(g * centred, 0)
     slot = chunk.to(tl.int64) * columns + col
@@ -404,18 +426,20 @@ def _fold_sums_kernel(
 
 
 @triton.jit
-def _gradient_tile(dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2, RELU: tl.constexpr):
-    """One tile, as in `_apply_tile`. With x scattered it is short of registers, not of wide loads of dy: x and dx, one
-    element at a time, are spread over the threads in two ways, each with 64-bit addresses of its own."""
+def _gradient_tile(
+    dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2, inverse, RELU: tl.constexpr
+):  # fmt: skip
+    """One tile, as in `_apply_tile`."""
     col, _, present, columns, x_columns, x_col = tile_columns
     row = row.to(tl.int64)
     valid = col < limit
-    g, centred = _through_act(dy, x, mask, row, limit, valid, tile_columns, parameters, RELU)
+    g, centred = _through_act(dy, x, mask, row, limit, valid, tile_columns, parameters, inverse, RELU)
     if dresidual is not None:
         tl.store(dresidual + (row * columns + col), g.to(dresidual.dtype.element_ty), mask=valid)
     if k1 is not None:
         g = g - k1 - centred * k2
-    tl.store(dx + (row * x_columns + x_col), (parameters[1] * g).to(dx.dtype.element_ty), mask=valid & present)
+    g = (parameters[1] * g).to(dx.dtype.element_ty)
+    _store_x(dx, row * x_columns + x_col, g, valid & present, inverse)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -440,10 +464,10 @@ def _gradient_kernel(
     for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
-        _gradient_tile(dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2, RELU)
+        _gradient_tile(dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2, inverse, RELU)
     if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
-        _gradient_tile(dy, x, mask, dx, dresidual, row, rest, tile_columns, parameters, k1, k2, RELU)
+        _gradient_tile(dy, x, mask, dx, dresidual, row, rest, tile_columns, parameters, k1, k2, inverse, RELU)
 
 
 @triton.jit(do_not_specialize=["channels"])

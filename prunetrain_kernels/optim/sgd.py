@@ -157,13 +157,19 @@ class SGD(torch.optim.SGD):
                 raise InputError(
                     "the lasso has weights that the optimizer does not hold; build both from the same model."
                 )
+        if lasso is not self._lasso:
+            self._norms = None
         self._lasso, self._coefficient = lasso, coefficient
-        self._norms = None
 
     @property
     def lasso(self) -> GroupLasso | None:
         """The lasso inside the update, if any."""
         return self._lasso
+
+    @property
+    def lasso_coefficient(self) -> float | Tensor:
+        """Its lambda."""
+        return self._coefficient
 
     @torch.no_grad()
     def penalty(self) -> Tensor:

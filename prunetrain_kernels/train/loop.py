@@ -347,7 +347,7 @@ class _Run:
         self.scaler.scale(loss).backward()
         if not self.prunetrain.lasso_inside:
             self.scaler.unscale_(self.optimizer)
-        with self.lasso_watch.running():
+        with self.lasso_watch.running() if self.prunetrain.active else nullcontext():
             self.prunetrain.add_gradient_(loss)
         self.scaler.step(self.optimizer)
         self.scaler.update()

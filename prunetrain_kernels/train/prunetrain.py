@@ -204,9 +204,9 @@ class PruneTrain:
         if self.active and self.coefficient is None:
             self.set_coefficient(loss, self.lasso.penalty())
         if isinstance(self.optimizer, SGD):
-            wanted = self.lasso if self.active else None
-            if self.optimizer.lasso is not wanted:
-                self.optimizer.regularize_with(wanted, self.coefficient or 0.0)
+            wanted, coefficient = (self.lasso, self.coefficient or 0.0) if self.active else (None, 0.0)
+            if self.optimizer.lasso is not wanted or self.optimizer.lasso_coefficient != coefficient:
+                self.optimizer.regularize_with(wanted, coefficient)
         elif self.active:
             assert self.coefficient is not None
             self._last_penalty = self.lasso.add_gradient_(self.coefficient)

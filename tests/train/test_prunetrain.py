@@ -587,6 +587,9 @@ def test_the_lasso_inside_the_update(fuse: bool, how: str) -> None:
         values = []
         for model, optimizer, prunetrain in zip(models, optimizers, pair, strict=True):
             prunetrain.regularizing = step != 5
+            if step == 7:
+                assert prunetrain.coefficient is not None
+                prunetrain.coefficient *= 3  # a user's own schedule
             x, y = images(step)
             model.eval()  # no dropout
             optimizer.zero_grad()

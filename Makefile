@@ -1,6 +1,8 @@
 # Two commands do everything, set-up included, on Linux with Python 3.11 or later:
 #   make demo    trains a network on real images that come with the package, until it has shrunk, and draws a report
 #   make test    lint, format, types and all tests
+#   make bench   all benchmark suites, tiny, on the GPU or CPU that is there (bench/README.md has the real ones)
+#   make plots   all figures from the committed results, and docs/results.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +14,7 @@ DEMO_OPTIONS := --model resnet20 --data digits --epochs 60 --batch 32 --decay-at
 DEMO_PRUNING := --penalty-ratio 0.6 --interval 2 --round-to 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench plots clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,6 +41,13 @@ lint: $(VENV)/installed-dev
 
 test: $(VENV)/installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+bench: $(VENV)/installed-demo
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m bench all --quick --out runs/bench
+
+plots: $(VENV)/installed-demo
+	$(BIN)/python -m plots
+	$(BIN)/python -m bench results
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

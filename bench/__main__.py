@@ -2,23 +2,21 @@
 
 import argparse
 import dataclasses
+import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.suites import SUITES
 from prunetrain_kernels.errors import InputError, PruneTrainError
-
-SUITES = {
-    "kernels": "what every Triton kernel compiles to, per architecture; needs no GPU",
-    "fused": "lasso and SGD, batch norm with what follows it, channel gather and scatter: ours beside PyTorch's",
-}
 
 KERNELS_CSV = Path("bench/results/offline/kernels.csv")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 if a kernel breaks a promise, 2 for input that cannot be used."""
+    """Runs one command; returns the exit code: 0, 1 if something was refused or slower, 2 for unusable input."""
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -38,21 +36,158 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measures the package's operators on this device, each beside PyTorch's own, and compiles its "
-        "kernels for devices that are not here. Results are rows of CSV files under bench/results.",
+        description="Measures on this device what the paper measured: suites of operators and networks, each beside "
+        "PyTorch's own and against the device's roof; whole trainings for the paper's tables and figures. Results are "
+        "rows of CSV files under bench/results, drawn by `python -m plots`. bench/README.md tells more.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="name the suites", description="Names the suites.")
     listing.set_defaults(run=_list)
+    _add_run(commands)
+    _add_compare(commands)
+    _add_roof(commands)
     _add_kernels(commands)
-    _add_fused(commands)
+    from bench import paper, results
+
+    paper.add_command(commands)
+    results.add_command(commands)
     return parser
 
 
 def _list(options: argparse.Namespace) -> int:
     for name, what in SUITES.items():
-        print(f"{name:<10}{what}")
+        print(f"{name:<12}{what}")
     return 0
+
+
+# -- suites ------------------------------------------------------------------------------------------------------------
+
+
+def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "run",
+        help="measure some suites",
+        description="Measures suites on this device, providers side by side, each checked against float64 before it is "
+        "timed, and appends rows to FOLDER/SUITE.csv as it goes.",
+        epilog="example: python -m bench run fig7 bn --device cuda --batch 256 --profile uniform:0.5",
+    )
+    parser.set_defaults(run=_run, suites=[])
+    parser.add_argument("suites", nargs="+", metavar="SUITE", help=f"{', '.join(SUITES)}")
+    _add_settings(parser)
+    parser = commands.add_parser(
+        "all", help="measure all suites", description="Measures all suites, one after another."
+    )
+    parser.set_defaults(run=_run, suites=list(SUITES))
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument(
+        "--dtype", choices=("fp16", "fp32", "bf16"), help="of activations (default: fp16; fp32 on a CPU)"
+    )
+    parser.add_argument("--batch", type=int, help="images per step (default: the suite's own)")
+    parser.add_argument(
+        "--profile",
+        default="paper",
+        help="which channels are live: paper (or paper:0.2, paper:0.1: synthetic, with the inference FLOPs of the "
+        "paper's ResNet-50 at that ratio), uniform:SHARE (synthetic), or the channels.csv of a run (default: paper)",
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="time torch.compile too (default: on cuda only)"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name holds this")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and few repetitions, to see that it works")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where the CSV files are (default: bench/results/DEVICE)"
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from bench import harness, targets
+
+    unknown = [name for name in options.suites if name not in SUITES]
+    if unknown:
+        raise InputError(f"there is no suite {unknown[0]}; choose among {', '.join(SUITES)}")
+    names = [field.name for field in dataclasses.fields(harness.Settings)]
+    session = harness.open_session(harness.Settings(**{name: getattr(options, name) for name in names}))
+    print(f"{session.environment['device']}, {session.dtype_name}; roof: {roof_line(session.roof)}")
+    print(f"results: {session.folder}")
+    try:
+        for name in options.suites:
+            start = time.perf_counter()
+            print(f"\n{name}: {SUITES[name]}", flush=True)
+            suite = importlib.import_module(f"bench.suites.{name}")
+            harness.attempt(session, name, lambda suite=suite: suite.run(session))  # type: ignore[misc]
+            print(f"  {name} took {time.perf_counter() - start:.0f} s", flush=True)
+    finally:  # a run that is cut short still says how far it came
+        print(f"\n{session.written} rows in {session.folder}\n{targets.verdict(session)}".rstrip())
+    return 1 if session.refused else 0
+
+
+# -- roof --------------------------------------------------------------------------------------------------------------
+
+
+def _add_roof(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "roof",
+        help="measure what this device can do",
+        description="Measures the device's copy bandwidth, its rate of matrix products per dtype, and what it costs to "
+        "start an operator; appends them to FOLDER/roof.csv.",
+    )
+    parser.set_defaults(run=_roof)
+    _add_device(parser)
+
+
+def _roof(options: argparse.Namespace) -> int:
+    from bench import harness
+
+    session = harness.open_session(
+        harness.Settings(device=options.device, quick=options.quick, out=options.out, profile="dense")
+    )
+    found = [{"layer": "copy", "provider": "torch", "direction": "forward", "dtype": "fp32", "mode": "model"}]
+    for dtype, rate in session.roof.tflop_s.items():
+        found.append({**found[0], "layer": "matmul", "dtype": dtype, "peak_tflop_s": rate})
+    session.write("roof", found)
+    print(f"{session.environment['device']}: {roof_line(session.roof)}")
+    print(f"V100 by its data sheet, for projections: {roof_line(harness.roof.V100)}")
+    return 0
+
+
+def roof_line(roof: "object") -> str:
+    """A Roof in words."""
+    from bench.roof import Roof
+
+    assert isinstance(roof, Roof)
+    rates = ", ".join(f"{name} {rate:.3g}" for name, rate in roof.tflop_s.items())
+    start = f", {roof.launch_us:.2f} us to start an operator" if roof.launch_us is not None else ""
+    return f"{roof.gb_s:.4g} GB/s copied, {rates} TFLOP/s multiplied{start}"
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="two results files against each other",
+        description="Compares the newest rows of two results files, and lists what became slower or faster. Exit code "
+        "1 if anything became slower by more than the tolerance.",
+    )
+    parser.set_defaults(run=_compare)
+    parser.add_argument("before", type=Path, metavar="A.csv")
+    parser.add_argument("after", type=Path, metavar="B.csv")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="a share of the median (default: 0.1)")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from bench import compare
+
+    return compare.report(options.before, options.after, options.tolerance)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -61,7 +196,7 @@ def _list(options: argparse.Namespace) -> int:
 def _add_kernels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "kernels",
-        help=SUITES["kernels"],
+        help="the suite kernels, for chosen architectures",
         description="Compiles every kernel for each architecture, without a GPU, and reports registers, shared memory, "
         "spills, vector loads and stores, tensor-core and atomic instructions. Exit code 1 if a kernel spills, uses "
         "atomics or fp64, misses a vector width it promised, or is compiled again because a shape changed.",
@@ -76,63 +211,9 @@ def _add_kernels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    from bench import kernels
+    from bench.suites import kernels
 
-    architectures = kernels.architectures(options.arch)
-    with kernels.offline(architectures[0]):  # says at once if this process cannot compile
-        pass
-    from bench.kernel_cases import cases, reuse
-
-    chosen = [case for case in cases() if options.only in case.name]
-    if not chosen:
-        raise InputError(f"no case's name holds {options.only!r}; leave --only out to see them all")
-    rows: list[kernels.Row] = []
-    faults: list[str] = []
-    for arch in architectures:
-        report = kernels.report(chosen, arch)
-        rows += report.rows
-        faults += report.faults
-        if not options.only:
-            faults += kernels.reuse_faults(reuse(), arch)
-    kernels.write_csv(options.out, rows)
-    print(kernels.table(rows))
-    print(f"\n{len(rows)} kernels of {len(chosen)} cases; with all columns in {options.out}")
-    for fault in faults:
-        print(f"FAULT: {fault}")
-    if not faults and not options.only:
-        print("No spills, stack, atomics or fp64; vector widths as promised; changed shapes compile nothing new.")
-    return 1 if faults else 0
-
-
-# -- fused -------------------------------------------------------------------------------------------------------------
-
-
-def _add_fused(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "fused",
-        help=SUITES["fused"],
-        description="Times the fused operators on the shapes of ImageNet ResNet-50, side by side with eager PyTorch "
-        "and torch.compile, checks each against float64 first, and ends with a table of targets met and missed.",
-        epilog="example: python -m bench fused --device cuda --batch 256",
-    )
-    parser.set_defaults(run=_fused)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few repetitions, to see that it works")
-    parser.add_argument(
-        "--dtype", choices=("fp16", "fp32", "bf16"), default="fp16", help="of activations (default: fp16)"
-    )
-    parser.add_argument("--batch", type=int, help="images per step (default: 256; with --quick 2)")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="time torch.compile too (default: on cuda only)"
-    )
-    parser.add_argument("--only", default="", metavar="PART", help="one of optimizer, batch_norm, channels; else all")
-    parser.add_argument("--out", type=Path, help="CSV to append to (default: bench/results/DEVICE/fused.csv)")
-
-
-def _fused(options: argparse.Namespace) -> int:
-    from bench import fused
-
-    return fused.run(fused.Settings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(fused.Settings)}))
+    return kernels.command(kernels.architectures(options.arch), options.out, options.only)
 
 
 if __name__ == "__main__":

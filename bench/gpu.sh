@@ -1,31 +1,42 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine: everything worth having in at most 9 minutes.
 #
-#   bench/gpu.sh                              on a GPU; results in bench/results
+#   bench/gpu.sh                              on a GPU; results in bench/results/DEVICE
 #   OUT=/tmp/out bench/gpu.sh                 results elsewhere
+#   STEPS="fig7 bn" bench/gpu.sh              only these steps, for a second visit
 #   DEVICE=cpu QUICK=1 bench/gpu.sh           a dry run through all steps, without a GPU
 #
 # Needs nothing but Python with torch, triton, numpy, pandas, pytest: no network, nothing installed, no virtual
 # environment (PYTHON names another interpreter). Steps, in order of value; a step that fails or runs out of time is
 # reported, and the next one goes on:
 #
-#   1. the operators' tests on the device (tier T2), bitwise and CUDA-graph tests included
-#   2. the optimizers' tests: 200 steps of ResNet-20 against torch.optim.SGD, through two reconfigurations
-#   3. python -m bench fused
-#   4. compute-sanitizer memcheck and racecheck on a few small tests, where that tool is there
+#   t2           the operators' tests on the device (tier T2), bitwise and CUDA-graph tests included
+#   optimizers   200 steps of ResNet-20 against torch.optim.SGD, through two reconfigurations
+#   roof         what the device can do
+#   sgd-lasso-bn fig7-32 step fig7-256 conv gather inference reconfigure memory-comm    suites: python -m bench run ...
+#   memcheck racecheck   compute-sanitizer on a few small tests, where that tool is there
 #
-# Everything is written as it goes: a visit that is cut off leaves what it has. Exit code 1 if any step failed.
+# Everything is written as it goes, a row file is whole at every moment: a visit that is cut off leaves what it has.
+# Exit code 1 if any step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 DEVICE=${DEVICE:-cuda}
 QUICK=${QUICK:-0}
-OUT=${OUT:-bench/results}
 PYTHON=${PYTHON:-python3}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}
-mkdir -p "$OUT" || { echo "gpu.sh: cannot write to OUT=$OUT; name another folder" >&2; exit 2; }
-OUT=$(cd "$OUT" && pwd)
-LOG=$OUT/gpu.log
+STEPS=${STEPS:-}
+RESULTS=()  # without OUT the suites write to bench/results/DEVICE, which is where committed results belong
+if [ -n "${OUT:-}" ]; then
+  mkdir -p "$OUT" || { echo "gpu.sh: cannot write to OUT=$OUT; name another folder" >&2; exit 2; }
+  OUT=$(cd "$OUT" && pwd)
+  RESULTS=(--out "$OUT")
+else
+  OUT=$PWD/bench/results
+fi
+LOGS=$OUT/logs
+mkdir -p "$LOGS" || { echo "gpu.sh: cannot write to $LOGS; name another folder with OUT" >&2; exit 2; }
+LOG=$LOGS/gpu.log
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/prunetrain-triton}  # a home folder may be read-only
 unset TRITON_INTERPRET  # the tests set it themselves where they need it
@@ -51,10 +62,11 @@ FAILED=0
 step() {
   local name=$1 limit=$2 left=$((SECONDS_IN_ALL - SECONDS)) code
   shift 2
+  if [ -n "$STEPS" ] && [[ " $STEPS " != *" $name "* ]]; then return; fi
   if [ "$left" -lt 15 ]; then say "SKIPPED $name: no time left"; FAILED=1; return; fi
   if [ "$limit" -gt "$left" ]; then limit=$left; fi
   say "BEGIN $name (at most $limit s): $*"
-  timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG" "$OUT/$name.log"
+  timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG" "$LOGS/$name.log"
   code=${PIPESTATUS[0]}
   case $code in
     0) say "DONE $name" ;;
@@ -73,18 +85,34 @@ step() {
 
 TESTS=(tests/ops)
 OPTIMIZERS=(tests/optim -k "200 or kernels")
-FUSED=(--device "$DEVICE")
+SETTINGS=(--device "$DEVICE")
+LARGE=(--batch 256)
 if [ "$QUICK" = 1 ]; then
   TESTS=(tests/ops/test_on_gpu.py)
   OPTIMIZERS=(tests/optim -k scheduler)
-  FUSED+=(--quick)
+  SETTINGS+=(--quick)
+  LARGE=(--batch 4)
 fi
-if [ "$OUT" != "$PWD/bench/results" ]; then FUSED+=(--out "$OUT/fused.csv"); fi
+SETTINGS+=("${RESULTS[@]}")
+bench() { # bench NAME LIMIT ARGUMENTS...: a step of `python -m bench`
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" "$PYTHON" -m bench "$@" "${SETTINGS[@]}"
+}
 
-if [ "$DEVICE" = cuda ]; then rm -f "$OUT"/t2.log "$OUT"/optimizers.log "$OUT"/fused.log "$OUT"/memcheck.log "$OUT"/racecheck.log; fi
-step t2 240 "$PYTHON" -m pytest -m t0 --device "$DEVICE" -q -ra -p no:cacheprovider "${TESTS[@]}"
+find "$LOGS" -name '*.log' ! -name gpu.log -delete
+step t2 200 "$PYTHON" -m pytest -m t0 --device "$DEVICE" -q -ra -p no:cacheprovider "${TESTS[@]}"
 step optimizers 60 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprovider "${OPTIMIZERS[@]}"
-step fused 240 "$PYTHON" -m bench fused "${FUSED[@]}"
+bench roof 30 roof
+bench sgd-lasso-bn 150 run sgd lasso bn
+bench fig7-32 60 run fig7
+bench step 150 run step
+bench fig7-256 60 run fig7 "${LARGE[@]}"
+bench conv 60 run conv
+bench gather 30 run gather
+bench inference 60 run inference --no-compile
+bench reconfigure 40 run reconfigure
+bench memory-comm 40 run memory comm
 
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)
 if [ "$DEVICE" = cuda ] && [ -n "$SANITIZER" ]; then
@@ -97,5 +125,5 @@ else
   say "SKIPPED memcheck, racecheck: compute-sanitizer works on CUDA and comes with the CUDA toolkit"
 fi
 
-say "$([ $FAILED = 0 ] && echo "all steps done" || echo "some steps failed, see above"); results in $OUT"
+say "$([ $FAILED = 0 ] && echo "all steps done" || echo "some steps failed, see above"); logs in $LOGS"
 exit $FAILED

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.utils.benchmark
@@ -10,7 +11,8 @@ from torch import Tensor
 GRAPH = "cold-l2-graph"  # on CUDA: each call captured as a CUDA graph; L2 is flushed before each replay
 EVENTS = "cold-l2-events"  # on CUDA, where one of the providers cannot be captured: host time may show
 CPU = "cpu-loop"  # mean over some calls in a row, many times
-MODES = (GRAPH, EVENTS, CPU)
+CALLS = "single-calls"  # each call on a fresh copy of what it changes, from the host, until the device is done
+MODES = (GRAPH, EVENTS, CPU, CALLS)
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,21 @@ class Timing:
 
 
 def side_by_side(
-    providers: Mapping[str, Callable[[], object]], device: torch.device, milliseconds: float = 20, rounds: int = 3
+    providers: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    milliseconds: float = 20,
+    rounds: int = 3,
+    one_pool: bool = False,
 ) -> dict[str, Timing]:
     """Times every provider for about `milliseconds` in each of several rounds, one after the other within a round, so
     that whatever drifts (clocks, temperature) drifts for all.
 
     All providers are timed in one mode. On CUDA they are captured as graphs, so that what is measured is the device's
-    time; if one cannot be, all are called from the host.
+    time; if one cannot be, all are called from the host. With `one_pool` the graphs share their memory, so that the
+    activations of a training step are there once, not once per provider: for providers that keep nothing they allocate.
     """
     if device.type == "cuda":
-        return _on_cuda(providers, milliseconds, rounds)
+        return _on_cuda(providers, milliseconds, rounds, one_pool)
     samples: dict[str, list[float]] = {name: [] for name in providers}
     timers = {
         name: torch.utils.benchmark.Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
@@ -44,15 +51,18 @@ def side_by_side(
     for _ in range(rounds):
         for name, timer in timers.items():
             samples[name].append(timer.timeit(min(calls[name], 1000)).mean * 1e6)
-    return {name: _summary(CPU, values) for name, values in samples.items()}
+    return {name: summary(CPU, values) for name, values in samples.items()}
 
 
-def _on_cuda(providers: Mapping[str, Callable[[], object]], milliseconds: float, rounds: int) -> dict[str, Timing]:
+def _on_cuda(
+    providers: Mapping[str, Callable[[], object]], milliseconds: float, rounds: int, one_pool: bool
+) -> dict[str, Timing]:
     from triton.testing import do_bench
 
     mode, calls = GRAPH, {}
     try:
-        calls = {name: _captured(run) for name, run in providers.items()}
+        pool = torch.cuda.graph_pool_handle() if one_pool else None
+        calls = {name: _captured(run, pool) for name, run in providers.items()}
     except RuntimeError as error:  # a provider that waits for the device, as some of torch.compile's do
         print(f"  not captured, timed from the host: {str(error).splitlines()[0]}")
         torch.cuda.synchronize()
@@ -61,7 +71,7 @@ def _on_cuda(providers: Mapping[str, Callable[[], object]], milliseconds: float,
     for _ in range(rounds):
         for name, call in calls.items():
             samples[name] += [1e3 * ms for ms in do_bench(call, warmup=5, rep=milliseconds, return_mode="all")]
-    return {name: _summary(mode, values) for name, values in samples.items()}
+    return {name: summary(mode, values) for name, values in samples.items()}
 
 
 def side_stream() -> torch.cuda.Stream:
@@ -74,18 +84,19 @@ def side_stream() -> torch.cuda.Stream:
 _STREAM: list[torch.cuda.Stream] = []
 
 
-def _captured(run: Callable[[], object]) -> Callable[[], object]:
+def _captured(run: Callable[[], object], pool: Any) -> Callable[[], object]:
     with torch.cuda.stream(side_stream()):
         for _ in range(3):
             run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side_stream()):
+    with torch.cuda.graph(graph, pool=pool, stream=side_stream()):
         run()
     return graph.replay
 
 
-def _summary(mode: str, values: Sequence[float]) -> Timing:
+def summary(mode: str, values: Sequence[float]) -> Timing:
+    """Percentiles of samples in microseconds."""
     p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     )
@@ -109,6 +120,18 @@ def launches(run: Callable[[], object], device: torch.device) -> int | None:
     except RuntimeError:  # no permission to profile, or no profiling library
         return None
     return len(on_device) or None
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that a call allocates at most, beyond what is allocated before it; None where nobody counts them."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 # -- correctness -------------------------------------------------------------------------------------------------------

@@ -151,6 +151,13 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="the lasso by soft-thresholding after each update instead of its gradient: exact zeros, sooner (an "
         "extension beyond the paper)",
     )
+    add(
+        "--start-from",
+        metavar="CHECKPOINT",
+        help="take weights and batch-norm statistics from this checkpoint.pt, or run folder, of a finished --dense run "
+        "of the same model; lambda is still set by the first loss of the fresh network, because a trained network's is "
+        "next to nothing. With --interval EPOCHS, which reconfigures at the end only, this is SSL (paper section 5.2)",
+    )
     add = parser.add_argument_group("mini-batch growth (paper section 4.3)").add_argument
     add("--grow-batch", action="store_true", help="grow the batch, and the learning rate, into the freed memory")
     add("--batch-granularity", type=int, default=32, metavar="N", help="grow in multiples of N images")
@@ -240,10 +247,18 @@ def _shape(text: str) -> tuple[int, ...]:
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def _train(options: argparse.Namespace) -> int:
+def train_config(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration that `prunetrain train ARGUMENTS` would train; arguments that argparse refuses exit with 2."""
+    return _config(_parser().parse_args(["train", *arguments]))
+
+
+def _config(options: argparse.Namespace) -> TrainConfig:
     names = {f.name for f in dataclasses.fields(TrainConfig)}
-    config = TrainConfig(**{name: value for name, value in vars(options).items() if name in names})
-    folder = train(config, resume=options.resume, overwrite=options.overwrite, progress=not options.quiet)
+    return TrainConfig(**{name: value for name, value in vars(options).items() if name in names})
+
+
+def _train(options: argparse.Namespace) -> int:
+    folder = train(_config(options), resume=options.resume, overwrite=options.overwrite, progress=not options.quiet)
     if not options.quiet:
         print(f"finished: {folder} (draw it with: prunetrain report {folder})")
     return 0

@@ -1,5 +1,7 @@
 """Bytes that data-parallel training sends between accelerators at every step (paper Sec. 2 and Fig. 11)."""
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from prunetrain_kernels.errors import InputError
@@ -24,3 +26,61 @@ def ring_all_reduce_bytes(gradient_bytes: int, gpus: int) -> float:
     if gpus < 1:
         raise InputError(f"gpus must be at least 1, got {gpus}.")
     return 2 * (gpus - 1) / gpus * gradient_bytes
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Links of a cluster of GPU nodes, for `hierarchical_all_reduce_seconds`; the defaults are a V100 server's.
+
+    Attributes:
+        gpus_per_node: GPUs that share the fast links.
+        node_gb_s: GB/s (1e9) that a GPU sends inside its node: NVLink 2, half of the 300 GB/s both ways of NVIDIA's
+            V100 data sheet.
+        network_gb_s: GB/s that a GPU sends to other nodes: a 100 Gb/s adapter per GPU.
+        node_latency_us, network_latency_us: microseconds per message; assumptions, no measurements.
+    """
+
+    gpus_per_node: int = 8
+    node_gb_s: float = 150.0
+    network_gb_s: float = 12.5
+    node_latency_us: float = 5.0
+    network_latency_us: float = 10.0
+
+
+def hierarchical_all_reduce_bytes(gradient_bytes: int, gpus: int, group: int = 8) -> float:
+    """Bytes that each of `gpus` GPUs sends in a two-level ring all-reduce (paper section 5.3 and its reference 26).
+
+    Reduce-scatter inside groups of `group` GPUs, a ring all-reduce of each GPU's share between the groups, all-gather
+    inside: 2 (g - 1) / g * G inside and 2 (m - 1) / m * G / g between m = gpus / g groups. Which of the hierarchical
+    schemes the paper models it does not say; all are proportional to the gradients, so ratios to the dense network are
+    the same.
+
+    Raises:
+        InputError: `gpus` is below 1, or no multiple of a `group` that it exceeds.
+    """
+    inside, between = _hierarchy(gpus, group)
+    return ring_all_reduce_bytes(gradient_bytes, inside) + ring_all_reduce_bytes(gradient_bytes, between) / inside
+
+
+def hierarchical_all_reduce_seconds(gradient_bytes: int, gpus: int, cluster: Cluster = Cluster()) -> float:  # frozen
+    """Seconds of that all-reduce: 2 (g - 1) messages of G / g bytes inside, 2 (m - 1) of G / (g m) between groups.
+
+    A message takes its latency and its bytes over its link's bandwidth. Nothing overlaps with the backward pass.
+
+    Raises:
+        InputError: as for `hierarchical_all_reduce_bytes`.
+    """
+    inside, between = _hierarchy(gpus, cluster.gpus_per_node)
+    near = cluster.node_latency_us * 1e-6 + gradient_bytes / inside / (cluster.node_gb_s * 1e9)
+    far = cluster.network_latency_us * 1e-6 + gradient_bytes / inside / between / (cluster.network_gb_s * 1e9)
+    return 2 * (inside - 1) * near + 2 * (between - 1) * far
+
+
+def _hierarchy(gpus: int, group: int) -> tuple[int, int]:
+    """GPUs inside a group, and groups."""
+    if gpus < 1 or group < 1:
+        raise InputError(f"gpus and group must be at least 1, got {gpus} and {group}.")
+    inside = min(gpus, group)
+    if gpus % inside:
+        raise InputError(f"{gpus} GPUs do not make whole groups of {group}.")
+    return inside, gpus // inside

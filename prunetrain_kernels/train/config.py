@@ -42,6 +42,7 @@ class TrainConfig:
     policy: str = "union"
     round_to: int = 1
     proximal: bool = False
+    start_from: str | None = None
     grow_batch: bool = False
     batch_granularity: int = 32
     memory_budget: int | None = None

@@ -8,6 +8,8 @@ its last checkpoint to the same result.
 import dataclasses
 import json
 import math
+import platform
+import re
 import statistics
 import sys
 import time
@@ -37,6 +39,7 @@ CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the dev
 VALIDATION_BATCH = 500
 SMALLEST_BATCH = 2  # batch norm refuses one image
 RUN_FILES = ("config.json", "log.csv", "channels.csv", "slices.npz", "summary.json", "checkpoint.pt")
+NOT_COMPARED = ("out", "cache", "threads")  # options that a resumed run may have otherwise: they decide no result
 FIT_ON_DEVICE = 4 << 30  # bytes of images that are worth keeping on a GPU whole
 
 
@@ -151,6 +154,7 @@ class _Run:
         torch.backends.cudnn.deterministic = True
 
         saved = self._saved_state(resume, overwrite)
+        start = _dense_start(config) if saved is None and config.start_from is not None else None
         self.say: Callable[[str], None] = tqdm.write if progress else lambda text: None
         self.log = RunLog(self.folder)
         self.data = _load_data(config, self.device)
@@ -185,6 +189,8 @@ class _Run:
         self.totals = _Totals()
         self.lasso_watch = _Stopwatch(self.device)
         if saved is None:
+            if start is not None:
+                self._start_from(start)
             self.costs = self._measure()
             self.totals.dense = asdict(self.costs)
             try:
@@ -233,7 +239,9 @@ class _Run:
         defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}  # of options that came later
         before = {**defaults, **json.loads(saved["extra"]["config"])}
         for option, value in json.loads(json.dumps(asdict(self.config))).items():
-            if option not in ("out", "cache", "threads") and value != before[option]:
+            if option == "start_from" and value is not None and before[option] is not None:
+                continue  # it is not read again, so it may have moved
+            if option not in NOT_COMPARED and value != before[option]:
                 raise CheckpointError(
                     f"'{self.folder}' was trained with --{option.replace('_', '-')} {before[option]}, not {value}; "
                     "resume with the same options, or choose another --out."
@@ -252,6 +260,30 @@ class _Run:
         torch.set_rng_state(extra["rng"])
         if self.device.type == "cuda" and extra["cuda_rng"] is not None:
             torch.cuda.set_rng_state(extra["cuda_rng"], self.device)
+
+    def _start_from(self, start: dict[str, Tensor]) -> None:
+        """Sets lambda from the fresh network, as a run without a start would, then takes up the trained one's tensors.
+
+        A trained network's first loss is next to nothing, and lambda by Eq. 3 with it; this is the lambda of the
+        PruneTrain run with the same ratio and seed (paper section 5.2: "we apply our proposed mechanism to SSL").
+        """
+        mine = self.model.state_dict()
+        for name in (*mine, *start):
+            here, there = (tuple(state[name].shape) if name in state else "absent" for state in (mine, start))
+            if here != there:
+                raise CheckpointError(
+                    f"--start-from {self.config.start_from}: '{name}' is {there} there and {here} in this network; it "
+                    "must be a dense run of the same --model, with as many classes."
+                )
+        if self.prunetrain.penalty_ratio > 0:
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices), torch.no_grad(), self._autocast():
+                order = epoch_order(len(self.data.train_labels), self.config.seed, 0)
+                images, labels = self._batch(order[: self.batch_size], 0, 0, train=True)
+                self.model.train()
+                loss = F.cross_entropy(self.model(images), labels)
+            self.prunetrain.set_coefficient(loss, self.prunetrain.lasso.penalty())
+        self.model.load_state_dict(start)
 
     def _measure(self) -> _Costs:
         managed = self.prunetrain.batch
@@ -577,16 +609,55 @@ def _environment(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
         "device_name": name,
+        "processor": _processor(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "threads_used": torch.get_num_threads(),
     }
 
 
+def _processor() -> str:
+    """The CPU's model, as far as the system tells."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
 def _optimizer_class(config: TrainConfig) -> type[torch.optim.SGD]:
     if config.proximal:
         return ProximalSGD
     return SGD if config.fuse else torch.optim.SGD
+
+
+def _dense_start(config: TrainConfig) -> dict[str, Tensor]:
+    """The tensors of the dense network that `config.start_from` names."""
+    assert config.start_from is not None
+    path = Path(config.start_from)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if path.parent.resolve() == Path(config.out).resolve():
+        raise InputError(f"--start-from {config.start_from} is the run folder itself; choose another --out.")
+    payload = read_checkpoint(path)
+    if "config" not in payload["extra"]:
+        raise CheckpointError(f"'{path}' was not written by `prunetrain train`; --start-from needs one that was.")
+    trained = json.loads(payload["extra"]["config"])
+    if trained["model"] != config.model:
+        raise CheckpointError(
+            f"--start-from {config.start_from} is a {trained['model']}, not a {config.model}; give the same --model."
+        )
+    if not trained["dense"] or payload["stand_ins"]:
+        raise CheckpointError(
+            f"--start-from {config.start_from} was pruned while it trained; give a run trained with --dense."
+        )
+    if payload["extra"]["epoch"] < trained["epochs"] + trained["fine_tune_epochs"]:
+        raise CheckpointError(
+            f"--start-from {config.start_from} is unfinished, {payload['extra']['epoch']} of {trained['epochs']} "
+            "epochs; finish it first with --resume."
+        )
+    state: dict[str, Tensor] = payload["model"]
+    return state
 
 
 def _load_data(config: TrainConfig, device: torch.device) -> ImageData:

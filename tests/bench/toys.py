@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from bench import kernels
+from bench.suites import kernels
 from prunetrain_kernels.ops.launch import launch, tl, triton
 
 

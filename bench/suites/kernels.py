@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,10 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.files import write_atomically
 from prunetrain_kernels.ops import launch
 
+if TYPE_CHECKING:
+    from bench.harness import Session
+
+ARCHITECTURES, QUICK_ARCHITECTURES = (70, 80, 90), (80,)
 KNOWN_ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 
 
@@ -449,3 +453,43 @@ def table(rows: Sequence[Row]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def command(chosen: Sequence[int], out: Path, only: str = "") -> int:
+    """Reports every case whose name holds `only`, writes them to `out`; returns 1 if a kernel breaks a promise.
+
+    Raises:
+        InputError: this process cannot compile, or no case has that name.
+    """
+    with offline(chosen[0]):  # says at once if this process cannot compile
+        pass
+    from bench.suites.kernel_cases import cases, reuse
+
+    some = [case for case in cases() if only in case.name]
+    if not some:
+        raise InputError(f"no case's name holds {only!r}; leave --only out to see them all")
+    rows: list[Row] = []
+    found: list[str] = []
+    for arch in chosen:
+        result = report(some, arch)
+        rows += result.rows
+        found += result.faults
+        if not only:
+            found += reuse_faults(reuse(), arch)
+    write_csv(out, rows)
+    print(table(rows))
+    print(f"\n{len(rows)} kernels of {len(some)} cases; with all columns in {out}")
+    for fault in found:
+        print(f"FAULT: {fault}")
+    if not found and not only:
+        print("No spills, stack, atomics or fp64; vector widths as promised; changed shapes compile nothing new.")
+    return 1 if found else 0
+
+
+def run(session: "Session") -> None:
+    """The suite: all three architectures into results/offline/kernels.csv; quick: one, beside the other results."""
+    folder = session.folder.parent / "offline" if not session.quick else session.folder
+    chosen = QUICK_ARCHITECTURES if session.quick else ARCHITECTURES
+    name = "kernels-quick.csv" if session.quick else "kernels.csv"
+    if command(chosen, folder / name, session.only):
+        session.refused.append("kernels: a kernel breaks a promise, see FAULT above")

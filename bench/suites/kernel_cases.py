@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.kernels import Case, Promise, Reuse
+from bench.suites.kernels import Case, Promise, Reuse
 from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
 from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_gather, channel_scatter, channel_scatter_add
 from prunetrain_kernels.ops.group_lasso import Groups, add_group_lasso_gradient_, group_lasso, slice_statistics

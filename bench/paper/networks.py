@@ -1,0 +1,118 @@
+"""What a run's last checkpoint says of the network: FLOPs under channel gating, density of channels and weights."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunetrain_kernels.cost import Flops, count_flops, count_flops_by_layer
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph import trace_channels
+from prunetrain_kernels.models import build
+from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint
+from prunetrain_kernels.train.run_log import Run
+
+CIFAR_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Density:
+    """Of one convolution, as shares of the dense one: `channels` input times output channels that remain, `weights`
+    those that remain and are not near zero."""
+
+    layer: str
+    channels: float
+    weights: float
+
+
+def final_network(run: Run) -> tuple[nn.Module, nn.Module, tuple[Tensor, ...]]:
+    """The network as it was built, the one in the run's checkpoint, and an example image for both.
+
+    Raises:
+        InputError: the checkpoint is missing or damaged, or does not fit the run's options.
+    """
+    path = run.directory / "checkpoint.pt"
+    tensors = read_checkpoint(path)["model"]
+    first = next(tensor for tensor in tensors.values() if tensor.ndim == 4)
+    last = [tensor for tensor in tensors.values() if tensor.ndim == 2][-1]  # its outputs are never pruned
+    shape = first.shape[1], *_image_size(run.config)
+    dense, final = (build(run.config["model"], last.shape[0], in_channels=shape[0]) for _ in range(2))
+    load_pruned(path, final)
+    example = (torch.zeros(1, *shape),)
+    recorded = (run.summary or {}).get("inference_flops")
+    counted = count_flops(final, example).inference
+    if recorded is not None and recorded != counted:
+        raise InputError(
+            f"{path} is of a network with {counted} FLOPs per inference, and summary.json beside it says {recorded}; "
+            "train it anew with --overwrite."
+        )
+    return dense, final, example
+
+
+def _image_size(config: dict[str, Any]) -> tuple[int, int]:
+    side = config.get("crop") or config.get("image_size")
+    if side:
+        return side, side
+    synthetic = re.fullmatch(r"synthetic:\d+(?:x\d+)?x(\d+)x(\d+)", str(config.get("data")))
+    return (int(synthetic[1]), int(synthetic[2])) if synthetic else (CIFAR_SIDE, CIFAR_SIDE)
+
+
+def gating_flops(
+    model: nn.Module, example_inputs: tuple[Tensor, ...], threshold: float, relative: bool = False
+) -> Flops:
+    """FLOPs per image if each layer of `model` computed only its own live channels (design section 4, paper Fig. 6).
+
+    `model` is what channel union leaves. The spaces stay so; of each layer only the channels whose slices are not
+    sparse are computed, so its FLOPs shrink to live_in * live_out / (in * out). The network's own inputs and outputs
+    count as live. Selecting and scattering channels costs no FLOPs.
+
+    Args:
+        model: a network that `trace_channels` can follow, in its shape after the last reconfiguration.
+        example_inputs: the model's positional arguments.
+        threshold, relative: what sparse is, as for `ChannelGraph.keep`.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    graph = trace_channels(model, example_inputs)
+    sparse = graph.keep(model, threshold, relative).sparse
+    union = count_flops(model, example_inputs)
+    saved_inference = saved_training = 0.0
+    for name, flops in count_flops_by_layer(model, example_inputs).items():
+        if name not in graph.layers:
+            continue
+        source, target = (graph.spaces[i] for i in (graph.layers[name].input, graph.layers[name].output))
+        live_in = 1.0 if source.is_input else 1 - sparse[name].inputs.double().mean().item()
+        live_out = 1.0 if target.is_output else 1 - sparse[name].outputs.double().mean().item()
+        saved = flops * (1 - live_in * live_out)
+        saved_inference += saved
+        # forward, weight gradient, input gradient; nothing needs the gradient of the images
+        saved_training += saved * (2 if source.is_input else 3)
+    return Flops(training=round(union.training - saved_training), inference=round(union.inference - saved_inference))
+
+
+def densities(run: Run) -> list[Density]:
+    """Of every convolution of the dense network, in its order (paper Fig. 12); 0 for removed ones.
+
+    A weight is near zero when it is below the run's threshold in absolute value (with --relative: times the layer's
+    largest weight). Both shares are of the dense layer, so `weights` is at most `channels`, and their quotient is the
+    share of weights inside the remaining channels that matters.
+    """
+    dense, final, _ = final_network(run)
+    threshold, relative = run.config["threshold"], run.config.get("relative", False)
+    remaining = dict(final.named_modules())
+    found = []
+    for name, module in dense.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        weight = getattr(remaining.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 4:
+            found.append(Density(name, 0.0, 0.0))
+            continue
+        size = weight.detach().abs()
+        limit = threshold * float(size.max()) if relative else threshold
+        total = module.weight.numel()
+        found.append(Density(name, weight.numel() / total, int((size >= limit).sum()) / total))
+    return found

@@ -1,0 +1,67 @@
+"""What the fused operators are built to reach, and whether this run did."""
+
+from dataclasses import dataclass
+
+from bench.harness import COMPILED, EAGER, OURS, Session
+from bench.suites.bn import ALL
+from bench.suites.sgd import FUSED, LAYER
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure and its bound: at most `bound` if `at_most`, else at least."""
+
+    name: str
+    value: float | None
+    bound: float
+    at_most: bool
+
+    def __str__(self) -> str:
+        sign = "<=" if self.at_most else ">="
+        if self.value is None:
+            return f"{self.name:<58} {'-':>7}  {sign} {self.bound:<5} not measured"
+        met = self.value <= self.bound if self.at_most else self.value >= self.bound
+        result = "met" if met else f"missed by {abs(self.value / self.bound - 1):.1%}"
+        return f"{self.name:<58} {self.value:>7.3f}  {sign} {self.bound:<5} {result}"
+
+
+def targets(session: Session) -> list[Target]:
+    """Every target with what this run measured."""
+
+    def ratio(above: float | None, below: float | None) -> float | None:
+        return above / below if above is not None and below else None
+
+    def both(provider: str) -> float | None:
+        forward, backward = (session.p50.get((ALL, provider, d)) for d in ("forward", "backward"))
+        return forward + backward if forward is not None and backward is not None else None
+
+    p50 = session.p50.get
+    sgd, lasso = p50((LAYER, OURS, "SGD")), p50((LAYER, OURS, "SGD+lasso"))
+    torch_fused = p50((LAYER, FUSED, "SGD"))
+    floor = p50(("floor", "model", "SGD"))
+    ours = both(OURS)
+    moved = p50(("bytes", "model", "both"))
+    achieved = moved / ours / 1e3 / session.roof.gb_s if moved and ours else None
+    return [
+        Target("SGD + lasso / our SGD alone, time", ratio(lasso, sgd), 1.05, True),
+        Target("SGD + lasso / bandwidth floor (20 bytes a parameter), time", ratio(lasso, floor), 1.25, True),
+        Target("our SGD / torch's fused SGD, time", ratio(sgd, torch_fused), 1.05, True),
+        Target("SGD + lasso / torch's fused SGD alone, time", ratio(lasso, torch_fused), 1.05, True),
+        Target("BN (+ add) (+ ReLU) all layers / copy bandwidth", achieved, 0.90, False),
+        Target("BN (+ add) (+ ReLU) all layers, eager / ours, time", ratio(both(EAGER), ours), 1.3, False),
+        Target("BN (+ add) (+ ReLU) all layers, compile / ours, time", ratio(both(COMPILED), ours), 1.0, False),
+    ]
+
+
+def verdict(session: Session) -> str:
+    """The targets as a table, where anything was measured for them, and what was refused."""
+    found = targets(session)
+    lines = []
+    if any(target.value is not None for target in found):
+        lines += [f"{'target':<58} {'value':>7}  bound    verdict", *map(str, found)]
+        if session.device.type == "cpu":
+            lines.append("Targets are for GPUs. On a CPU these figures compare references and show that suites work.")
+    if session.quick:
+        lines.append("--quick: tiny shapes, which say nothing about speed.")
+    lines += [f"REFUSED {what}" for what in session.refused]
+    return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""Fig. 8: accuracy against inference FLOPs, training FLOPs and batch norm's memory traffic (section 5.2)."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plots import common, paper
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+FILES = ("fig8.csv",)
+METHODS = {"prunetrain": "PruneTrain", "ssl": "SSL", "dense": "dense"}
+PANELS = (
+    ("inference_mflops", "inference, MFLOPs per image"),
+    ("train_tflops", "whole training, TFLOPs"),
+    ("bn_gb", "whole training, BN traffic, GB"),
+)
+
+
+def figures(folder: Path) -> list[common.Drawing]:
+    numbers = (
+        *common.RUN_NUMBERS, "accuracy", "inference_mflops", "train_tflops", "train_flops_ratio", "bn_gb",
+        "bn_bytes_ratio",
+    )  # fmt: skip
+    rows = common.read(folder / FILES[0], common.RUN_TEXTS, numbers)
+    return [common.Drawing(f"fig8-{folder.name}", draw(rows))]
+
+
+def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
+    """A row of three panels per data set; networks by colour, methods by marker, the paper's dense one a triangle.
+
+    rows: columns of a run, and accuracy (%), inference_mflops (per image), train_tflops and bn_gb (whole run). SSL has
+    no place in the training panels: it first trains the dense network.
+    """
+    from matplotlib.lines import Line2D
+
+    rows = rows[rows["method"].isin(METHODS)].dropna(subset=["accuracy"])
+    if rows.empty:
+        return None
+    networks = sorted(rows["network"].unique())
+    looks = common.looks(networks)
+    datasets = list(dict.fromkeys(rows["dataset"]))
+    figure = common.new_figure(2.5 * len(datasets) + 0.35)
+    grid = figure.subplots(len(datasets), 3, squeeze=False, sharey="row")
+    marked = False
+    for axes, dataset in zip(grid, datasets, strict=True):
+        for ax, (column, name) in zip(axes, PANELS, strict=True):
+            for network in networks:
+                own = rows[(rows["dataset"] == dataset) & (rows["network"] == network)]
+                _draw_network(ax, own, column, looks[network])
+                marked |= _mark_paper(ax, own, column, looks[network])
+            ax.set_xlabel(name)
+            ax.grid()
+            ax.margins(0.08)
+            ax.set_xlim(0, 1.08 * max(max(map(max, (line.get_xdata() for line in ax.get_lines())), default=0), 1e-9))
+        axes[0].set_ylabel("validation accuracy, %")
+        axes[0].set_title(common.dataset_name(dataset))
+    handles = [
+        Line2D([], [], color=look["color"], linewidth=4, label=common.network_name(n)) for n, look in looks.items()
+    ]
+    handles += [
+        Line2D([], [], color="black", marker=MARKS[method]["marker"], linestyle=MARKS[method]["linestyle"],
+               markerfacecolor="white" if method == "ssl" else "black", markersize=5, linewidth=1, label=name)
+        for method, name in METHODS.items() if method in set(rows["method"])
+    ]  # fmt: skip
+    if marked:
+        handles.append(Line2D([], [], **PAPER_MARK, label="paper, Tab. 1"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=6, handlelength=2.2, columnspacing=1.2)
+    return common.finish(
+        figure,
+        f"Accuracy against cost by penalty ratio, {common.subject(rows)}, as the paper's Fig. 8; "
+        f"{_ratios(rows)}; triangles are the dense networks. SSL starts from the trained dense network: its training "
+        f"costs more than dense training, and is not shown.{_seeds(rows)}{_ends(rows)} {_paper_says(rows, marked)}"
+        f"{common.training_note(rows)}",
+    )
+
+
+MARKS: dict[str, dict[str, Any]] = {
+    "prunetrain": {"marker": "o", "linestyle": "-"},
+    "ssl": {"marker": "s", "linestyle": (0, (3, 1.5))},
+    "dense": {"marker": "^", "linestyle": ""},
+}
+PAPER_MARK: dict[str, Any] = {
+    "color": common.GREY, "marker": "D", "linestyle": "", "markerfacecolor": "none", "markersize": 6,
+}  # fmt: skip
+
+
+def _draw_network(ax: "Axes", rows: "pd.DataFrame", column: str, look: dict[str, Any]) -> None:
+    for method, marks in MARKS.items():
+        own = rows[rows["method"] == method].dropna(subset=[column])
+        if own.empty or (method == "ssl" and column != "inference_mflops"):
+            continue
+        means = own.groupby("ratio", dropna=False)[[column, "accuracy"]].mean().sort_index()
+        if len(own) > len(means):  # several seeds: each beside their mean
+            ax.plot(own[column], own["accuracy"], ".", color=look["color"], markersize=3, alpha=0.6)
+        ax.plot(
+            means[column],
+            means["accuracy"],
+            color=look["color"],
+            markersize=7 if method == "dense" else 4.5,
+            markerfacecolor="white" if method == "ssl" else look["color"],
+            linewidth=1.2,
+            **marks,
+        )
+
+
+def _mark_paper(ax: "Axes", rows: "pd.DataFrame", column: str, look: dict[str, Any]) -> bool:
+    """Tab. 1's point, at the paper's share of this dense network's FLOPs: only where the setting is the paper's."""
+    dense = rows.loc[rows["method"] == "dense", column].mean()
+    key = (str(rows["dataset"].iloc[0]), str(rows["network"].iloc[0])) if len(rows) else ("", "")
+    found = paper.outcome(*key)
+    if found is None or math.isnan(dense) or "small" in set(rows["scale"]) or column == "bn_gb":
+        return False
+    share = found.inference_flops if column == "inference_mflops" else found.train_flops
+    mark = {**PAPER_MARK, "markeredgecolor": look["color"]}
+    ax.plot(share * dense, paper.accuracy(*key), **mark)
+    return True
+
+
+def _ratios(rows: "pd.DataFrame") -> str:
+    ratios = sorted(rows["ratio"].dropna().unique())
+    return f"ratios {common.listed([f'{ratio:g}' for ratio in ratios])}" if ratios else "no pruned runs yet"
+
+
+def _seeds(rows: "pd.DataFrame") -> str:
+    count = rows["seed"].nunique()
+    return f" Means of up to {count} seeds, small dots single runs." if count > 1 else ""
+
+
+def _ends(rows: "pd.DataFrame") -> str:
+    """The cheapest PruneTrain run of each network, in words."""
+    texts = []
+    for (network, dataset), own in rows[rows["method"] == "prunetrain"].groupby(["network", "dataset"], sort=False):
+        row = own.loc[own["train_flops_ratio"].idxmin()] if own["train_flops_ratio"].notna().any() else None
+        if row is not None:
+            texts.append(
+                f"{common.network_name(network)} on {common.dataset_name(dataset)} at ratio {row['ratio']:g}: training "
+                f"FLOPs {common.percent(row['train_flops_ratio'])}, BN bytes {common.percent(row['bn_bytes_ratio'])} "
+                f"of dense, accuracy {row['accuracy']:.1f} %"
+            )
+    return f" Cheapest: {'; '.join(texts)}." if texts else ""
+
+
+def _paper_says(rows: "pd.DataFrame", marked: bool) -> str:
+    text = ""
+    if marked:
+        text += "Paper's points: Tab. 1's shares of FLOPs, of this dense network's; accuracy as in Tab. 1. "
+    keys = set(rows[["dataset", "network"]].itertuples(index=False, name=None))
+    if "small" in set(rows["scale"]):
+        known = [
+            f"{common.network_name(network)}: {common.percent(row.inference_flops)} of the inference FLOPs, "
+            f"{common.percent(row.train_flops)} of the training FLOPs, {row.accuracy_delta:+.1f} points"
+            for (dataset, network), row in paper.TAB1.items()
+            if (dataset, network) in keys
+        ]
+        known = known or ["ResNet-32 on CIFAR-10: 34 % of the inference FLOPs, 47 % of the training FLOPs, -1.8 points"]
+        text += f"The paper at full scale (Tab. 1), {'; '.join(known)}. "
+    if ("cifar10", "resnet50") in keys:
+        text += (
+            f"The paper's ResNet-50 is most accurate around {paper.BEST_MFLOPS:.0f} MFLOPs, of "
+            f"{paper.DENSE_MFLOPS:.0f} dense (section 5.2). "
+        )
+    return text

@@ -8,9 +8,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.suites import SUITES
 from prunetrain_kernels.errors import InputError, PruneTrainError
+
+if TYPE_CHECKING:
+    from bench.roof import Roof
 
 KERNELS_CSV = Path("bench/results/offline/kernels.csv")
 
@@ -149,7 +153,8 @@ def _roof(options: argparse.Namespace) -> int:
     session = harness.open_session(
         harness.Settings(device=options.device, quick=options.quick, out=options.out, profile="dense")
     )
-    found = [{"layer": "copy", "provider": "torch", "direction": "forward", "dtype": "fp32", "mode": "model"}]
+    copy = {"layer": "copy", "provider": "torch", "direction": "forward", "dtype": "fp32", "mode": "model"}
+    found: list[dict[str, object]] = [{**copy, "mask_profile": "dense"}]
     for dtype, rate in session.roof.tflop_s.items():
         found.append({**found[0], "layer": "matmul", "dtype": dtype, "peak_tflop_s": rate})
     session.write("roof", found)
@@ -158,11 +163,8 @@ def _roof(options: argparse.Namespace) -> int:
     return 0
 
 
-def roof_line(roof: "object") -> str:
-    """A Roof in words."""
-    from bench.roof import Roof
-
-    assert isinstance(roof, Roof)
+def roof_line(roof: "Roof") -> str:
+    """The peaks in words."""
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in roof.tflop_s.items())
     start = f", {roof.launch_us:.2f} us to start an operator" if roof.launch_us is not None else ""
     return f"{roof.gb_s:.4g} GB/s copied, {rates} TFLOP/s multiplied{start}"

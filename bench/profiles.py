@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunetrain_kernels.cost.dry_run import dry_run
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import ChannelGraph, trace_channels
 from prunetrain_kernels.models import MODELS, build
@@ -290,11 +291,8 @@ def conv_shapes(model: nn.Module, image: int, in_channels: int = 3) -> list[Conv
 
     handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     try:
-        with torch.no_grad():
-            state = {
-                n: torch.empty_like(t, device="meta") for n, t in [*model.named_parameters(), *model.named_buffers()]
-            }
-            torch.func.functional_call(model, state, (torch.zeros(2, in_channels, image, image, device="meta"),))
+        image_like = torch.zeros(1, in_channels, image, image, device=next(model.parameters()).device)
+        dry_run(lambda run: run.forward(), model, (image_like,), batch=2, training=model.training)
     finally:
         for handle in handles:
             handle.remove()

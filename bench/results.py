@@ -190,26 +190,32 @@ def _communication(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
 
 def _batch_norm(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
     """The sums over all layers, and the bytes by model and by counters; single layers are in the figure and the CSV."""
-    from bench.suites.bn import ALL
+    from bench.suites.bn import ALL, PAPER_SAVINGS
 
-    head = [
-        "layers",
-        "direction",
-        "channels",
-        "provider",
-        "bytes by model",
-        "bytes counted",
-        "time",
-        "of roof",
-        "V100 projection",
-    ]
+    head = ["layers", "direction", "channels", "provider", "bytes by model", "saved", "paper saved", "bytes counted",
+            "time", "time of dense", "of roof", "V100 projection"]  # fmt: skip
     chosen = table[(table["layer"] == ALL) | (table["mode"] == "model")]
-    lines = [
-        [row["layer"], row["direction"], row["mask_profile"], row["provider"], f"{row['model_bytes'] / 1e9:.3f} GB",
-         f"{row['counted_bytes'] / 1e9:.3f} GB" if math.isfinite(row["counted_bytes"]) else "", _time(row["p50_us"]),
-         _number(row["ratio_to_roof"], ".0%"), _time(row["v100_projection_us"])]
+    dense = {
+        (row["layer"], row["direction"], row["provider"], row["n"]): row["model_bytes"]
         for row in chosen.to_dict("records")
-    ]  # fmt: skip
+        if row["mask_profile"] == "dense"
+    }
+    paper = {f"paper:{ratio} (synthetic)": saved for ratio, saved in PAPER_SAVINGS.items()}
+    lines = []
+    for row in chosen.to_dict("records"):
+        before = dense.get((row["layer"], row["direction"], row["provider"], row["n"]), math.nan)
+        of_model = row["provider"] == "model" and row["mask_profile"] != "dense"
+        lines.append(
+            [
+                row["layer"], row["direction"], row["mask_profile"], row["provider"],
+                f"{row['model_bytes'] / 1e9:.3f} GB",
+                _number(1 - row["model_bytes"] / before, ".0%") if of_model else "",
+                _number(paper.get(row["mask_profile"], math.nan), ".0%") if of_model else "",
+                f"{row['counted_bytes'] / 1e9:.3f} GB" if math.isfinite(row["counted_bytes"]) else "",
+                _time(row["p50_us"]), _number(row["time_ratio"], ".0%"), _number(row["ratio_to_roof"], ".0%"),
+                _time(row["v100_projection_us"]),
+            ]
+        )  # fmt: skip
     return _without_empty_columns(head, lines)
 
 

@@ -125,7 +125,7 @@ def run(session: Session) -> None:
 def savings(session: Session) -> None:
     """Bytes of all batch norms in a training step, by model: the three paper profiles, and the session's."""
     chosen = {f"paper:{ratio}": saved for ratio, saved in PAPER_SAVINGS.items()}
-    found = []
+    found: list[dict[str, Any]] = []
     everything: list[tuple[profiles.Profile, float | None]] = [(profiles.parse(n), s) for n, s in chosen.items()]
     if session.profile.label not in {profile.label for profile, _ in everything}:
         everything.append((session.profile, None))

@@ -192,9 +192,17 @@ def settle(model: nn.Module, images: Tensor) -> None:
         m.momentum = momentum
 
 
+class _Tracer(fx.Tracer):
+    """Leaves closed what stands in place of a removed branch, too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not list(m.children())
+
+
 def folded(model: nn.Module) -> nn.Module:
     """A copy of a model in evaluation mode, its batch norms inside the convolutions that they follow."""
-    program = fx.symbolic_trace(copy.deepcopy(model).eval())
+    model = copy.deepcopy(model).eval()
+    program = fx.GraphModule(model, _Tracer().trace(model))
     modules = dict(program.named_modules())
     for node in list(program.graph.nodes):
         if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:

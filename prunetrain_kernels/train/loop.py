@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,12 @@ from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint, save_pruned
 from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig
 from prunetrain_kernels.train.mini_batch import MiniBatch
-from prunetrain_kernels.train.prunetrain import PruneReport, PruneTrain
+from prunetrain_kernels.train.prunetrain import (
+    SAFE_CHANNELS,
+    PruneReport,
+    PruneTrain,
+    unsafe_in_channels_last,
+)
 from prunetrain_kernels.train.run_log import RunLog
 
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
@@ -159,6 +165,7 @@ class _Run:
         self.log = RunLog(self.folder)
         self.data = _load_data(config, self.device)
         self.model = _build_model(config, self.data).to(self.device)
+        self.channels_last = config.channels_last
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = _optimizer_class(config)(
@@ -255,6 +262,7 @@ class _Run:
         self.log.load_state_dict(extra["log"])
         self.totals = _Totals(**extra["totals"])
         self.epoch = extra["epoch"]
+        self._leave_unsafe_layout()
         self.costs = self._measure()
         # last: nothing may draw between here and the next step
         torch.set_rng_state(extra["rng"])
@@ -284,6 +292,17 @@ class _Run:
                 loss = F.cross_entropy(self.model(images), labels)
             self.prunetrain.set_coefficient(loss, self.prunetrain.lasso.penalty())
         self.model.load_state_dict(start)
+
+    def _leave_unsafe_layout(self) -> None:
+        """Goes on in contiguous format where a CPU's channels_last would corrupt memory."""
+        unsafe = unsafe_in_channels_last(self.model) if self.channels_last else []
+        if unsafe:
+            self.channels_last = False
+            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            self.say(
+                f"{unsafe[0]} has fewer than {SAFE_CHANNELS} input channels, for which PyTorch's strided 1x1 "
+                "convolution is unsafe in channels_last on a CPU: going on in contiguous format"
+            )
 
     def _measure(self) -> _Costs:
         managed = self.prunetrain.batch
@@ -317,7 +336,7 @@ class _Run:
         images, labels = batch(
             self.data, indices, seed=self.config.seed, epoch=epoch, step=step, device=self.device, train=train
         )
-        if self.config.channels_last:
+        if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels
 
@@ -449,8 +468,11 @@ class _Run:
         """Runs a reconfiguration, with its time, log rows and new costs."""
         self._look(epoch)  # waits for the steps, whose time is none of the reconfiguration's
         start = time.perf_counter()
-        report = act()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*in channels_last writes beyond")  # heeded below
+            report = act()
         assert report is not None
+        self._leave_unsafe_layout()
         done = time.perf_counter()
         self.reconfigure_seconds += done - start
         if report.reconfiguration.changed:

@@ -9,6 +9,7 @@ report = prunetrain.epoch_end()               # every `interval` epochs: reconfi
 
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,26 @@ class PruneReport:
         if done.removed:
             text += f", removed {', '.join(done.removed)}"
         return text + (f", batch {self.batch_before} -> {self.batch}" if self.batch != self.batch_before else "")
+
+
+SAFE_CHANNELS = 8
+
+
+def unsafe_in_channels_last(model: nn.Module) -> list[str]:
+    """Convolutions that corrupt the heap when they are trained in channels_last on a CPU: strided, 1x1, few channels.
+
+    In torch 2.13 (oneDNN, AVX2) the weight gradient of a 1x1 convolution with stride 2 and fewer than 8 input channels
+    writes beyond its memory if input or weight is channels_last. Networks are rarely built so, but pruned to it.
+    """
+    return [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Conv2d)
+        and m.weight.device.type == "cpu"
+        and m.kernel_size == (1, 1)
+        and max(m.stride) > 1
+        and m.in_channels < SAFE_CHANNELS
+    ]
 
 
 class PruneTrain:
@@ -141,6 +162,7 @@ class PruneTrain:
         self.epochs = 0.0
         self.history: list[dict[str, Any]] = []
         self.removed: list[str] = []
+        self._warned_of_layout = False
 
         self.fused: FuseReport | None = fuse_model(model, example_inputs) if fuse else None
         self.graph: ChannelGraph = trace_channels(model, example_inputs)
@@ -254,6 +276,7 @@ class PruneTrain:
                 self.kept[change.name] = (ins[change.kept_in], outs[change.kept_out])
             self.removed += done.removed
             self._look_again()
+            self._warn_of_layout()
         batch_before = self.batch_size
         if self.batch is not None and done.changed:
             self.batch.adjust(self.model, self.graph.example_inputs, self.optimizer, self.scheduler)
@@ -287,6 +310,20 @@ class PruneTrain:
         self.graph = trace_channels(self.model, self.graph.example_inputs)
         self.lasso = GroupLasso(self.model, self.graph.example_inputs, graph=self.graph)
         self.flops = count_flops(self.model, self.graph.example_inputs)
+
+    def _warn_of_layout(self) -> None:
+        """Once, if the CPU's convolutions would corrupt memory in the layout that the model is in."""
+        unsafe = unsafe_in_channels_last(self.model)
+        weights = [m.weight for m in self.model.modules() if isinstance(m, nn.Conv2d)]
+        in_use = any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
+        if unsafe and in_use and not self._warned_of_layout:
+            self._warned_of_layout = True
+            warnings.warn(
+                f"'{unsafe[0]}' is left with fewer than {SAFE_CHANNELS} input channels: on a CPU PyTorch's gradient of "
+                "such a strided 1x1 convolution in channels_last writes beyond its memory; go on in contiguous format: "
+                "model.to(memory_format=torch.contiguous_format), and the images likewise.",
+                stacklevel=3,
+            )
 
     # -- what the logs show ---------------------------------------------------------------------------------------
 

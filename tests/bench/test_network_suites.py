@@ -13,6 +13,8 @@ from bench import profiles, roof, rows, timing
 from bench.harness import EAGER, OURS, Session
 from bench.suites import inference, memory, reconfigure, step
 from prunetrain_kernels.cost import MemoryModel
+from prunetrain_kernels.graph import trace_channels
+from prunetrain_kernels.models import build
 from prunetrain_kernels.optim import SGD
 
 CPU = torch.device("cpu")
@@ -197,6 +199,27 @@ def test_folding_leaves_no_batch_norm_and_the_same_function() -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in program.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())  # a copy was folded
     torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_real_run_with_removed_layers_is_measured(tmp_path: Path) -> None:
+    """A run's channels.csv whose second block has lost its branch."""
+    names = trace_channels(build(TINY, 10), (torch.zeros(2, 3, 16, 16),)).layers
+    model = build(TINY, 10)
+    run = {}
+    for name in names:
+        outputs, inputs = model.get_submodule(name).weight.shape[:2]  # type: ignore[union-attr,index]
+        gone = name.startswith("layer1.1.")
+        run[name] = (0, 0, True) if gone else (inputs, outputs, False)
+    made = session(tmp_path)
+    made.profile = profiles.Profile("a run", TINY, 16, 10, run=run)
+    made.only = TINY
+    inference.run(made)
+    step._measure(made, step.Network(TINY, 16, 10, 16), made.profile, 1, "a run", step.Dense())
+    assert made.refused == []
+    with (tmp_path / "inference.csv").open(newline="") as file:
+        shares = {row["mask_profile"]: float(row["flops_ratio"]) for row in csv.DictReader(file)}
+    assert shares["dense"] == 1
+    assert 0.8 < shares["a run"] < 0.95  # two of 19 layers are gone
 
 
 def test_a_wrong_fold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_two_levels_send_what_each_level_sends() -> None:
     half = [hierarchical_all_reduce_bytes(512, n) / hierarchical_all_reduce_bytes(1024, n) for n in (16, 128, 256)]
     assert half == pytest.approx([0.5] * 3)
     for gpus in (0, 12):
-        with pytest.raises(InputError, match="GPUs|gpus"):
+        with pytest.raises(InputError, match=r"GPUs|gpus"):
             hierarchical_all_reduce_bytes(1024, gpus)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import prunetrain_kernels.files
 import prunetrain_kernels.prune.checkpoint
+import prunetrain_kernels.train.prunetrain
 from prunetrain_kernels.cost import batch_norm_bytes, count_flops, gradient_bytes
 from prunetrain_kernels.data import load
 from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError
@@ -616,6 +617,25 @@ def test_mixed_precision_and_channels_last_train_and_prune(tmp_path: Path, chang
         weight = checkpoint_of(tmp_path / "run")["model"]["a.conv1.weight" if "a.conv1" not in
                  run.summary["removed_layers"] else "stem.weight"]  # fmt: skip
         assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_run_leaves_channels_last_where_a_cpu_would_corrupt_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ResNet's strided 1x1 shortcut left with few input channels: the process used to die of a broken heap."""
+    monkeypatch.setattr(
+        prunetrain_kernels.train.prunetrain, "SAFE_CHANNELS", 12
+    )  # fewer are left here, but not under 8
+    path = tmp_path / "run"
+    few = TrainConfig(
+        out=str(path), model="resnet20", data="synthetic:64x16x16", epochs=2, batch=16, interval=1, penalty_ratio=0.9,
+        threshold=0.97, relative=True, channels_last=True, threads=1, device="cpu",
+    )  # fmt: skip
+    train(few)
+    assert "going on in contiguous format" in capsys.readouterr().out
+    rows = pd.read_csv(path / "channels.csv").query("layer == 'layer2.0.downsample.0' and reconfiguration > 0")
+    assert rows["in_kept"].iloc[0] < 12
+    assert checkpoint_of(path)["model"]["layer1.0.conv1.weight"].is_contiguous()
 
 
 @pytest.mark.parametrize("changes", [{"channels_last": True}, {"fuse": True}, {"fuse": True, "proximal": True}])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from prunetrain_kernels.cost import count_flops
 from prunetrain_kernels.errors import CheckpointError, InputError, TraceError
+from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import BatchNormAct2d
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train.mini_batch import MiniBatch
-from prunetrain_kernels.train.prunetrain import PruneTrain
+from prunetrain_kernels.train.prunetrain import PruneTrain, unsafe_in_channels_last
 
 
 class Block(nn.Module):
@@ -644,3 +646,31 @@ def test_a_proximal_optimizer_prunes_and_is_saved(tmp_path: Path) -> None:
             p.regularize(F.cross_entropy(m(images(step)[0]), images(step)[1])).backward()
             o.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def shortcut_of_few_channels(channels: int) -> tuple[nn.Module, PruneTrain]:
+    """ResNet-20 in channels_last whose second stage reads `channels` channels after a reconfiguration."""
+    torch.manual_seed(0)
+    model = build("resnet20", 10).to(memory_format=torch.channels_last)
+    example = (torch.zeros(2, 3, 16, 16).contiguous(memory_format=torch.channels_last),)
+    prunetrain = PruneTrain(model, torch.optim.SGD(model.parameters(), 0.1), example)
+    with torch.no_grad():
+        for layer in prunetrain.graph.layers.values():
+            weight = model.get_submodule(layer.name).weight
+            for dim, space in ((0, layer.output), (1, layer.input)):
+                if "layer2.0.downsample.0" in prunetrain.graph.spaces[space].consumers:
+                    weight.narrow(dim, channels, weight.shape[dim] - channels).zero_()
+    return model, prunetrain
+
+
+def test_a_layout_that_corrupts_memory_on_a_cpu_is_named_once() -> None:
+    model, prunetrain = shortcut_of_few_channels(7)
+    with pytest.warns(UserWarning, match=r"'layer2.0.downsample.0' is left with fewer than 8 .* go on in contiguous"):
+        prunetrain.reconfigure()
+    assert unsafe_in_channels_last(model) == ["layer2.0.downsample.0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prunetrain.reconfigure()
+        model, prunetrain = shortcut_of_few_channels(8)
+        prunetrain.reconfigure()  # eight are enough
+    assert unsafe_in_channels_last(model) == []

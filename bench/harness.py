@@ -192,7 +192,9 @@ def measure(
         print(f"  REFUSED {session.refused[-1]}: {checks[name]}, {baseline}: {checks[baseline]}")
     if not passed:
         return {}
-    milliseconds, rounds = (2.0, 2) if session.quick else (300.0 if large else 15.0, 3)
+    milliseconds, rounds = (300.0 if large else 15.0, 3)
+    if session.quick:
+        milliseconds, rounds = (2.0, 1 if large else 2)
     runs = {name: provider.run for name, provider in passed.items()}
     timings = timing.side_by_side(runs, session.device, milliseconds, rounds, one_pool=large)
     more = dict(columns or {})

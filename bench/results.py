@@ -267,6 +267,9 @@ def _trainings(folder: Path, beside: Path) -> Iterable[str]:
         pages = [path for path in pages if path.exists()]
         if pages:
             yield f"## Trainings, {scale} scale\n"
+            note = folder / scale / "NOTE.md"  # what a person has to say about the committed runs
+            if note.exists():
+                yield note.read_text(encoding="utf-8")
         for path in pages:
             text = path.read_text(encoding="utf-8").strip()
             yield "\n".join(f"##{line}" if line.startswith("#") else line for line in text.split("\n")) + "\n"
@@ -284,9 +287,10 @@ def _kernels(path: Path) -> Iterable[str]:
     yield f"{len(table)} kernels for {', '.join(f'sm_{a}' for a in sorted(set(table['arch'])))}; no GPU was needed.\n"
     lines = []
     for arch, group in table.groupby("arch"):
-        lines.append([f"sm_{arch}", str(len(group)), f"{group['registers'].median():.0f}", str(group["registers"].max()),
-                      str(group["shared"].max()), str(int(group["spill_stores"].sum() + group["spill_loads"].sum())),
-                      str(int(group["atomics"].sum())), str(int(group["fp64"].sum()))])  # fmt: skip
+        spilled = int(group["spill_stores"].sum() + group["spill_loads"].sum())
+        lines.append([f"sm_{arch}", f"{len(group)}", f"{group['registers'].median():.0f}",
+                      f"{group['registers'].max()}", f"{group['shared'].max()}", f"{spilled}",
+                      f"{group['atomics'].sum()}", f"{group['fp64'].sum()}"])  # fmt: skip
     head = [
         "",
         "kernels",

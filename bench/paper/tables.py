@@ -383,16 +383,16 @@ def _caption(found: Found) -> list[str]:
         error = 100 * math.sqrt(0.25 / small["limit_val"])
         sides = sorted({result.run.config.get("image_size") or CIFAR_SIDE for result in results})
         pixels = " or ".join(f"{side} x {side}" for side in sides)
+        vgg = " (VGG: 32 x 32 pixels and the fewer epochs)" if len(epochs) > 1 else ""
         lines.append(
             f"Small scale: {found.experiment.differs}. {small['limit_train']:,} training and {small['limit_val']:,} "
             f"validation images of {pixels} pixels, {' or '.join(map(str, epochs))} epochs, {' or '.join(steps)} steps "
-            f"of {small['batch']} images (VGG: 32 x 32 pixels and the fewer epochs), threshold {small['threshold']:g}; "
-            "the paper has all 50,000 images of 32 x 32 pixels, 182 epochs, batch 128, threshold 1e-4. It shows that "
-            "every mechanism works and which way the numbers move. It cannot show the paper's accuracies: so few steps "
-            f"leave the networks half trained, a lasso strong enough to prune in them costs points that it does not "
-            f"cost in 71,000, and an accuracy on {small['limit_val']:,} images has a standard error of up to "
-            f"{error:.1f} points. Nor can it show how much the paper's ratio prunes, nor a GPU's times: these are of "
-            "one thread of a CPU that other work shared."
+            f"of {small['batch']} images{vgg}, threshold {small['threshold']:g}; the paper has all 50,000 images of "
+            "32 x 32 pixels, 182 epochs, batch 128, threshold 1e-4. It shows that every mechanism works and which way "
+            "the numbers move. It cannot show the paper's accuracies: so few steps leave the networks half trained, a "
+            "lasso strong enough to prune in them costs points that it does not cost in 71,000, and an accuracy on "
+            f"{small['limit_val']:,} images has a standard error of up to {error:.1f} points. Nor can it show how much "
+            "the paper's ratio prunes, nor a GPU's times: at these sizes a step is mostly the overhead of operators."
         )
     else:
         lines.append(

@@ -50,6 +50,7 @@ from prunetrain_kernels.regularizer import GroupLasso
 NO_LASSO = "eager, no lasso"
 SHARES = (0.8, 0.6, 0.4)
 ROUND_TO = 8
+LARGE = ("imagenet_resnet50", "vgg11")  # slow enough for --quick to leave out their rounded shapes
 BYTES_PER_PARAMETER = 20  # read p, g, b; write p, b (design section 5)
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
 TIMED_LR = 1e-5  # many steps on one batch: weights stay where they are
@@ -87,7 +88,9 @@ def shapes(session: Session, network: Network) -> list[tuple[profiles.Profile, i
     for share in SHARES if not session.quick else SHARES[1:2]:
         uniform = profiles.parse(f"uniform:{share}")
         profile = profiles.for_network(uniform, network.name, network.image, network.classes)
-        found += [(profile, 1)] if session.quick and network.classes == 1000 else [(profile, 1), (profile, ROUND_TO)]
+        found.append((profile, 1))
+        if not (session.quick and network.name in LARGE):
+            found.append((profile, ROUND_TO))
     if (
         not session.quick
         and session.profile.network == network.name

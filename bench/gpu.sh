@@ -13,7 +13,8 @@
 #   t2           the operators' tests on the device (tier T2), bitwise and CUDA-graph tests included
 #   optimizers   200 steps of ResNet-20 against torch.optim.SGD, through two reconfigurations
 #   roof         what the device can do
-#   sgd-lasso-bn fig7-32 step fig7-256 conv gather inference reconfigure memory-comm    suites: python -m bench run ...
+#   sgd-lasso-bn fig7-32 step fig7-256 conv gather inference reconfigure memory-comm step-compile
+#                suites: python -m bench run ...; torch.compile of whole steps comes last, a minute per shape
 #   memcheck racecheck   compute-sanitizer on a few small tests, where that tool is there
 #
 # Everything is written as it goes, a row file is whole at every moment: a visit that is cut off leaves what it has.
@@ -106,13 +107,14 @@ step optimizers 60 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprov
 bench roof 30 roof
 bench sgd-lasso-bn 150 run sgd lasso bn
 bench fig7-32 60 run fig7
-bench step 150 run step
+bench step 120 run step --no-compile
 bench fig7-256 60 run fig7 "${LARGE[@]}"
 bench conv 60 run conv
 bench gather 30 run gather
 bench inference 60 run inference --no-compile
 bench reconfigure 40 run reconfigure
 bench memory-comm 40 run memory comm
+bench step-compile 120 run step --only resnet32 --compile
 
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)
 if [ "$DEVICE" = cuda ] && [ -n "$SANITIZER" ]; then

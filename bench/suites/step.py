@@ -83,21 +83,15 @@ def networks(session: Session) -> list[Network]:
 
 
 def shapes(session: Session, network: Network) -> list[tuple[profiles.Profile, int]]:
-    """Profiles to prune by and what to round to; the dense one first."""
-    found = [(profiles.dense(network.name, network.image, network.classes), 1)]
-    for share in SHARES if not session.quick else SHARES[1:2]:
-        uniform = profiles.parse(f"uniform:{share}")
-        profile = profiles.for_network(uniform, network.name, network.image, network.classes)
-        found.append((profile, 1))
-        if not (session.quick and network.name in LARGE):
-            found.append((profile, ROUND_TO))
-    if (
-        not session.quick
-        and session.profile.network == network.name
-        and session.profile.label not in {p.label for p, _ in found}
-    ):
-        found += [(session.profile, 1), (session.profile, ROUND_TO)]
-    return found
+    """Profiles to prune by and what to round to; the dense one first, then the session's own."""
+    uniform = [profiles.parse(f"uniform:{share}") for share in (SHARES if not session.quick else SHARES[1:2])]
+    chosen = [profiles.for_network(p, network.name, network.image, network.classes) for p in uniform]
+    own = session.profile
+    if not session.quick and own.network == network.name and own.label not in {p.label for p in chosen}:
+        chosen.insert(0, own)
+    rounds = (1,) if session.quick and network.name in LARGE else (1, ROUND_TO)
+    dense = profiles.dense(network.name, network.image, network.classes)
+    return [(dense, 1), *((profile, round_to) for profile in chosen for round_to in rounds)]
 
 
 def run(session: Session) -> None:

@@ -140,7 +140,8 @@ def test_full_runs_take_the_papers_shapes(tmp_path: Path) -> None:
     assert [n.name for n in networks] == ["imagenet_resnet50", "resnet32", "resnet50", "vgg11", "vgg13"]
     labels = [(p.label, r) for p, r in step.shapes(made, networks[0])]
     uniform = [(f"uniform:{share} (synthetic)", r) for share in (0.8, 0.6, 0.4) for r in (1, 8)]
-    assert labels == [("dense", 1), *uniform, ("paper:0.25 (synthetic)", 1), ("paper:0.25 (synthetic)", 8)]
+    own = [("paper:0.25 (synthetic)", 1), ("paper:0.25 (synthetic)", 8)]
+    assert labels == [("dense", 1), *own, *uniform]  # its own first: a long run may be cut off
     assert len(step.shapes(made, networks[1])) == 7
     ratios = [row for _, row in inference.cases(made)[0].pruned]
     assert ratios == ["paper:0.25", "paper:0.2", "paper:0.1"]

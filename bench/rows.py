@@ -3,7 +3,6 @@
 import csv
 import datetime
 import io
-import platform
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.files import write_atomically
+from prunetrain_kernels.machine import processor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,11 +168,7 @@ def device_name(device: torch.device) -> str:
     """The model of a GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    return processor()
 
 
 def results_folder(device: torch.device) -> Path:

@@ -8,8 +8,6 @@ its last checkpoint to the same result.
 import dataclasses
 import json
 import math
-import platform
-import re
 import statistics
 import sys
 import time
@@ -28,6 +26,7 @@ from tqdm import tqdm
 from prunetrain_kernels.cost import batch_norm_bytes, gradient_bytes, step_memory
 from prunetrain_kernels.data import ImageData, batch, epoch_order, load
 from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError
+from prunetrain_kernels.machine import processor
 from prunetrain_kernels.models import build
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint, save_pruned
@@ -631,20 +630,11 @@ def _environment(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
         "device_name": name,
-        "processor": _processor(),
+        "processor": processor(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "threads_used": torch.get_num_threads(),
     }
-
-
-def _processor() -> str:
-    """The CPU's model, as far as the system tells."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _optimizer_class(config: TrainConfig) -> type[torch.optim.SGD]:

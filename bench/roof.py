@@ -1,107 +1,18 @@
-"""What the device reaches when it does nothing but one thing: the roof that every result is compared with.
+"""The device's roof, timed as everything in `bench/` is: in CUDA graphs where there is a GPU."""
 
-Copying gives the bandwidth, multiplying square matrices the arithmetic rate of a dtype, and an operator on one element
-the cost of starting anything at all. A result can be no faster than max(bytes / bandwidth, FLOPs / rate).
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
 from bench.timing import side_by_side
+from prunetrain_kernels.cost.roof import DTYPES, V100, Roof, copy_bandwidth, launch_latency, matmul_rate, measure_roof
 
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
-
-GPU_BYTES, CPU_BYTES = 512 * 2**20, 64 * 2**20
-GPU_SIDE, CPU_SIDE, EMULATED_SIDE = 8192, 768, 192  # a CPU without half-precision instructions takes seconds for more
-STARTS = 100  # one after the other, so that what is measured is the rate of starting, not of waiting
-
-
-@dataclass(frozen=True)
-class Roof:
-    """Peaks of a device: GB/s (1e9) read and written, TFLOP/s by dtype, microseconds to start a kernel or operator."""
-
-    gb_s: float
-    tflop_s: Mapping[str, float]
-    launch_us: float | None = None
-
-    def microseconds(self, size: float, flops: float, dtype: str) -> float | None:
-        """The least time for `size` bytes and `flops` in this dtype; None without a peak for it, or nothing to do."""
-        if not (size or flops) or (flops and dtype not in self.tflop_s):
-            return None
-        return max(size / self.gb_s / 1e3, flops / self.tflop_s[dtype] / 1e6 if flops else 0)
-
-
-# NVIDIA's data sheet for the V100 (SXM2, 16 GB), which the paper used: 900 GB/s, 125 TFLOP/s fp16 with tensor cores,
-# 15.7 TFLOP/s fp32. There is no bf16. What is computed from these is a projection, and is called so everywhere.
-V100 = Roof(900.0, {"fp16": 125.0, "fp32": 15.7})
+__all__ = ["DTYPES", "V100", "Roof", "copy_bandwidth", "launch_latency", "matmul_rate", "measure"]
 
 
 def measure(device: torch.device, quick: bool = False) -> Roof:
     """The device's peaks, from the 20th percentile of the time of a few seconds of work; less of it if quick."""
-    milliseconds = 10.0 if quick else 50.0
-    size = 16 * 2**20 if quick and device.type == "cpu" else None
-    rates = {name: matmul_rate(device, dtype, milliseconds, quick) for name, dtype in DTYPES.items()}
-    return Roof(
-        copy_bandwidth(device, size, milliseconds),
-        {name: rate for name, rate in rates.items() if rate is not None},
-        launch_latency(device, milliseconds),
-    )
-
-
-def copy_bandwidth(device: torch.device, size: int | None = None, milliseconds: float = 50.0) -> float:
-    """GB/s (1e9) of a device-to-device copy of `size` bytes, read and written both counted."""
-    size = size or (GPU_BYTES if device.type == "cuda" else CPU_BYTES)
-    source, target = (torch.ones(size // 4, device=device) for _ in range(2))
-    return 2 * size / _fastest(lambda: target.copy_(source), device, milliseconds) / 1e3
-
-
-def matmul_rate(
-    device: torch.device, dtype: torch.dtype, milliseconds: float = 50.0, quick: bool = False
-) -> float | None:
-    """TFLOP/s of a square matrix product; None for a dtype that the device cannot multiply.
-
-    fp32 on a GPU is measured as convolutions run it by PyTorch's default: in TF32 where there are tensor cores for it.
-    """
-    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    side = GPU_SIDE if device.type == "cuda" else CPU_SIDE if dtype == torch.float32 else EMULATED_SIDE
-    if quick:
-        side //= 2
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    before = torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-        return 2 * side**3 / _fastest(lambda: torch.mm(a, b, out=out), device, milliseconds) / 1e6
-    except RuntimeError:  # a CPU build without this product
-        return None
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def launch_latency(device: torch.device, milliseconds: float = 50.0) -> float:
-    """Microseconds to start one operator on one element from the host, as part of many (eager: no CUDA graph)."""
-    x = torch.zeros(1, device=device)
-
-    def run() -> None:
-        for _ in range(STARTS):
-            x.add_(1)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    if device.type != "cuda":
-        return _fastest(run, device, milliseconds) / STARTS
-    import time
-
-    run()
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[4] * 1e6 / STARTS
+    return measure_roof(device, quick, _fastest)
 
 
 def _fastest(run: Callable[[], object], device: torch.device, milliseconds: float) -> float:

@@ -137,7 +137,17 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="a channel slice whose largest weight is below this is sparse",
     )
     add("--relative", action="store_true", help="the threshold is a share of the layer's largest slice")
-    add("--policy", default="union", help="how layers that share channels agree on them")
+    add(
+        "--policy",
+        default="union",
+        help="how layers that share channels agree on them: union (all keep the same), gating (each convolution "
+        "computes its own live channels only) or auto (per layer, whichever is faster)",
+    )
+    add(
+        "--policy-cost",
+        default="roof",
+        help="how --policy auto finds out: roof (a closed form on this device's measured roof) or measure",
+    )
     add(
         "--round-to",
         type=int,

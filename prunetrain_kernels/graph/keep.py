@@ -3,6 +3,11 @@
 A slice of a weight is *sparse* when its largest absolute value is below the threshold (paper section 4.1). Under the
 union rule a channel of a space is pruned when its slice is sparse in every layer that produces or reads it (section
 4.2, "channel union"): no index is needed anywhere, because all layers on a space keep the same channels.
+
+Under channel gating the spaces are pruned by the same rule, and beyond that each convolution computes only its own live
+channels, which it selects and places by index. "auto" gates the layers for which that is faster, in the form in which
+it is (`gating.py`). Where layers are gated, the channels of a space are put into an order in which the live sets are
+contiguous ranges, as far as that is possible (`order.py`): a range needs no index.
 """
 
 import operator
@@ -14,12 +19,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from prunetrain_kernels.cost.convolution import Form
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.gating import (
+    ALL_LIVE,
+    BATCH,
+    UNION,
+    Choice,
+    ConvolutionCost,
+    batch_norm_behind,
+    choose_form,
+    convolution,
+    cost_of,
+    forms,
+    gateable_sides,
+    live_channels,
+)
+from prunetrain_kernels.graph.order import contiguous_order
 from prunetrain_kernels.graph.rules import POINTWISE_FUNCTIONS, POINTWISE_METHODS, POINTWISE_MODULES
 from prunetrain_kernels.graph.spaces import ChannelGraph, Layer
 from prunetrain_kernels.ops.group_lasso import Groups, slice_statistics
 
-POLICIES = ("union",)
+POLICIES = ("union", "gating", "auto")
 
 # May write the second operand into the first, which must then have its full size; torch.fx records `a += b` as `a + b`.
 OVERWRITING = {
@@ -30,7 +51,8 @@ OVERWRITING = {
 
 @dataclass(frozen=True)
 class SparseSlices:
-    """Sparse slices of one layer: boolean masks over its input channels (C,) and output channels (K,), on the CPU."""
+    """Sparse slices of one layer: boolean masks over the channels of its input space (C,) and output space (K,), on the
+    CPU. A channel that a gated layer does not compute is sparse in it."""
 
     inputs: Tensor
     outputs: Tensor
@@ -68,13 +90,19 @@ class Keep:
 
     Attributes:
         graph: the graph the choice was made in.
-        channels: for each space the kept channels, int64, ascending, on the CPU.
+        channels: for each space the kept channels in their new order, int64, on the CPU; ascending unless layers are
+            gated.
+        live: for each layer the channels of its input and of its output space that it will compute, int64, numbered as
+            now, in their new order; under union all that are kept.
+        choices: for each layer that could be gated, how it will be computed and why.
         sparse: for each layer its sparse slices, which a reconfiguration sets to zero.
         branches: dead branches, which a reconfiguration removes.
     """
 
     graph: ChannelGraph
     channels: tuple[Tensor, ...]
+    live: dict[str, tuple[Tensor, Tensor]]
+    choices: dict[str, Choice]
     sparse: dict[str, SparseSlices]
     branches: tuple[DeadBranch, ...]
     threshold: float
@@ -92,11 +120,20 @@ class Keep:
             f"space {i}: keeps {len(kept)} of {space.size} channels" + (f" ({space.frozen})" if space.frozen else "")
             for i, (space, kept) in enumerate(zip(self.graph.spaces, self.channels, strict=True))
         ]
+        lines += [f"{name}: {choice}" for name, choice in self.choices.items()]
         return "\n".join(lines + [f"branch removed: {', '.join(branch.layers)}" for branch in self.branches])
 
 
 def choose(
-    graph: ChannelGraph, model: nn.Module, *, threshold: float, relative: bool, policy: str, round_to: int
+    graph: ChannelGraph,
+    model: nn.Module,
+    *,
+    threshold: float,
+    relative: bool,
+    policy: str,
+    round_to: int,
+    cost: ConvolutionCost | str | None = None,
+    batch: int = BATCH,
 ) -> Keep:
     """Chooses the kept channels of each space.
 
@@ -105,9 +142,13 @@ def choose(
         threshold: a slice whose largest absolute weight is below this is sparse (paper: 1e-4).
         relative: the threshold is a fraction of the layer's largest slice on that side, for layers whose whole scale
             has drifted towards an absolute one.
-        policy: "union".
+        policy: "union"; "gating": each convolution computes only its own live channels; "auto": those layers do for
+            which it is faster, each in its fastest form.
         round_to: each space keeps extra sparse channels, the largest first, until its count is a multiple of this or
-            the space is whole again. A live channel is never cut.
+            the space is whole again. A live channel is never cut. A gated layer's channels are rounded up likewise.
+        cost: how "auto" finds out: "roof" (also None), a closed form on the device's measured roof; "measure", a short
+            measurement of each form of each layer; or a function that gives the seconds of a `Convolution` in a `Form`.
+        batch: images of the training step whose costs "auto" compares.
 
     A space in which nothing is live keeps its largest channel (before rounding up): a layer needs one.
 
@@ -131,11 +172,29 @@ def choose(
     branches = tuple(_dead_branches(graph, model, {name for name, masks in sparse.items() if masks.all_zero}))
     removed = {name for branch in branches for name in branch.layers}
     largest, live = _per_space(graph, sizes, sparse, removed)
-    channels = tuple(
+    channels = [
         torch.arange(space.size) if space.frozen else _kept(live[i], largest[i], int(round_to))
         for i, space in enumerate(graph.spaces)
-    )
-    return Keep(graph, channels, sparse, branches, threshold, relative, policy, int(round_to))
+    ]
+    gated: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    choices: dict[str, Choice] = {}
+    if policy != "union":
+        chooser = cost_of(cost, model) if policy == "auto" else None
+        gated, choices = _gate(graph, model, sizes, sparse, channels, removed, int(round_to), chooser, batch)
+        _reorder(graph, channels, gated)
+    computed = {
+        layer.name: (
+            _in_order(channels[layer.input], gated.get(layer.name, (None, None))[0]),
+            _in_order(channels[layer.output], gated.get(layer.name, (None, None))[1]),
+        )
+        for layer in graph.layers.values()
+    }
+    return Keep(graph, tuple(channels), computed, choices, sparse, branches, threshold, relative, policy, int(round_to))
+
+
+def _in_order(channels: Tensor, chosen: Tensor | None) -> Tensor:
+    """The chosen channels in the order in which they stand in `channels`; all of them for None."""
+    return channels if chosen is None else channels[torch.isin(channels, chosen)]
 
 
 def _is_number(value: object) -> bool:
@@ -143,7 +202,8 @@ def _is_number(value: object) -> bool:
 
 
 def _slice_sizes(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Largest absolute weight of each input and output slice of each layer, on the CPU."""
+    """Largest absolute weight of each input and output slice of each layer, on the CPU; of a channel that a gated layer
+    does not compute, 0."""
     by_device: dict[torch.device, list[Layer]] = {}
     for layer in graph.layers.values():
         by_device.setdefault(_weight(model, layer).device, []).append(layer)
@@ -154,6 +214,12 @@ def _slice_sizes(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Tenso
         parts = [side.float() for pair in sizes for side in pair]
         flat = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
         result |= {layer.name: (next(flat), next(flat)) for layer in layers}
+    for layer in graph.layers.values():
+        if layer.live_in is not None or layer.live_out is not None:
+            spaces = (graph.spaces[layer.input].size, graph.spaces[layer.output].size)
+            sides = zip(graph.computed(layer.name), result[layer.name], spaces, strict=True)
+            first, second = (torch.zeros(size).index_copy_(0, own, found) for own, found, size in sides)
+            result[layer.name] = (first, second)
     return result
 
 
@@ -197,6 +263,71 @@ def _kept(live: Tensor, largest: Tensor, round_to: int) -> Tensor:
     # Live channels come first whatever their size, then the sparse ones from the largest down; ties by position.
     order = torch.argsort(torch.where(live, torch.inf, largest), descending=True, stable=True)
     return order[:target].sort().values
+
+
+# -- channel gating ----------------------------------------------------------------------------------------------------
+
+
+def _gate(
+    graph: ChannelGraph,
+    model: nn.Module,
+    sizes: dict[str, tuple[Tensor, Tensor]],
+    sparse: dict[str, SparseSlices],
+    channels: list[Tensor],
+    removed: set[str],
+    round_to: int,
+    cost: ConvolutionCost | None,
+    batch: int,
+) -> tuple[dict[str, tuple[Tensor | None, Tensor | None]], dict[str, Choice]]:
+    """The channels that gated layers compute, None for all of a side; and why. Without `cost` all that can be gated."""
+    modules = dict(model.named_modules())
+    gated: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    choices: dict[str, Choice] = {}
+    for layer in graph.layers.values():
+        module = modules[layer.name]
+        sides = gateable_sides(graph, module, layer)
+        if layer.name in removed or not any(sides):
+            continue
+        kept = channels[layer.input], channels[layer.output]
+        masks = sparse[layer.name].inputs, sparse[layer.name].outputs
+        own = [
+            at[_kept(~mask[at], size[at], round_to)] if side else at
+            for side, at, mask, size in zip(sides, kept, masks, sizes[layer.name], strict=True)
+        ]
+        behind = batch_norm_behind(graph, modules, layer.name)
+        places = behind is not None and hasattr(modules[behind], "places_of")
+        counts = (len(kept[0]), len(kept[1])), (len(own[0]), len(own[1]))
+        conv = convolution(graph, modules, layer, *counts, batch, places)
+        weight = _weight(model, layer)
+        if cost is not None:
+            choice = choose_form(conv, list(forms(conv, sides, weight.device, weight.dtype)), cost)
+        elif counts[0] != counts[1]:
+            form = Form(conv.in_live < conv.in_full, conv.out_live < conv.out_full, "")
+            choice = Choice(form, {}, live_channels(conv))
+        else:
+            choice = Choice(UNION, {}, ALL_LIVE)
+        choices[layer.name] = choice
+        if choice.form.gated:
+            gated[layer.name] = (
+                own[0] if choice.form.gates_input else None,
+                own[1] if choice.form.gates_output else None,
+            )
+    return gated, choices
+
+
+def _reorder(
+    graph: ChannelGraph, channels: list[Tensor], gated: dict[str, tuple[Tensor | None, Tensor | None]]
+) -> None:
+    """Puts the kept channels of each space into an order in which the gated layers' live sets are ranges, in place."""
+    sets: dict[int, list[Tensor]] = {}
+    for name, (inputs, outputs) in gated.items():
+        for space, chosen in ((graph.layers[name].input, inputs), (graph.layers[name].output, outputs)):
+            if chosen is not None and not graph.spaces[space].frozen:
+                sets.setdefault(space, []).append(chosen)
+    for space, chosen_sets in sets.items():
+        kept = channels[space]
+        places = [torch.isin(kept, chosen).nonzero().flatten() for chosen in chosen_sets]
+        channels[space] = kept[contiguous_order(places, len(kept))]
 
 
 # -- branches that no longer depend on their input ---------------------------------------------------------------------

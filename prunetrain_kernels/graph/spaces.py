@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from prunetrain_kernels.errors import InputError
 
 if TYPE_CHECKING:
+    from prunetrain_kernels.graph.gating import ConvolutionCost
     from prunetrain_kernels.graph.keep import Keep
 
 
@@ -27,6 +28,9 @@ class Layer:
         input: index of the space it reads.
         output: index of the space it produces.
         block: features per input channel: H*W for a linear layer behind a flatten, else 1.
+        live_in, live_out: of a gated layer, the channels of either space that it computes, int64, in the order of its
+            weight's; None for all.
+        map_in, map_out: height and width of what it read and gave on the example inputs (at its first call).
     """
 
     name: str
@@ -34,6 +38,10 @@ class Layer:
     input: int
     output: int
     block: int = 1
+    live_in: Tensor | None = None
+    live_out: Tensor | None = None
+    map_in: tuple[int, ...] = ()
+    map_out: tuple[int, ...] = ()
 
 
 @dataclass
@@ -109,11 +117,30 @@ class ChannelGraph:
         relative: bool = False,
         policy: str = "union",
         round_to: int = 1,
+        cost: "ConvolutionCost | str | None" = None,
+        batch: int = 128,
     ) -> "Keep":
         """The channels of each space that survive a reconfiguration; see `prunetrain_kernels.graph.keep.choose`."""
         from prunetrain_kernels.graph.keep import choose
 
-        return choose(self, model, threshold=threshold, relative=relative, policy=policy, round_to=round_to)
+        return choose(
+            self,
+            model,
+            threshold=threshold,
+            relative=relative,
+            policy=policy,
+            round_to=round_to,
+            cost=cost,
+            batch=batch,
+        )
+
+    def computed(self, name: str) -> tuple[Tensor, Tensor]:
+        """The channels of a layer's input and output space that it computes, in the order of its weight's."""
+        layer = self.layers[name]
+        return (
+            torch.arange(self.spaces[layer.input].size) if layer.live_in is None else layer.live_in,
+            torch.arange(self.spaces[layer.output].size) if layer.live_out is None else layer.live_out,
+        )
 
     def check(self, model: nn.Module) -> None:
         """Raises InputError where `model` no longer has the shape that was traced."""
@@ -121,7 +148,8 @@ class ChannelGraph:
         for layer in self.layers.values():
             module = modules.get(layer.name)
             weight = getattr(module, "weight", None)
-            expected = (self.spaces[layer.output].size, self.spaces[layer.input].size * layer.block)
+            inputs, outputs = (len(side) for side in self.computed(layer.name))
+            expected = (outputs, inputs * layer.block)
             if not isinstance(weight, Tensor) or tuple(weight.shape[:2]) != expected:
                 raise InputError(
                     f"layer '{layer.name}' does not have the shape that was traced, {expected[0]} x {expected[1]} "

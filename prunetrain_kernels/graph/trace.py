@@ -341,10 +341,22 @@ class Walk:
         value = Channels(self.new_space(channels))
         self.follow_value(node, name, "constant", value)
 
-    def make_layer(self, node: fx.Node, name: str, kind: str, value: Channels, outputs: int) -> bool:
+    def make_layer(
+        self,
+        node: fx.Node,
+        name: str,
+        kind: str,
+        value: Channels,
+        outputs: int,
+        live: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> bool:
+        """A layer from the space of `value` to a new one of `outputs` channels; `live` as in `Layer`."""
         known = self.layers.get(name)
         if known is None:
-            known = self.layers[name] = Layer(name, kind, value.space, self.new_space(outputs), value.block)
+            before, after = (tuple(self.shape(n) or ())[2:] for n in (node.args[0], node))
+            known = self.layers[name] = Layer(
+                name, kind, value.space, self.new_space(outputs), value.block, *live, before, after
+            )
         elif known.block != value.block:
             for space in (known.input, known.output, value.space):
                 self.freeze(Channels(space), f"'{name}' is used with different numbers of features per channel")

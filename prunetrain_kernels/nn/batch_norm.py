@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.rules import batch_norm_rule, expand_sum_and_relu, register_expansion, register_rule
-from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
+from prunetrain_kernels.ops.batch_norm_act import batch_norm_act, batch_norm_act_by_maps
 from prunetrain_kernels.ops.channel_index import ChannelIndex
 
 
@@ -37,6 +37,12 @@ class BatchNormAct2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.relu = relu
 
+    @property
+    def places_of(self) -> nn.Module | None:
+        """The gated convolution whose live channels are this batch norm's input; see `pair`."""
+        found: tuple[nn.Module, ...] = self.__dict__.get("_places_of", ())
+        return found[0] if found else None
+
     def forward(
         self,
         input: Tensor,
@@ -55,7 +61,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
             scatter: `input` has fewer channels than `residual`, and these are their places; see `batch_norm_act`.
 
         Returns:
-            (N, C, H, W), in the layout of `input`; with `scatter`, the channels of `residual`.
+            (N, C, H, W), in the layout of `input`; with `scatter`, the channels of `residual`. Paired with a gated
+            convolution (`places_of`), the module's own channels.
 
         Raises:
             InputError: `scatter` without a residual, or what `batch_norm_act` refuses.
@@ -77,12 +84,17 @@ class BatchNormAct2d(nn.BatchNorm2d):
         bias: Tensor | None = self.bias
 
         apart: Tensor | None = None  # what is added in a pass of its own
+        conv: Any = self.places_of
+        if conv is not None and scatter is not None:
+            raise InputError("this batch norm places a gated convolution's channels already; leave scatter out.")
+        shape = input.shape if conv is None else (input.shape[0], self.num_features, *input.shape[2:])
+
         if residual is not None and scatter is None:
             if torch.promote_types(input.dtype, residual.dtype) != input.dtype:
                 residual, apart = None, residual
-            elif residual.shape == input.shape:
+            elif residual.shape == shape:
                 residual = residual.to(input.dtype)
-            elif residual.shape == (1, input.shape[1], 1, 1):
+            elif residual.shape == (1, shape[1], 1, 1):
                 shift = residual.flatten()
                 bias = shift if bias is None else bias + shift
                 weight = torch.ones_like(bias) if weight is None else weight
@@ -90,19 +102,22 @@ class BatchNormAct2d(nn.BatchNorm2d):
             else:
                 residual, apart = None, residual
 
-        out = batch_norm_act(
-            input,
-            self.running_mean if keeps else None,
-            self.running_var if keeps else None,
-            weight,
-            bias,
-            training=self.training or (self.running_mean is None and self.running_var is None),
-            momentum=momentum,
-            eps=self.eps,
-            residual=residual,
-            relu=relu and apart is None,
-            scatter=scatter,
-        )
+        statistics = (self.running_mean, self.running_var) if keeps else (None, None)
+        options: dict[str, Any] = {
+            "training": self.training or (self.running_mean is None and self.running_var is None),
+            "momentum": momentum,
+            "eps": self.eps,
+            "residual": residual,
+            "relu": relu and apart is None,
+        }
+        if conv is None:
+            out = batch_norm_act(input, *statistics, weight, bias, **options, scatter=scatter)
+        else:
+            maps, moments = conv.maps("output"), conv.take_moments()
+            out = batch_norm_act_by_maps(
+                input, *statistics, weight, bias, **options, index=maps.index, inverse=maps.inverse, first=maps.first,
+                statistics=moments if options["training"] else None,
+            )  # fmt: skip
         if apart is None:
             return out
         out = out + apart
@@ -120,6 +135,16 @@ def _recorded(module: nn.Module, input: fx.Proxy, *options: Any) -> Any:
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), keywords)
 
 
+def _rule(walk: Any, node: fx.Node, name: str, module: BatchNormAct2d) -> bool:
+    """Paired, its input has the live channels of its own space."""
+    if module.places_of is None:
+        return batch_norm_rule(walk, node, name, module)
+    source = node.args[0]
+    if source not in walk.channels or node.kwargs.keys() - {"relu"}:
+        return False
+    return bool(walk.follow_value(node, name, "batch_norm", walk.channels[source]))
+
+
 # For the channel graph a call is a batch norm, a sum and a ReLU, each by itself.
-register_rule(BatchNormAct2d, batch_norm_rule)
+register_rule(BatchNormAct2d, _rule)
 register_expansion(BatchNormAct2d, lambda graph, node, module: expand_sum_and_relu(graph, node, module.relu))

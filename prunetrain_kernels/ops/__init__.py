@@ -9,6 +9,7 @@ from prunetrain_kernels.ops.batch_norm_act import (
     merge_statistics,
 )
 from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_gather, channel_scatter, channel_scatter_add
+from prunetrain_kernels.ops.conv2d import conv2d
 from prunetrain_kernels.ops.group_lasso import (
     Groups,
     add_group_lasso_gradient_,
@@ -33,6 +34,7 @@ __all__ = [
     "channel_gather",
     "channel_scatter",
     "channel_scatter_add",
+    "conv2d",
     "group_lasso",
     "group_soft_threshold_",
     "merge_statistics",

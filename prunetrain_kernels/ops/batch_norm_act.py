@@ -8,9 +8,17 @@ For x (N, C, ...) with n values per channel, r a residual (optional) and act a R
     dx = scale * (g - dbias / n - xhat * dweight / n)          training: mean and var are those of x, var biased
     dx = scale * g                                             eval: they are the running ones
 
-With `inverse`, a map of the residual's channels to x's (-1 = not there), x has fewer channels than r and y:
+With `inverse`, a map of y's channels to x's (-1 = not there), x has L channels, fewer than the C of r and y. There are
+two meanings, told apart by how many parameters and running statistics there are:
 
-    y[:, c] = act( r[:, c] + BN(x)[:, inverse[c]] )          act( r[:, c] ) where inverse[c] is -1
+    of L channels    y[:, c] = act( r[:, c] + BN(x)[:, inverse[c]] )          act( r[:, c] ) where inverse[c] is -1
+    of C channels    y = act( BN(x0) + r ),  x0 = channel_scatter(x)          ("padded")
+
+In the second x counts as zero where it lacks a channel, as it does behind a convolution that computes its live channels
+only. BN(0) is a constant: bias - mean * scale. In training mean and var of such a channel are 0, so that y = act(bias
++ r), dweight = 0 and dbias = sum g; in eval xhat = -mean * rstd. x0 is never written: the kernels take x - mean with x
+read as 0. Where the live channels are one run, [first, first + L), no map is read either, and if neither `first`, L nor
+C (in NCHW: times H*W) is odd to 8, x and dx move by vectors as they do without a map.
 
 x - mean comes first, never x * a + b: activations with mean / std = 1e3 are met in practice.
 
@@ -20,6 +28,9 @@ Bytes, E those of an activation:  forward  training 3E (statistics read x; apply
                                            with residual and ReLU 6E (dr is written too); without ReLU dr is dy itself
 and, where a residual and a ReLU meet, one bit per element of what the ReLU let through: written once, read twice.
 Without a residual that is computed again from x. Eager PyTorch moves 5E + 8E (BN, ReLU), 8E + 8E (BN, add, ReLU).
+Through `inverse` the x and dx among these are those of L channels, the others (y, r, dr, dy) of C; padded too. Only dy
+is read less where it can be: by the pass that writes dx, unless it writes dr as well, and by sums of L channels. With
+`statistics` from the convolution before, x is read once less in forward.
 
 Three launches each way, the second a small one: partial results of one tile of columns and one chunk of rows (see
 `layout`) go to private slots, which are folded in fixed order; the last pass runs in reverse order, to meet what the
@@ -71,9 +82,50 @@ def _stored_as(y: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(y)
 
 
-def _live_channels(inverse: Tensor, live: int) -> Tensor:
-    """The index of which `inverse` is the inverse: (live,), int64."""
+def _spread(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised, as x, which is dense, but for the number of channels. Where x is stored both ways, as with one
+    channel, or none, its strides tell which was meant."""
+    last = is_channels_last(x) and (not x.is_contiguous() or (x.stride(1) == 1 and x.stride(-1) >= min(x.shape[1], 2)))
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d} if last else {}
+    stored = formats.get(x.dim(), torch.contiguous_format)
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=stored)
+
+
+# Where live channels lie, for the reference: a first one, or all of them as int64.
+_Places = int | Tensor
+
+
+def _places(inverse: Tensor, first: int, live: int) -> _Places:
+    if first >= 0:
+        return first
     return inverse.argsort()[len(inverse) - live :]  # the absent channels' -1 come first
+
+
+def _taken(t: Tensor, places: _Places, live: int) -> Tensor:
+    """The live channels of a dense (N, C, ...) or of a (C,)."""
+    dim = min(t.dim() - 1, 1)
+    if isinstance(places, int):
+        return t.narrow(dim, places, live)
+    if t.dim() < 3 or t.is_contiguous() or not is_channels_last(t):
+        return t.index_select(dim, places)
+    last = t.movedim(1, -1)  # as a matrix: index_select is five times slower on the channels_last tensor itself
+    return last.flatten(0, -2).index_select(1, places).unflatten(0, last.shape[:-1]).movedim(-1, 1)
+
+
+def _add_placed(whole: Tensor, t: Tensor, places: _Places) -> Tensor:
+    """whole[:, places] += t, in place."""
+    if isinstance(places, int):
+        whole.narrow(1, places, t.shape[1]).add_(t)
+    else:
+        whole.movedim(1, -1).index_add_(-1, places, t.movedim(1, -1))  # five times quicker so where channels are last
+    return whole
+
+
+def _set_placed(whole: Tensor, t: Tensor | int, places: _Places, live: int) -> Tensor:
+    """whole[places] = t, of values per channel, in place."""
+    whole[slice(places, places + live) if isinstance(places, int) else places] = t
+    return whole
 
 
 def _pack_bits(keep: Tensor) -> Tensor:
@@ -102,44 +154,87 @@ def _normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bia
     return torch.native_batch_norm(wide, weight, bias, mean.to(wide.dtype), var.to(wide.dtype), False, 0.0, eps)[0]
 
 
+def _sum_reference(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    inverse: Tensor | None, eps: float, padded: bool, first: int,
+) -> Tensor:  # fmt: skip
+    """BN(x) [+ residual] in the accumulation dtype, a new tensor."""
+    if inverse is None:
+        y = _normalized(x, mean, var, weight, bias, eps)
+        return y if residual is None else y.add_(residual)
+    dtype, live = accumulator_dtype(x.dtype), x.shape[1]
+    places = _places(inverse, first, live)
+    constant = torch.zeros((), dtype=dtype, device=x.device)
+    if padded:
+        rest = -mean.to(dtype) * (var.to(dtype) + eps).rsqrt_()
+        rest = rest if weight is None else rest * weight
+        rest = rest if bias is None else rest + bias
+        constant = _set_placed(rest.to(dtype), 0, places, live).view(1, -1, *[1] * (x.dim() - 2))
+        mean, var = _taken(mean, places, live), _taken(var, places, live)
+        weight, bias = (None if t is None else _taken(t, places, live) for t in (weight, bias))
+    if residual is None:
+        whole = _spread(x, len(inverse), dtype).copy_(constant)
+    elif padded:
+        whole = torch.add(residual, constant)
+    else:
+        whole = residual.to(dtype, copy=True)
+    return _add_placed(whole, _normalized(x, mean, var, weight, bias, eps), places)
+
+
 def _apply_reference(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    inverse: Tensor | None, eps: float, relu: bool, record: bool,
+    inverse: Tensor | None, eps: float, relu: bool, record: bool, padded: bool, first: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = _normalized(x, mean, var, weight, bias, eps)
-    if residual is not None and inverse is not None:
-        y = residual.to(y.dtype).index_add(1, _live_channels(inverse, x.shape[1]), y)
-    elif residual is not None:
-        y = y.add_(residual)
-    like = x if residual is None else residual
-    y = _stored_as(y, like.to(y.dtype))
+    y = _sum_reference(x, mean, var, weight, bias, residual, inverse, eps, padded, first)
+    out = _apply_outputs(x, residual, inverse, False, False)[0]
+    y = _stored_as(y, out.to(y.dtype))
     mask = _pack_bits((y <= 0).logical_not_()) if relu and record and residual is not None else _nothing(x, torch.uint8)
-    return _stored_as(y.relu_() if relu else y, like), mask
+    return _stored_as(y.relu_() if relu else y, out), mask
 
 
 def _through_act_reference(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    eps: float, relu: bool,
+    inverse: Tensor | None, eps: float, relu: bool, padded: bool, first: int,
 ) -> Tensor:  # fmt: skip
     """dy where the ReLU let its input through, else 0, in the accumulation dtype; may be dy itself."""
     g = dy.to(accumulator_dtype(dy.dtype))
-    if mask is None and not relu:
+    if mask is not None:
+        y = _unpack_bits(mask, dy).to(g.dtype)
+    elif relu:
+        y = _sum_reference(x, mean, var, weight, bias, None, inverse, eps, padded, first)
+    else:
         return g
-    y = _normalized(x, mean, var, weight, bias, eps) if mask is None else _unpack_bits(mask, dy).to(g.dtype)
     return torch.ops.aten.threshold_backward(g, y, 0)  # torch.where is 5 times slower
 
 
 def _native_backward(
     g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, inverse: Tensor | None, eps: float,
-    training: bool, wanted: list[bool],
+    training: bool, wanted: list[bool], padded: bool, first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """PyTorch's (dx, dweight, dbias) from the gradient of BN(x) or, with `inverse`, of the sum that it went into."""
-    if inverse is not None:
-        g = g.index_select(1, _live_channels(inverse, x.shape[1]))
-    if x.numel() == 0:
-        return torch.empty_like(g), g.new_zeros(x.shape[1]), g.new_zeros(x.shape[1])
+    live = x.shape[1]
     mean, var = mean.to(g.dtype), var.to(g.dtype)
     weight = torch.ones_like(mean) if weight is None else weight.to(g.dtype)
+    if inverse is None:
+        return _native_backward_of_live(g, x, mean, var, weight, eps, training, wanted)
+    places = _places(inverse, first, live)
+    of_live = (mean, var, weight)
+    if padded:
+        of_live = (_taken(mean, places, live), _taken(var, places, live), _taken(weight, places, live))
+    g_live = _taken(g, places, live)
+    dx, dweight, dbias = _native_backward_of_live(g_live, x, *of_live, eps, training, wanted)
+    if padded and wanted[1]:
+        sums = g.sum([d for d in range(g.dim()) if d != 1])
+        sums_xhat = -mean * (var + eps).rsqrt_() * sums
+        dweight, dbias = _set_placed(sums_xhat, dweight, places, live), _set_placed(sums, dbias, places, live)
+    return dx, dweight, dbias
+
+
+def _native_backward_of_live(
+    g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float, training: bool, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.numel() == 0:
+        return torch.empty_like(g), g.new_zeros(x.shape[1]), g.new_zeros(x.shape[1])
     rstd = (var + eps).rsqrt_()
     backward = torch.ops.aten.native_batch_norm_backward
     return backward(g, x.to(g.dtype), weight, mean, var, mean, rstd, training, eps, wanted)
@@ -147,11 +242,18 @@ def _native_backward(
 
 def _gradient_reference(
     g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, inverse: Tensor | None,
-    sum_dy: Tensor | None, sum_dy_xhat: Tensor | None, count: float, eps: float,
+    sum_dy: Tensor | None, sum_dy_xhat: Tensor | None, count: float, eps: float, padded: bool, first: int,
 ) -> Tensor:  # fmt: skip
     """dx from g and, unless mean and var are constants, its sums: which may be those of several ranks."""
     if inverse is not None:
-        g = g.index_select(1, _live_channels(inverse, x.shape[1]))
+        live = x.shape[1]
+        places = _places(inverse, first, live)
+        g = _taken(g, places, live)
+        if padded:
+            mean, var = _taken(mean, places, live), _taken(var, places, live)
+            weight, sum_dy, sum_dy_xhat = (
+                None if t is None else _taken(t, places, live) for t in (weight, sum_dy, sum_dy_xhat)
+            )
     shape = (1, -1, *[1] * (x.dim() - 2))
     rstd = (var.to(g.dtype) + eps).rsqrt()
     if sum_dy is not None and sum_dy_xhat is not None:
@@ -164,32 +266,58 @@ def _gradient_reference(
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 # Every number of a launch: channel counts change as a network shrinks, and must not compile anything new.
-_COUNTS = ["full_rows", "rest", "columns8", "inner", "channels", "group", "live", "tiles", "rows_per_program", "slots"]
+_COUNTS = ["full_rows", "rest", "columns8", "inner", "channels", "group", "live", "first", "tiles"]
+_COUNTS += ["rows_per_program", "slots", "space"]
+
+# PLACES, where x's channels lie among y's: "all" at their own; by a "map", `inverse`; one "run", from `first` on; in
+# "vectors", a run of which no bound parts eight neighbours. PADDED: parameters are those of y's channels.
 
 
 @triton.jit
-def _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS: tl.constexpr):
+def _columns(
+    tile, columns, inner, channels, group, live, first, inverse,
+    PLACES: tl.constexpr, PADDED: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """A tile of columns: themselves, their bytes in a mask, whether x has their channels, how many there are in a row;
-    how many of x's there are in a row, and which; beside the tile its channels of x. Without `inverse` x is as wide."""
+    how many of x's there are in a row, and which; beside the tile its channels of parameters, and whether there are."""
     col = tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     byte = tile * (TILE_COLUMNS // 8) + tl.arange(0, TILE_COLUMNS // 8)
     channel = (col // inner) % channels
-    present = col < columns
+    known = col < columns
+    present = known
     x_columns = columns
     x_col = col
-    if inverse is not None:
-        channel = tl.load(inverse + channel, mask=present, other=-1)
-        present = channel >= 0
+    if PLACES == "map":
+        place = tl.load(inverse + channel, mask=known, other=-1)
+        present = place >= 0
         x_columns = group * live * inner
-        x_col = (col // inner // channels * live + channel) * inner + col % inner
-    return (col, byte, present, columns, x_columns, x_col), channel
+        x_col = (col // inner // channels * live + place) * inner + col % inner
+        if not PADDED:
+            channel = place
+            known = present
+    elif PLACES != "all":
+        period = channels * inner
+        start = first * inner
+        width = live * inner
+        if PLACES == "vectors":
+            period = period // 8 * 8
+            start = start // 8 * 8
+            width = width // 8 * 8
+        place = col % period - start
+        present = known & (place >= 0) & (place < width)
+        x_columns = group * width
+        x_col = col // period * width + place
+        if not PADDED:
+            channel = channel - first
+            known = present
+    return (col, byte, present, columns, x_columns, x_col), channel, known
 
 
 @triton.jit
-def _load_x(x, at, wanted, inverse):
-    """A tile of x. Through `inverse` it is loaded flat, so that lanes run along the row: where no two elements are
-    known to be neighbours in memory, Triton 3.6 has them run down the columns, and takes twice the registers."""
-    if inverse is None:
+def _load_x(x, at, wanted, PLACES: tl.constexpr):
+    """A tile of x. By places it is loaded flat, so that lanes run along the row: where no two elements are known to be
+    neighbours in memory, Triton 3.6 has them run down the columns, and takes twice the registers."""
+    if PLACES == "all" or PLACES == "vectors":
         value = tl.load(x + at, mask=wanted, other=0)
     else:
         value = tl.reshape(tl.load(x + tl.ravel(at), mask=tl.ravel(wanted), other=0), at.shape)
@@ -197,25 +325,36 @@ def _load_x(x, at, wanted, inverse):
 
 
 @triton.jit
-def _store_x(x, at, value, wanted, inverse):
+def _store_x(x, at, value, wanted, PLACES: tl.constexpr):
     """The counterpart of `_load_x`."""
-    if inverse is None:
+    if PLACES == "all" or PLACES == "vectors":
         tl.store(x + at, value, mask=wanted)
     else:
         tl.store(x + tl.ravel(at), tl.ravel(value), mask=tl.ravel(wanted))
 
 
 @triton.jit
-def _parameters(mean, var, weight, bias, channel, present, eps, ACC: tl.constexpr):
-    """Mean, scale and shift of each column; and rstd. Those of a channel that is not there make its BN(x) zero."""
-    m = tl.load(mean + channel, mask=present, other=0).to(ACC)
-    rstd = 1 / tl.sqrt(tl.load(var + channel, mask=present, other=1).to(ACC) + eps)
+def _near(present, PLACES: tl.constexpr):
+    """Any of eight neighbours present: so masked, dy is still loaded by vectors, and little in vain."""
+    near = present
+    if PLACES == "map" or PLACES == "run":
+        eights: tl.constexpr = present.shape[0] // 8
+        some = tl.max(tl.reshape(present.to(tl.int32), (eights, 8)), 1, keep_dims=True)
+        near = tl.max_constancy(tl.reshape(tl.broadcast_to(some, (eights, 8)), (eights * 8,)) > 0, 8)
+    return near
+
+
+@triton.jit
+def _parameters(mean, var, weight, bias, channel, known, eps, ACC: tl.constexpr):
+    """Mean, scale and shift of each column; and rstd. Where there are none, BN(0) is 0."""
+    m = tl.load(mean + channel, mask=known, other=0).to(ACC)
+    rstd = 1 / tl.sqrt(tl.load(var + channel, mask=known, other=1).to(ACC) + eps)
     scale = rstd
     shift = m * 0
     if weight is not None:
-        scale = rstd * tl.load(weight + channel, mask=present, other=0).to(ACC)
+        scale = rstd * tl.load(weight + channel, mask=known, other=0).to(ACC)
     if bias is not None:
-        shift = tl.load(bias + channel, mask=present, other=0).to(ACC)
+        shift = tl.load(bias + channel, mask=known, other=0).to(ACC)
     return (m, scale, shift), rstd
 
 
@@ -231,20 +370,20 @@ def _merged(n, mean, m2, first, AXIS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _statistics_kernel(
-    x, means, m2s, full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program,
+    x, means, m2s, full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program,
     ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = columns8 * 8
     chunk = tl.program_id(0) // tiles
     col = (tl.program_id(0) % tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    first = chunk * rows_per_program
-    stop = tl.minimum(first + rows_per_program, full_rows)
+    begin = chunk * rows_per_program
+    stop = tl.minimum(begin + rows_per_program, full_rows)
     lane = tl.arange(0, TILE_ROWS)[:, None]
 
     mean = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
     m2 = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
     count = tl.full((), 0, ACC)
-    for start in range(first, stop, TILE_ROWS):
+    for start in range(begin, stop, TILE_ROWS):
         row = start + lane
         limit = tl.where(row < stop, columns, 0)  # a multiple of 8: vector loads
         value = tl.load(x + (row.to(tl.int64) * columns + col), mask=col < limit, other=0).to(ACC)
@@ -252,9 +391,9 @@ def _statistics_kernel(
         delta = tl.where(row < stop, value - mean, 0)
         mean += delta * (1 / count)
         m2 += delta * (value - mean)
-    n = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC) + ((stop - first - lane + TILE_ROWS - 1) // TILE_ROWS).to(ACC)
+    n = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC) + ((stop - begin - lane + TILE_ROWS - 1) // TILE_ROWS).to(ACC)
     n, mean, m2 = _merged(n, mean, m2, lane == 0, 0)
-    if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
+    if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
         value = tl.load(x + (full_rows.to(tl.int64) * columns + col), mask=col < rest, other=0).to(ACC)
         delta = tl.where(col < rest, value - mean, 0)
         mean += delta / (n + 1)
@@ -271,17 +410,28 @@ def _slots(start, channel, slots, columns, inner, channels, group, FOLD_SLOTS: t
     period = slot // inner
     chunk = period // group
     column = (period % group * channels + channel) * inner + slot % inner
-    return chunk, column, chunk.to(tl.int64) * columns + column, (slot < slots) & (channel < channels)
+    return chunk, column, chunk.to(tl.int64) * columns + column, (slot < slots) & (channel >= 0) & (channel < channels)
+
+
+@triton.jit
+def _place_in_x(channel, inverse, channels, first, PLACES: tl.constexpr):
+    """x's channel that lies in a channel of y, of which there are `channels`; where it lacks that, none of its own."""
+    place = channel
+    if PLACES == "map":
+        place = tl.load(inverse + channel, mask=channel < channels, other=-1)
+    elif PLACES != "all":
+        place = channel - first
+    return place
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _fold_statistics_kernel(
-    means, m2s, mean_out, var_out,
-    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, slots,
-    ACC: tl.constexpr, FOLD_CHANNELS: tl.constexpr, FOLD_SLOTS: tl.constexpr,
+    means, m2s, inverse, mean_out, var_out, space,
+    full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, slots,
+    PLACES: tl.constexpr, ACC: tl.constexpr, FOLD_CHANNELS: tl.constexpr, FOLD_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)
-    channel = out[:, None]
+    out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)  # of `space` channels, x has `channels`
+    channel = _place_in_x(out, inverse, space, first, PLACES)[:, None]
     n = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     mean = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     m2 = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
@@ -295,19 +445,31 @@ def _fold_statistics_kernel(
         m2 += tl.load(m2s + at, mask=here, other=0) + delta * delta * n * share
         n += more
     total, mean, m2 = _merged(n, mean, m2, tl.arange(0, FOLD_SLOTS)[None, :] == 0, 1)
-    tl.store(mean_out + out, mean, mask=out < channels)
-    tl.store(var_out + out, m2 / tl.maximum(total, 1), mask=out < channels)
+    tl.store(mean_out + out, mean, mask=out < space)
+    tl.store(var_out + out, m2 / tl.maximum(total, 1), mask=out < space)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _place_kernel(mean, var, inverse, mean_out, var_out, space, live, first, PLACES: tl.constexpr, BLOCK: tl.constexpr):
+    """Statistics of x's channels as those of a space of channels, zero where x has none."""
+    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = _place_in_x(out, inverse, space, first, PLACES)
+    here = (out < space) & (channel >= 0) & (channel < live)
+    tl.store(mean_out + out, tl.load(mean + channel, mask=here, other=0), mask=out < space)
+    tl.store(var_out + out, tl.load(var + channel, mask=here, other=0), mask=out < space)
 
 
 @triton.jit
-def _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, inverse, RELU: tl.constexpr):
+def _apply_tile(
+    x, residual, y, mask, row, limit, tile_columns, parameters, PLACES: tl.constexpr, RELU: tl.constexpr
+):  # fmt: skip
     """One tile, of which each row has `limit` columns."""
     col, byte, present, columns, x_columns, x_col = tile_columns
     m, scale, shift = parameters
     row = row.to(tl.int64)
     at = row * columns + col
     valid = col < limit
-    value = _load_x(x, row * x_columns + x_col, valid & present, inverse).to(m.dtype)
+    value = _load_x(x, row * x_columns + x_col, valid & present, PLACES).to(m.dtype)
     value = tl.fma(value - m, scale, shift)
     if residual is not None:
         value += tl.load(residual + at, mask=valid, other=0).to(m.dtype)
@@ -324,34 +486,39 @@ def _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, inve
 @triton.jit(do_not_specialize=_COUNTS)
 def _apply_kernel(
     x, mean, var, weight, bias, residual, inverse, y, mask,
-    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, eps,
-    RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, eps,
+    RELU: tl.constexpr, PLACES: tl.constexpr, PADDED: tl.constexpr,
+    ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = columns8 * 8
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
     tile = program % tiles
-    tile_columns, channel = _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS)
-    parameters, _ = _parameters(mean, var, weight, bias, channel, tile_columns[2], eps, ACC)
-    first = program // tiles * rows_per_program
+    tile_columns, channel, known = _columns(
+        tile, columns, inner, channels, group, live, first, inverse, PLACES, PADDED, TILE_COLUMNS
+    )
+    parameters, _ = _parameters(mean, var, weight, bias, channel, known, eps, ACC)
+    begin = program // tiles * rows_per_program
     lane = tl.arange(0, TILE_ROWS)[:, None]
-    for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
+    for start in range(begin, tl.minimum(begin + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
-        _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, inverse, RELU)
-    if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
+        _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, PLACES, RELU)
+    if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
-        _apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, inverse, RELU)
+        _apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, PLACES, RELU)
 
 
 @triton.jit
-def _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, inverse, RELU: tl.constexpr):
+def _through_act(
+    dy, x, mask, row, limit, wanted, tile_columns, parameters, PLACES: tl.constexpr, RELU: tl.constexpr
+):  # fmt: skip
     """Of the `wanted` of a tile: dy where the ReLU let its input through, else 0; and x - mean, 0 without x."""
     col, byte, present, columns, x_columns, x_col = tile_columns
     m, scale, shift = parameters
     g = tl.load(dy + (row * columns + col), mask=wanted, other=0).to(m.dtype)
     centred = tl.zeros_like(g)
     if x is not None:
-        centred = _load_x(x, row * x_columns + x_col, wanted & present, inverse).to(m.dtype) - m
+        centred = _load_x(x, row * x_columns + x_col, wanted & present, PLACES).to(m.dtype) - m
     if mask is not None:
         packed = tl.load(mask + (row * (columns // 8) + byte), mask=byte * 8 < limit, other=0).to(tl.int32)
         bits = (tl.expand_dims(packed, 2) >> tl.arange(0, 8)[None, None, :]) & 1
@@ -364,38 +531,40 @@ def _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, inve
 @triton.jit(do_not_specialize=_COUNTS)
 def _sums_kernel(
     dy, x, mean, var, weight, bias, mask, inverse, sums, sums_xhat,
-    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, eps,
-    RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, eps,
+    RELU: tl.constexpr, PLACES: tl.constexpr, PADDED: tl.constexpr,
+    ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = columns8 * 8
     tile = tl.program_id(0) % tiles
     chunk = tl.program_id(0) // tiles
-    tile_columns, channel = _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS)
-    parameters, rstd = _parameters(mean, var, weight, bias, channel, tile_columns[2], eps, ACC)
-    col, near = tile_columns[0], tile_columns[2]
-    if inverse is not None:  # any of eight neighbours: so masked, dy is still loaded by vectors, and little in vain
-        some = tl.max(tl.reshape(near.to(tl.int32), (TILE_COLUMNS // 8, 8)), 1, keep_dims=True)
-        near = tl.max_constancy(tl.reshape(tl.broadcast_to(some, (TILE_COLUMNS // 8, 8)), (TILE_COLUMNS,)) > 0, 8)
-    first = chunk * rows_per_program
+    tile_columns, channel, known = _columns(
+        tile, columns, inner, channels, group, live, first, inverse, PLACES, PADDED, TILE_COLUMNS
+    )
+    parameters, rstd = _parameters(mean, var, weight, bias, channel, known, eps, ACC)
+    col, near = tile_columns[0], known
+    if not PADDED:
+        near = _near(tile_columns[2], PLACES)
+    begin = chunk * rows_per_program
     lane = tl.arange(0, TILE_ROWS)[:, None]
 
     total = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
     total_x = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
-    for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
+    for start in range(begin, tl.minimum(begin + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
         wanted = (col < limit) & near
         row = row.to(tl.int64)
-        g, centred = _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, inverse, RELU)
+        g, centred = _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, PLACES, RELU)
         total += g
         total_x += g * centred
     column_sum = tl.sum(total, 0)
     column_sum_x = tl.sum(total_x, 0)
-    if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
+    if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
         wanted = (col < rest) & near
         row = row.to(tl.int64)
-        g, centred = _through_act(dy, x, mask, row, rest, wanted, tile_columns, parameters, inverse, RELU)
+        g, centred = _through_act(dy, x, mask, row, rest, wanted, tile_columns, parameters, PLACES, RELU)
         column_sum += tl.sum(g, 0)
         column_sum_x += tl.sum(g * centred, 0)
     slot = chunk.to(tl.int64) * columns + col
@@ -406,8 +575,8 @@ def _sums_kernel(
 @triton.jit(do_not_specialize=_COUNTS)
 def _fold_sums_kernel(
     sums, sums_xhat, inverse, sum_out, sum_xhat_out,
-    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, slots,
-    ACC: tl.constexpr, FOLD_CHANNELS: tl.constexpr, FOLD_SLOTS: tl.constexpr,
+    full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, slots,
+    PLACES: tl.constexpr, ACC: tl.constexpr, FOLD_CHANNELS: tl.constexpr, FOLD_SLOTS: tl.constexpr,
 ):  # fmt: skip
     out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)
     channel = out[:, None]
@@ -417,57 +586,63 @@ def _fold_sums_kernel(
         _, _, at, here = _slots(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
         total += tl.load(sums + at, mask=here, other=0)
         total_xhat += tl.load(sums_xhat + at, mask=here, other=0)
-    place = out
-    if inverse is not None:
-        place = tl.load(inverse + out, mask=out < channels, other=-1)
+    place = _place_in_x(out, inverse, channels, first, PLACES)
     present = (out < channels) & (place >= 0)
+    if PLACES != "all":
+        present = present & (place < live)
     tl.store(sum_out + place, tl.sum(total, 1), mask=present)
     tl.store(sum_xhat_out + place, tl.sum(total_xhat, 1), mask=present)
 
 
 @triton.jit
 def _gradient_tile(
-    dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2, inverse, RELU: tl.constexpr
+    dy, x, mask, dx, dresidual, row, limit, near, tile_columns, parameters, k1, k2,
+    PLACES: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """One tile, as in `_apply_tile`."""
     col, _, present, columns, x_columns, x_col = tile_columns
     row = row.to(tl.int64)
     valid = col < limit
-    g, centred = _through_act(dy, x, mask, row, limit, valid, tile_columns, parameters, inverse, RELU)
+    g, centred = _through_act(dy, x, mask, row, limit, valid & near, tile_columns, parameters, PLACES, RELU)
     if dresidual is not None:
         tl.store(dresidual + (row * columns + col), g.to(dresidual.dtype.element_ty), mask=valid)
     if k1 is not None:
         g = g - k1 - centred * k2
     g = (parameters[1] * g).to(dx.dtype.element_ty)
-    _store_x(dx, row * x_columns + x_col, g, valid & present, inverse)
+    _store_x(dx, row * x_columns + x_col, g, valid & present, PLACES)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _gradient_kernel(
     dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual,
-    full_rows, rest, columns8, inner, channels, group, live, tiles, rows_per_program, eps, count,
-    RELU: tl.constexpr, ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, eps, count,
+    RELU: tl.constexpr, PLACES: tl.constexpr, PADDED: tl.constexpr,
+    ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = columns8 * 8
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
     tile = program % tiles
-    tile_columns, channel = _columns(tile, columns, inner, channels, group, live, inverse, TILE_COLUMNS)
-    present = tile_columns[2]
-    parameters, rstd = _parameters(mean, var, weight, bias, channel, present, eps, ACC)
+    tile_columns, channel, known = _columns(
+        tile, columns, inner, channels, group, live, first, inverse, PLACES, PADDED, TILE_COLUMNS
+    )
+    parameters, rstd = _parameters(mean, var, weight, bias, channel, known, eps, ACC)
+    near = tile_columns[0] < columns
+    if dresidual is None:
+        near = _near(tile_columns[2], PLACES)
     k1 = None
     k2 = None
     if sum_dy is not None:
-        k1 = tl.load(sum_dy + channel, mask=present, other=0).to(ACC) / count
-        k2 = tl.load(sum_dy_xhat + channel, mask=present, other=0).to(ACC) / count * rstd
-    first = program // tiles * rows_per_program
+        k1 = tl.load(sum_dy + channel, mask=known, other=0).to(ACC) / count
+        k2 = tl.load(sum_dy_xhat + channel, mask=known, other=0).to(ACC) / count * rstd
+    begin = program // tiles * rows_per_program
     lane = tl.arange(0, TILE_ROWS)[:, None]
-    for start in range(first, tl.minimum(first + rows_per_program, full_rows), TILE_ROWS):
+    for start in range(begin, tl.minimum(begin + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
-        _gradient_tile(dy, x, mask, dx, dresidual, row, limit, tile_columns, parameters, k1, k2, inverse, RELU)
-    if (rest > 0) & (full_rows < first + rows_per_program):  # the last row, cut short
+        _gradient_tile(dy, x, mask, dx, dresidual, row, limit, near, tile_columns, parameters, k1, k2, PLACES, RELU)
+    if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
-        _gradient_tile(dy, x, mask, dx, dresidual, row, rest, tile_columns, parameters, k1, k2, inverse, RELU)
+        _gradient_tile(dy, x, mask, dx, dresidual, row, rest, near, tile_columns, parameters, k1, k2, PLACES, RELU)
 
 
 @triton.jit(do_not_specialize=["channels"])
@@ -493,10 +668,14 @@ def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
 
 
-def _channel_pair(x: Tensor, wanted: bool = True) -> tuple[Tensor, Tensor]:
-    """Two outputs per channel of x; without elements if not wanted."""
-    size, dtype = x.shape[1] if wanted else 0, accumulator_dtype(x.dtype)
-    return torch.empty(size, dtype=dtype, device=x.device), torch.empty(size, dtype=dtype, device=x.device)
+def _channel_pair(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Two outputs per channel."""
+    dtype = accumulator_dtype(x.dtype)
+    return torch.empty(channels, dtype=dtype, device=x.device), torch.empty(channels, dtype=dtype, device=x.device)
+
+
+def _parameter_channels(x: Tensor, inverse: Tensor | None, padded: bool) -> int:
+    return len(inverse) if padded and inverse is not None else x.shape[1]
 
 
 def _one_layout(x: Tensor, other: Tensor | None, channels_last: bool | None = None) -> tuple[Tensor, Any]:
@@ -513,10 +692,25 @@ def _one_layout(x: Tensor, other: Tensor | None, channels_last: bool | None = No
     return x, other.contiguous(memory_format=formats[x.dim() - 4] if channels_last else torch.contiguous_format)
 
 
-def _geometry(m: Matrix, live: int, rows_per_program: int) -> tuple[int, ...]:
+def _geometry(m: Matrix, live: int, first: int, rows_per_program: int) -> tuple[int, ...]:
     """_COUNTS but the slots, for x of `live` channels; below the full rows there is one of `rest` columns, if any."""
     full_rows, rest = divmod(m.numel, m.columns)
-    return full_rows, rest, m.columns // 8, m.inner, m.channels, m.group, live, _tiles(m), rows_per_program
+    return full_rows, rest, m.columns // 8, m.inner, m.channels, m.group, live, first, _tiles(m), rows_per_program
+
+
+def _places_as(inverse: Tensor | None, first: int, m: Matrix | None = None, live: int = 0) -> str:
+    """PLACES, of x beside the matrix of y or of values per channel."""
+    if inverse is None:
+        return "all"
+    if first < 0:
+        return "map"
+    vectors = m is not None and all(count * m.inner % 8 == 0 for count in (m.channels, first, live))
+    return "vectors" if vectors else "run"
+
+
+def _map(inverse: Tensor | None, first: int) -> Tensor | None:
+    """What of the map kernels read."""
+    return inverse if first < 0 else None
 
 
 def _tiles(m: Matrix) -> int:
@@ -532,39 +726,65 @@ def _reduction(m: Matrix, like: Tensor) -> tuple[int, tuple[int], Tensor]:
     return rows, (_tiles(m) * chunks,), slots
 
 
-def _fold(kernel: Any, m: Matrix, slots: Tensor, *arguments: Any) -> None:
+def _fold(
+    kernel: Any, m: Matrix, channels: int, slots: Tensor, inverse: Tensor | None, first: int, *arguments: Any
+) -> None:
     launch(
-        kernel, (-(-m.channels // FOLD_CHANNELS),), *slots, *arguments, slots.shape[1] // m.channels,
+        kernel, (-(-channels // FOLD_CHANNELS),),
+        *slots, _map(inverse, first), *arguments, slots.shape[1] // m.channels, PLACES=_places_as(inverse, first),
         ACC=accumulator(slots.dtype), FOLD_CHANNELS=FOLD_CHANNELS, FOLD_SLOTS=FOLD_SLOTS, num_warps=8,
     )  # fmt: skip
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(x: Tensor, inverse: Tensor | None = None, first: int = -1) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel; no gradient is defined.
 
     Args:
         x: (N, C, ...), 2-D to 5-D, fp32, fp16, bf16 or fp64.
+        inverse, first: as for `batch_norm_apply`, with padded: the results are of all channels of the space, 0 where x
+            has none.
 
     Returns:
         mean, var: (C,), fp32 (fp64 of fp64), each of x.numel() / C values; 0 if there are none.
     """
     x = dense(x)
-    mean, var = _channel_pair(x)
+    channels = _parameter_channels(x, inverse, True)
+    mean, var = _channel_pair(x, channels)
     if x.numel() == 0:
         return mean.zero_(), var.zero_()
     if not use_kernels(x):
         mean, var = torch.batch_norm_update_stats(x.to(mean.dtype), None, None, 0.0)
-        return mean, var
+        return (mean, var) if inverse is None else _place(mean, var, inverse, first)
     m = matrix_of(x)
     rows, grid, slots = _reduction(m, x)
-    counts = _geometry(m, m.channels, rows)
+    counts = _geometry(m, m.channels, first, rows)
     launch(_statistics_kernel, grid, x, *slots, *counts, ACC=accumulator(x.dtype), **_TILE)
-    _fold(_fold_statistics_kernel, m, slots, mean, var, *counts)
+    _fold(_fold_statistics_kernel, m, channels, slots, inverse, first, mean, var, channels, *counts)
     return mean, var
 
 
+def _place(mean: Tensor, var: Tensor, inverse: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Statistics of x's channels as those of the space's, 0 where x has none."""
+    space, live = len(inverse), len(mean)
+    if not use_kernels(mean):
+        places = _places(inverse, first, live)
+        mean, var = (_set_placed(t.new_zeros(space), t, places, live) for t in (mean, var))
+        return mean, var
+    out = mean.new_empty(space), var.new_empty(space)
+    launch(
+        _place_kernel, (-(-space // 1024),),
+        mean.contiguous(), var.contiguous(), _map(inverse, first), *out, space, live, first,
+        PLACES=_places_as(inverse, first), BLOCK=1024,
+    )  # fmt: skip
+    return out
+
+
 batch_norm_statistics = register("batch_norm_statistics")(_statistics)
-batch_norm_statistics.register_fake(_channel_pair)
+
+
+@batch_norm_statistics.register_fake
+def _(x, inverse=None, first=-1):
+    return _channel_pair(x, _parameter_channels(x, inverse, True))
 
 
 def merge_statistics(
@@ -618,7 +838,7 @@ batch_norm_update_running_ = register("batch_norm_update_running_", mutates=("ru
 
 def _apply(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    inverse: Tensor | None, eps: float, relu: bool, record: bool,
+    inverse: Tensor | None, eps: float, relu: bool, record: bool, padded: bool = False, first: int = -1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """act(BN(x) [+ residual]) with given statistics; no gradient is defined.
 
@@ -627,27 +847,35 @@ def _apply(
         mean, var: (C,), var biased.
         weight, bias: (C,) or None.
         residual: of x's dtype and shape; or, with `inverse`, of more channels.
-        inverse: int32 (channels of residual,): the channel of x that is added to each, or -1.
+        inverse: int32 (channels of y,): the channel of x that lies in each, or -1.
         record: write the mask that a backward needs where there are both a residual and a ReLU.
+        padded: with `inverse`: mean, var, weight and bias are of all its channels, and x is zero in those it lacks.
+        first: with `inverse`: of x's channels if they are one ascending run, from there on, else -1.
 
     Returns:
         y: x's dtype and layout, the shape of the sum; mask: uint8, one bit per element of y in storage order, or empty.
     """
     x, residual = _one_layout(x, residual)
     if not use_kernels(x):
-        return _apply_reference(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
-    y, mask = _apply_outputs(x, residual, relu, record)
+        return _apply_reference(x, mean, var, weight, bias, residual, inverse, eps, relu, record, padded, first)
+    y, mask = _apply_outputs(x, residual, inverse, relu, record)
     m = matrix_of(y)
     launch(
         _apply_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
-        x, mean, var, weight, bias, residual, inverse, y, mask if mask.numel() else None,
-        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, RELU=relu, ACC=accumulator(x.dtype), **_TILE,
+        x, mean, var, weight, bias, residual, _map(inverse, first), y, mask if mask.numel() else None,
+        *_geometry(m, x.shape[1], first, _APPLY_ROWS), eps, RELU=relu,
+        PLACES=_places_as(inverse, first, m, x.shape[1]), PADDED=padded, ACC=accumulator(x.dtype), **_TILE,
     )  # fmt: skip
     return y, mask
 
 
-def _apply_outputs(x: Tensor, residual: Tensor | None, relu: bool, record: bool) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x if residual is None else residual)
+def _apply_outputs(
+    x: Tensor, residual: Tensor | None, inverse: Tensor | None, relu: bool, record: bool
+) -> tuple[Tensor, Tensor]:
+    if residual is None and inverse is not None:
+        y = _spread(x, len(inverse))
+    else:
+        y = torch.empty_like(x if residual is None else residual)
     recorded = relu and record and residual is not None
     return y, torch.empty((y.numel() + 7) // 8 if recorded else 0, dtype=torch.uint8, device=x.device)
 
@@ -656,8 +884,8 @@ batch_norm_apply = register("batch_norm_apply")(_apply)
 
 
 @batch_norm_apply.register_fake
-def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record):
-    return _apply_outputs(*_one_layout(x, residual), relu, record)
+def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record, padded=False, first=-1):
+    return _apply_outputs(*_one_layout(x, residual), inverse, relu, record)
 
 
 def _check_mask(mask: Tensor | None, dy: Tensor) -> None:
@@ -670,49 +898,58 @@ def _check_mask(mask: Tensor | None, dy: Tensor) -> None:
 def _sums(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     inverse: Tensor | None, eps: float, relu: bool, channels_last: bool = False,
+    padded: bool = False, first: int = -1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sums of g and of g * xhat over each channel of x (of this rank's share): the gradients of bias and weight.
 
     Args:
         dy: gradient of y.
-        x, mean, var, weight, bias, inverse, eps, relu: as `batch_norm_apply` had them.
+        x, mean, var, weight, bias, inverse, eps, relu, padded, first: as `batch_norm_apply` had them.
         mask: what it recorded if it had a residual and a ReLU, else None.
         channels_last: whether y was: matters only with `inverse`, if x has one channel or none and cannot tell.
 
     Returns:
-        sum_dy, sum_dy_xhat: (C,), fp32 (fp64 of fp64).
+        sum_dy, sum_dy_xhat: (C,), as weight, fp32 (fp64 of fp64).
     """
     _check_mask(mask, dy)
     x, dy = _one_layout(x, dy, channels_last)
     if not use_kernels(x):
-        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
-        _, sum_dy_xhat, sum_dy = _native_backward(g, x, mean, var, weight, inverse, eps, True, [False, True, True])
+        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, padded, first)
+        wanted = [False, True, True]
+        _, sum_dy_xhat, sum_dy = _native_backward(g, x, mean, var, weight, inverse, eps, True, wanted, padded, first)
         return sum_dy, sum_dy_xhat
     m = matrix_of(dy)
     rows, grid, slots = _reduction(m, x)
-    counts = _geometry(m, x.shape[1], rows)
-    results = _channel_pair(x)
+    counts = _geometry(m, x.shape[1], first, rows)
+    results = _channel_pair(x, _parameter_channels(x, inverse, padded))
     launch(
-        _sums_kernel, grid, dy, x, mean, var, weight, bias, mask, inverse, *slots, *counts, eps,
-        RELU=relu, ACC=accumulator(x.dtype), **_TILE,
+        _sums_kernel, grid, dy, x, mean, var, weight, bias, mask, _map(inverse, first), *slots, *counts, eps, RELU=relu,
+        PLACES=_places_as(inverse, first, m, x.shape[1]), PADDED=padded, ACC=accumulator(x.dtype), **_TILE,
     )  # fmt: skip
-    _fold(_fold_sums_kernel, m, slots, inverse, *results, *counts)
+    _fold(_fold_sums_kernel, m, m.channels, slots, None if padded else inverse, first, *results, *counts)
     return results
 
 
 batch_norm_backward_sums = register("batch_norm_backward_sums")(_sums)
-batch_norm_backward_sums.register_fake(lambda dy, x, *_, **__: _channel_pair(x))
+
+
+@batch_norm_backward_sums.register_fake
+def _(
+    dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last=False, padded=False, first=-1
+):  # fmt: skip
+    return _channel_pair(x, _parameter_channels(x, inverse, padded))
 
 
 def _gradient(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     inverse: Tensor | None, sum_dy: Tensor | None, sum_dy_xhat: Tensor | None, count: float, eps: float, relu: bool,
-    residual_gradient: bool, channels_last: bool = False,
+    residual_gradient: bool, channels_last: bool = False, padded: bool = False, first: int = -1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x and, on request, of the residual.
 
     Args:
-        dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last: as for `batch_norm_backward_sums`.
+        dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last, padded, first: as for
+            `batch_norm_backward_sums`.
         sum_dy, sum_dy_xhat: its results, summed over the ranks; both None where mean and var were constants (eval).
         count: values per channel of all ranks together. (Where only a tensor knows it: divide the sums by it, pass 1.)
         residual_gradient: also write the residual's, for which without a ReLU dy itself will do.
@@ -723,16 +960,17 @@ def _gradient(
     _check_mask(mask, dy)
     x, dy = _one_layout(x, dy, channels_last)
     if not use_kernels(x):
-        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
-        dx = _gradient_reference(g, x, mean, var, weight, inverse, sum_dy, sum_dy_xhat, count, eps)
+        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, padded, first)
+        dx = _gradient_reference(g, x, mean, var, weight, inverse, sum_dy, sum_dy_xhat, count, eps, padded, first)
         return dx, _stored_as(g.clone() if g is dy else g, dy) if residual_gradient else _nothing(x)
     m = matrix_of(dy)
     dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
     x_read = x if sum_dy is not None or (relu and mask is None) else None
     launch(
         _gradient_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
-        dy, x_read, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual,
-        *_geometry(m, x.shape[1], _APPLY_ROWS), eps, float(count), RELU=relu, ACC=accumulator(x.dtype), **_TILE,
+        dy, x_read, mean, var, weight, bias, mask, _map(inverse, first), sum_dy, sum_dy_xhat, dx, dresidual,
+        *_geometry(m, x.shape[1], first, _APPLY_ROWS), eps, float(count), RELU=relu,
+        PLACES=_places_as(inverse, first, m, x.shape[1]), PADDED=padded, ACC=accumulator(x.dtype), **_TILE,
     )  # fmt: skip
     return dx, _nothing(x) if dresidual is None else dresidual
 
@@ -743,7 +981,7 @@ batch_norm_backward_apply = register("batch_norm_backward_apply")(_gradient)
 @batch_norm_backward_apply.register_fake
 def _(
     dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, count, eps, relu, residual_gradient,
-    channels_last=False,
+    channels_last=False, padded=False, first=-1,
 ):  # fmt: skip
     x, dy = _one_layout(x, dy, channels_last)
     return torch.empty_like(x), torch.empty_like(dy) if residual_gradient else _nothing(x)
@@ -754,41 +992,49 @@ def _(
 
 def _forward(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, record: bool,
+    residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, record: bool, of_batch: bool = False,
+    padded: bool = False, first: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, mean, var, mask. With `mean` and `var` given those are used, and the ones returned are empty."""
+    """y, mean, var, mask. With `mean` and `var` given those are used, and the ones returned are empty: but if they are
+    `of_batch`, x's own, one per channel of x, and others are needed, of a padded x, those."""
+    statistics = _channel_pair(x, 0)
     if mean is None or var is None:
-        mean, var = statistics = _statistics(x)
-    else:
-        statistics = _channel_pair(x, wanted=False)
-    y, mask = _apply(x, mean, var, weight, bias, residual, inverse, eps, relu, record)
+        mean, var = statistics = _statistics(x, inverse if padded else None, first)
+    elif of_batch and padded and inverse is not None:
+        mean, var = statistics = _place(mean, var, inverse, first)
+    y, mask = _apply(x, mean, var, weight, bias, residual, inverse, eps, relu, record, padded, first)
     return y, *statistics, mask
+
+
+def _returns_statistics(mean: Tensor | None, of_batch: bool, padded: bool) -> bool:
+    return mean is None or (of_batch and padded)
 
 
 _batch_norm_act = register("batch_norm_act")(_forward)
 
 
 @_batch_norm_act.register_fake
-def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record):
-    y, mask = _apply_outputs(*_one_layout(x, residual), relu, record)
-    return y, *_channel_pair(x, wanted=mean is None), mask
+def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record, of_batch=False, padded=False, first=-1):
+    y, mask = _apply_outputs(*_one_layout(x, residual), inverse, relu, record)
+    returned = _returns_statistics(mean, of_batch, padded)
+    return y, *_channel_pair(x, _parameter_channels(x, inverse, padded) if returned else 0), mask
 
 
 def _gradients(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     inverse: Tensor | None, eps: float, relu: bool, channels_last: bool, training: bool,
-    x_gradient: bool, sums: bool, residual_gradient: bool,
+    x_gradient: bool, sums: bool, residual_gradient: bool, padded: bool = False, first: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual, sum_dy, sum_dy_xhat: those asked for; the others are empty."""
     _check_mask(mask, dy)
     x, dy = _one_layout(x, dy, channels_last)
     dx, dresidual = _nothing(x), _nothing(x)
-    sum_dy, sum_dy_xhat = no_sums = _channel_pair(x, wanted=False)
+    sum_dy, sum_dy_xhat = no_sums = _channel_pair(x, 0)
     if not use_kernels(x):
-        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, eps, relu)
+        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, padded, first)
         if x_gradient or sums:
             wanted = [x_gradient, sums, sums]
-            native = _native_backward(g, x, mean, var, weight, inverse, eps, training, wanted)
+            native = _native_backward(g, x, mean, var, weight, inverse, eps, training, wanted, padded, first)
             dx = _stored_as(native[0], x) if x_gradient else dx
             sum_dy_xhat, sum_dy = native[1:] if sums else no_sums
         if residual_gradient:
@@ -796,11 +1042,14 @@ def _gradients(
         return dx, dresidual, sum_dy, sum_dy_xhat
     of_batch = training and x_gradient
     if sums or of_batch:
-        sum_dy, sum_dy_xhat = _sums(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last)
+        sum_dy, sum_dy_xhat = _sums(
+            dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last, padded, first
+        )
     if x_gradient or residual_gradient:
         dx, dresidual = _gradient(
             dy, x, mean, var, weight, bias, mask, inverse, sum_dy if of_batch else None,
             sum_dy_xhat if of_batch else None, x.numel() // x.shape[1], eps, relu, residual_gradient, channels_last,
+            padded, first,
         )  # fmt: skip
     return dx if x_gradient else _nothing(x), dresidual, *((sum_dy, sum_dy_xhat) if sums else no_sums)
 
@@ -810,18 +1059,23 @@ _batch_norm_act_backward = register("batch_norm_act_backward")(_gradients)
 
 @_batch_norm_act_backward.register_fake
 def _(dy, x, *others):
-    *_, channels_last, _, x_gradient, sums, residual_gradient = others
+    others = (*others, False, -1)[:16]  # defaults
+    inverse, (channels_last, _, x_gradient, sums, residual_gradient, padded, _) = others[5], others[8:]
     x, dy = _one_layout(x, dy, channels_last)
     dx = torch.empty_like(x) if x_gradient else _nothing(x)
-    return dx, torch.empty_like(dy) if residual_gradient else _nothing(x), *_channel_pair(x, wanted=sums)
+    return (
+        dx,
+        torch.empty_like(dy) if residual_gradient else _nothing(x),
+        *_channel_pair(x, _parameter_channels(x, inverse, padded) if sums else 0),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, mean, var, weight, bias, residual, inverse, ctx.eps, ctx.relu, _ = inputs
+    x, mean, var, weight, bias, residual, inverse, ctx.eps, ctx.relu, _, of_batch, ctx.padded, ctx.first = inputs
     y, *statistics, mask = output
-    ctx.training = mean is None
+    ctx.training = mean is None or of_batch
     ctx.channels_last = is_channels_last(y) and not y.is_contiguous()
-    mean, var = statistics if ctx.training else (mean, var)
+    mean, var = statistics if _returns_statistics(mean, of_batch, ctx.padded) else (mean, var)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     recorded = mask if ctx.relu and residual is not None else None
@@ -830,20 +1084,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 10
+        return (None,) * 13
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        raise InputError("batch_norm_act has no gradient for running statistics; detach them.")
+        raise InputError("batch_norm_act has no gradient for statistics; detach them.")
     x, mean, var, weight, bias, mask, inverse = ctx.saved_tensors
     of_x, of_weight, of_bias, of_residual = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
     gradients = _gradients if is_eager(dy) else _batch_norm_act_backward
     dx, dresidual, sum_dy, sum_dy_xhat = gradients(
         dy, x, mean, var, weight, bias, mask, inverse, ctx.eps, ctx.relu, ctx.channels_last, ctx.training,
-        of_x, of_weight or of_bias, of_residual and ctx.relu,
+        of_x, of_weight or of_bias, of_residual and ctx.relu, ctx.padded, ctx.first,
     )  # fmt: skip
     dweight = sum_dy_xhat.to(weight.dtype) if of_weight else None
     dbias = sum_dy.to(bias.dtype) if of_bias else None
     dresidual = (dresidual if ctx.relu else dy) if of_residual else None
-    return dx if of_x else None, None, None, dweight, dbias, dresidual, *(None,) * 4
+    return dx if of_x else None, None, None, dweight, dbias, dresidual, *(None,) * 7
 
 
 _batch_norm_act.register_autograd(_backward, setup_context=_save)
@@ -858,35 +1112,56 @@ class _Eager(torch.autograd.Function):
 
 
 def _check(
-    x: Tensor, parameters: dict[str, Tensor | None], residual: Tensor | None, scatter: "ChannelIndex | None"
-) -> None:
+    x: Tensor, parameters: dict[str, Tensor | None], residual: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None, index: Tensor | None, inverse: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether parameters are of more channels than x has."""
     if not 2 <= x.dim() <= 5:
         raise InputError(f"batch_norm_act got an input of {x.dim()} dimensions; give (N, C) to (N, C, D, H, W).")
     if x.dtype not in (*KERNEL_DTYPES, torch.float64):
         raise InputError(f"batch_norm_act got an input of {x.dtype}; give float32, float16, bfloat16 or float64.")
-    places = None if scatter is None else scatter.inverse
-    for name, value in (*parameters.items(), ("the residual", residual), ("scatter", places)):
+    named = dict(zip(("the statistics' mean", "the statistics' var"), statistics or (), strict=False))
+    for name, value in (*parameters.items(), *named.items(), ("the residual", residual), ("scatter", inverse)):
         if value is not None and value.device != x.device:
             raise InputError(f"{name} is on {value.device} and the input on {x.device}; move one to the other.")
-    channels = x.shape[1]
+    live = channels = x.shape[1]
+    if index is not None and inverse is not None:
+        if len(index) != live:
+            raise InputError(f"scatter places {len(index)} channels, the input has {live}; give each one place.")
+        channels = len(inverse)
+    counts = [live] if channels == live else [live, channels]
+    padded = False
+    lengths: dict[int, str] = {}
     for name, value in parameters.items():
-        if value is not None and value.shape != (channels,):
-            raise InputError(f"{name} has shape {tuple(value.shape)}; for this input it must be ({channels},).")
-        if value is not None and value.dtype not in (x.dtype, torch.float32):
+        if value is None:
+            continue
+        if value.dim() != 1 or len(value) not in counts:
+            allowed = " or ".join(f"({count},)" for count in counts)
+            raise InputError(f"{name} has shape {tuple(value.shape)}; for this input it must be {allowed}.")
+        if value.dtype not in (x.dtype, torch.float32):
             raise InputError(f"{name} is {value.dtype} and the input {x.dtype}; give float32, or the input's dtype.")
-    if scatter is not None:
-        if residual is None:
-            raise InputError("scatter adds to a residual, and there is none; give the residual too.")
-        if scatter.index.numel() != channels:
-            raise InputError(
-                f"scatter places {scatter.index.numel()} channels, the input has {channels}; give each one place."
-            )
+        lengths[len(value)] = name
+        padded = len(value) != live
+    if len(lengths) > 1:
+        (count, name), (other_count, other) = lengths.items()
+        raise InputError(
+            f"{name} has {count} values and {other} {other_count}; give as many of each: the input's, or the space's."
+        )
+    if index is not None and residual is None and live in lengths and channels != live:
+        raise InputError(
+            "scatter adds to a residual, and there is none; give the residual too, or parameters of all channels."
+        )
+    for name, value in named.items():
+        if value.shape != (live,) or value.dtype != accumulator_dtype(x.dtype):
+            needed = f"{accumulator_dtype(x.dtype)} of shape ({live},)"
+            raise InputError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; {needed} is needed.")
     if residual is not None:
-        shape = (x.shape[0], channels if scatter is None else scatter.channels, *x.shape[2:])
+        shape = (x.shape[0], channels, *x.shape[2:])
         if residual.shape != shape:
             raise InputError(f"the residual has shape {tuple(residual.shape)}; {tuple(shape)} is needed.")
         if residual.dtype != x.dtype:
             raise InputError(f"the residual is {residual.dtype} and the input {x.dtype}; convert one to the other.")
+    return padded
 
 
 def batch_norm_act(
@@ -902,6 +1177,7 @@ def batch_norm_act(
     residual: Tensor | None = None,
     relu: bool = False,
     scatter: "ChannelIndex | None" = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, and in the same pass what follows it: act(BN(x) [+ residual]).
 
@@ -916,35 +1192,77 @@ def batch_norm_act(
         momentum: weight of the new statistics in the running ones.
         residual: added before the ReLU: x's dtype and shape; with `scatter`, the channels of that.
         relu: apply a ReLU last.
-        scatter: where x's channels lie among the residual's. Channels that x lacks get the residual alone.
+        scatter: where x's channels lie among y's. What channels get that x lacks depends on how many values the
+            parameters and running statistics have. As many as x has channels: the residual alone, which is needed then.
+            As many as y has: act(BN(0) [+ residual]), x being zero there; in training mean and variance of such a
+            channel are 0, in the running statistics too. With neither parameters nor running statistics BN(0) is 0. If
+            x lacks no channel, they are in the order of x's.
+        statistics: in training: mean and biased variance of x, (C,), fp32 (fp64 of fp64), if they are known already;
+            the derivative is the same as if they were computed here. `ops.conv2d(..., moments=True)` gives them.
 
     Returns:
         x's dtype and memory layout (the residual's if x, having one channel, is both contiguous and channels_last); the
-        residual's shape if there is one.
+        channels of the residual or of `scatter` if there is one.
 
     Raises:
         InputError: (a ValueError) shapes, dtypes or devices that do not fit each other; eval without running
             statistics, or one without the other; training with fewer than two values per channel.
     """
+    maps = (None, None, None) if scatter is None else (scatter.index, scatter.inverse, scatter.first)
+    index, inverse, first = maps
+    return batch_norm_act_by_maps(
+        x, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps, residual=residual,
+        relu=relu, statistics=statistics, index=index, inverse=inverse, first=first,
+    )  # fmt: skip
+
+
+def batch_norm_act_by_maps(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
+    first: int | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`batch_norm_act` by the two maps of a `ChannelIndex`, `scatter`, and its `first`; no maps is no scatter."""
     parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    _check(x, parameters, residual, scatter)
+    padded = _check(x, parameters, residual, statistics, index, inverse)
     if (running_mean is None) != (running_var is None):
         raise InputError("one of running_mean and running_var is None; give both or neither.")
+    if statistics is not None and not training:
+        raise InputError(
+            "statistics of a batch are for training; leave them out in eval, which takes the running ones."
+        )
+    if inverse is not None and first == 0 and len(inverse) == x.shape[1]:
+        inverse = None  # all channels, in order
+    start = -1 if first is None or inverse is None else first
     eager = is_eager(x)
     act = _Eager.apply if eager else _batch_norm_act
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
-    inverse = None if scatter is None else scatter.inverse
+    options = (weight, bias, residual, inverse, eps, relu, record, training, padded, start)
     if not training:
         if running_mean is None:
             raise InputError("batch_norm_act in eval needs running_mean and running_var; give them, or training=True.")
-        y, *_ = act(x, running_mean, running_var, weight, bias, residual, inverse, eps, relu, record)
+        y, *_ = act(x, running_mean, running_var, *options)
         return y
     count = x.shape[0]
     for size in x.shape[2:]:
         count *= size
     if count < 2:
         raise InputError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
-    y, mean, var, _ = act(x, None, None, weight, bias, residual, inverse, eps, relu, record)
+    given = (None, None) if statistics is None else statistics
+    y, mean, var, _ = act(x, *given, *options)
+    if not _returns_statistics(given[0], training, padded):
+        mean, var = given
     if running_mean is not None and running_var is not None:
         update = _update_running if eager else batch_norm_update_running_
         update(running_mean, running_var, mean, var, count, momentum)

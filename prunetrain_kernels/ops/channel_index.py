@@ -51,6 +51,8 @@ class ChannelIndex:
         index: int32 (live,): the channel of each live one.
         inverse: int32 (channels,): the place of each channel among the live ones, -1 where it is not there.
         channels, live: how many of each.
+        first: the first live channel where they are one ascending run, [first, first + live), which needs no map; else
+            None.
 
     Raises:
         InputError: an index out of range or repeated, not integers, not one-dimensional; or no channels at all.
@@ -60,6 +62,7 @@ class ChannelIndex:
     inverse: Tensor
     channels: int
     live: int
+    first: int | None
 
     def __init__(self, index: Sequence[int] | Tensor, channels: int, device: torch.device | str | None = None) -> None:
         if channels < 1:
@@ -80,6 +83,8 @@ class ChannelIndex:
         object.__setattr__(self, "inverse", torch.tensor(inverse, dtype=torch.int32, device=where))
         object.__setattr__(self, "channels", int(channels))
         object.__setattr__(self, "live", len(listed))
+        first = listed[0] if listed else 0
+        object.__setattr__(self, "first", first if listed == list(range(first, first + len(listed))) else None)
 
     def to(self, device: torch.device | str) -> "ChannelIndex":
         """The same index with its maps on `device`; itself if they are there."""

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from prunetrain_kernels.errors import CheckpointError
+from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.files import reason, write_atomically
+from prunetrain_kernels.graph.gating import why_not_gated
+from prunetrain_kernels.nn.gated_conv import SIDES, describe_gating, restore_gating
+from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.prune.branches import describe_stand_ins, restore_stand_ins, swap_in
 from prunetrain_kernels.prune.reconfigure import memory_format, set_data, size_without_tensor, sizes_told_by
 
@@ -52,6 +55,7 @@ def save_pruned(
         "format": FORMAT,
         "network": type(model).__name__,
         "stand_ins": describe_stand_ins(model),
+        "gated": describe_gating(model),
         "sizes": {
             name: {attribute: getattr(module, attribute) for attribute in size_without_tensor(module)}
             for name, module in model.named_modules()
@@ -91,6 +95,8 @@ def load_pruned(
     payload = read_checkpoint(path)
     state: dict[str, Tensor] = payload["model"]
     stand_ins = restore_stand_ins(model, payload["stand_ins"])
+    gated: dict[str, dict[str, Any]] = payload.get("gated", {})
+    _check_gated(path, model, payload, gated)
     _check_fits(path, model, state, payload)
     before = {name: model.get_submodule(name) for name in stand_ins}
     replaced = {id(module) for module in before.values()}
@@ -103,6 +109,7 @@ def load_pruned(
         raise CheckpointError(f"'{path}' holds no PruneTrain state; it was saved without one.")
 
     swap_in(model, stand_ins)
+    restore_gating(model, gated)
     _fill(model, state, payload["sizes"])
     if optimizer is not None:
         for group in optimizer.param_groups:
@@ -139,7 +146,8 @@ def _check_fits(path: str | Path, model: nn.Module, state: dict[str, Tensor], pa
     """The saved tensors are slices of the model's, and what they lack went with removed layers."""
     other = f"'{path}' is of another network ({payload['network']}): "
     mine = model.state_dict()
-    unknown = [name for name in state if name not in mine]
+    indices = {f"{name}.{side}_index" for name in payload.get("gated", {}) for side in SIDES}
+    unknown = [name for name in state if name not in mine and name not in indices]
     if unknown:
         raise CheckpointError(f"{other}it has '{unknown[0]}', which {type(model).__name__} has not.")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -149,12 +157,37 @@ def _check_fits(path: str | Path, model: nn.Module, state: dict[str, Tensor], pa
     if missing:
         raise CheckpointError(f"{other}it lacks '{missing[0]}' of {type(model).__name__}.")
     for name, saved in state.items():
+        if name in indices:
+            continue
         shape, full = tuple(saved.shape), tuple(mine[name].shape)
         # Channels are in the first two dimensions; a kernel keeps its size.
         if len(shape) != len(full) or shape[2:] != full[2:] or any(s > f for s, f in zip(shape, full, strict=True)):
             raise CheckpointError(
                 f"{other}'{name}' is {shape} there and {full} here; build the model as it was first built "
                 "(same classes and width, not pruned)."
+            )
+
+
+def _check_gated(path: str | Path, model: nn.Module, payload: dict[str, Any], gated: dict[str, dict[str, Any]]) -> None:
+    """The gated layers are convolutions of the model that can be gated so."""
+    modules = dict(model.named_modules())
+    for name, what in gated.items():
+        conv = modules.get(name)
+        why = "there is none" if conv is None else why_not_gated(conv)
+        if not why and isinstance(conv, nn.Conv2d):
+            for side, channels in zip(SIDES, (conv.in_channels, conv.out_channels), strict=True):
+                here = what[f"{side}_channels"]
+                if here > channels:
+                    why = f"its {side} has {channels} channels, not {here}"
+                elif what[f"{side}_index"] is not None:
+                    try:
+                        ChannelIndex(what[f"{side}_index"], here)
+                    except InputError as error:
+                        why = str(error).rstrip(".")
+        if why:
+            raise CheckpointError(
+                f"'{path}' is of another network ({payload['network']}): it gates the convolution '{name}', which "
+                f"{type(model).__name__} cannot: {why}."
             )
 
 

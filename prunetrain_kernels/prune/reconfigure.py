@@ -21,9 +21,13 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from prunetrain_kernels.errors import InputError, PruneTrainError
+from prunetrain_kernels.graph.gating import batch_norm_behind
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.graph.spaces import expand
 from prunetrain_kernels.graph.trace import buffers_restored
+from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
+from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, gating_of, pair, restore_gating_, unpair
+from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.prune.branches import ConstantConv, replacements, swap_in
 
 # An output that moves by more than this share of its scale is no rounding; such a reconfiguration is undone.
@@ -33,7 +37,13 @@ LARGEST_MOVE_TF32 = 1e-2  # fp32 on CUDA: cuDNN multiplies in TF32 unless told o
 
 @dataclass(frozen=True)
 class LayerChange:
-    """Channels of one layer before and after; `kept_in`/`kept_out` are the kept ones as they were numbered before."""
+    """Channels of one layer's spaces before and after.
+
+    Attributes:
+        kept_in, kept_out: the kept ones in their new order, as they were numbered before.
+        live_in, live_out: how many of them it computes: all, unless it is gated.
+        form: how it is computed from now on, "union" or a form of gating, where there was a choice; and why.
+    """
 
     name: str
     kind: str
@@ -44,6 +54,9 @@ class LayerChange:
     kept_in: Tensor
     kept_out: Tensor
     removed: bool
+    live_in: int
+    live_out: int
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class Reconfiguration:
         scale: largest absolute output before.
         seconds: wall time of the whole reconfiguration.
         parameters_before, parameters_after: number of weights.
+        changed: whether any channel or layer went, moved or came back.
     """
 
     layers: tuple[LayerChange, ...]
@@ -71,11 +85,7 @@ class Reconfiguration:
     seconds: float
     parameters_before: int
     parameters_after: int
-
-    @property
-    def changed(self) -> bool:
-        """Whether any channel or layer went."""
-        return self.parameters_after != self.parameters_before
+    changed: bool
 
     def __str__(self) -> str:
         """One line, then one line per layer that changed."""
@@ -83,18 +93,20 @@ class Reconfiguration:
             f"parameters {self.parameters_before:,} -> {self.parameters_after:,}, {self.branches} branches removed, "
             f"max|dy| {self.max_abs_dy:.1e} of scale {self.scale:.1e}, {self.seconds:.2f} s"
         )
-        lines = [
-            f"  {c.name}: "
-            + ("removed" if c.removed else f"in {c.in_before} -> {c.in_after}, out {c.out_before} -> {c.out_after}")
-            for c in self.layers
-            if c.removed or (c.in_before, c.out_before) != (c.in_after, c.out_after)
-        ]  # fmt: skip
+        lines = []
+        for c in self.layers:
+            text = f"in {c.in_before} -> {c.in_after}, out {c.out_before} -> {c.out_after}"
+            if (c.live_in, c.live_out) != (c.in_after, c.out_after):
+                text += f", computes {c.live_in} x {c.live_out}"
+            text = "removed" if c.removed else text + (f" ({c.form})" if c.form else "")
+            if c.removed or c.form or (c.in_before, c.out_before) != (c.in_after, c.out_after):
+                lines.append(f"  {c.name}: {text}")
         return "\n".join([head, *lines])
 
 
 @dataclass(frozen=True)
 class _Slicing:
-    """One tensor of a module and what to keep of it: (dimension, feature indices) pairs."""
+    """One tensor of a module and what to keep of it: (dimension, feature indices) pairs; -1 for a feature of zeros."""
 
     module: str
     tensor: Tensor
@@ -103,7 +115,10 @@ class _Slicing:
     def of(self, tensor: Tensor) -> Tensor:
         layout = memory_format(tensor)
         for dim, index in self.cuts:
-            tensor = tensor.index_select(dim, index.to(tensor.device))
+            tensor = tensor.index_select(dim, index.clamp(min=0).to(tensor.device))
+            absent = (index < 0).nonzero().flatten()
+            if len(absent):
+                tensor.index_fill_(dim, absent.to(tensor.device), 0)
         return tensor.contiguous(memory_format=layout)
 
 
@@ -149,8 +164,9 @@ def reconfigure(
     undo: list[Callable[[], None]] = []
     try:
         prunes = bool(slicings or stand_ins)
+        regates = _regates(model, keep)
         first = second = third = None
-        if prunes or any(masks.inputs.any() or masks.outputs.any() for masks in keep.sparse.values()):
+        if prunes or regates or any(masks.inputs.any() or masks.outputs.any() for masks in keep.sparse.values()):
             first = _outputs(model, keep)
             _zero_slices(model, keep, undo)
             second = _outputs(model, keep)
@@ -159,6 +175,8 @@ def reconfigure(
             _replace(model, stand_ins, undo)
             _drop(optimizers, gone, undo)
             _tell_the_truth(model, keep, undo)
+        if prunes or regates:
+            _gate(model, keep, undo)
             third = _outputs_after(model, keep)
         scale = _largest(second) if second is not None else 0.0
         moved = _distance(second, third) if third is not None and second is not None else 0.0
@@ -183,6 +201,7 @@ def reconfigure(
         seconds=time.perf_counter() - start,
         parameters_before=before,
         parameters_after=_count(model),
+        changed=prunes or regates,
     )
 
 
@@ -206,31 +225,44 @@ def _count(model: nn.Module) -> int:
 
 
 def _slicings(model: nn.Module, keep: Keep) -> Iterable[_Slicing]:
-    """Every parameter and buffer that loses channels."""
+    """Every parameter and buffer that loses channels, or has them in another order, or gets some back."""
     graph, modules = keep.graph, dict(model.named_modules())
-    partial = [len(kept) < space.size for kept, space in zip(keep.channels, graph.spaces, strict=True)]
+    moved = [not torch.equal(kept, torch.arange(s.size)) for kept, s in zip(keep.channels, graph.spaces, strict=True)]
     for layer in graph.layers.values():
-        if layer.name in keep.removed:
-            if layer.name in {branch.last for branch in keep.branches} and partial[layer.output]:
-                bias = modules[layer.name]._parameters.get("bias")  # the constant that stays has the kept channels
-                if bias is not None:
-                    yield _Slicing(layer.name, bias, ((0, keep.channels[layer.output]),))
-            continue
-        outputs = ((0, keep.channels[layer.output]),) if partial[layer.output] else ()
-        inputs = ((1, expand(keep.channels[layer.input], layer.block)),) if partial[layer.input] else ()
         module = modules[layer.name]
-        if outputs or inputs:
-            yield _Slicing(layer.name, module._parameters["weight"], (*outputs, *inputs))  # type: ignore[arg-type]
-        if outputs and module._parameters.get("bias") is not None:
-            yield _Slicing(layer.name, module._parameters["bias"], outputs)  # type: ignore[arg-type]
+        bias = module._parameters.get("bias")
+        if layer.name in keep.removed:
+            # the constant that stays has the kept channels
+            if layer.name in {branch.last for branch in keep.branches} and moved[layer.output] and bias is not None:
+                yield _Slicing(layer.name, bias, ((0, keep.channels[layer.output]),))
+            continue
+        now, then = graph.computed(layer.name), keep.live[layer.name]
+        sizes = graph.spaces[layer.input].size, graph.spaces[layer.output].size
+        inputs, outputs = (_places(a, b, size) for a, b, size in zip(now, then, sizes, strict=True))
+        cuts = () if outputs is None else ((0, outputs),)
+        if inputs is not None:
+            cuts = (*cuts, (1, expand(inputs, layer.block)))
+        if cuts:
+            yield _Slicing(layer.name, module._parameters["weight"], cuts)  # type: ignore[arg-type]
+        if outputs is not None and bias is not None:  # a layer with a bias has all its outputs, before and after
+            yield _Slicing(layer.name, bias, ((0, outputs),))
     for follower in graph.followers.values():
-        if follower.name in keep.removed or not partial[follower.space]:
+        if follower.name in keep.removed or not moved[follower.space]:
             continue
         index = expand(keep.channels[follower.space], follower.block)
         module = modules[follower.name]
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and tensor.dim() > 0:
                 yield _Slicing(follower.name, tensor, ((0, index),))
+
+
+def _places(now: Tensor, then: Tensor, size: int) -> Tensor | None:
+    """Where the channels `then` stand among those `now` computed, -1 for one that was not; None if nothing changes."""
+    if torch.equal(now, then):
+        return None
+    places = torch.full((size,), -1)
+    places[now] = torch.arange(len(now))
+    return places[then]
 
 
 def _parameters_that_go(model: nn.Module, stand_ins: dict[str, nn.Module]) -> set[int]:
@@ -286,6 +318,9 @@ def _changes(keep: Keep) -> tuple[LayerChange, ...]:
                 kept_in,
                 kept_out,
                 removed,
+                0 if removed else len(keep.live[layer.name][0]),
+                0 if removed else len(keep.live[layer.name][1]),
+                str(keep.choices[layer.name]) if layer.name in keep.choices else "",
             )
         )
     return tuple(result)
@@ -317,8 +352,9 @@ def _zero_slices(model: nn.Module, keep: Keep, undo: list[Callable[[], None]]) -
             continue
         weight = modules[layer.name].weight
         before = weight.data
-        inputs = expand(masks.inputs.nonzero().flatten(), layer.block).to(before.device)
-        outputs = masks.outputs.nonzero().flatten().to(before.device)
+        own_in, own_out = keep.graph.computed(layer.name)
+        inputs = expand(masks.inputs[own_in].nonzero().flatten(), layer.block).to(before.device)
+        outputs = masks.outputs[own_out].nonzero().flatten().to(before.device)
         undo.append(lambda weight=weight, before=before: setattr(weight, "data", before))  # type: ignore[misc]
         weight.data = before.clone().index_fill_(1, inputs, 0).index_fill_(0, outputs, 0)
 
@@ -384,6 +420,54 @@ def _tell_the_truth(model: nn.Module, keep: Keep, undo: list[Callable[[], None]]
             setattr(module, attribute, value)
 
 
+def _regates(model: nn.Module, keep: Keep) -> bool:
+    """Whether some layer will be gated that is not, or the other way round, or by another backend."""
+    for name in keep.graph.layers:
+        conv, choice = model.get_submodule(name), keep.choices.get(name)
+        then = (choice.form.backend or None,) if choice is not None and choice.form.gated else ()
+        now = (conv.backend,) if isinstance(conv, GatedConv2d) else ()
+        if name not in keep.removed and now != then:
+            return True
+    return False
+
+
+def _pair_again(conv: GatedConv2d, batch_norm: BatchNormAct2d) -> None:
+    """As `pair`, while sizes may not be what they were yet."""
+    conv.paired = True
+    batch_norm.__dict__["_places_of"] = (conv,)
+
+
+def _gate(model: nn.Module, keep: Keep, undo: list[Callable[[], None]]) -> None:
+    """Convolutions whose weights hold their live channels by now become gated ones, or plain ones again; and what
+    places their outputs."""
+    graph, modules = keep.graph, dict(model.named_modules())
+    for module in modules.values():
+        if isinstance(module, BatchNormAct2d) and module.places_of is not None:
+            undo.append(lambda module=module, conv=module.places_of: _pair_again(conv, module))  # type: ignore[misc]
+            unpair(module)
+    for layer in graph.layers.values():
+        conv = modules[layer.name]
+        choice = keep.choices.get(layer.name)
+        gates = choice is not None and choice.form.gated
+        if not isinstance(conv, nn.Conv2d) or not (gates or isinstance(conv, GatedConv2d)):
+            continue
+        state = gating_of(conv)
+        undo.append(lambda conv=conv, state=state: restore_gating_(conv, state))  # type: ignore[misc]
+        kept = keep.channels[layer.input], keep.channels[layer.output]
+        inputs, outputs = (
+            None if len(own) == len(all_) else ChannelIndex(torch.isin(all_, own).nonzero().flatten(), len(all_))
+            for own, all_ in zip(keep.live[layer.name], kept, strict=True)
+        )
+        backend = choice.form.backend or None if choice else None
+        gate_(conv, len(kept[0]), len(kept[1]), inputs, outputs, backend)
+        behind = batch_norm_behind(graph, modules, layer.name)
+        if isinstance(conv, GatedConv2d) and outputs is not None and behind is not None:
+            batch_norm = modules[behind]
+            if isinstance(batch_norm, BatchNormAct2d):
+                undo.append(lambda batch_norm=batch_norm: unpair(batch_norm))  # type: ignore[misc]
+                pair(conv, batch_norm)
+
+
 def size_without_tensor(module: nn.Module) -> list[str]:
     """Size attributes of a module that it may have no tensor to tell by."""
     if isinstance(module, ConstantConv):
@@ -396,6 +480,8 @@ def size_without_tensor(module: nn.Module) -> list[str]:
 def sizes_told_by(module: nn.Module) -> dict[str, int]:
     """The size attributes of a module as its tensors have them."""
     weight = module._parameters.get("weight")
+    if isinstance(module, GatedConv2d):
+        return {}  # of whole spaces, which its weight does not know
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and weight is not None:
         outputs = weight.shape[0]
         if module.groups == 1:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.gating import COSTS
 from prunetrain_kernels.graph.keep import POLICIES
 from prunetrain_kernels.train.mini_batch import LEARNING_RATE_RULES
 
@@ -40,6 +41,7 @@ class TrainConfig:
     threshold: float = 1e-4
     relative: bool = False
     policy: str = "union"
+    policy_cost: str = "roof"
     round_to: int = 1
     proximal: bool = False
     start_from: str | None = None
@@ -70,6 +72,7 @@ class TrainConfig:
             ("interval", 0 < self.interval < math.inf, "be a positive number of epochs"),
             ("threshold", 0 <= self.threshold < math.inf, "be 0 or more (paper: 1e-4)"),
             ("policy", self.policy in POLICIES, f"be one of {', '.join(POLICIES)}"),
+            ("policy-cost", self.policy_cost in COSTS, f"be one of {', '.join(COSTS)}"),
             ("round-to", self.round_to >= 1, "be at least 1"),
             ("batch-granularity", self.batch_granularity >= 1, "be at least 1"),
             ("memory-budget", self.memory_budget is None or self.memory_budget >= 1, "be a positive number of bytes"),

@@ -189,6 +189,7 @@ class _Run:
             batch=_mini_batch(config, len(self.data.train_labels)),
             scheduler=self.scheduler,
             fuse=config.fuse,
+            cost=config.policy_cost,
         )
         _check_logits(config, self.model, self.example, self.data.classes)
         self.epoch = 0

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from prunetrain_kernels.cost import Flops, count_flops
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.graph import ChannelGraph, trace_channels
+from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost, cost_of
 from prunetrain_kernels.nn import FuseReport
 from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.ops.group_lasso import slice_max_abs
@@ -101,6 +102,7 @@ class PruneTrain:
         penalty_ratio: share of the lasso in the first total loss, which sets lambda (Eq. 3); 0 means no lasso.
         interval: epochs between reconfigurations, whole or a fraction (paper: 10 for CIFAR, 5 for ImageNet).
         threshold, relative, policy, round_to: as for `ChannelGraph.keep`.
+        cost: how the policy "auto" finds out what is faster: "roof", "measure", or a function; as for `choose`.
         batch: a `MiniBatch`, or a starting size that may grow into the freed memory; None leaves the batch alone.
         scheduler: the learning-rate scheduler, whose base rates grow with the batch.
         fuse: swap batch norms, with the addition and ReLU behind them, for fused ones, in place
@@ -133,6 +135,7 @@ class PruneTrain:
         batch: MiniBatch | int | None = None,
         scheduler: Any = None,
         fuse: bool = False,
+        cost: ConvolutionCost | str = "roof",
     ) -> None:
         if not 0 <= penalty_ratio < 1:
             raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
@@ -155,6 +158,7 @@ class PruneTrain:
         self.threshold = threshold
         self.relative = relative
         self.policy = policy
+        self.cost = cost
         self.round_to = round_to
         self.coefficient: float | None = None
         self._last_penalty: Tensor | None = None
@@ -166,6 +170,8 @@ class PruneTrain:
 
         self.fused: FuseReport | None = fuse_model(model, example_inputs) if fuse else None
         self.graph: ChannelGraph = trace_channels(model, example_inputs)
+        if policy == "auto":
+            cost_of(cost, model)  # refuses an unknown name
         self.graph.keep(model, threshold, relative, policy, round_to)  # refuses bad arguments before any training
         self.lasso = GroupLasso(model, self.graph.example_inputs, graph=self.graph)
         self.dense_flops = self.flops = count_flops(model, self.graph.example_inputs)
@@ -268,7 +274,8 @@ class PruneTrain:
     def reconfigure(self) -> PruneReport:
         """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it."""
         start = time.perf_counter()
-        keep = self.graph.keep(self.model, self.threshold, self.relative, self.policy, self.round_to)
+        batch = self.batch_size or BATCH
+        keep = self.graph.keep(self.model, self.threshold, self.relative, self.policy, self.round_to, self.cost, batch)
         done = reconfigure(self.model, self.optimizer, keep)
         if done.changed:
             for change in done.layers:
@@ -328,19 +335,26 @@ class PruneTrain:
     # -- what the logs show ---------------------------------------------------------------------------------------
 
     def channel_table(self) -> list[dict[str, Any]]:
-        """Kept and original channels of every layer, removed ones included."""
-        return [
-            {
-                "layer": name,
-                "kind": kind,
-                "in_kept": len(self.kept[name][0]),
-                "in_total": ins,
-                "out_kept": len(self.kept[name][1]),
-                "out_total": outs,
-                "removed": int(name in self.removed),
-            }
-            for name, (kind, ins, outs) in self.dense_layers.items()
-        ]
+        """Original channels of every layer's spaces, those kept, and those that it computes (fewer than are kept under
+        gating); removed layers included."""
+        table = []
+        for name, (kind, ins, outs) in self.dense_layers.items():
+            kept = tuple(len(side) for side in self.kept[name])
+            live = tuple(len(side) for side in self.graph.computed(name)) if name in self.graph.layers else kept
+            table.append(
+                {
+                    "layer": name,
+                    "kind": kind,
+                    "in_kept": kept[0],
+                    "in_total": ins,
+                    "out_kept": kept[1],
+                    "out_total": outs,
+                    "removed": int(name in self.removed),
+                    "in_live": live[0],
+                    "out_live": live[1],
+                }
+            )
+        return table
 
     def slice_sizes(self) -> dict[str, Tensor]:
         """Largest absolute weight of each *original* output channel of each layer, fp32; NaN where pruned (Fig. 4)."""
@@ -351,7 +365,9 @@ class PruneTrain:
             if layer is not None:
                 weight = self.model.get_submodule(name).weight
                 assert isinstance(weight, Tensor)
-                values[self.kept[name][1]] = slice_max_abs(weight, layer.block)[1].float().cpu()
+                kept, computed = self.kept[name][1], self.graph.computed(name)[1]
+                values[kept] = 0.0  # gated: not computed, but there
+                values[kept[computed]] = slice_max_abs(weight, layer.block)[1].float().cpu()
             result[name] = values
         return result
 

@@ -64,6 +64,8 @@ CHANNEL_COLUMNS = (
     "out_kept",
     "out_total",
     "removed",  # 0 | 1
+    "in_live",  # of those kept, computed by this layer: fewer than are kept under gating
+    "out_live",
 )
 TEXT_COLUMNS = frozenset({"phase", "layer", "kind"})
 

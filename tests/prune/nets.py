@@ -61,20 +61,23 @@ def kill(
 
 
 def zero_slice(model: nn.Module, graph: ChannelGraph, name: str, side: str, channel: int) -> None:
+    """Of a channel of the space; a gated layer may not compute it."""
     weight, block = rest_of(model, name), graph.layers[name].block
-    if side == "out":
-        weight[channel] = 0
-    else:
-        weight[:, channel * block : (channel + 1) * block] = 0
+    for place in (graph.computed(name)[side == "out"] == channel).nonzero().flatten().tolist():
+        if side == "out":
+            weight[place] = 0
+        else:
+            weight[:, place * block : (place + 1) * block] = 0
 
 
 def hold_masks(graph: ChannelGraph, keep: Keep, model: nn.Module) -> dict[str, Tensor]:
-    """For each layer a mask that holds at zero whatever `keep` prunes."""
+    """For each layer a mask that holds at zero whatever `keep` prunes, or leaves to gating."""
     masks = {}
     for layer in graph.layers.values():
         mask = torch.zeros_like(rest_of(model, layer.name))
-        columns = [c * layer.block + b for c in keep.channels[layer.input].tolist() for b in range(layer.block)]
-        mask[keep.channels[layer.output][:, None], torch.tensor(columns)[None, :]] = 1
+        inputs, outputs = keep.live[layer.name]
+        columns = [c * layer.block + b for c in inputs.tolist() for b in range(layer.block)]
+        mask[outputs[:, None], torch.tensor(columns)[None, :]] = 1
         if layer.name in keep.removed:
             mask.zero_()
         masks[layer.name] = mask
@@ -124,7 +127,7 @@ def snapshot(model: nn.Module, *optimizers: torch.optim.Optimizer) -> object:
         for name, t in (*model.named_parameters(), *model.named_buffers())
     ]
     modules = [
-        (name, id(m), m.training, {k: v for k, v in vars(m).items() if isinstance(v, int)})
+        (name, id(m), type(m), m.training, {k: v for k, v in vars(m).items() if isinstance(v, int)})
         for name, m in model.named_modules()
     ]
     states = [

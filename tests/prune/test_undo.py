@@ -7,34 +7,47 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from prunetrain_kernels import InputError, Keep, PruneTrainError, reconfigure
+from prunetrain_kernels.nn import BatchNormAct2d, fuse
 from prunetrain_kernels.prune import reconfigure as package_member
 
 module = __import__("prunetrain_kernels.prune.reconfigure", fromlist=["reconfigure"])
 
 
-def ready(dtype: torch.dtype = torch.float64, branch: bool = True) -> tuple[nn.Module, Optimizer, Tensor, Keep]:
-    """A model about to lose channels and a branch, with gradients and optimizer state."""
+def ready(
+    dtype: torch.dtype = torch.float64, branch: bool = True, policy: str = "union"
+) -> tuple[nn.Module, Optimizer, Tensor, Keep]:
+    """A model about to lose channels and a branch, with gradients and optimizer state; under gating a fused one that is
+    gated and paired already."""
     model, x = small_net("in-place-bottleneck", dtype)
     optimizer = Adam(model.parameters(), lr=0.001)
     warm_up(model, optimizer, x)
+    if policy == "gating":
+        fuse(model)
+        graph = traced(model, x)
+        kill(graph, model, share=0.0, partly=0.3, seed=5)
+        reconfigure(model, optimizer, graph.keep(model, policy=policy))
+        assert any(isinstance(m, BatchNormAct2d) and m.places_of is not None for m in model.modules())
+        warm_up(model, optimizer, x)
     graph = traced(model, x)
     kill(graph, model)
     if branch:
         rest_of(model, "blocks.0.conv3").zero_()
     rest_of(model, "fc")[0, 0] = 1e-6  # sparse slices that are not zero yet
     rest_of(model, "blocks.1.conv1")[:, 1] = 1e-6
-    return model, optimizer, x, graph.keep(model)
+    return model, optimizer, x, graph.keep(model, policy=policy)
 
 
 @pytest.mark.parametrize(
-    "step", ["_zero_slices", "_slice_all", "_replace", "_drop", "_tell_the_truth", "_outputs_after", "_distance"]
+    "step",
+    ["_zero_slices", "_slice_all", "_replace", "_drop", "_tell_the_truth", "_gate", "_outputs_after", "_distance"],
 )
+@pytest.mark.parametrize("policy", ["union", "gating"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_failing_step_is_undone(
-    step: str, error: type[BaseException], when: str, monkeypatch: pytest.MonkeyPatch
+    step: str, error: type[BaseException], when: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, optimizer, x, keep = ready()
+    model, optimizer, x, keep = ready(policy=policy)
     before = snapshot(model, optimizer)
     old = getattr(module, step)
 

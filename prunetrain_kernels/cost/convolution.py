@@ -1,0 +1,144 @@
+"""Costs of a convolution under channel union and under each form of channel gating: bytes, FLOPs and, on a roof, time.
+
+One training step of one layer, with the batch norm that reads it. E(c) is the bytes of c channels of a map, of the
+input (i) or the output (o); a space has `full` channels, of which this layer computes `live`.
+
+    side, form                          bytes, forward and backward                                    FLOPs by
+    input   whole, or expanded weights  3 E_i(full): x twice, dx once                                   full
+            implicit GEMM by index      4 E_i(full) + E_i(live): dx goes into zeros                     live
+            index_select                4 E_i(full) + 5 E_i(live): the selection, and its derivative    live
+    output  whole                       8 E_o(full): y written, read by the batch norm 4 times, dy      full
+                                        written, read twice
+            live, placed by batch norm  8 E_o(live)                                                     live
+            live, scattered             3 E_o(live) + 2 E_o(live) + 2 E_o(full) + 5 E_o(full)           live
+            live, index_copy            as scattered, and 2 E_o(full): zeros first, either way          live
+
+In channels_last a selection by index reads whole sectors, so it counts as reading all channels (design section 5).
+Channels are rounded up to a multiple of 8 where FLOPs are counted for time: what is computed for fewer is computed in
+vain, in oneDNN's blocks and in tensor cores alike (design section 8).
+"""
+
+from dataclasses import dataclass
+
+from prunetrain_kernels.cost.roof import Roof
+
+GRANULE = 8
+# Kernels, or calls of operators, beyond the three that every convolution takes (forward and two gradients).
+EXTRA_LAUNCHES = {"expanded": 4, "triton": 1, "naive": 4}
+SCATTER_LAUNCHES = {"expanded": 2, "triton": 1, "naive": 4}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a layer is computed.
+
+    Attributes:
+        gates_input, gates_output: whether only its live channels are read, written; with neither it is channel union.
+        backend: of `ops.conv2d`, for a gated one: "expanded", "triton" or "naive"; "" leaves it to the operator.
+    """
+
+    gates_input: bool = False
+    gates_output: bool = False
+    backend: str = "expanded"
+
+    @property
+    def gated(self) -> bool:
+        return self.gates_input or self.gates_output
+
+    def __str__(self) -> str:
+        sides = [name for name, gated in (("input", self.gates_input), ("output", self.gates_output)) if gated]
+        how = f" ({self.backend})" if self.backend else ""
+        return f"gating of {' and '.join(sides)}{how}" if sides else "union"
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution in one training step.
+
+    Attributes:
+        batch: images.
+        map_in, map_out: height and width of input and output.
+        kernel: height and width of the kernel.
+        in_full, in_live, out_full, out_live: channels of its spaces, and those of them that it needs to compute.
+        itemsize: bytes of an activation's element.
+        places: the batch norm behind it can place its live output channels at no cost.
+        input_gradient: the step needs dx: not for the network's first layer.
+    """
+
+    batch: int
+    map_in: tuple[int, int]
+    map_out: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    in_full: int
+    in_live: int
+    out_full: int
+    out_live: int
+    itemsize: int = 4
+    places: bool = False
+    input_gradient: bool = True
+
+
+def flops(conv: Convolution, form: Form, granule: int = 1) -> float:
+    """Of one pass: the forward, or either gradient. Channels rounded up to multiples of `granule`."""
+    narrow_in = form.gates_input and form.backend != "expanded"
+    inputs = conv.in_live if narrow_in else conv.in_full
+    outputs = conv.out_live if form.gates_output else conv.out_full
+    inputs, outputs = (-(-c // granule) * granule for c in (inputs, outputs))
+    pixels = conv.batch * conv.map_out[0] * conv.map_out[1]
+    return 2.0 * pixels * inputs * outputs * conv.kernel[0] * conv.kernel[1]
+
+
+def traffic(conv: Convolution, form: Form) -> tuple[float, float]:
+    """Bytes of a training step: those of the convolution's own kernels, and those of other passes over its input and
+    output, batch norm's reads and writes of it included."""
+    pixels_in = conv.batch * conv.map_in[0] * conv.map_in[1] * conv.itemsize
+    pixels_out = conv.batch * conv.map_out[0] * conv.map_out[1] * conv.itemsize
+    in_full, in_live = pixels_in * conv.in_full, pixels_in * conv.in_live
+    out_full, out_live = pixels_out * conv.out_full, pixels_out * conv.out_live
+    if not form.gates_input or form.backend == "expanded":
+        own, other = 3 * in_full, 0
+    elif form.backend == "triton":
+        own, other = 3 * in_full, in_full + in_live
+    else:
+        own, other = 3 * in_live, 4 * in_full + 2 * in_live
+    if not form.gates_output:
+        own, other = own + 3 * out_full, other + 5 * out_full
+    elif conv.places:
+        own, other = own + 3 * out_live, other + 5 * out_live
+    else:
+        copied = 2 * out_full if form.backend == "naive" else 0
+        own, other = own + 3 * out_live, other + 2 * out_live + 7 * out_full + copied
+    return float(own), float(other)
+
+
+@dataclass(frozen=True)
+class RoofCost:
+    """The least time of a training step of one layer on a device whose roof was measured: each of the convolution's
+    three kernels takes the longer of its bytes and its FLOPs, every other pass its bytes, every launch its start.
+
+    It knows nothing of how near to the roof a library's kernels come for a shape; `MeasuredCost` does.
+    """
+
+    roof: Roof
+    dtype: str = "fp32"
+
+    def __call__(self, conv: Convolution, form: Form) -> float:
+        """Seconds."""
+        rate = self.roof.tflop_s.get(self.dtype) or max(self.roof.tflop_s.values())
+        passes = 3 if conv.input_gradient else 2
+        own, other = traffic(conv, form)
+        arithmetic = passes * flops(conv, form, GRANULE) / (rate * 1e12)
+        moving = own / (self.roof.gb_s * 1e9)
+        launches = 0
+        if form.gates_input or (form.gated and form.backend == "naive"):
+            launches += EXTRA_LAUNCHES[form.backend]
+        if form.gates_output and not conv.places:
+            launches += SCATTER_LAUNCHES[form.backend]
+        start = launches * (self.roof.launch_us or 0.0) * 1e-6
+        return max(moving, arithmetic) + other / (self.roof.gb_s * 1e9) + start
+
+    def __str__(self) -> str:
+        return f"predicted at {self.roof.gb_s:.0f} GB/s, {self.roof.tflop_s.get(self.dtype, 0):.2g} TFLOP/s"

@@ -1,0 +1,901 @@
+"""Convolution of some channels of a wider tensor into some channels of another: what a gated layer computes.
+
+A layer lives in an input space of C_full channels, of which it reads C, and an output space of K_full, of which it
+computes K. With `in` and `out` the places of its channels in those spaces, and b a base (or zero),
+
+    y[n, out[k], p, q] = b[n, out[k], p, q] + sum over c, r, s of  w[k, c, r, s] x[n, in[c], p sh + r - ph, q sw + s - pw]
+    y[n, other, p, q]  = b[n, other, p, q]
+
+`weight` (K, C, R, S) holds the live channels only. Its derivatives, g being dy at the channels out[k]:
+
+    dx[n, in[c], h, w] = sum over k and those r, s for which p = (h + ph - r) / sh and q = (w + pw - s) / sw are whole
+                         of  w[k, c, r, s] g[n, k, p, q];  zero in the other channels;   db = dy
+    dw[k, c, r, s]     = sum over n, p, q of  g[n, k, p, q] x[n, in[c], p sh + r - ph, q sw + s - pw]
+
+Three forms of the same function. F(a, b) = 2 N P Q R S a b FLOPs, for each of forward and two gradients; E_in and E_out
+are bytes of the input and the output tensor, of their live channels or full. Weights, which are small, are left out.
+
+    form       FLOPs         bytes, forward                            bytes, both gradients
+    triton     F(C, K)       E_in_full + E_out_live [+ fill]           2 E_out_live + E_in_full + E_in_live [+ fill]
+    expanded   F(C_full, K)  E_in_full + E_out_live [+ E_out_live      2 E_out_live + 2 E_in_full [+ 2 E_out_live]
+                             + E_out_full]
+    naive      F(C, K)       E_in_full + 2 E_in_live + E_out_live      2 E_out_live + 3 E_in_live + 2 E_in_full
+                             [+ 2 E_out_full + 2 E_out_live]           [+ 2 E_out_live]
+
+In brackets: only with an output index. `fill` is E_full of a tensor of which not all channels are computed: zeros, or
+the copy of the base (then 2 E_out_full); in backward that of dx, only with an input index. A base costs every form
+another E_out, live or full. E_in_full is read where E_in_live would do because channels_last keeps the channels of a
+pixel together: a 32-byte sector without a live channel is rare at half the channels live. A run of channels
+[first, first + C) is read as E_in_live, by stride and without a map.
+
+* triton: one implicit GEMM for each of the three. Rows are pixels, columns channels, and the reduction runs over taps
+  and live channels (the weight's: over pixels). Channels are found by index or by a run's offset while tiles are loaded
+  and stored. The input gradient takes the pixels of one class (h mod sh, w mod sw) at a time, whose taps are the same,
+  so that a stride costs no FLOPs; the weight gradient splits pixels over programs that write private slots, added in
+  fixed order. fp32 accumulation; of fp32 inputs TF32 where PyTorch lets cuDNN use it. No dilation, no fp64 (which the
+  plain reference computes, as on a CPU). Below sm_80 Triton has no tensor cores; it runs, slowly.
+* expanded: the library's convolution (cuDNN, oneDNN) with zeros in the weight where x has channels that this layer does
+  not read, and `channel_scatter` behind it. A NaN or an infinity in such a channel is multiplied by zero and leaks.
+* naive: `index_select`, the library's convolution, `index_copy` or `index_add`: as the paper had it (section 4.2).
+
+`moments` also gives mean and variance of each computed channel, of y as it is rounded, for the batch norm behind it:
+from the tiles while they are in registers (triton), or by another pass over y. A mean and a centred sum of squares per
+tile, merged by Chan's formula in fixed order.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops import launch as launching
+from prunetrain_kernels.ops.batch_norm_act import (
+    FOLD_CHANNELS,
+    FOLD_SLOTS,
+    _fold_statistics_kernel,
+    batch_norm_statistics,
+)
+from prunetrain_kernels.ops.channel_index import ChannelIndex, scatter_add_by_maps, scatter_by_maps
+from prunetrain_kernels.ops.launch import (
+    HAS_TRITON,
+    KERNEL_DTYPES,
+    accumulator_dtype,
+    is_eager,
+    launch,
+    register,
+    tl,
+    triton,
+    use_kernels,
+)
+
+BACKENDS = ("triton", "expanded", "naive")
+
+_PIXELS = 2**31 - 4096  # of a launch: tiles count them in 32 bits
+_SPLITS = 256  # of the pixels of a weight gradient, at most
+_PROGRAMS = 512  # of a weight gradient, about: a few waves on any GPU, and few slots beside the tensors
+_SHORTEST_SPLIT = 512  # pixels
+
+
+class Maps(NamedTuple):
+    """Where a layer's channels lie in a space: the attributes of a `ChannelIndex`, for modules that keep buffers."""
+
+    index: Tensor
+    inverse: Tensor
+    first: int | None
+
+
+# -- reference ---------------------------------------------------------------------------------------------------------
+
+
+def _empty(shape: Sequence[int], like: Tensor, zeros: bool = False, last: bool = True) -> Tensor:
+    stored = torch.channels_last if last else torch.contiguous_format
+    made = torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=stored)
+    return made.zero_() if zeros else made
+
+
+def _taken(x: Tensor, index: Tensor | None, first: int, channels: int) -> Tensor:
+    """Some channels of x, in its layout."""
+    if index is None:
+        return x if channels == x.shape[1] else x.narrow(1, first, channels)
+    if x.is_contiguous():
+        return x.index_select(1, index.long())
+    # of a channels_last tensor as it lies: index_select(1, ...) would give another layout, and takes five times as long
+    return x.movedim(1, -1).index_select(-1, index.long()).movedim(-1, 1)
+
+
+def _placed(y: Tensor, index: Tensor | None, first: int, channels: int, base: Tensor | None) -> Tensor:
+    """Channels at their places in `channels` of zeros, or added to the base there."""
+    if index is None and channels == y.shape[1]:
+        return y if base is None else base + y
+    where = torch.arange(first, first + y.shape[1], device=y.device) if index is None else index.long()
+    if base is not None:
+        return base.movedim(1, -1).index_add(-1, where, y.movedim(1, -1)).movedim(-1, 1)
+    last = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    wide = _empty((y.shape[0], channels, *y.shape[2:]), y, zeros=True, last=last)
+    return wide.movedim(1, -1).index_copy(-1, where, y.movedim(1, -1)).movedim(-1, 1)
+
+
+def conv2d_reference(
+    x: Tensor, weight: Tensor, base: Tensor | None, input_index: Tensor | None, input_first: int,
+    output_index: Tensor | None, output_first: int, output_channels: int, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], moments: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Plain PyTorch, in any dtype, float64 for tests, and differentiable: select, convolve, place; and the statistics.
+
+    A side without an index is a run from its `first` channel on. This is the "naive" backend.
+    """
+    y = F.conv2d(_taken(x, input_index, input_first, weight.shape[1]), weight, None, stride, padding, dilation)
+    mean, var = batch_norm_statistics(y.detach()) if moments else (None, None)
+    return _placed(y, output_index, output_first, output_channels, base), mean, var
+
+
+def _backward_reference(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight of a convolution without indices, those that are wanted."""
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, list(stride), list(padding), [1, 1], False, [0, 0], 1, [*wanted, False]
+    )
+    return dx, dweight
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+# Every number of a launch: channel counts change as a network shrinks, and must not compile anything new.
+# ALIGNED_IN and ALIGNED_OUT say that all numbers of channels on a side are multiples of 8: `n // 8 * 8` then tells the
+# compiler, which loads vectors. A side's map is an index, or None and a first channel.
+_NUMBERS = [
+    "pixels", "height", "width", "out_height", "out_width", "x_channels", "y_channels", "channels", "filters",
+    "input_first", "output_first", "taps_h", "taps_w", "stride_h", "stride_w", "padding_h", "padding_w", "tiles",
+    "columns8", "split", "other_tiles",
+]  # fmt: skip
+
+
+@triton.jit
+def _eights(index, channels, all_channels, first, ALIGNED: tl.constexpr):
+    """The numbers of one side; if ALIGNED, known as multiples of 8. With an index only the live channels need be."""
+    if ALIGNED:
+        channels = channels // 8 * 8
+        if index is None:
+            all_channels = all_channels // 8 * 8
+            first = first // 8 * 8
+    return channels, all_channels, first
+
+
+@triton.jit
+def _columns(index, channel, here, first):
+    """Where channels lie in their space."""
+    column = channel + first
+    if index is not None:
+        column = tl.load(index + channel, mask=here, other=0)
+    return column
+
+
+@triton.jit
+def _load(x, at, wanted, index):
+    """A tile of which rows are pixels. Through an index it is loaded flat, so that lanes run along the row: where no
+    two elements are known to be neighbours in memory, Triton 3.6 has them run down the columns."""
+    if True:
+        value = tl.load(x + at, mask=wanted, other=0)
+    else:
+        value = tl.reshape(tl.load(x + tl.ravel(at), mask=tl.ravel(wanted), other=0), at.shape)
+    return value
+
+
+@triton.jit
+def _store(x, at, value, wanted, index):
+    """The counterpart of `_load`."""
+    if True:
+        tl.store(x + at, value, mask=wanted)
+    else:
+        tl.store(x + tl.ravel(at), tl.ravel(value), mask=tl.ravel(wanted))
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _forward_kernel(
+    x, weight, y, input_index, output_index, means, m2s,
+    pixels, height, width, out_height, out_width, x_channels, y_channels, channels, filters, input_first, output_first,
+    taps_h, taps_w, stride_h, stride_w, padding_h, padding_w, tiles, columns8,
+    ADD: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of output pixels by filters; with ADD, y holds the base. `tiles`: of the filters."""
+    channels, x_channels, input_first = _eights(input_index, channels, x_channels, input_first, ALIGNED_IN)
+    filters, y_channels, output_first = _eights(output_index, filters, y_channels, output_first, ALIGNED_OUT)
+    tile = tl.program_id(0) // tiles
+    m = tile * TILE_M + tl.arange(0, TILE_M)
+    k = tl.program_id(0) % tiles * TILE_N + tl.arange(0, TILE_N)
+    lane = tl.arange(0, TILE_K)
+    exists = m < pixels
+    used = k < filters
+    row = m // out_width
+    top = row % out_height * stride_h - padding_h
+    left = m % out_width * stride_w - padding_w
+    corner = ((row // out_height * height + top).to(tl.int64) * width + left) * x_channels  # may lie in the padding
+    filter_at = k.to(tl.int64) * (taps_h * taps_w * channels)
+
+    steps = tl.cdiv(channels, TILE_K)
+    acc = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for step in range(taps_h * taps_w * steps):
+        tap = step // steps
+        c = step % steps * TILE_K + lane
+        r = tap // taps_w
+        s = tap % taps_w
+        near = c < channels
+        inside = exists & (top + r >= 0) & (top + r < height) & (left + s >= 0) & (left + s < width)
+        column = (r * width + s) * x_channels + _columns(input_index, c, near, input_first)
+        a = _load(x, corner[:, None] + column[None, :], inside[:, None] & near[None, :], input_index)
+        at = filter_at[None, :] + (tap * channels + c)[:, None]
+        b = tl.load(weight + at, mask=near[:, None] & used[None, :], other=0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    value = acc.to(y.dtype.element_ty)
+    if means is not None:
+        rounded = tl.where(exists[:, None], value.to(tl.float32), 0)
+        mean = tl.sum(rounded, 0) / tl.minimum(pixels - tile * TILE_M, TILE_M).to(tl.float32)
+        centred = tl.where(exists[:, None], rounded - mean[None, :], 0)
+        slot = tile.to(tl.int64) * (columns8 * 8) + k
+        tl.store(means + slot, mean, mask=used)
+        tl.store(m2s + slot, tl.sum(centred * centred, 0), mask=used)
+    at = m.to(tl.int64)[:, None] * y_channels + _columns(output_index, k, used, output_first)[None, :]
+    wanted = exists[:, None] & used[None, :]
+    if ADD:
+        value = (value.to(tl.float32) + _load(y, at, wanted, output_index).to(tl.float32)).to(y.dtype.element_ty)
+    _store(y, at, value, wanted, output_index)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _input_gradient_kernel(
+    dy, weight, dx, input_index, output_index,
+    pixels, height, width, out_height, out_width, x_channels, y_channels, channels, filters, input_first, output_first,
+    taps_h, taps_w, stride_h, stride_w, padding_h, padding_w, tiles,
+    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of input pixels by channels. `pixels` is the number of images here, axis 1 the class of the pixels: those
+    with (h + padding) % stride == a, and likewise for w and b, to which the taps a, a + stride, ... contribute:
+    h = u * stride + a - padding takes tap a + i * stride from the output's row u - i."""
+    channels, x_channels, input_first = _eights(input_index, channels, x_channels, input_first, ALIGNED_IN)
+    filters, y_channels, output_first = _eights(output_index, filters, y_channels, output_first, ALIGNED_OUT)
+    a = tl.program_id(1) // stride_w
+    b = tl.program_id(1) % stride_w
+    first_u = (padding_h - a + stride_h - 1) // stride_h
+    first_v = (padding_w - b + stride_w - 1) // stride_w
+    rows = (height - 1 + padding_h - a + stride_h) // stride_h - first_u
+    columns = (width - 1 + padding_w - b + stride_w) // stride_w - first_v
+    taps_a = (taps_h - a + stride_h - 1) // stride_h
+    taps_b = (taps_w - b + stride_w - 1) // stride_w
+
+    m = tl.program_id(0) // tiles * TILE_M + tl.arange(0, TILE_M)
+    c = tl.program_id(0) % tiles * TILE_N + tl.arange(0, TILE_N)
+    lane = tl.arange(0, TILE_K)
+    exists = m < pixels * rows * columns
+    used = c < channels
+    row = m // tl.maximum(columns, 1)
+    image = row // tl.maximum(rows, 1)
+    u = row % tl.maximum(rows, 1) + first_u
+    v = m % tl.maximum(columns, 1) + first_v
+    corner = ((image * out_height + u).to(tl.int64) * out_width + v) * y_channels
+
+    steps = tl.cdiv(filters, TILE_K)
+    acc = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for step in range(taps_a * taps_b * steps):
+        tap = step // steps
+        k = step % steps * TILE_K + lane
+        i = tap // taps_b
+        j = tap % taps_b
+        near = k < filters
+        inside = exists & (u >= i) & (u - i < out_height) & (v >= j) & (v - j < out_width)
+        column = _columns(output_index, k, near, output_first) - (i * out_width + j) * y_channels
+        g = _load(dy, corner[:, None] + column[None, :], inside[:, None] & near[None, :], output_index)
+        tap_at = ((a + i * stride_h) * taps_w + b + j * stride_w) * channels
+        at = k.to(tl.int64)[:, None] * (taps_h * taps_w * channels) + (tap_at + c)[None, :]
+        w = tl.load(weight + at, mask=near[:, None] & used[None, :], other=0)
+        acc = tl.dot(g, w, acc, input_precision=PRECISION)
+
+    h = u * stride_h + a - padding_h
+    w_pixel = v * stride_w + b - padding_w
+    pixel = (image * height + h).to(tl.int64) * width + w_pixel
+    at = pixel[:, None] * x_channels + _columns(input_index, c, used, input_first)[None, :]
+    _store(dx, at, acc.to(dx.dtype.element_ty), exists[:, None] & used[None, :], input_index)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _weight_gradient_kernel(
+    dy, x, slots, input_index, output_index,
+    pixels, height, width, out_height, out_width, x_channels, y_channels, channels, filters, input_first, output_first,
+    taps_h, taps_w, stride_h, stride_w, padding_h, padding_w, tiles, other_tiles, split,
+    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of filters (M) by channels (N) of one tap, over `split` of the pixels (K). `tiles` are those of the
+    channels, `other_tiles` of the filters; all those of the same pixels are neighbours, for L2."""
+    channels, x_channels, input_first = _eights(input_index, channels, x_channels, input_first, ALIGNED_IN)
+    filters, y_channels, output_first = _eights(output_index, filters, y_channels, output_first, ALIGNED_OUT)
+    taps = taps_h * taps_w
+    program = tl.program_id(0)
+    c = program % tiles * TILE_N + tl.arange(0, TILE_N)
+    k = program // tiles % other_tiles * TILE_M + tl.arange(0, TILE_M)
+    tap = program // (tiles * other_tiles) % taps
+    part = program // (tiles * other_tiles * taps)
+    lane = tl.arange(0, TILE_K)
+    used = c < channels
+    near = k < filters
+    top = tap // taps_w - padding_h
+    left = tap % taps_w - padding_w
+    x_column = _columns(input_index, c, used, input_first)
+    y_column = _columns(output_index, k, near, output_first)
+
+    acc = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for start in range(part * split, tl.minimum(part * split + split, pixels), TILE_K):
+        m = start + lane
+        exists = m < pixels
+        row = m // out_width
+        h = row % out_height * stride_h + top
+        w = m % out_width * stride_w + left
+        inside = exists & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        pixel = (row // out_height * height + h).to(tl.int64) * width + w
+        at = m.to(tl.int64)[:, None] * y_channels + y_column[None, :]
+        g = _load(dy, at, exists[:, None] & near[None, :], output_index)
+        at = pixel[:, None] * x_channels + x_column[None, :]
+        value = _load(x, at, inside[:, None] & used[None, :], input_index)
+        acc = tl.dot(tl.trans(g), value, acc, input_precision=PRECISION)
+
+    at = ((part.to(tl.int64) * filters + k) * taps + tap)[:, None] * channels + c[None, :]
+    tl.store(slots + at, acc, mask=near[:, None] & used[None, :])
+
+
+# -- launchers ---------------------------------------------------------------------------------------------------------
+
+
+class _Tile(NamedTuple):
+    """What one program computes (m rows by n columns, k of the reduction at a time), and how."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+_INTERPRETED = _Tile(128, 64, 64, 4, 1)  # the interpreter pays by the operation: few fat tiles
+
+
+@lru_cache(maxsize=64)
+def _device_capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _capability(device: torch.device) -> int:
+    """Of the device, or of the target that is compiled for; 0 in the interpreter."""
+    if launching._compiled is not None:
+        return int(triton.runtime.driver.active.get_current_target().arch)
+    return _device_capability(device) if device.type == "cuda" else 0
+
+
+def _tile(like: Tensor, rows: int, columns: int, depth: int, precision: str) -> _Tile:
+    """By closed form: never by measurement, which would make sums depend on the time of day."""
+    arch = _capability(like.device)
+    if arch == 0:
+        return _INTERPRETED
+    single = like.dtype == torch.float32
+    if arch < 80 or (single and precision == "ieee"):  # no tensor cores: operands go through registers
+        return _Tile(64, 64 if columns > 32 else 32, 16, 4, 2)
+    n = 128 if columns > 64 else 64 if columns > 32 else 32
+    m = 128 if rows > 64 else 64
+    k = (32 if single else 64) if depth > 32 else 32
+    return _Tile(m, n, k, 8 if m * n == 128 * 128 else 4, 3)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """What PyTorch would let cuDNN do with fp32: TF32 unless the user refused it."""
+    if dtype != torch.float32:
+        return "ieee"  # has no meaning for 16-bit types
+    allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if allowed == "tf32" else "ieee"
+
+
+def _kernels_run(x: Tensor, *others: Tensor) -> bool:
+    """fp64, which tl.dot has on no GPU's tensor cores that Triton knows, is left to the reference."""
+    return x.dtype in KERNEL_DTYPES and use_kernels(x) and all(t.numel() for t in others)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _eight(live: int, index: Tensor | None, channels: int, first: int) -> bool:
+    """ALIGNED, of one side."""
+    return live % 8 == 0 and (index is not None or (channels % 8 == 0 and first % 8 == 0))
+
+
+def _output_size(size: int, taps: int, stride: int, padding: int, dilation: int = 1) -> int:
+    return (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+
+
+def _check_pixels(*shapes: torch.Size) -> None:
+    for n, _, h, w in shapes:
+        if n * h * w > _PIXELS:
+            raise InputError(f"a map of {n} x {h} x {w} pixels is beyond what one launch counts; split the batch.")
+
+
+def _forward(
+    x: Tensor, weight: Tensor, base: Tensor | None, input_index: Tensor | None, input_first: int,
+    output_index: Tensor | None, output_first: int, output_channels: int, stride: Sequence[int],
+    padding: Sequence[int], moments: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The convolution; see `conv2d`.
+
+    Args:
+        x: (N, C or more, H, W).
+        weight: (K, C, R, S).
+        base: (N, output_channels, P, Q) or None.
+        input_index, output_index: int32 (C,), (K,): the channels of x and of y; or None for runs from `..._first` on.
+
+    Returns:
+        y: (N, output_channels, P, Q), channels_last; mean, var: (K,), fp32 (fp64 of fp64), or empty.
+    """
+    size = [_output_size(*numbers) for numbers in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)]
+    filters, channels = weight.shape[:2]
+    mean, var = _statistics_outputs(x, filters, moments)
+    if not _kernels_run(x, weight) or 0 in size:
+        y, *found = conv2d_reference(
+            x, weight, base, input_index, input_first, output_index, output_first, output_channels, stride, padding,
+            [1, 1], moments,
+        )  # fmt: skip
+        out = _empty((x.shape[0], output_channels, *size), x).copy_(y)
+        return (out, *found) if moments else (out, mean, var)
+    x, weight = _nhwc(x), _nhwc(weight)
+    y = _empty((x.shape[0], output_channels, *size), x, zeros=base is None and output_channels > filters)
+    if base is not None:
+        y.copy_(base)
+    _check_pixels(x.shape, y.shape)
+    pixels = x.shape[0] * size[0] * size[1]
+    precision = _precision(x.dtype)
+    tile = _tile(x, pixels, filters, channels, precision)
+    parts, tiles, columns = -(-pixels // tile.m), -(-filters // tile.n), -(-filters // 8) * 8
+    slots: Sequence[Tensor | None] = (None, None)
+    if moments:
+        slots = tuple(torch.empty(2, parts * columns, dtype=torch.float32, device=x.device))
+    launch(
+        _forward_kernel, (parts * tiles,),
+        x, weight, y, input_index, output_index, *slots,
+        pixels, *x.shape[2:], *size, x.shape[1], output_channels, channels, filters, input_first, output_first,
+        *weight.shape[2:], *stride, *padding, tiles, columns // 8,
+        ADD=base is not None, ALIGNED_IN=_eight(channels, input_index, x.shape[1], input_first),
+        ALIGNED_OUT=_eight(filters, output_index, output_channels, output_first), PRECISION=precision,
+        TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if moments:
+        # the matrix of y: `pixels` full rows of K columns, `tile.m` of them behind each row of slots
+        launch(
+            _fold_statistics_kernel, (-(-filters // FOLD_CHANNELS),),
+            *slots, None, mean, var, filters,
+            pixels, 0, columns // 8, 1, filters, 1, filters, 0, tiles, tile.m, parts,
+            PLACES="all", ACC=tl.float32, FOLD_CHANNELS=FOLD_CHANNELS, FOLD_SLOTS=FOLD_SLOTS, num_warps=8,
+        )  # fmt: skip
+    return y, mean, var
+
+
+def _statistics_outputs(x: Tensor, filters: int, moments: bool) -> tuple[Tensor, Tensor]:
+    made = [torch.empty(filters if moments else 0, dtype=accumulator_dtype(x.dtype), device=x.device) for _ in range(2)]
+    return made[0], made[1]
+
+
+def _input_gradient(
+    dy: Tensor, weight: Tensor, input_index: Tensor | None, input_first: int, output_index: Tensor | None,
+    output_first: int, input_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """dx, of x's shape `input_shape`, channels_last; from dy, of y's shape."""
+    filters, channels = weight.shape[:2]
+    dx = _empty(input_shape, dy, zeros=input_shape[1] > channels)
+    if not _kernels_run(dy, weight, dx):
+        live = dx.new_empty((input_shape[0], channels, *input_shape[2:]))
+        dy = _taken(dy, output_index, output_first, filters)
+        live, _ = _backward_reference(dy, live, weight, stride, padding, [True, False])
+        return dx.copy_(_placed(live, input_index, input_first, input_shape[1], None))
+    dy, weight = _nhwc(dy), _nhwc(weight)
+    _check_pixels(dx.shape, dy.shape)
+    images, _, height, width = input_shape
+    pixels = images * -(-height // stride[0]) * -(-width // stride[1])  # of the largest class
+    precision = _precision(dy.dtype)
+    tile = _tile(dy, pixels, channels, filters, precision)
+    tiles = -(-channels // tile.n)
+    launch(
+        _input_gradient_kernel, (-(-pixels // tile.m) * tiles, stride[0] * stride[1]),
+        dy, weight, dx, input_index, output_index,
+        images, height, width, *dy.shape[2:], input_shape[1], dy.shape[1], channels, filters, input_first, output_first,
+        *weight.shape[2:], *stride, *padding, tiles,
+        ALIGNED_IN=_eight(channels, input_index, input_shape[1], input_first),
+        ALIGNED_OUT=_eight(filters, output_index, dy.shape[1], output_first), PRECISION=precision,
+        TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return dx
+
+
+def _weight_gradient(
+    dy: Tensor, x: Tensor, input_index: Tensor | None, input_first: int, output_index: Tensor | None,
+    output_first: int, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """dweight, of the weight's shape, channels_last; from dy, of y's shape."""
+    filters, channels, *taps = weight_shape
+    dweight = _empty(weight_shape, x)
+    if not _kernels_run(x, dweight, dy):
+        dy, x = (_taken(dy, output_index, output_first, filters), _taken(x, input_index, input_first, channels))
+        return dweight.copy_(_backward_reference(dy, x, dweight, stride, padding, [False, True])[1])
+    dy, x = _nhwc(dy), _nhwc(x)
+    _check_pixels(x.shape, dy.shape)
+    pixels = dy.shape[0] * dy.shape[2] * dy.shape[3]
+    precision = _precision(x.dtype)
+    tile = _tile(x, filters, channels, pixels, precision)
+    tiles, other_tiles = -(-channels // tile.n), -(-filters // tile.m)
+    programs = tiles * other_tiles * taps[0] * taps[1]
+    splits = max(1, min(_PROGRAMS // programs, pixels // _SHORTEST_SPLIT, _SPLITS))
+    split = -(-pixels // (splits * tile.k)) * tile.k
+    splits = -(-pixels // split)
+    slots = torch.empty((splits, filters, *taps, channels), dtype=torch.float32, device=x.device)
+    launch(
+        _weight_gradient_kernel, (programs * splits,),
+        dy, x, slots, input_index, output_index,
+        pixels, *x.shape[2:], *dy.shape[2:], x.shape[1], dy.shape[1], channels, filters, input_first, output_first,
+        *taps, *stride, *padding, tiles, other_tiles, split,
+        ALIGNED_IN=_eight(channels, input_index, x.shape[1], input_first),
+        ALIGNED_OUT=_eight(filters, output_index, dy.shape[1], output_first), PRECISION=precision,
+        TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    total = slots[0] if splits == 1 else slots.sum(0)  # in fixed order
+    return dweight.copy_(total.permute(0, 3, 1, 2))
+
+
+# -- registration ------------------------------------------------------------------------------------------------------
+
+_conv2d = register("conv2d")(_forward)
+
+
+@_conv2d.register_fake
+def _(
+    x, weight, base, input_index, input_first, output_index, output_first, output_channels, stride, padding, moments
+):  # fmt: skip
+    size = [_output_size(*numbers) for numbers in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)]
+    y = _empty((x.shape[0], output_channels, *size), x)
+    return y, *_statistics_outputs(x, weight.shape[0], moments)
+
+
+conv2d_input_gradient = register("conv2d_input_gradient")(_input_gradient)
+
+
+@conv2d_input_gradient.register_fake
+def _(dy, weight, input_index, input_first, output_index, output_first, input_shape, stride, padding):
+    return _empty(input_shape, dy)
+
+
+conv2d_weight_gradient = register("conv2d_weight_gradient")(_weight_gradient)
+
+
+@conv2d_weight_gradient.register_fake
+def _(dy, x, input_index, input_first, output_index, output_first, weight_shape, stride, padding):
+    return _empty(weight_shape, x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, input_index, ctx.input_first, output_index, ctx.output_first, _, ctx.stride, ctx.padding, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, input_index, output_index)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 11
+    x, weight, input_index, output_index = ctx.saved_tensors
+    of_x, of_weight, of_base = ctx.needs_input_grad[:3]
+    eager = is_eager(dy)
+    places = (input_index, ctx.input_first, output_index, ctx.output_first)
+    dx = dweight = None
+    if of_x:
+        gradient = _input_gradient if eager else conv2d_input_gradient
+        dx = gradient(dy, weight, *places, list(x.shape), ctx.stride, ctx.padding)
+    if of_weight:
+        gradient = _weight_gradient if eager else conv2d_weight_gradient
+        dweight = gradient(dy, x, *places, list(weight.shape), ctx.stride, ctx.padding)
+    return dx, dweight, dy if of_base else None, *(None,) * 8
+
+
+_conv2d.register_autograd(_backward, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator for plain calls, which do not pay for PyTorch's dispatcher; see `is_eager`."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+
+
+def _multiply_adds(y_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
+    """FLOPs of one pass: live channels by live filters, over all taps and output pixels; a multiply-add is two."""
+    filters, channels, *taps = weight_shape
+    return 2 * y_shape[0] * y_shape[2] * y_shape[3] * filters * channels * taps[0] * taps[1]
+
+
+@register_flop_formula(torch.ops.prunetrain_kernels.conv2d)
+def _forward_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _multiply_adds(out_shape[0], weight_shape)
+
+
+@register_flop_formula(torch.ops.prunetrain_kernels.conv2d_input_gradient)
+def _input_gradient_flops(dy_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _multiply_adds(dy_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.prunetrain_kernels.conv2d_weight_gradient)
+def _weight_gradient_flops(dy_shape: Any, x_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _multiply_adds(dy_shape, out_shape)
+
+
+# -- the forms ---------------------------------------------------------------------------------------------------------
+
+
+class _Side(NamedTuple):
+    """One side of a convolution: an index, or a run from `first` on, of `live` channels among `channels`."""
+
+    maps: Maps | None
+    live: int
+    channels: int
+
+    @property
+    def whole(self) -> bool:
+        return self.maps is None or (self.maps.first == 0 and self.live == self.channels)
+
+    @property
+    def index(self) -> Tensor | None:
+        return None if self.maps is None or self.maps.first is not None else self.maps.index
+
+    @property
+    def first(self) -> int:
+        return 0 if self.maps is None or self.maps.first is None else self.maps.first
+
+
+def _expanded(weight: Tensor, side: _Side, x: Tensor) -> Tensor:
+    """The weight with zeros where this layer does not read x; channels_last if it or x is."""
+    if side.whole or side.maps is None:
+        return weight
+    last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (weight, x))
+    wide = _empty((weight.shape[0], side.channels, *weight.shape[2:]), weight, zeros=True, last=last)
+    return wide.index_copy(1, side.maps.index.long(), weight)
+
+
+def _by_library(
+    x: Tensor, weight: Tensor, base: Tensor | None, inputs: _Side, outputs: _Side, stride: list[int],
+    padding: list[int], dilation: list[int], moments: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The "expanded" form."""
+    y = F.conv2d(x, _expanded(weight, inputs, x), None, stride, padding, dilation)
+    mean, var = batch_norm_statistics(y.detach()) if moments else (None, None)
+    if outputs.whole or outputs.maps is None:
+        return y if base is None else base + y, mean, var
+    maps = outputs.maps
+    if base is None:
+        return scatter_by_maps(y, maps.index, maps.inverse), mean, var
+    return scatter_add_by_maps(base, y, maps.index, maps.inverse), mean, var
+
+
+def _of_nothing(
+    x: Tensor, weight: Tensor, base: Tensor | None, outputs: _Side, size: list[int], moments: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Where no channel is live on one side, no library convolves."""
+    y = torch.zeros((x.shape[0], outputs.channels, *size), dtype=x.dtype, device=x.device) if base is None else base
+    y = y + (x[:, :0].sum() + weight.sum())  # zero, and differentiable
+    mean, var = _statistics_outputs(x, weight.shape[0], True) if moments else (None, None)
+    return y, None if mean is None else mean.zero_(), None if var is None else var.zero_()
+
+
+def triton_serves(device: torch.device, dtype: torch.dtype, dilation: int | Sequence[int] = 1) -> bool:
+    """Whether the implicit GEMM is worth a try for convolutions of this kind: on sm_80 and later, where Triton uses
+    tensor cores (or in its interpreter), in fp32, fp16 or bf16, without dilation."""
+    if not HAS_TRITON or dtype not in KERNEL_DTYPES or _pair(dilation, "dilation", 1) != [1, 1]:
+        return False
+    if launching._compiled is not None or device.type == "cuda":
+        return _capability(device) >= 80
+    return launching.INTERPRET and device.type == "cpu"
+
+
+def default_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    live_in: int,
+    channels_in: int,
+    live_out: int,
+    channels_out: int,
+    dilation: int | Sequence[int] = 1,
+) -> str:
+    """The backend that `conv2d` chooses, by the shares of channels that are live.
+
+    * "triton", where `triton_serves`: up to three quarters of the input channels live, at least 32, and live channels
+      of both sides in multiples of 8, without which tiles are loaded element by element. Above that share the FLOPs
+      that "expanded" wastes cost less than the library's kernels are quicker.
+    * else "expanded" from half of the input channels live, and "naive" below, where more than half of the expanded FLOPs
+      would be zeros and the selection is small.
+
+    No GPU was there to tune this: the shares are estimates from bytes and FLOPs. (`policy="auto"` decides by cost.)
+    """
+    if (
+        triton_serves(device, dtype, dilation)
+        and 4 * live_in <= 3 * channels_in
+        and live_in >= 32
+        and live_in % 8 == 0
+        and live_out % 8 == 0
+    ):
+        return "triton"
+    return "expanded" if 2 * live_in >= channels_in else "naive"
+
+
+# -- public ------------------------------------------------------------------------------------------------------------
+
+
+def _pair(value: int | Sequence[int], name: str, least: int) -> list[int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value, value)
+    if isinstance(value, (str, bool)) or len(value) != 2 or any(not isinstance(v, int) or v < least for v in value):
+        raise InputError(f"{name} is {value!r}; give one integer, or a pair for height and width, of {least} or more.")
+    return list(value)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    input_index: ChannelIndex | None = None,
+    output_index: ChannelIndex | None = None,
+    base: Tensor | None = None,
+    moments: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`torch.nn.functional.conv2d` of some channels of x into some channels of y. No bias, no groups.
+
+    Differentiable by x, weight and base: once with backend "triton", as often as PyTorch's convolution with the others.
+    Under autocast, x, weight and base are cast as autocast casts the arguments of `F.conv2d`.
+
+    Args:
+        x: (N, C_full, H, W); fp32, fp16, bf16 or fp64; any strides ("triton" copies what is not channels_last).
+        weight: (K, C, R, S), of x's dtype: the live channels only.
+        stride, padding, dilation: integers, or pairs for height and width.
+        input_index: the C channels of x that are read; None for all.
+        output_index: the K channels of y that are computed; None for all.
+        base: (N, K_full, P, Q), of x's dtype: what the result is added to. It is not changed.
+        moments: also return mean and biased variance of each computed channel, of the convolution as rounded to y's
+            dtype, before the base is added. Nothing flows back through them: the derivative of the batch norm that
+            takes them includes it.
+        backend: "triton", "expanded" or "naive" (the file's docstring tells them apart); None: `default_backend`.
+            "triton" runs its plain-PyTorch reference where there are no kernels: on a CPU, in fp64.
+
+    Returns:
+        y: (N, K_full, P, Q), channels_last from "triton", else in the layout that the library chooses. Channels that
+            are not computed are zero, or the base's. Channels of x that are not read may hold anything, except that
+            "expanded" multiplies them by zero: there they must be finite.
+        mean, var: with `moments`, (K,), fp32 (fp64 of fp64).
+
+    Raises:
+        InputError: (a ValueError) shapes, dtypes or devices that do not fit each other or the indices; a kernel larger
+            than the padded input; backend "triton" with a dilation.
+    """
+    maps = [None if i is None else Maps(i.index, i.inverse, i.first) for i in (input_index, output_index)]
+    return conv2d_by_maps(x, weight, stride, padding, dilation, *maps, base, moments, backend)
+
+
+def conv2d_by_maps(
+    x: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    input_maps: Maps | None,
+    output_maps: Maps | None,
+    base: Tensor | None,
+    moments: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`conv2d` by the maps of its `ChannelIndex`es, of which only the lengths and devices are checked."""
+    x, weight, base = _autocast(x, weight, base)
+    sizes = _pair(stride, "stride", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1)
+    inputs, outputs = _sides(x, weight, input_maps, output_maps)
+    size = _check(x, weight, base, outputs, *sizes)
+    if backend is None:
+        backend = default_backend(x.device, x.dtype, *inputs[1:], *outputs[1:], dilation=sizes[2])
+    if backend not in BACKENDS:
+        raise InputError(f"backend '{backend}' is not known; the backends are: {', '.join(BACKENDS)}.")
+    if backend == "triton" and sizes[2] != [1, 1]:
+        raise InputError("the triton backend has no dilation; use backend='expanded', or None.")
+    places = (inputs.index, inputs.first, outputs.index, outputs.first, outputs.channels)
+    if weight.numel() == 0:
+        found = _of_nothing(x, weight, base, outputs, size, moments)
+    elif backend == "triton":
+        act = _Eager.apply if is_eager(x) else _conv2d
+        # made channels_last here, so that backward finds it so
+        found = act(_nhwc(x), _nhwc(weight), base, *places, *sizes[:2], moments)
+    elif backend == "naive":
+        found = conv2d_reference(x, weight, base, *places, *sizes, moments)
+    else:
+        found = _by_library(x, weight, base, inputs, outputs, *sizes, moments)
+    y, mean, var = found
+    return (y, mean, var) if moments else y
+
+
+def _autocast(x: Tensor, weight: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, base
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x, weight, base = (
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, weight, base)
+    )
+    return x, weight, base
+
+
+def _sides(x: Tensor, weight: Tensor, input_maps: Maps | None, output_maps: Maps | None) -> tuple[_Side, _Side]:
+    for name, t in (("x", x), ("weight", weight)):
+        if t.dim() != 4:
+            raise InputError(f"{name} has {t.dim()} dimensions; give x as (N, C, H, W) and the weight as (K, C, R, S).")
+    sides = []
+    for name, maps, live, what in (
+        ("input", input_maps, weight.shape[1], "reads"), ("output", output_maps, weight.shape[0], "computes")
+    ):  # fmt: skip
+        if maps is None:
+            sides.append(_Side(None, live, live))
+            continue
+        if maps.index.device != x.device:
+            raise InputError(
+                f"the {name} index is on {maps.index.device} but x is on {x.device}; use index.to(x.device)."
+            )
+        if maps.index.shape[0] != live:
+            raise InputError(
+                f"the {name} index lists {maps.index.shape[0]} channels but the weight {what} {live}; give a weight of "
+                "the live channels only."
+            )
+        sides.append(_Side(maps, live, maps.inverse.shape[0]))
+    if x.shape[1] != sides[0].channels:
+        expected = f"the weight reads {sides[0].channels}" if input_maps is None else (
+            f"the input index is into {sides[0].channels}"
+        )  # fmt: skip
+        raise InputError(f"x has {x.shape[1]} channels but {expected}; give an input index that fits both.")
+    return sides[0], sides[1]
+
+
+def _check(
+    x: Tensor, weight: Tensor, base: Tensor | None, outputs: _Side, stride: list[int], padding: list[int],
+    dilation: list[int],
+) -> list[int]:  # fmt: skip
+    """Height and width of the output."""
+    if x.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise InputError(f"conv2d got an input of {x.dtype}; give float32, float16, bfloat16 or float64.")
+    for name, t in (("the weight", weight), ("base", base)):
+        if t is not None and t.dtype != x.dtype:
+            raise InputError(f"{name} is {t.dtype} but x is {x.dtype}; convert one of them.")
+        if t is not None and t.device != x.device:
+            raise InputError(f"{name} is on {t.device} but x is on {x.device}; move one of them.")
+    if 0 in weight.shape[2:]:
+        raise InputError(f"the weight has shape {tuple(weight.shape)}; a kernel has at least one tap.")
+    size = []
+    for numbers in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
+        length, taps, _, pad, spread = numbers
+        if length + 2 * pad < spread * (taps - 1) + 1:
+            raise InputError(
+                f"the kernel reaches over {spread * (taps - 1) + 1} pixels but the padded input has {length + 2 * pad}; "
+                "pad more, or give a larger input."
+            )
+        size.append(_output_size(*numbers))
+    if base is not None:
+        shape = (x.shape[0], outputs.channels, *size)
+        if base.shape != shape:
+            raise InputError(f"base has shape {tuple(base.shape)}; the result is {shape}.")
+    return size

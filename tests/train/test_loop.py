@@ -136,7 +136,7 @@ def withering_step(self: Any, indices: Tensor, epoch: int, step: int) -> None:
             _, ins, outs = prunetrain.dense_layers[name]
             for dim, space, size in ((0, layer.output, outs), (1, layer.input, ins)):
                 if prunetrain.graph.spaces[space].frozen is None:
-                    kept = prunetrain.kept[name][1 - dim]
+                    kept = prunetrain.kept[name][1 - dim][prunetrain.graph.computed(name)[1 - dim]]
                     weight.index_fill_(dim, (kept < share * size).nonzero().flatten(), 0)
 
 
@@ -638,10 +638,32 @@ def test_a_run_leaves_channels_last_where_a_cpu_would_corrupt_memory(
     assert checkpoint_of(path)["model"]["layer1.0.conv1.weight"].is_contiguous()
 
 
-@pytest.mark.parametrize("changes", [{"channels_last": True}, {"fuse": True}, {"fuse": True, "proximal": True}])
+def unevenly(self: Any, indices: Tensor, epoch: int, step: int) -> None:
+    """As `withering_step`, and some channels go in the layers that write them only."""
+    withering_step(self, indices, epoch, step)
+    with torch.no_grad():
+        for name in self.prunetrain.graph.layers:
+            if name.endswith(".conv1"):
+                kept = self.prunetrain.kept[name][1][self.prunetrain.graph.computed(name)[1]]
+                self.model.get_submodule(name).weight[(kept % 3 == 0).nonzero().flatten()] = 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels_last": True},
+        {"fuse": True},
+        {"fuse": True, "proximal": True},
+        {"policy": "gating"},
+        {"policy": "gating", "fuse": True},
+    ],
+)
 def test_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    if "policy" in changes:
+        monkeypatch.setattr(loop._Run, "_step", unevenly)
     options = config(tmp_path / "whole", **SHORT, **changes)
     train(options, progress=False)
+    assert bool(checkpoint_of(tmp_path / "whole")["gated"]) == ("policy" in changes)
     original = loop._Run.train_epoch
 
     def stop(self: Any, epoch: int) -> None:
@@ -673,6 +695,24 @@ def test_fused_training_is_training(tmp_path: Path) -> None:
     assert fused.summary["lambda"] == pytest.approx(plain.summary["lambda"], rel=1e-5)
     for column in ("loss", "penalty", "train_flops", "inference_flops", "bn_bytes", "params"):
         assert fused.log[column].tolist() == pytest.approx(plain.log[column].tolist(), rel=1e-4), column
+
+
+def test_a_gated_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gating prunes the spaces as union does, and computes less of them."""
+    monkeypatch.setattr(loop._Run, "_step", unevenly)
+    runs = {}
+    for policy in ("union", "gating", "auto"):
+        out = tmp_path / policy
+        train(config(out, **SHORT, grow_batch=False, batch_limit=None, policy=policy), progress=False)
+        runs[policy] = read_run(out)
+    for run in runs.values():
+        last = run.channels[run.channels.reconfiguration == run.channels.reconfiguration.max()]
+        alive = last[last.removed == 0]
+        assert (alive.in_live <= alive.in_kept).all()
+        fewer = (alive.in_live < alive.in_kept) | (alive.out_live < alive.out_kept)
+        assert fewer.any() == (run is not runs["union"])
+    saved = {name: run.summary["inference_flops"] for name, run in runs.items() if run.summary}
+    assert saved["gating"] < saved["union"]
 
 
 def test_round_to_gives_multiples(tmp_path: Path) -> None:

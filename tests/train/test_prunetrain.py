@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunetrain_kernels.cost import count_flops
 from prunetrain_kernels.errors import CheckpointError, InputError, TraceError
 from prunetrain_kernels.models import build
-from prunetrain_kernels.nn import BatchNormAct2d
+from prunetrain_kernels.nn import BatchNormAct2d, GatedConv2d
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train.mini_batch import MiniBatch
@@ -674,3 +674,73 @@ def test_a_layout_that_corrupts_memory_on_a_cpu_is_named_once() -> None:
         model, prunetrain = shortcut_of_few_channels(8)
         prunetrain.reconfigure()  # eight are enough
     assert unsafe_in_channels_last(model) == []
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("policy", ["gating", "auto"])
+@pytest.mark.parametrize("inside", [False, True], ids=["torch SGD", "our SGD"])
+def test_gated_layers_are_trained_logged_saved_and_pruned_on(
+    policy: str, fuse: bool, inside: bool, tmp_path: Path
+) -> None:
+    def ready() -> tuple[Net, Any, PruneTrain]:
+        model = net()
+        model.dropout.p = 0
+        optimizer = (SGD if inside else torch.optim.SGD)(model.parameters(), lr=0.05, momentum=0.9)
+        options: dict[str, Any] = {"cost": lambda conv, form: 1.0 - form.gated} if policy == "auto" else {}
+        return model, optimizer, PruneTrain(model, optimizer, EXAMPLE, interval=1, policy=policy, fuse=fuse, **options)
+
+    model, optimizer, prunetrain = ready()
+    step(model, optimizer, prunetrain, 0)
+    with torch.no_grad():
+        model.a.conv1.weight[[1, 4]] = 0  # its reader still reads them
+        model.a.conv2.weight[[0, 3, 6]] = 0
+        model.b.conv1.weight[:, [2, 5]] = 0
+        model.b.conv2.weight[[7]] = 0
+    expected = copy.deepcopy(model).eval()(images(9)[0]).detach()
+    report = prunetrain.epoch_end()
+    assert report is not None
+    assert "computes" in str(report.reconfiguration)
+    assert {n for n, m in model.named_modules() if isinstance(m, GatedConv2d)} == {
+        "a.conv1",
+        "a.conv2",
+        "b.conv1",
+        "b.conv2",
+    }
+    assert torch.allclose(model.eval()(images(9)[0]), expected, atol=1e-5)
+    model.train()
+    assert report.flops == count_flops(model, EXAMPLE)
+    for i in range(3):
+        step(model, optimizer, prunetrain, i)
+    rows = {row["layer"]: row for row in prunetrain.channel_table()}
+    assert [rows["a.conv2"][k] for k in ("in_kept", "in_live", "out_kept", "out_live")] == [8, 8, 8, 5]
+    assert [rows["b.conv1"][k] for k in ("in_kept", "in_live", "out_kept", "out_live")] == [8, 6, 8, 8]
+    sizes = prunetrain.slice_sizes()
+    assert (sizes["a.conv2"] == 0).nonzero().flatten().tolist() == [0, 3, 6]  # by their original numbers
+    assert (sizes["a.conv1"] == 0).nonzero().flatten().tolist() == [1, 4]
+
+    save_pruned(tmp_path / "c.pt", model, optimizer, prunetrain)
+    again = ready()
+    load_pruned(tmp_path / "c.pt", *again)
+    assert prunetrain.channel_table() == again[2].channel_table()
+    losses = []
+    for held in ((model, optimizer, prunetrain), again):
+        for i in range(3):
+            step(*held, i)
+        with torch.no_grad():  # two more channels of what is left
+            held[0].a.conv2.weight[1] = 0
+            held[0].b.conv1.weight[:, 0] = 0
+        held[2].epoch_end()
+        losses.append(F.cross_entropy(held[0].eval()(images(7)[0]), images(7)[1]).item())
+        assert held[0].a.conv2.live_out == 4
+        assert held[0].b.conv1.live_in == 5
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_an_unknown_policy_or_cost_is_refused_at_once() -> None:
+    model = net()
+    for options, message in (
+        ({"policy": "gate"}, "policy 'gate' is not known"),
+        ({"policy": "auto", "cost": "x"}, "cost 'x'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PruneTrain(model, sgd(model), EXAMPLE, **options)  # type: ignore[arg-type]

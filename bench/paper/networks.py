@@ -1,5 +1,6 @@
 """What a run's last checkpoint says of the network: FLOPs under channel gating, density of channels and weights."""
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetrain_kernels.cost import Flops, count_flops, count_flops_by_layer
+from prunetrain_kernels.cost import Flops, count_flops
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import trace_channels
 from prunetrain_kernels.models import build
+from prunetrain_kernels.nn import GatedConv2d
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint
+from prunetrain_kernels.prune.reconfigure import reconfigure
 from prunetrain_kernels.train.run_log import Run
 
 CIFAR_SIDE = 32
@@ -62,11 +65,11 @@ def _image_size(config: dict[str, Any]) -> tuple[int, int]:
 def gating_flops(
     model: nn.Module, example_inputs: tuple[Tensor, ...], threshold: float, relative: bool = False
 ) -> Flops:
-    """FLOPs per image if each layer of `model` computed only its own live channels (design section 4, paper Fig. 6).
+    """FLOPs per image of the network that channel gating makes of `model` (design section 4, paper Fig. 6).
 
-    `model` is what channel union leaves. The spaces stay so; of each layer only the channels whose slices are not
-    sparse are computed, so its FLOPs shrink to live_in * live_out / (in * out). The network's own inputs and outputs
-    count as live. Selecting and scattering channels costs no FLOPs.
+    A copy is reconfigured under the policy "gating": of each convolution only the channels whose slices are not sparse
+    are computed, those that the spaces keep remain. The linear layer behind a network is not gated. Selecting and
+    placing channels costs no FLOPs.
 
     Args:
         model: a network that `trace_channels` can follow, in its shape after the last reconfiguration.
@@ -76,21 +79,13 @@ def gating_flops(
     Raises:
         TraceError: the model cannot be traced.
     """
-    graph = trace_channels(model, example_inputs)
-    sparse = graph.keep(model, threshold, relative).sparse
-    union = count_flops(model, example_inputs)
-    saved_inference = saved_training = 0.0
-    for name, flops in count_flops_by_layer(model, example_inputs).items():
-        if name not in graph.layers:
-            continue
-        source, target = (graph.spaces[i] for i in (graph.layers[name].input, graph.layers[name].output))
-        live_in = 1.0 if source.is_input else 1 - sparse[name].inputs.double().mean().item()
-        live_out = 1.0 if target.is_output else 1 - sparse[name].outputs.double().mean().item()
-        saved = flops * (1 - live_in * live_out)
-        saved_inference += saved
-        # forward, weight gradient, input gradient; nothing needs the gradient of the images
-        saved_training += saved * (2 if source.is_input else 3)
-    return Flops(training=round(union.training - saved_training), inference=round(union.inference - saved_inference))
+    gated = copy.deepcopy(model)
+    graph = trace_channels(gated, example_inputs)
+    reconfigure(gated, None, graph.keep(gated, threshold, relative, policy="gating"))
+    for module in gated.modules():
+        if isinstance(module, GatedConv2d):
+            module.backend = "naive"  # computes nothing but live channels
+    return count_flops(gated, example_inputs)
 
 
 def densities(run: Run) -> list[Density]:

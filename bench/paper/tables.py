@@ -274,7 +274,10 @@ def _form_fig6(rows: Sequence[Row]) -> str:
         "gating",
         "difference",
     )
-    note = "Points of the dense network's FLOPs. Gating is counted from the final weights, not run."
+    note = (
+        "Points of the dense network's FLOPs. Gating: the network that the policy `gating` makes of the final weights; "
+        "its FLOPs are counted in a run of it."
+    )
     return f"{_grid(header, lines)}\n\n{note}"
 
 

@@ -2,6 +2,7 @@
 
 SUITES = {
     "fig7": "Fig. 7: the last convolution of each block of ResNet-50, gating against union, reshaping and convolution",
+    "gating": "whole layers under channel union and every form of channel gating, and what `auto` chooses",
     "bn": "batch norm with what follows it, against the byte floor; the paper's savings of BN traffic (section 5.1)",
     "lasso": "the group lasso's value and gradient over all weights, against autograd",
     "sgd": "one update of all weights, with and without the lasso inside, against torch.optim.SGD",

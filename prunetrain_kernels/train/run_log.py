@@ -67,6 +67,7 @@ CHANNEL_COLUMNS = (
     "in_live",  # of those kept, computed by this layer: fewer than are kept under gating
     "out_live",
 )
+COMPUTED = {"in_kept": "in_live", "out_kept": "out_live"}  # the latter came later: runs before gating have none
 TEXT_COLUMNS = frozenset({"phase", "layer", "kind"})
 
 # a layer may be called anything, "epochs" too: so its array's name in slices.npz starts with this
@@ -130,7 +131,7 @@ class RunLog:
         Keys: any of CHANNEL_COLUMNS. Raises InputError for an unknown key or a value that is not a number or text;
         then no row is added.
         """
-        self._channels.extend([_row(row, CHANNEL_COLUMNS, "a layer's channels") for row in rows])
+        self._channels.extend([_channel_row(row) for row in rows])
 
     def add_slices(self, epoch: float, slices: Mapping[str, torch.Tensor | np.ndarray]) -> None:
         """Add the max |weight| of every output channel at `epoch` (fractions of an epoch are welcome; 0 = untrained).
@@ -186,7 +187,7 @@ class RunLog:
         """
         try:
             epochs = [_row(row, LOG_COLUMNS, "an epoch") for row in state["epochs"]]
-            channels = [_row(row, CHANNEL_COLUMNS, "a layer's channels") for row in state["channels"]]
+            channels = [_channel_row(row) for row in state["channels"]]
             slice_epochs = [float(epoch) for epoch in state["slice_epochs"]]
             slices = {
                 str(layer): torch.as_tensor(rows).float().numpy().copy() for layer, rows in state["slices"].items()
@@ -257,7 +258,7 @@ def read_run(directory: Path) -> Run:
         directory=directory,
         config=_read_json(directory / "config.json"),
         log=pd.DataFrame(_read_csv(directory / "log.csv", LOG_COLUMNS)),
-        channels=pd.DataFrame(_read_csv(directory / "channels.csv", CHANNEL_COLUMNS)),
+        channels=pd.DataFrame(_read_channels(directory / "channels.csv")),
         slices=slices,
         slice_epochs=slice_epochs,
         summary=_read_json(directory / "summary.json") if (directory / "summary.json").exists() else None,
@@ -301,6 +302,16 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, Any]:
     return table
 
 
+def _read_channels(path: Path) -> dict[str, Any]:
+    table = _read_csv(path, [column for column in CHANNEL_COLUMNS if column not in COMPUTED.values()])
+    for kept, live in COMPUTED.items():
+        if live not in table:
+            table[live] = table[kept]
+        elif isinstance(table[live], list):
+            table[live] = _numbers(path, live, table[live])
+    return table
+
+
 def _numbers(path: Path, column: str, cells: list[str]) -> np.ndarray:
     """[rows] int64 where every cell is a whole number, else float64; an empty cell is NaN."""
     try:
@@ -334,6 +345,12 @@ def _row(row: Mapping[str, Any], columns: Sequence[str], what: str) -> dict[str,
     if unknown:
         raise InputError(f"{what} has no column {', '.join(map(str, unknown))}; there are {', '.join(columns)}")
     return {column: _cell(column, row.get(column)) for column in columns}
+
+
+def _channel_row(row: Mapping[str, Any]) -> dict[str, Cell]:
+    """A row of channels.csv; one that says nothing of gating is of a layer that computes what is kept."""
+    full = {COMPUTED[column]: row.get(column) for column in COMPUTED} | dict(row)
+    return _row(full, CHANNEL_COLUMNS, "a layer's channels")
 
 
 def _cell(column: str, value: Any) -> Cell:

@@ -30,7 +30,7 @@ def channel_rows(epoch: int) -> list[dict[str, Any]]:
         dict(
             zip(
                 CHANNEL_COLUMNS,
-                (epoch, float(epoch), layer, "conv", 3, 3, size - epoch, size, size <= epoch),
+                (epoch, float(epoch), layer, "conv", 3, 3, size - epoch, size, size <= epoch, 2, size - epoch),
                 strict=True,
             )
         )
@@ -386,6 +386,19 @@ def test_a_log_of_a_later_version_is_read(folder: Path) -> None:
     lines = (folder / "log.csv").read_text().splitlines()
     (folder / "log.csv").write_text("".join(f"{line},{extra}\n" for line, extra in zip(lines, "ABCD", strict=True)))
     assert read_run(folder).log["A"].tolist() == ["B", "C", "D"]
+
+
+def test_a_run_from_before_gating_computes_what_it_keeps(folder: Path) -> None:
+    path = folder / "channels.csv"
+    lines = [line.rsplit(",", 2)[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    channels = read_run(folder).channels
+    assert channels.in_live.tolist() == channels.in_kept.tolist()
+    assert channels.out_live.tolist() == channels.out_kept.tolist()
+    log = RunLog(folder)
+    old = [{k: v for k, v in row.items() if not k.endswith("_live")} for row in channel_rows(1)]
+    log.load_state_dict({"epochs": [], "channels": old, "slice_epochs": [], "slices": {}})
+    assert [row["out_live"] for row in log.state_dict()["channels"]] == [row["out_kept"] for row in old]
 
 
 def test_without_pandas(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

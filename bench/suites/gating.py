@@ -1,0 +1,322 @@
+"""Whole layers under channel union and under every form of channel gating: one training step of one convolution.
+
+The first and the last convolution of each residual block, each with what follows it in the network (batch norm, the sum
+of the residual behind the last one, ReLU), forward and backward in one call. A block's first convolution reads the
+stage's channels, its last one writes them, and each has its own live ones among them.
+
+    dense               the layer before pruning, by PyTorch's operators
+    union (eager)       all channels that the spaces keep, by PyTorch's operators
+    union               the same, and the fused batch norm
+    gating (naive)      the paper's: index_select, convolution, index_copy, then PyTorch's batch norm, sum and ReLU
+    gating (selected)   index_select, convolution; the fused batch norm places the outputs
+    gating (expanded)   live weights expanded with zeros on the input's side; the fused batch norm places the outputs
+    gating (triton)     the implicit GEMM, by index, with the batch norm's statistics in its epilogue; likewise
+    gating (triton, run)  the same where live channels are ranges, as reconfiguration orders them, without an index
+    auto                whichever `policy="auto"` chooses by its closed form on this session's roof
+
+Part `conv` is the convolution alone, forward and backward: "no index" is the library's convolution of a tensor that has
+the live channels only, which is what gating would cost if finding channels were free; the forms stand beside it.
+Bytes and FLOPs are those of `cost/convolution.py`. The mode of a row without a time is "model".
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import profiles
+from bench.harness import Provider, Session, against_dense, attempt, measure, prepared
+from bench.profiles import ConvShape
+from bench.suites.conv import columns_of
+from prunetrain_kernels.cost.convolution import Convolution, Form, RoofCost, flops, traffic
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.gating import choose_form
+from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
+from prunetrain_kernels.ops.channel_index import ChannelIndex
+from prunetrain_kernels.ops.conv2d import conv2d, triton_serves
+
+DENSE, UNION, UNION_EAGER, NAIVE = "dense", "union", "union (eager)", "gating (naive)"
+SELECTED, EXPANDED, TRITON, RUN = "gating (selected)", "gating (expanded)", "gating (triton)", "gating (triton, run)"
+AUTO, NO_INDEX = "auto", "no index"
+BACKEND = {SELECTED: "naive", EXPANDED: "expanded", TRITON: "triton", RUN: "triton"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution: dense, under union, its own live channels, and their places among those that are kept.
+
+    `residual`: whether a sum follows its batch norm. `inputs`, `outputs`: [live] int64.
+    """
+
+    dense: ConvShape
+    union: ConvShape
+    live: ConvShape
+    inputs: Tensor
+    outputs: Tensor
+    residual: bool
+
+    def convolution(self, images: int, itemsize: int) -> Convolution:
+        """As the package's cost model sees it, behind a batch norm that can place channels."""
+        s = self.union
+        return Convolution(
+            images, (s.h_in, s.w_in), (s.h, s.w), (s.r, s.s), (s.stride, s.stride), (s.padding, s.padding), (1, 1),
+            s.c, self.live.c, s.k, self.live.k, itemsize, places=True,
+        )  # fmt: skip
+
+
+def layers(profile: profiles.Profile, image: int) -> list[Layer]:
+    """First and last convolutions of the blocks that are still there, in the network's order.
+
+    Raises:
+        InputError: the profile's network has no residual blocks.
+    """
+    from prunetrain_kernels.graph import trace_channels
+    from prunetrain_kernels.models import build
+
+    model = build(profile.network, profile.classes)
+    graph = trace_channels(model, (torch.zeros(2, 3, 32, 32),))
+    masks = profiles.masks(profile, model, graph, image)
+    shapes = {shape.name: shape for shape in profiles.conv_shapes(model, image)}
+    found = []
+    for name, full in shapes.items():
+        block, _, conv = name.rpartition(".")
+        last = max((n.rpartition(".")[2] for n in shapes if n.startswith(f"{block}.conv")), default="")
+        if not block.startswith("layer") or conv not in ("conv1", last) or name in masks.removed:
+            continue
+        layer, (live_in, live_out) = graph.layers[name], masks.live[name]
+        kept_in, kept_out = masks.kept[layer.input], masks.kept[layer.output]
+        found.append(
+            Layer(
+                full,
+                replace(full, c=int(kept_in.sum()), k=int(kept_out.sum())),
+                replace(full, c=int(live_in.sum()), k=int(live_out.sum())),
+                live_in[kept_in].nonzero()[:, 0],
+                live_out[kept_out].nonzero()[:, 0],
+                conv == last,
+            )
+        )
+    if not found:
+        raise InputError(f"{profile.network} has no residual blocks; gating takes a ResNet's profile")
+    return found
+
+
+def run(session: Session) -> None:
+    image = 32 if session.quick else session.profile.image
+    for layer in layers(session.profile, image):
+        if session.wants(layer.dense.name):
+            attempt(session, layer.dense.name, lambda layer=layer: _measure(session, layer))  # type: ignore[misc]
+
+
+def bytes_of_step(conv: Convolution, form: Form, residual: bool) -> float:
+    """Of the convolution and what follows it: `traffic`, and what every form moves of the batch norm's output: written,
+    its gradient read twice; with a residual that is read, and its gradient written."""
+    own, other = traffic(conv, form)
+    output = conv.batch * conv.map_out[0] * conv.map_out[1] * conv.out_full * conv.itemsize
+    return own + other + (5 if residual else 3) * output
+
+
+def _some(session: Session, *size: int, scale: float = 1.0) -> Tensor:
+    x = torch.randn(size, device=session.device, dtype=session.dtype) * scale
+    return x.contiguous(memory_format=torch.channels_last) if len(size) == 4 else x
+
+
+def _measure(session: Session, layer: Layer) -> None:
+    torch.manual_seed(0)
+    images, device = session.images(32), session.device
+    conv = layer.convolution(images, session.dtype.itemsize)
+    gated = Form(conv.in_live < conv.in_full, conv.out_live < conv.out_full)
+    inputs, outputs = (
+        ChannelIndex(places, full, device)
+        for places, full in ((layer.inputs, conv.in_full), (layer.outputs, conv.out_full))
+    )
+    runs = tuple(ChannelIndex(range(index.live), index.channels, device) for index in (inputs, outputs))
+
+    def tensors(shape: ConvShape, wide_in: int, wide_out: int) -> list[Tensor]:
+        """x, weight, residual, and the batch norm's weight and bias."""
+        x = _some(session, images, wide_in, shape.h_in, shape.w_in)
+        weight = _some(session, shape.k, shape.c, shape.r, shape.s, scale=(shape.c * shape.r * shape.s) ** -0.5)
+        made = [x, weight, _some(session, images, wide_out, shape.h, shape.w)]
+        made += [torch.rand(wide_out, device=device) + 0.5, torch.rand(wide_out, device=device)]
+        return [t.requires_grad_() for t in made]
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, layer.dense.stride, layer.dense.padding)
+
+    def by(backend: str, index: tuple[ChannelIndex, ChannelIndex], moments: bool = False) -> Callable[..., Any]:
+        def compute(x: Tensor, weight: Tensor) -> Any:
+            return conv2d(
+                x, weight, layer.dense.stride, layer.dense.padding,
+                input_index=index[0] if gated.gates_input else None, backend=backend, moments=moments,
+            )  # fmt: skip
+
+        return compute
+
+    def eager(y: Tensor, r: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        wide = gamma.to(y.dtype) if y.dtype == torch.float64 else gamma
+        y = F.batch_norm(y, None, None, wide, beta.to(wide.dtype), True)
+        return F.relu(y + r if layer.residual else y)
+
+    def fused(y: Any, r: Tensor, gamma: Tensor, beta: Tensor, index: ChannelIndex | None = None) -> Tensor:
+        y, statistics = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
+        residual = r if layer.residual else None
+        return batch_norm_act(
+            y, None, None, gamma, beta, training=True, residual=residual, relu=True, scatter=index,
+            statistics=statistics,
+        )  # fmt: skip
+
+    def naive(x: Tensor, weight: Tensor) -> Any:
+        return conv2d(
+            x, weight, layer.dense.stride, layer.dense.padding, backend="naive",
+            input_index=inputs if gated.gates_input else None, output_index=outputs if gated.gates_output else None,
+        )  # fmt: skip
+
+    def placed(provider: str, index: tuple[ChannelIndex, ChannelIndex]) -> Callable[..., Tensor]:
+        convolve = by(BACKEND[provider], index, moments=provider in (TRITON, RUN))
+        return lambda x, w, r, g, b: fused(convolve(x, w), r, g, b, index[1] if gated.gates_output else None)
+
+    def exact(index: tuple[ChannelIndex, ChannelIndex] | None) -> Callable[..., Tensor]:
+        def compute(x: Tensor, weight: Tensor, r: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+            if index is None:
+                return eager(plain(x, weight), r, gamma, beta)
+            y = plain(x.index_select(1, index[0].index.long()), weight)
+            wide = y.new_zeros((images, conv.out_full, *y.shape[2:])).index_copy(1, index[1].index.long(), y)
+            return eager(wide, r, gamma, beta)
+
+        return compute
+
+    both = (inputs, outputs)
+    whole: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], ConvShape, Form | None]] = {
+        DENSE: (lambda x, w, r, g, b: eager(plain(x, w), r, g, b), exact(None), layer.dense, None),
+        UNION_EAGER: (lambda x, w, r, g, b: eager(plain(x, w), r, g, b), exact(None), layer.union, Form()),
+        UNION: (lambda x, w, r, g, b: fused(plain(x, w), r, g, b), exact(None), layer.union, Form()),
+    }
+    if gated.gated:
+        whole[NAIVE] = (lambda x, w, r, g, b: eager(naive(x, w), r, g, b), exact(both), layer.live,
+                        replace(gated, backend="naive"))  # fmt: skip
+        offered = [SELECTED, EXPANDED] if gated.gates_input else [EXPANDED]
+        if triton_serves(device, session.dtype):
+            offered += [TRITON, RUN]
+        for provider in offered:
+            index = runs if provider == RUN else both
+            form = replace(gated, backend=BACKEND[provider])
+            whole[provider] = (placed(provider, index), exact(index), layer.live, form)
+        # what `auto` would choose, measured by itself
+        names = {whole[provider][3]: provider for provider in (UNION, *offered) if provider != RUN}
+        roof_cost = RoofCost(session.roof, session.dtype_name)
+        choice = choose_form(conv, [form for form in names if form is not None], roof_cost)
+        whole[AUTO] = whole[names[choice.form]]
+
+    shapes = {DENSE: (layer.dense.c, layer.dense.k)}
+    dense_conv = replace(
+        conv, in_full=layer.dense.c, out_full=layer.dense.k, in_live=layer.dense.c, out_live=layer.dense.k
+    )
+    arguments: dict[tuple[ConvShape, int, int], list[Tensor]] = {}
+    providers: dict[str, Provider] = {}
+    references: dict[str, list[Tensor]] = {}
+    for provider, (function, in_float64, shape, form) in whole.items():
+        wide = shapes.get(provider, (conv.in_full, conv.out_full))
+        given = arguments.setdefault((shape, *wide), tensors(shape, *wide))
+        cost, used = (dense_conv, Form()) if form is None else (conv, form)
+        providers[provider] = _step(function, given, layer.residual, device)
+        references[provider] = _reference(in_float64, given, layer.residual)
+        providers[provider] = replace(
+            providers[provider],
+            what={
+                "mask_profile": "dense" if provider == DENSE else session.profile.label,
+                **columns_of(shape, images, layer.dense.c),
+            },
+            flops=3 * flops(cost, used),
+            model_bytes=bytes_of_step(cost, used, layer.residual),
+        )  # fmt: skip
+    what = {"layer": layer.dense.name, "dtype": session.dtype_name, "layout": "channels_last", "direction": "step"}
+
+    def compare(p50: Any) -> dict[str, dict[str, Any]]:
+        if DENSE not in p50:
+            return {}
+        full = providers[DENSE].flops or 1.0
+        return {name: against_dense((providers[name].flops or 0) / full, p50[name] / p50[DENSE]) for name in p50}
+
+    measure(session, "gating", providers, references, DENSE, what, compare=compare)
+    if gated.gated:
+        _convolutions(session, layer, conv, gated, by, (both, runs), what)
+
+
+def _convolutions(
+    session: Session,
+    layer: Layer,
+    conv: Convolution,
+    gated: Form,
+    by: Callable[..., Callable[..., Tensor]],
+    index: tuple[tuple[ChannelIndex, ChannelIndex], tuple[ChannelIndex, ChannelIndex]],
+    what: dict[str, Any],
+) -> None:
+    """Part `conv`: the convolution alone, of a wide input to its live outputs, beside the one that needs no index."""
+    shape, images = layer.live, conv.batch
+    weight = _some(session, shape.k, shape.c, shape.r, shape.s, scale=(shape.c * shape.r * shape.s) ** -0.5)
+    weight.requires_grad_()
+    wide, narrow = (_some(session, images, c, shape.h_in, shape.w_in).requires_grad_() for c in (conv.in_full, shape.c))
+
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(x, w, None, shape.stride, shape.padding)
+
+    offered: dict[str, tuple[Callable[..., Tensor], Tensor, ChannelIndex | None]] = {NO_INDEX: (plain, narrow, None)}
+    names = [SELECTED, EXPANDED] if gated.gates_input else []
+    if triton_serves(session.device, session.dtype):
+        names += [TRITON, RUN] if gated.gates_input else [TRITON]
+    for name in names:
+        chosen = index[name == RUN]
+        offered[name] = (by(BACKEND[name], chosen), wide, chosen[0] if gated.gates_input else None)
+    providers, references = {}, {}
+    for name, (function, x, places) in offered.items():
+        form = Form() if name == NO_INDEX else replace(gated, backend=BACKEND[name])
+        alone = replace(conv, in_full=conv.in_live, out_full=conv.out_live) if name == NO_INDEX else conv
+        own, _ = traffic(alone, form)
+        providers[name] = replace(
+            _step(function, [x, weight], False, session.device),
+            what={"part": "conv", "mask_profile": session.profile.label, **columns_of(shape, images, layer.dense.c)},
+            flops=3 * flops(alone, form), model_bytes=own,
+        )  # fmt: skip
+        references[name] = _reference(
+            lambda x, w, places=places: plain(x if places is None else x.index_select(1, places.index.long()), w),  # type: ignore[misc]
+            [x, weight], False,
+        )  # fmt: skip
+    measure(session, "gating", providers, references, NO_INDEX, what)
+
+
+def _dy(y: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=generator).to(device=y.device, dtype=y.dtype)
+    return dy.contiguous(memory_format=torch.channels_last)
+
+
+def _used(given: list[Tensor], residual: bool) -> list[Tensor]:
+    return given if residual or len(given) < 3 else [*given[:2], *given[3:]]
+
+
+def _step(function: Callable[..., Tensor], given: list[Tensor], residual: bool, device: torch.device) -> Provider:
+    """Forward and backward in one call."""
+    with torch.no_grad():
+        dy = _dy(function(*given))
+    wanted = _used(given, residual)
+
+    def step() -> tuple[Tensor, tuple[Tensor, ...]]:
+        y = function(*given)
+        return y, torch.autograd.grad(y, wanted, dy)
+
+    def results() -> list[Tensor]:
+        with prepared(device):
+            y, gradients = step()
+        return [y.detach(), *gradients]
+
+    return Provider(step, results)
+
+
+def _reference(function: Callable[..., Tensor], given: list[Tensor], residual: bool) -> list[Tensor]:
+    wide = [tensor.detach().double().requires_grad_() for tensor in given]
+    y = function(*wide)
+    # of the gradient that the providers are given, rounding included
+    dy = _dy(y.detach().to(given[0].dtype)).double()
+    return [y.detach(), *torch.autograd.grad(y, _used(wide, residual), dy)]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bench.roof import Roof
 
 KERNELS_CSV = Path("bench/results/offline/kernels.csv")
+COSTS_CSV = Path("bench/results/offline/gating.csv")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_roof(commands)
     _add_kernels(commands)
+    _add_costs(commands)
     from bench import paper, results
 
     paper.add_command(commands)
@@ -210,6 +212,33 @@ def _add_kernels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--out", type=Path, default=KERNELS_CSV, help=f"the CSV to write (default: {KERNELS_CSV})")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name holds this; all if left out")
+
+
+def _add_costs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "costs",
+        help="bytes and FLOPs of channel union and every form of channel gating, by count",
+        description="Counts, for the first and last convolution of each residual block with what follows it, the bytes "
+        "and FLOPs of a training step under channel union and in every form of channel gating, with a projection to a "
+        "V100. Nothing is run or timed.",
+        epilog="example: python -m bench costs --batch 256 --profile paper:0.2",
+    )
+    parser.set_defaults(run=_costs)
+    parser.add_argument("--batch", type=int, default=32, help="images per step (default: 32)")
+    parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="of activations (default: fp16)")
+    parser.add_argument("--profile", default="paper", help="which channels are live, as for run (default: paper)")
+    parser.add_argument("--out", type=Path, default=COSTS_CSV, help=f"the CSV to append to (default: {COSTS_CSV})")
+
+
+def _costs(options: argparse.Namespace) -> int:
+    from bench import profiles
+    from bench.suites import gating
+
+    if options.batch < 1:
+        raise InputError(f"--batch must be at least 1, not {options.batch}")
+    written = gating.count(profiles.parse(options.profile), options.batch, options.dtype, options.out)
+    print(f"{written} rows in {options.out}")
+    return 0
 
 
 def _kernels(options: argparse.Namespace) -> int:

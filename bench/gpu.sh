@@ -13,7 +13,7 @@
 #   t2           the operators' tests on the device (tier T2), bitwise and CUDA-graph tests included
 #   optimizers   200 steps of ResNet-20 against torch.optim.SGD, through two reconfigurations
 #   roof         what the device can do
-#   sgd-lasso-bn fig7-32 step fig7-256 conv gather inference reconfigure memory-comm step-compile
+#   sgd-lasso-bn gating-32 fig7-32 step gating-256 fig7-256 conv gather inference reconfigure memory-comm step-compile
 #                suites: python -m bench run ...; torch.compile of whole steps comes last, a minute per shape
 #   memcheck racecheck   compute-sanitizer on a few small tests, where that tool is there
 #
@@ -106,8 +106,10 @@ step t2 200 "$PYTHON" -m pytest -m t0 --device "$DEVICE" -q -ra -p no:cacheprovi
 step optimizers 60 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprovider "${OPTIMIZERS[@]}"
 bench roof 30 roof
 bench sgd-lasso-bn 150 run sgd lasso bn
+bench gating-32 60 run gating
 bench fig7-32 60 run fig7
 bench step 120 run step --no-compile
+bench gating-256 60 run gating "${LARGE[@]}"
 bench fig7-256 60 run fig7 "${LARGE[@]}"
 bench conv 60 run conv
 bench gather 30 run gather

@@ -206,7 +206,9 @@ def measure(
         provider = passed[name]
         size = model_bytes if provider.model_bytes is None else provider.model_bytes
         work = flops if provider.flops is None else provider.flops
-        session.p50[str(what["layer"]), name, str(what["direction"])] = t.p50
+        part = provider.what.get("part", "all")
+        layer = str(what["layer"]) if part == "all" else f"{what['layer']} {part}"
+        session.p50[layer, name, str(what["direction"])] = t.p50
         session.modes.add(t.mode)
         found.append(
             {

@@ -73,6 +73,7 @@ def page(results: Path, beside: Path) -> str:
     for folder in devices:
         parts += _device(folder, beside)
     parts += _trainings(results / "paper", beside)
+    parts += _costs(results / "offline" / "gating.csv")
     parts += _kernels(results / "offline" / "kernels.csv")
     return "\n".join(parts).rstrip() + "\n"
 
@@ -239,9 +240,38 @@ def _blocks(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
     return _without_empty_columns(head, lines)
 
 
+def _gating(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
+    """Whole layers: the ways beside each other, and what `auto` chose as a multiple of the best of them."""
+    from bench.suites import gating
+
+    ways = {
+        "dense": gating.DENSE, "union": gating.UNION, "union (eager)": gating.UNION_EAGER, "naive": gating.NAIVE,
+        "selected": gating.SELECTED, "expanded": gating.EXPANDED, "triton": gating.TRITON, "triton, run": gating.RUN,
+        "auto": gating.AUTO,
+    }  # fmt: skip
+    head = ["layer", "n", "dtype", "part", "no index", *ways, "naive / union", "auto / best"]
+    lines = []
+    timed = table[table["mode"] != "model"]
+    for key, group in timed.groupby(["layer", "n", "dtype", "part"], sort=False):
+        times = {row["provider"]: row["p50_us"] for row in group.to_dict("records")}
+
+        def at(provider: str, times: dict[str, float] = times) -> float:
+            return times.get(provider, math.nan)
+
+        # of the ways that `auto` chooses among
+        forms = [at(p) for p in (gating.UNION, gating.SELECTED, gating.EXPANDED, gating.TRITON) if p in times]
+        best = min(forms) if forms else math.nan
+        assert isinstance(key, tuple)
+        lines.append([str(key[0]), f"{float(str(key[1])):.0f}", str(key[2]), str(key[3]), _time(at(gating.NO_INDEX)),
+                      *(_time(at(p)) for p in ways.values()),
+                      _number(at(gating.NAIVE) / at(gating.UNION), ".2f"),
+                      _number(at(gating.AUTO) / best, ".2f")])  # fmt: skip
+    return _without_empty_columns(head, lines)
+
+
 TABLES = {
-    "roof": _roof, "step": _ratios, "inference": _ratios, "memory": _bytes, "comm": _communication, "bn": _batch_norm,
-    "fig7": _blocks, "conv": _ratios,
+    "roof": _roof, "gating": _gating, "step": _ratios, "inference": _ratios, "memory": _bytes, "comm": _communication,
+    "bn": _batch_norm, "fig7": _blocks, "conv": _ratios,
 }  # fmt: skip
 
 
@@ -302,3 +332,29 @@ def _kernels(path: Path) -> Iterable[str]:
         "fp64",
     ]
     yield _table(head, lines)
+
+
+def _costs(path: Path) -> Iterable[str]:
+    """Bytes and FLOPs of a training step of each layer in each form, by count."""
+    if not path.exists():
+        return
+    table = rows.newest(rows.read(path))
+    first = table.iloc[0]
+    yield "## Channel union and channel gating, by count\n"
+    yield (
+        "Bytes and FLOPs of a training step of the first and last convolution of each block with what follows it, "
+        f"summed over the layers ({first['mask_profile']}). Nothing was timed; the V100's times are projections from "
+        "its data sheet, layer by layer.\n"
+    )
+    columns = ["model_bytes", "flops", "v100_projection_us"]
+    lines = []
+    for (n, dtype), own in table.groupby(["n", "dtype"], sort=True):
+        sums = own.groupby("provider", sort=False)[columns].sum()
+        union = sums.loc["union"]
+        lines += [
+            [f"{n:.0f}", str(dtype), str(provider), f"{row['model_bytes'] / 1e9:.2f} GB",
+             f"{row['model_bytes'] / union['model_bytes']:.1%}", f"{row['flops'] / 1e12:.3f} TFLOP",
+             f"{row['flops'] / union['flops']:.1%}", _time(row["v100_projection_us"])]
+            for provider, row in sums.iterrows()
+        ]  # fmt: skip
+    yield _table(["n", "dtype", "form", "bytes", "of union", "FLOPs", "of union", "V100 projection"], lines)

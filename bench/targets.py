@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bench.harness import COMPILED, EAGER, OURS, Session
+from bench.suites import gating
 from bench.suites.bn import ALL
 from bench.suites.sgd import FUSED, LAYER
 
@@ -35,6 +36,24 @@ def targets(session: Session) -> list[Target]:
         forward, backward = (session.p50.get((ALL, provider, d)) for d in ("forward", "backward"))
         return forward + backward if forward is not None and backward is not None else None
 
+    def worst(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return max(known, default=None)
+
+    gated = sorted({layer for layer, provider, _ in session.p50 if provider == gating.AUTO})
+
+    def at(layer: str, provider: str, part: str = "all") -> float | None:
+        return session.p50.get((f"{layer} {part}" if part != "all" else layer, provider, "step"))
+
+    def best(layer: str) -> float | None:
+        times = [at(layer, provider) for provider in (gating.UNION, *gating.BACKEND)]
+        return min((time for time in times if time is not None), default=None)
+
+    fused = [
+        ratio(at(layer, provider, "conv"), at(layer, gating.NO_INDEX, "conv"))
+        for layer in gated
+        for provider in (gating.TRITON, gating.RUN)
+    ]
     p50 = session.p50.get
     sgd, lasso = p50((LAYER, OURS, "SGD")), p50((LAYER, OURS, "SGD+lasso"))
     torch_fused = p50((LAYER, FUSED, "SGD"))
@@ -50,6 +69,13 @@ def targets(session: Session) -> list[Target]:
         Target("BN (+ add) (+ ReLU) all layers / copy bandwidth", achieved, 0.90, False),
         Target("BN (+ add) (+ ReLU) all layers, eager / ours, time", ratio(both(EAGER), ours), 1.3, False),
         Target("BN (+ add) (+ ReLU) all layers, compile / ours, time", ratio(both(COMPILED), ours), 1.0, False),
+        Target("gated convolution / the same without index, worst layer", worst(fused), 1.03, True),
+        Target(
+            "auto / better of union and gating, worst layer",
+            worst([ratio(at(layer, gating.AUTO), best(layer)) for layer in gated]),
+            1.02,
+            True,
+        ),
     ]
 
 

@@ -15,6 +15,7 @@ FILES = ("fig7.csv",)
 BARS = {
     "gating (index_copy)": ("G", "#E69F00"),
     "gating (fused)": ("F", "#BFDDEE"),
+    "gating (triton)": ("T", "#009E73"),
     "union": ("U", "#0072B2"),
 }
 DENSE = "dense"
@@ -49,7 +50,7 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     profile = pruned.sort_values("date", kind="stable")["mask_profile"].iloc[-1]
     rows = rows[(rows["provider"] == DENSE) | (rows["mask_profile"] == profile)]
     rows = common.newest(rows, ["layer", "provider", "part", "direction"])
-    blocks = sorted(rows["layer"].unique(), key=_natural)
+    blocks = sorted(rows["layer"].unique(), key=natural)
     directions = [direction for direction in DIRECTIONS if direction in set(rows["direction"])]
     totals = _whole(rows, "p50_us")
     divisor, unit = common.time_unit(totals.max())
@@ -106,7 +107,7 @@ def _draw_direction(ax: "Axes", rows: "pd.DataFrame", blocks: list[str], divisor
         ticks += x
         letters += [letter] * len(x)
     ax.xaxis.remove_overlapping_locs = False  # the middle bar's letter lies where the block's name is
-    ax.set_xticks(range(len(blocks)), [f"\n{_short(block)}" for block in blocks], fontsize=6.5)
+    ax.set_xticks(range(len(blocks)), [f"\n{short(block)}" for block in blocks], fontsize=6.5)
     ax.set_xticks(ticks, letters, minor=True, fontsize=5.5)
     ax.tick_params(axis="x", which="both", length=0)
     ax.set_xlim(-0.6, len(blocks) - 0.4)
@@ -128,6 +129,7 @@ def _means(totals: "pd.Series[float]") -> str:
     for other, name in (
         ("gating (index_copy)", "gating by index_copy"),
         ("gating (fused)", "fused gating"),
+        ("gating (triton)", "gating inside the convolution"),
         (DENSE, "dense"),
     ):
         if other in table and "union" in table:
@@ -136,12 +138,12 @@ def _means(totals: "pd.Series[float]") -> str:
     return f"Time against union's, mean over blocks: {', '.join(texts)}." if texts else ""
 
 
-def _short(layer: str) -> str:
+def short(layer: str) -> str:
     """ "layer1.0.conv3" -> "1.0": stage and block."""
     found = re.fullmatch(r"layer(\d+)\.(\d+)\.conv\d+", layer)
     return f"{found[1]}.{found[2]}" if found else common.plain(layer)
 
 
-def _natural(text: str) -> list[tuple[int, int | str]]:
+def natural(text: str) -> list[tuple[int, int | str]]:
     """Sorts 2 before 10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text)]

@@ -20,7 +20,7 @@ from PIL import Image
 
 from bench.rows import COLUMNS
 from plots import __main__ as command
-from plots import common, fig2, fig4, fig6, fig7, fig8, fig9, fig10, fig11, fig12, operators, paper, step
+from plots import common, fig2, fig4, fig6, fig7, fig8, fig9, fig10, fig11, fig12, gating, operators, paper, step
 from prunetrain_kernels.errors import InputError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -180,6 +180,23 @@ def fig7_rows(**values: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def gating_rows(**values: Any) -> list[dict[str, Any]]:
+    times = {
+        "dense": 100,
+        "union": 50,
+        "gating (naive)": 120,
+        "gating (expanded)": 45,
+        "gating (triton)": 40,
+        "auto": 41,
+    }
+    layers = [block.replace("conv3", conv) for block in BLOCKS for conv in ("conv1", "conv3")]
+    return [
+        measured("gating", layer=layer, direction="step", provider=provider, p50_us=time)
+        | ({"mask_profile": "dense"} if provider == "dense" else {}) | values
+        for layer in layers for provider, time in times.items()
+    ]  # fmt: skip
+
+
 def operator_rows(suite: str) -> list[dict[str, Any]]:
     return [
         measured(suite, layer=f"layer{i}", provider=provider, direction=direction, p20_us=0.9 * time, p50_us=time,
@@ -230,6 +247,7 @@ def write_all(root: Path) -> Path:
         for scale in ("small", "full") if name in FULL else ("small",):
             write(root / "paper" / scale / f"{name}.csv", rows(scale))
     write(root / DEVICE / "fig7.csv", fig7_rows())
+    write(root / DEVICE / "gating.csv", gating_rows())
     for suite in operators.SUITES:
         write(root / DEVICE / f"{suite}.csv", operator_rows(suite))
     write(root / DEVICE / "step.csv", step_rows())
@@ -290,7 +308,7 @@ def heights(ax: Any) -> list[float]:
 
 ALL_STEMS = {
     *(f"{name}-small" for name in PAPER_ROWS), *(f"{name}-full" for name in FULL),
-    f"fig7-{DEVICE}-fp16-n32", f"fig9-{DEVICE}", f"operators-{DEVICE}", f"step-{DEVICE}",
+    f"fig7-{DEVICE}-fp16-n32", f"gating-{DEVICE}-fp16-n32", f"fig9-{DEVICE}", f"operators-{DEVICE}", f"step-{DEVICE}",
 }  # fmt: skip
 
 
@@ -618,6 +636,20 @@ def test_fig7_stacks_parts_and_marks_roofs(tmp_path: Path) -> None:
     assert [label.get_text().strip() for label in figure.axes[0].get_xticklabels()][:4] == ["1.0", "1.1", "1.2", "2.0"]
     assert "index_copy 2.20 ×, fused gating 1.30 ×, dense 2.00 ×" in caption
     assert "1.9 × as fast as dense" in caption
+
+
+def test_gating_shows_every_form_as_a_multiple_of_union(tmp_path: Path) -> None:
+    odd = [row | {"p50_us": 75} for row in gating_rows() if (row["layer"], row["provider"]) == (BLOCKS[0], "auto")]
+    figure, caption = of_suite(tmp_path, gating, "gating", [*gating_rows(), *odd])  # the newest row counts
+    assert len(figure.axes) == 2
+    for ax in figure.axes:
+        marks = [line.get_ydata().tolist() for line in ax.lines if len(line.get_xdata()) == len(BLOCKS)]
+        first = 1.5 if ax is figure.axes[1] else 0.82
+        assert marks == [[2.4] * 16, [0.9] * 16, [0.8] * 16, [first] + [0.82] * 15]
+    assert "batch 32" in caption
+    only_union = [row for row in gating_rows() if row["provider"] in ("dense", "union")]
+    write(tmp_path / "other" / DEVICE / "gating.csv", only_union)
+    assert gating.figures(tmp_path / "other" / DEVICE)[0].drawn is None
 
 
 def test_fig7_takes_the_newest_row_of_the_newest_profile_and_full_before_quick(tmp_path: Path) -> None:

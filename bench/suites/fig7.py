@@ -4,7 +4,8 @@
     union      the pruned convolution: it writes all channels that the stage keeps, and needs no index
     gating     the convolution of this layer's own live channels, and a scatter of them into the stage's channels:
                "gating (index_copy)" as one writes it in PyTorch, into zeros; "gating (fused)" by `ops.channel_scatter`,
-               which writes every element once
+               which writes every element once; "gating (triton)" is the implicit GEMM that writes the channels to their
+               places itself, into zeros, where Triton has tensor cores to run it on
 
 Gating's time is measured whole (part `all`) and stacked as the paper draws it: convolution (`conv`) and scatter
 (`reshape`). The backward pass gathers, then computes both gradients. The layer's input needs no selection: it comes
@@ -25,9 +26,10 @@ from bench.profiles import ConvShape
 from bench.suites.conv import columns_of, tensors
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_scatter
+from prunetrain_kernels.ops.conv2d import conv2d, triton_serves
 
 DENSE, UNION = "dense", "union"
-NAIVE, FUSED = "gating (index_copy)", "gating (fused)"
+NAIVE, FUSED, TRITON = "gating (index_copy)", "gating (fused)", "gating (triton)"
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,12 @@ def _measure(session: Session, block: Block) -> None:
             lambda x, w: reference(conv(x, w)),
             [x, weight], wide_dy, live.flops(images), once,
         )  # fmt: skip
+    if triton_serves(device, session.dtype):
+        cases[TRITON, "all"] = (
+            lambda x, w: conv2d(x, w, block.dense.stride, block.dense.padding, output_index=index, backend="triton"),
+            lambda x, w: reference(conv(x, w)),
+            [x, weight], wide_dy, live.flops(images), live.elements(images) + block.union.output(images),
+        )  # fmt: skip
     providers: dict[str, dict[str, Any]] = {"forward": {}, "backward": {}}
     references: dict[str, dict[str, list[Tensor]]] = {"forward": {}, "backward": {}}
     for (provider, part), (function, exact, inputs, gradient, flops, elements) in cases.items():
@@ -157,7 +165,7 @@ def _measure(session: Session, block: Block) -> None:
                 model_bytes=(1 if part == "reshape" else times) * elements * size,
             )  # fmt: skip
     baseline = f"{DENSE} conv"
-    work = {f"{UNION} conv": block.union, f"{NAIVE} all": live, f"{FUSED} all": live}
+    work = {f"{UNION} conv": block.union} | {f"{provider} all": live for provider in (NAIVE, FUSED, TRITON)}
 
     def compare(p50: Any) -> dict[str, dict[str, Any]]:
         whole = block.dense.flops(1)

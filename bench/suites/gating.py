@@ -21,15 +21,17 @@ Bytes and FLOPs are those of `cost/convolution.py`. The mode of a row without a 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import profiles
+from bench import profiles, rows
 from bench.harness import Provider, Session, against_dense, attempt, measure, prepared
 from bench.profiles import ConvShape
+from bench.roof import DTYPES, V100
 from bench.suites.conv import columns_of
 from prunetrain_kernels.cost.convolution import Convolution, Form, RoofCost, flops, traffic
 from prunetrain_kernels.errors import InputError
@@ -103,6 +105,38 @@ def layers(profile: profiles.Profile, image: int) -> list[Layer]:
     return found
 
 
+def count(profile: profiles.Profile, images: int, dtype: str, path: Path) -> int:
+    """Bytes and FLOPs of every layer in every form, without running any; returns the number of rows written to `path`.
+
+    Rows: mode "model", device "none".
+    """
+    common = {
+        **rows.environment(torch.device("cpu")), "device": "none", "threads": None, "suite": "gating", "count": 1,
+        "part": "all", "direction": "step", "dtype": dtype, "layout": "channels_last", "size": "full", "mode": "model",
+        "mask_profile": profile.label,
+    }  # fmt: skip
+    found = []
+    for layer in layers(profile, profile.image):
+        conv = layer.convolution(images, DTYPES[dtype].itemsize)
+        gated = Form(conv.in_live < conv.in_full, conv.out_live < conv.out_full)
+        ways = {UNION: (conv, Form())}
+        ways |= {name: (conv, replace(gated, backend=BACKEND[name])) for name in (SELECTED, EXPANDED, TRITON)}
+        ways[NAIVE] = (replace(conv, places=False), replace(gated, backend="naive"))
+        for provider, (placed, form) in ways.items():
+            form = form if form.gated else Form()
+            size, work = bytes_of_step(placed, form, layer.residual), 3 * flops(placed, form)
+            found.append(
+                {
+                    **common, "layer": layer.dense.name, "provider": provider,
+                    **columns_of(layer.live if form.gated else layer.union, images, layer.dense.c),
+                    "model_bytes": int(size), "flops": int(work),
+                    "v100_projection_us": V100.microseconds(size, work, dtype),
+                }
+            )  # fmt: skip
+    rows.append(path, found)
+    return len(found)
+
+
 def run(session: Session) -> None:
     image = 32 if session.quick else session.profile.image
     for layer in layers(session.profile, image):
@@ -132,7 +166,11 @@ def _measure(session: Session, layer: Layer) -> None:
         ChannelIndex(places, full, device)
         for places, full in ((layer.inputs, conv.in_full), (layer.outputs, conv.out_full))
     )
-    runs = tuple(ChannelIndex(range(index.live), index.channels, device) for index in (inputs, outputs))
+    both = inputs, outputs
+    runs = (
+        ChannelIndex(range(inputs.live), inputs.channels, device),
+        ChannelIndex(range(outputs.live), outputs.channels, device),
+    )
 
     def tensors(shape: ConvShape, wide_in: int, wide_out: int) -> list[Tensor]:
         """x, weight, residual, and the batch norm's weight and bias."""
@@ -187,7 +225,6 @@ def _measure(session: Session, layer: Layer) -> None:
 
         return compute
 
-    both = (inputs, outputs)
     whole: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], ConvShape, Form | None]] = {
         DENSE: (lambda x, w, r, g, b: eager(plain(x, w), r, g, b), exact(None), layer.dense, None),
         UNION_EAGER: (lambda x, w, r, g, b: eager(plain(x, w), r, g, b), exact(None), layer.union, Form()),
@@ -201,8 +238,8 @@ def _measure(session: Session, layer: Layer) -> None:
             offered += [TRITON, RUN]
         for provider in offered:
             index = runs if provider == RUN else both
-            form = replace(gated, backend=BACKEND[provider])
-            whole[provider] = (placed(provider, index), exact(index), layer.live, form)
+            used = replace(gated, backend=BACKEND[provider])
+            whole[provider] = (placed(provider, index), exact(index), layer.live, used)
         # what `auto` would choose, measured by itself
         names = {whole[provider][3]: provider for provider in (UNION, *offered) if provider != RUN}
         roof_cost = RoofCost(session.roof, session.dtype_name)
@@ -219,7 +256,8 @@ def _measure(session: Session, layer: Layer) -> None:
     for provider, (function, in_float64, shape, form) in whole.items():
         wide = shapes.get(provider, (conv.in_full, conv.out_full))
         given = arguments.setdefault((shape, *wide), tensors(shape, *wide))
-        cost, used = (dense_conv, Form()) if form is None else (conv, form)
+        cost, counted = (dense_conv, Form()) if form is None else (conv, form)
+        cost = replace(cost, places=provider != NAIVE)
         providers[provider] = _step(function, given, layer.residual, device)
         references[provider] = _reference(in_float64, given, layer.residual)
         providers[provider] = replace(
@@ -228,8 +266,8 @@ def _measure(session: Session, layer: Layer) -> None:
                 "mask_profile": "dense" if provider == DENSE else session.profile.label,
                 **columns_of(shape, images, layer.dense.c),
             },
-            flops=3 * flops(cost, used),
-            model_bytes=bytes_of_step(cost, used, layer.residual),
+            flops=3 * flops(cost, counted),
+            model_bytes=bytes_of_step(cost, counted, layer.residual),
         )  # fmt: skip
     what = {"layer": layer.dense.name, "dtype": session.dtype_name, "layout": "channels_last", "direction": "step"}
 

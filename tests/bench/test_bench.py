@@ -17,7 +17,7 @@ from bench import counters, harness, profiles, rows, targets, timing
 from bench.__main__ import main
 from bench.roof import Roof
 from bench.roof import measure as measure_roof
-from bench.suites import SUITES, bn, comm, conv, fig7, gather
+from bench.suites import SUITES, bn, comm, conv, fig7, gather, gating
 from bench.suites.kernels import architectures
 from prunetrain_kernels.cost import count_flops
 from prunetrain_kernels.errors import InputError
@@ -260,7 +260,7 @@ def test_fig7_measures_every_block_both_ways(tmp_path: Path) -> None:
     assert {row["layer"] for row in found} == {f"layer4.{i}.conv3" for i in range(3)}
     ways = {(row["provider"], row["part"]) for row in found}
     assert ways == {("dense", "conv"), ("union", "conv")} | {
-        (gating, part) for gating in (fig7.NAIVE, fig7.FUSED) for part in ("conv", "reshape", "all")
+        (way, part) for way in (fig7.NAIVE, fig7.FUSED) for part in ("conv", "reshape", "all")
     }
     for direction in ("forward", "backward"):
         by = {
@@ -273,6 +273,64 @@ def test_fig7_measures_every_block_both_ways(tmp_path: Path) -> None:
         assert float(live["flops"]) < float(union["flops"]) < float(dense["flops"])
         assert float(union["flops_ratio"]) == pytest.approx(float(union["flops"]) / float(dense["flops"]), rel=1e-4)
         assert dense["flops_ratio"] == ""
+
+
+def test_gating_measures_first_and_last_convolutions_in_every_form(tmp_path: Path) -> None:
+    run = session(tmp_path)
+    run.only = "layer4.1"
+    gating.run(run)
+    assert run.refused == []
+    found = rows_of(tmp_path / "gating.csv")
+    assert [fault for row in found for fault in rows.faults(row)] == []
+    assert {row["layer"] for row in found} == {"layer4.1.conv1", "layer4.1.conv3"}
+    for layer, forms in (("layer4.1.conv1", {gating.SELECTED, gating.EXPANDED}), ("layer4.1.conv3", {gating.EXPANDED})):
+        whole = {r["provider"]: r for r in found if r["layer"] == layer and r["part"] == "all"}
+        assert set(whole) == forms | {gating.DENSE, gating.UNION, gating.UNION_EAGER, gating.NAIVE, gating.AUTO}
+        flops = {name: float(row["flops"]) for name, row in whole.items()}
+        assert flops[gating.NAIVE] < flops[gating.UNION] < flops[gating.DENSE]
+        size = {name: float(row["model_bytes"]) for name, row in whole.items()}
+        assert size[gating.EXPANDED] <= size[gating.UNION] < size[gating.NAIVE]
+        assert float(whole[gating.UNION]["flops_ratio"]) == pytest.approx(
+            flops[gating.UNION] / flops[gating.DENSE], 1e-4
+        )
+    alone = {(r["layer"], r["provider"]) for r in found if r["part"] == "conv"}
+    assert ("layer4.1.conv1", gating.NO_INDEX) in alone
+    assert ("layer4.1.conv1", gating.EXPANDED) in alone
+    assert "auto / better of union and gating" in targets.verdict(run)
+
+
+def test_gating_refuses_channels_in_the_wrong_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = gating.batch_norm_act
+
+    def shifted(*arguments: object, **options: object) -> torch.Tensor:
+        return true(*arguments, **options).roll(1, 1)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gating, "batch_norm_act", shifted)
+    run = session(tmp_path)
+    run.only = "layer4.2.conv3"
+    gating.run(run)
+    assert len(run.refused) >= 2
+    found = {row["provider"] for row in rows_of(tmp_path / "gating.csv") if row["part"] == "all"}
+    assert found == {gating.DENSE, gating.UNION_EAGER, gating.NAIVE}
+
+
+def test_costs_are_counted_without_running_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gating.csv"
+    assert main(["costs", "--batch", "8", "--profile", "uniform:0.5", "--out", str(path)]) == 0
+    found = rows_of(path)
+    assert [fault for row in found for fault in rows.faults(row)] == []
+    assert f"{len(found)} rows" in capsys.readouterr().out
+    one = {r["provider"]: r for r in found if r["layer"] == "layer1.1.conv3"}
+    # 1x1, 56 x 56 pixels, 8 images: 32 channels in (half of 64), 128 kept and 0.9 of them live out
+    live = round(0.9 * 128)
+    assert int(one[gating.UNION]["flops"]) == 3 * 2 * 8 * 56 * 56 * 32 * 128
+    assert int(one[gating.NAIVE]["flops"]) == 3 * 2 * 8 * 56 * 56 * 32 * live
+    pixels = 8 * 56 * 56 * 2
+    follows = 5 * 128  # the sum's output, its gradient twice, the residual and its gradient
+    assert int(one[gating.UNION]["model_bytes"]) == pixels * (3 * 32 + 8 * 128 + follows)
+    assert int(one[gating.EXPANDED]["model_bytes"]) == pixels * (3 * 32 + 8 * live + follows)
+    assert int(one[gating.NAIVE]["model_bytes"]) == pixels * (3 * 32 + 5 * live + 9 * 128 + follows)
+    assert main(["costs", "--batch", "0", "--out", str(path)]) == 2
 
 
 def test_fig7_refuses_a_scatter_to_the_wrong_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

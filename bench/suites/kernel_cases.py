@@ -3,7 +3,7 @@
 `cases()` feeds the offline report (`kernels.py`); `reuse()` lists the calls that must share one binary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -179,30 +179,45 @@ def _batch_norm(
     training: bool = True,
     relu: bool = False,
     residual: bool = False,
-    live: int | None = None,
+    live: Sequence[int] | None = None,
+    padded: bool = False,
+    statistics: bool = False,
     parameters: torch.dtype | None = torch.float32,
     batch: int = 8,
     side: int = 14,
     offset: int = 0,
 ) -> Callable[[], None]:
-    """Forward and backward; `live` channels are scattered into the residual's, `parameters` None is for no affine."""
-    width = channels if live is None else live
-    scatter = None if live is None else ChannelIndex(range(live), channels)
+    """Forward and backward; x has the `live` channels, `padded` for parameters of all, None for no affine ones."""
+    width = channels if live is None else len(live)
+    scatter = None if live is None else ChannelIndex(live, channels)
 
     def run() -> None:
         x = _activation((batch, width, side, side), dtype, layout, offset, derive=True)
         full = (batch, channels, side, side)
-        r = _activation(full, dtype, layout, offset, derive=True) if residual or live is not None else None
-        mean, var = torch.zeros(width), torch.ones(width)
+        r = _activation(full, dtype, layout, offset, derive=True) if residual else None
+        count = channels if padded else width
+        mean, var = torch.zeros(count), torch.ones(count)
+        given = (torch.zeros(width), torch.ones(width)) if statistics else None
         weight, bias = (
             (None, None)
             if parameters is None
-            else (torch.zeros(width, dtype=parameters, requires_grad=True) for _ in range(2))
+            else (torch.zeros(count, dtype=parameters, requires_grad=True) for _ in range(2))
         )
-        y = batch_norm_act(x, mean, var, weight, bias, training=training, residual=r, relu=relu, scatter=scatter)
+        options: dict[str, Any] = {"training": training, "residual": r, "relu": relu}
+        y = batch_norm_act(x, mean, var, weight, bias, **options, scatter=scatter, statistics=given)
         y.backward(_activation(full, dtype, layout, offset))
 
     return run
+
+
+def _run(live: int, first: int = 0) -> range:
+    """Live channels that need no map."""
+    return range(first, first + live)
+
+
+def _apart(live: int) -> Sequence[int]:
+    """Live channels that need one, unless there is one or none."""
+    return range(live)[::-1]
 
 
 def _batch_norm_cases() -> Iterator[Case]:
@@ -220,11 +235,12 @@ def _batch_norm_cases() -> Iterator[Case]:
             what = f"{_name(dtype)} {layout}"
             for name, chosen in flags.items():
                 yield Case(f"{name} {what}", dtype, _batch_norm(64, dtype, layout, **chosen), dense)
-            # x and dx are at the mercy of the index there; the residual, y, dy and the residual's gradient are not
-            run = _batch_norm(64, dtype, layout, live=32, relu=True)
+            # x and dx are at the mercy of the map there; the residual, y, dy and the residual's gradient are not
+            run = _batch_norm(64, dtype, layout, live=_apart(32), residual=True, relu=True)
             yield Case(f"BN + scatter + add + ReLU {what}", dtype, run, dense)
-            run = _batch_norm(64, dtype, layout, live=32)
+            run = _batch_norm(64, dtype, layout, live=_apart(32), residual=True)
             yield Case(f"BN + scatter + add {what}", dtype, run, dense | {"_gradient_kernel": LOADS})
+            yield from _gated_batch_norm_cases(dtype, layout)
         for name, chosen in flags.items():
             run = _batch_norm(64, dtype, "NHWC", training=False, **chosen)
             yield Case(f"{name} {_name(dtype)}, eval", dtype, run, evaluated)
@@ -237,17 +253,50 @@ def _batch_norm_cases() -> Iterator[Case]:
     yield Case("BN + add + ReLU fp16, misaligned", half, _batch_norm(64, half, "NHWC", offset=1, **both))
 
 
+def _gated_batch_norm_cases(dtype: torch.dtype, layout: str) -> Iterator[Case]:
+    """Behind a gated convolution: parameters of all 64 channels, x of 32, or of 29."""
+    what = f"{_name(dtype)} {layout}"
+    places = {"map": _apart(32), "run": _run(29, 3), "run of vectors": _run(32, 16)}
+    flags: dict[str, dict[str, Any]] = {
+        "BN": {},
+        "BN + ReLU": {"relu": True},
+        "BN + add + ReLU": {"residual": True, "relu": True},
+    }
+    if layout == "NCHW":  # one run is as another there: bounds are those of maps, of 14 x 14 pixels
+        places["run"] = _run(32, 3)
+    for place, live in places.items():
+        free = place == "run of vectors"
+        for name, chosen in flags.items():
+            passes = {"_apply_kernel": BOTH if free else STORES, "_sums_kernel": LOADS}
+            passes["_gradient_kernel"] = BOTH if free else BOTH if "add" in name else LOADS
+            for of, training in (("", True), (", eval", False)):
+                if not training and dtype != torch.float16:
+                    continue
+                run = _batch_norm(64, dtype, layout, live=live, padded=True, training=training, **chosen)
+                yield Case(f"gated {name} {what}, {place}{of}", dtype, run, passes)
+        run = _batch_norm(64, dtype, layout, live=live, padded=True, statistics=True, **flags["BN + ReLU"])
+        yield Case(f"gated BN + ReLU {what}, {place}, statistics given", dtype, run)
+        run = _batch_norm(64, dtype, layout, live=live, residual=True, relu=True)
+        yield Case(f"BN + scatter + add + ReLU {what}, {place}", dtype, run)
+
+
 def _batch_norm_reuse() -> Iterator[Reuse]:
     def calls(channels: int, layout: str, live: int, batch: int = 8, side: int = 14) -> Callable[[], object]:
         half = torch.float16
         chosen: list[dict[str, Any]] = [{}, {"relu": True}, {"residual": True, "relu": True}]
-        chosen += [{"live": live, "relu": True}, {"training": False, "relu": True}]
+        chosen += [{"training": False, "relu": True}]
+        for places in (_apart(live), _run(live, channels - live)):
+            chosen += [{"live": places, "residual": True, "relu": True}, {"live": places, "padded": True, "relu": True}]
         return lambda: [_batch_norm(channels, half, layout, batch=batch, side=side, **some)() for some in chosen]
+
+    def first(layout: str) -> Callable[[], object]:
+        """A run with vectors, one without, and no channel that is not live."""
+        return lambda: [calls(64, layout, 32)(), calls(64, layout, 31, side=13)(), calls(64, layout, 64)()]
 
     for layout in LAYOUTS:
         yield Reuse(
             f"batch norm {layout} with 64 channels, then 61, 37, 1, then other batches and sides",
-            calls(64, layout, 32),
+            first(layout),
             (
                 calls(61, layout, 31),
                 calls(37, layout, 37),

@@ -17,8 +17,8 @@ two meanings, told apart by how many parameters and running statistics there are
 In the second x counts as zero where it lacks a channel, as it does behind a convolution that computes its live channels
 only. BN(0) is a constant: bias - mean * scale. In training mean and var of such a channel are 0, so that y = act(bias
 + r), dweight = 0 and dbias = sum g; in eval xhat = -mean * rstd. x0 is never written: the kernels take x - mean with x
-read as 0. Where the live channels are one run, [first, first + L), no map is read either, and if neither `first`, L nor
-C (in NCHW: times H*W) is odd to 8, x and dx move by vectors as they do without a map.
+read as 0. Where the live channels are one run, [first, first + L), no map is read either; and where first, L and C (in
+NCHW: times H*W) are multiples of 8, x and dx move by vectors, as they do without a map.
 
 x - mean comes first, never x * a + b: activations with mean / std = 1e3 are met in practice.
 
@@ -187,7 +187,7 @@ def _apply_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = _sum_reference(x, mean, var, weight, bias, residual, inverse, eps, padded, first)
     out = _apply_outputs(x, residual, inverse, False, False)[0]
-    y = _stored_as(y, out.to(y.dtype))
+    y = _stored_as(y, torch.empty_like(out, dtype=y.dtype))
     mask = _pack_bits((y <= 0).logical_not_()) if relu and record and residual is not None else _nothing(x, torch.uint8)
     return _stored_as(y.relu_() if relu else y, out), mask
 
@@ -221,7 +221,7 @@ def _native_backward(
     of_live = (mean, var, weight)
     if padded:
         of_live = (_taken(mean, places, live), _taken(var, places, live), _taken(weight, places, live))
-    g_live = _taken(g, places, live)
+    g_live = dense(_taken(g, places, live), like=x)  # of a view PyTorch's is several times slower
     dx, dweight, dbias = _native_backward_of_live(g_live, x, *of_live, eps, training, wanted)
     if padded and wanted[1]:
         sums = g.sum([d for d in range(g.dim()) if d != 1])
@@ -1058,9 +1058,10 @@ _batch_norm_act_backward = register("batch_norm_act_backward")(_gradients)
 
 
 @_batch_norm_act_backward.register_fake
-def _(dy, x, *others):
-    others = (*others, False, -1)[:16]  # defaults
-    inverse, (channels_last, _, x_gradient, sums, residual_gradient, padded, _) = others[5], others[8:]
+def _(
+    dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last, training, x_gradient, sums,
+    residual_gradient, padded=False, first=-1,
+):  # fmt: skip
     x, dy = _one_layout(x, dy, channels_last)
     dx = torch.empty_like(x) if x_gradient else _nothing(x)
     return (

@@ -3,8 +3,8 @@
 A layer lives in an input space of C_full channels, of which it reads C, and an output space of K_full, of which it
 computes K. With `in` and `out` the places of its channels in those spaces, and b a base (or zero),
 
-    y[n, out[k], p, q] = b[n, out[k], p, q] + sum over c, r, s of  w[k, c, r, s] x[n, in[c], p sh + r - ph, q sw + s - pw]
-    y[n, other, p, q]  = b[n, other, p, q]
+    y[n, out[k], p, q] = b[n, out[k], p, q] + sum over c, r, s
+                         of  w[k, c, r, s] x[n, in[c], p sh + r - ph, q sw + s - pw];  b in the other channels
 
 `weight` (K, C, R, S) holds the live channels only. Its derivatives, g being dy at the channels out[k]:
 
@@ -44,7 +44,7 @@ tile, merged by Chan's formula in fixed order.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +85,7 @@ _SHORTEST_SPLIT = 512  # pixels
 class Maps(NamedTuple):
     """Where a layer's channels lie in a space: the attributes of a `ChannelIndex`, for modules that keep buffers."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     inverse: Tensor
     first: int | None
 
@@ -157,6 +157,10 @@ _NUMBERS = [
 ]  # fmt: skip
 
 
+# Where no two elements of a tile are known to be neighbours in memory, Triton 3.6 has lanes run down its columns.
+_FLAT = tl.constexpr(triton.__version__.startswith("3.6.")) if HAS_TRITON else False
+
+
 @triton.jit
 def _eights(index, channels, all_channels, first, ALIGNED: tl.constexpr):
     """The numbers of one side; if ALIGNED, known as multiples of 8. With an index only the live channels need be."""
@@ -179,22 +183,25 @@ def _columns(index, channel, here, first):
 
 @triton.jit
 def _load(x, at, wanted, index):
-    """A tile of which rows are pixels. Through an index it is loaded flat, so that lanes run along the row: where no
-    two elements are known to be neighbours in memory, Triton 3.6 has them run down the columns."""
-    if True:
+    """A tile of which rows are pixels. Through an index it is loaded flat where lanes would not run along the row."""
+    if index is None:
         value = tl.load(x + at, mask=wanted, other=0)
-    else:
+    elif _FLAT:
         value = tl.reshape(tl.load(x + tl.ravel(at), mask=tl.ravel(wanted), other=0), at.shape)
+    else:
+        value = tl.load(x + at, mask=wanted, other=0)
     return value
 
 
 @triton.jit
 def _store(x, at, value, wanted, index):
     """The counterpart of `_load`."""
-    if True:
+    if index is None:
         tl.store(x + at, value, mask=wanted)
-    else:
+    elif _FLAT:
         tl.store(x + tl.ravel(at), tl.ravel(value), mask=tl.ravel(wanted))
+    else:
+        tl.store(x + at, value, mask=wanted)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -367,29 +374,29 @@ class _Tile(NamedTuple):
 _INTERPRETED = _Tile(128, 64, 64, 4, 1)  # the interpreter pays by the operation: few fat tiles
 
 
-@lru_cache(maxsize=64)
-def _device_capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def _capability(device: torch.device) -> int:
     """Of the device, or of the target that is compiled for; 0 in the interpreter."""
     if launching._compiled is not None:
         return int(triton.runtime.driver.active.get_current_target().arch)
-    return _device_capability(device) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
-def _tile(like: Tensor, rows: int, columns: int, depth: int, precision: str) -> _Tile:
-    """By closed form: never by measurement, which would make sums depend on the time of day."""
+def _tile(like: Tensor, rows: int, columns: int, depth: int, precision: str, vectors: bool) -> _Tile:
+    """By closed form: never by measurement, which would make sums depend on the time of day. Without `vectors` some
+    tensor is moved element by element, which takes an address in registers for each."""
     arch = _capability(like.device)
     if arch == 0:
         return _INTERPRETED
     single = like.dtype == torch.float32
     if arch < 80 or (single and precision == "ieee"):  # no tensor cores: operands go through registers
-        return _Tile(64, 64 if columns > 32 else 32, 16, 4, 2)
+        return _Tile(64, 32, 16, 8 if single else 4, 2)
+    if not vectors:
+        return _Tile(64, 64 if columns > 32 else 32, 32, 4, 3)
     n = 128 if columns > 64 else 64 if columns > 32 else 32
-    m = 128 if rows > 64 else 64
+    m = 64 if rows <= 64 or (single and n == 32) else 128
     k = (32 if single else 64) if depth > 32 else 32
     return _Tile(m, n, k, 8 if m * n == 128 * 128 else 4, 3)
 
@@ -450,8 +457,8 @@ def _forward(
             x, weight, base, input_index, input_first, output_index, output_first, output_channels, stride, padding,
             [1, 1], moments,
         )  # fmt: skip
-        out = _empty((x.shape[0], output_channels, *size), x).copy_(y)
-        return (out, *found) if moments else (out, mean, var)
+        y = _empty((x.shape[0], output_channels, *size), x).copy_(y)
+        return y, *((mean, var) if found[0] is None or found[1] is None else found)
     x, weight = _nhwc(x), _nhwc(weight)
     y = _empty((x.shape[0], output_channels, *size), x, zeros=base is None and output_channels > filters)
     if base is not None:
@@ -459,7 +466,12 @@ def _forward(
     _check_pixels(x.shape, y.shape)
     pixels = x.shape[0] * size[0] * size[1]
     precision = _precision(x.dtype)
-    tile = _tile(x, pixels, filters, channels, precision)
+    aligned = (
+        _eight(channels, input_index, x.shape[1], input_first),
+        _eight(filters, output_index, output_channels, output_first),
+    )
+    vectors = all(aligned) and input_index is None and output_index is None
+    tile = _tile(x, pixels, filters, channels, precision, vectors)
     parts, tiles, columns = -(-pixels // tile.m), -(-filters // tile.n), -(-filters // 8) * 8
     slots: Sequence[Tensor | None] = (None, None)
     if moments:
@@ -469,8 +481,7 @@ def _forward(
         x, weight, y, input_index, output_index, *slots,
         pixels, *x.shape[2:], *size, x.shape[1], output_channels, channels, filters, input_first, output_first,
         *weight.shape[2:], *stride, *padding, tiles, columns // 8,
-        ADD=base is not None, ALIGNED_IN=_eight(channels, input_index, x.shape[1], input_first),
-        ALIGNED_OUT=_eight(filters, output_index, output_channels, output_first), PRECISION=precision,
+        ADD=base is not None, ALIGNED_IN=aligned[0], ALIGNED_OUT=aligned[1], PRECISION=precision,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if moments:
@@ -506,15 +517,19 @@ def _input_gradient(
     images, _, height, width = input_shape
     pixels = images * -(-height // stride[0]) * -(-width // stride[1])  # of the largest class
     precision = _precision(dy.dtype)
-    tile = _tile(dy, pixels, channels, filters, precision)
+    aligned = (
+        _eight(channels, input_index, input_shape[1], input_first),
+        _eight(filters, output_index, dy.shape[1], output_first),
+    )
+    vectors = all(aligned) and input_index is None and output_index is None
+    tile = _tile(dy, pixels, channels, filters, precision, vectors)
     tiles = -(-channels // tile.n)
     launch(
         _input_gradient_kernel, (-(-pixels // tile.m) * tiles, stride[0] * stride[1]),
         dy, weight, dx, input_index, output_index,
         images, height, width, *dy.shape[2:], input_shape[1], dy.shape[1], channels, filters, input_first, output_first,
         *weight.shape[2:], *stride, *padding, tiles,
-        ALIGNED_IN=_eight(channels, input_index, input_shape[1], input_first),
-        ALIGNED_OUT=_eight(filters, output_index, dy.shape[1], output_first), PRECISION=precision,
+        ALIGNED_IN=aligned[0], ALIGNED_OUT=aligned[1], PRECISION=precision,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dx
@@ -534,7 +549,12 @@ def _weight_gradient(
     _check_pixels(x.shape, dy.shape)
     pixels = dy.shape[0] * dy.shape[2] * dy.shape[3]
     precision = _precision(x.dtype)
-    tile = _tile(x, filters, channels, pixels, precision)
+    aligned = (
+        _eight(channels, input_index, x.shape[1], input_first),
+        _eight(filters, output_index, dy.shape[1], output_first),
+    )
+    vectors = all(aligned) and input_index is None and output_index is None
+    tile = _tile(x, filters, channels, pixels, precision, vectors)
     tiles, other_tiles = -(-channels // tile.n), -(-filters // tile.m)
     programs = tiles * other_tiles * taps[0] * taps[1]
     splits = max(1, min(_PROGRAMS // programs, pixels // _SHORTEST_SPLIT, _SPLITS))
@@ -546,8 +566,7 @@ def _weight_gradient(
         dy, x, slots, input_index, output_index,
         pixels, *x.shape[2:], *dy.shape[2:], x.shape[1], dy.shape[1], channels, filters, input_first, output_first,
         *taps, *stride, *padding, tiles, other_tiles, split,
-        ALIGNED_IN=_eight(channels, input_index, x.shape[1], input_first),
-        ALIGNED_OUT=_eight(filters, output_index, dy.shape[1], output_first), PRECISION=precision,
+        ALIGNED_IN=aligned[0], ALIGNED_OUT=aligned[1], PRECISION=precision,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     total = slots[0] if splits == 1 else slots.sum(0)  # in fixed order
@@ -596,15 +615,12 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
         return (None,) * 11
     x, weight, input_index, output_index = ctx.saved_tensors
     of_x, of_weight, of_base = ctx.needs_input_grad[:3]
-    eager = is_eager(dy)
+    of_input, of_filters = _input_gradient, _weight_gradient
+    if not is_eager(dy):
+        of_input, of_filters = conv2d_input_gradient, conv2d_weight_gradient
     places = (input_index, ctx.input_first, output_index, ctx.output_first)
-    dx = dweight = None
-    if of_x:
-        gradient = _input_gradient if eager else conv2d_input_gradient
-        dx = gradient(dy, weight, *places, list(x.shape), ctx.stride, ctx.padding)
-    if of_weight:
-        gradient = _weight_gradient if eager else conv2d_weight_gradient
-        dweight = gradient(dy, x, *places, list(weight.shape), ctx.stride, ctx.padding)
+    dx = of_input(dy, weight, *places, list(x.shape), ctx.stride, ctx.padding) if of_x else None
+    dweight = of_filters(dy, x, *places, list(weight.shape), ctx.stride, ctx.padding) if of_weight else None
     return dx, dweight, dy if of_base else None, *(None,) * 8
 
 
@@ -643,7 +659,8 @@ def _weight_gradient_flops(dy_shape: Any, x_shape: Any, *_: Any, out_shape: Any 
 # -- the forms ---------------------------------------------------------------------------------------------------------
 
 
-class _Side(NamedTuple):
+@dataclass(frozen=True)
+class _Side:
     """One side of a convolution: an index, or a run from `first` on, of `live` channels among `channels`."""
 
     maps: Maps | None
@@ -721,8 +738,8 @@ def default_backend(
     * "triton", where `triton_serves`: up to three quarters of the input channels live, at least 32, and live channels
       of both sides in multiples of 8, without which tiles are loaded element by element. Above that share the FLOPs
       that "expanded" wastes cost less than the library's kernels are quicker.
-    * else "expanded" from half of the input channels live, and "naive" below, where more than half of the expanded FLOPs
-      would be zeros and the selection is small.
+    * else "expanded" from half of the input channels live, and "naive" below, where more than half of the expanded
+      FLOPs would be zeros and the selection is small.
 
     No GPU was there to tune this: the shares are estimates from bytes and FLOPs. (`policy="auto"` decides by cost.)
     """
@@ -741,11 +758,10 @@ def default_backend(
 
 
 def _pair(value: int | Sequence[int], name: str, least: int) -> list[int]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = (value, value)
-    if isinstance(value, (str, bool)) or len(value) != 2 or any(not isinstance(v, int) or v < least for v in value):
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or any(not isinstance(v, int) or v < least for v in pair):
         raise InputError(f"{name} is {value!r}; give one integer, or a pair for height and width, of {least} or more.")
-    return list(value)
+    return pair
 
 
 def conv2d(
@@ -789,8 +805,8 @@ def conv2d(
         InputError: (a ValueError) shapes, dtypes or devices that do not fit each other or the indices; a kernel larger
             than the padded input; backend "triton" with a dilation.
     """
-    maps = [None if i is None else Maps(i.index, i.inverse, i.first) for i in (input_index, output_index)]
-    return conv2d_by_maps(x, weight, stride, padding, dilation, *maps, base, moments, backend)
+    inputs, outputs = (None if i is None else Maps(i.index, i.inverse, i.first) for i in (input_index, output_index))
+    return conv2d_by_maps(x, weight, stride, padding, dilation, inputs, outputs, base, moments, backend)
 
 
 def conv2d_by_maps(
@@ -811,7 +827,9 @@ def conv2d_by_maps(
     inputs, outputs = _sides(x, weight, input_maps, output_maps)
     size = _check(x, weight, base, outputs, *sizes)
     if backend is None:
-        backend = default_backend(x.device, x.dtype, *inputs[1:], *outputs[1:], dilation=sizes[2])
+        backend = default_backend(
+            x.device, x.dtype, inputs.live, inputs.channels, outputs.live, outputs.channels, sizes[2]
+        )
     if backend not in BACKENDS:
         raise InputError(f"backend '{backend}' is not known; the backends are: {', '.join(BACKENDS)}.")
     if backend == "triton" and sizes[2] != [1, 1]:
@@ -827,19 +845,18 @@ def conv2d_by_maps(
         found = conv2d_reference(x, weight, base, *places, *sizes, moments)
     else:
         found = _by_library(x, weight, base, inputs, outputs, *sizes, moments)
-    y, mean, var = found
-    return (y, mean, var) if moments else y
+    return found if moments else found[0]
 
 
 def _autocast(x: Tensor, weight: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    if not torch.is_autocast_enabled(x.device.type):
+    if not torch.amp.is_autocast_available(x.device.type) or not torch.is_autocast_enabled(x.device.type):
         return x, weight, base
     dtype = torch.get_autocast_dtype(x.device.type)
-    x, weight, base = (
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (x, weight, base)
-    )
-    return x, weight, base
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(weight), None if base is None else cast(base)
 
 
 def _sides(x: Tensor, weight: Tensor, input_maps: Maps | None, output_maps: Maps | None) -> tuple[_Side, _Side]:
@@ -890,8 +907,8 @@ def _check(
         length, taps, _, pad, spread = numbers
         if length + 2 * pad < spread * (taps - 1) + 1:
             raise InputError(
-                f"the kernel reaches over {spread * (taps - 1) + 1} pixels but the padded input has {length + 2 * pad}; "
-                "pad more, or give a larger input."
+                f"the kernel reaches over {spread * (taps - 1) + 1} pixels but the padded input has "
+                f"{length + 2 * pad}; pad more, or give a larger input."
             )
         size.append(_output_size(*numbers))
     if base is not None:

@@ -835,6 +835,7 @@ def conv2d_by_maps(
     if backend == "triton" and sizes[2] != [1, 1]:
         raise InputError("the triton backend has no dilation; use backend='expanded', or None.")
     places = (inputs.index, inputs.first, outputs.index, outputs.first, outputs.channels)
+    found: tuple[Any, Any, Any]
     if weight.numel() == 0:
         found = _of_nothing(x, weight, base, outputs, size, moments)
     elif backend == "triton":

@@ -149,7 +149,7 @@ def check(case: Case, device: torch.device) -> None:
             continue
         scale = g.abs().max().item()
         error, allowed = ((t[name].double() - true[name]).abs().max().item() for t in (got, eager))
-        roundings = 4 if g.dtype == torch.float32 else 0.5  # PyTorch's sums on the CPU are float64, ours fp32
+        roundings = 8 if g.dtype == torch.float32 else 0.5  # PyTorch's sums on the CPU are float64, ours fp32
         assert error <= 2 * allowed + roundings * torch.finfo(g.dtype).eps * scale, (name, error, allowed, scale)
     if case.layout != "sliced":
         kept = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bench.suites.kernels import Case, Promise, Reuse
 from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
 from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_gather, channel_scatter, channel_scatter_add
+from prunetrain_kernels.ops.conv2d import conv2d
 from prunetrain_kernels.ops.group_lasso import Groups, add_group_lasso_gradient_, group_lasso, slice_statistics
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.regularizer import GroupLasso
@@ -25,12 +26,12 @@ LOADS, STORES, BOTH = Promise(load=16), Promise(store=16), Promise(load=16, stor
 
 def cases() -> list[Case]:
     """Every operator in every dtype and layout, with every combination of flags that makes another kernel."""
-    return [*_lasso_cases(), *_sgd_cases(), *_batch_norm_cases(), *_channel_index_cases()]
+    return [*_lasso_cases(), *_sgd_cases(), *_batch_norm_cases(), *_channel_index_cases(), *_convolution_cases()]
 
 
 def reuse() -> list[Reuse]:
     """Changes of shape, as a reconfiguration makes them, that must compile nothing."""
-    return [*_lasso_reuse(), *_sgd_reuse(), *_batch_norm_reuse(), *_channel_index_reuse()]
+    return [*_lasso_reuse(), *_sgd_reuse(), *_batch_norm_reuse(), *_channel_index_reuse(), *_convolution_reuse()]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -361,3 +362,103 @@ def _channel_index_reuse() -> Iterator[Reuse]:
                 calls(37, 5, layout, batch=7, side=9),
             ),
         )
+
+
+# -- convolution -------------------------------------------------------------------------------------------------------
+
+
+def _convolution(
+    channels: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    inputs: Sequence[int] | None = None,
+    outputs: Sequence[int] | None = None,
+    taps: int = 3,
+    stride: int = 1,
+    moments: bool = False,
+    base: bool = False,
+    batch: int = 8,
+    side: int = 14,
+) -> Callable[[], None]:
+    """Forward and both gradients, `inputs` of the first and `outputs` of the second number of channels being live."""
+    live = [full if some is None else len(some) for full, some in zip(channels, (inputs, outputs), strict=True)]
+    index = [
+        None if some is None else ChannelIndex(some, full)
+        for full, some in zip(channels, (inputs, outputs), strict=True)
+    ]
+
+    def run() -> None:
+        x = _activation((batch, channels[0], side, side), dtype, "NHWC", derive=True)
+        weight = _activation((live[1], live[0], taps, taps), dtype, "NHWC", derive=True)
+        out = (side - 1) // stride + 1
+        full = (batch, channels[1], out, out)
+        added = _activation(full, dtype, "NHWC") if base else None
+        y = conv2d(
+            x, weight, stride, taps // 2, input_index=index[0], output_index=index[1], base=added, moments=moments,
+            backend="triton",
+        )  # fmt: skip
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(_activation(full, dtype, "NHWC"))
+
+    return run
+
+
+def _convolution_cases() -> Iterator[Case]:
+    names = ("_forward_kernel", "_input_gradient_kernel", "_weight_gradient_kernel")
+    vectors = {name: Promise(load=16, mma=True) for name in names}
+    tensor_cores = {name: Promise(mma=True) for name in names}
+    odd, half = (37, 29), 32
+    ways: list[tuple[str, tuple[int, int], dict[str, Any], dict[str, Promise]]] = [
+        ("", (128, 128), {}, vectors),
+        (", 1x1, moments", (128, 64), {"taps": 1, "moments": True}, vectors),
+        (", stride 2", (64, 128), {"stride": 2}, vectors),
+        (", few channels", (16, 16), {}, tensor_cores),
+        (", odd channels", odd, {"moments": True}, tensor_cores),
+        (", runs", (128, 128), {"inputs": _run(64, 32), "outputs": _run(64, 64)}, vectors),
+        (", odd runs", (128, 128), {"inputs": _run(61, 3), "outputs": _run(37, 5)}, tensor_cores),
+        (", input index", (128, 128), {"inputs": _apart(64), "moments": True}, tensor_cores),
+        (", output index", (128, 128), {"outputs": _apart(64)}, tensor_cores),
+        (", both indices", (64, 64), {"inputs": _apart(half), "outputs": _apart(half)}, tensor_cores),
+        (", output index, added to a base", (64, 64), {"outputs": _apart(half), "base": True}, tensor_cores),
+    ]
+    for dtype in DTYPES:
+        for name, channels, options, promises in ways:
+            if dtype == torch.float32:  # wgmma takes TF32 one way round only: this operand is turned as it is loaded
+                promises = promises | {"_weight_gradient_kernel": Promise(mma=True)}
+            yield Case(f"conv2d {_name(dtype)}{name}", dtype, _convolution(channels, dtype, **options), promises)
+
+
+def _convolution_reuse() -> Iterator[Reuse]:
+    half = torch.float16
+
+    def calls(*shapes: tuple[int, int, int, int], **options: Any) -> Callable[[], object]:
+        """Of `all` channels some are live, on either side; the index is ascending with gaps."""
+
+        def run() -> None:
+            for all_in, live_in, all_out, live_out in shapes:
+                inputs, outputs = range(0, 2 * live_in, 2), range(0, 2 * live_out, 2)
+                assert 2 * live_in <= all_in + 1
+                assert 2 * live_out <= all_out + 1
+                _convolution((all_in, all_out), half, inputs=inputs, outputs=outputs, moments=True, **options)()
+
+        return run
+
+    yield Reuse(
+        "conv2d by index, of 40 and 48 live channels, then other multiples of 8, other batches and sides",
+        calls((128, 40, 128, 48)),
+        (calls((96, 40, 104, 48)), calls((128, 48, 96, 40)), calls((104, 40, 128, 48), batch=3, side=9)),
+    )
+    yield Reuse(
+        "conv2d by index, of 41 and 47 live channels, then 45, 37, 33 of others",
+        calls((128, 41, 128, 47)),
+        (calls((97, 45, 103, 37)), calls((83, 33, 99, 47)), calls((99, 41, 127, 39), batch=2, side=11)),
+    )
+    yield Reuse(
+        "conv2d of all channels, 37 and 61, then 35, 45, 61 and other sides",
+        _convolution((37, 61), half),
+        (
+            _convolution((35, 45), half),
+            _convolution((61, 37), half),
+            _convolution((43, 59), half, batch=5, side=7),
+        ),
+    )

@@ -43,11 +43,12 @@ KNOWN_ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 
 @dataclass(frozen=True)
 class Promise:
-    """What a kernel must reach: bytes of its widest load and of its widest store, on `since` and later."""
+    """What a kernel must reach on `since` and later: bytes of its widest load and of its widest store; tensor cores."""
 
     load: int = 0
     store: int = 0
     since: int = 80
+    mma: bool = False
 
 
 @dataclass(frozen=True)
@@ -342,6 +343,8 @@ def faults(row: Row, promise: Promise = Promise()) -> Iterator[str]:  # frozen
             yield f"{where} promised loads of {promise.load} bytes, its widest is {row.widest_load}"
         if row.widest_store < promise.store:
             yield f"{where} promised stores of {promise.store} bytes, its widest is {row.widest_store}"
+        if promise.mma and not row.mma:
+            yield f"{where} promised tensor-core instructions and has none"
 
 
 def report(cases: Sequence[Case], arch: int) -> Report:

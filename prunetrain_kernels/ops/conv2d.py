@@ -396,9 +396,9 @@ def _tile(like: Tensor, rows: int, columns: int, depth: int, precision: str, vec
     if not vectors:
         return _Tile(64, 64 if columns > 32 else 32, 32, 4, 3)
     n = 128 if columns > 64 else 64 if columns > 32 else 32
-    m = 64 if rows <= 64 or (single and n == 32) else 128
+    m = 64 if rows <= 64 else 128
     k = (32 if single else 64) if depth > 32 else 32
-    return _Tile(m, n, k, 8 if m * n == 128 * 128 else 4, 3)
+    return _Tile(m, n, k, 8 if m * n == 128 * 128 or (single and n == 32) else 4, 3)
 
 
 def _precision(dtype: torch.dtype) -> str:

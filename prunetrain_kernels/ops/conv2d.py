@@ -846,7 +846,7 @@ def conv2d_by_maps(
         found = conv2d_reference(x, weight, base, *places, *sizes, moments)
     else:
         found = _by_library(x, weight, base, inputs, outputs, *sizes, moments)
-    return found if moments else found[0]
+    return found if moments else found[0]  # type: ignore[return-value]
 
 
 def _autocast(x: Tensor, weight: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

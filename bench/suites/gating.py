@@ -243,7 +243,8 @@ def _measure(session: Session, layer: Layer) -> None:
         # what `auto` would choose, measured by itself
         names = {whole[provider][3]: provider for provider in (UNION, *offered) if provider != RUN}
         roof_cost = RoofCost(session.roof, session.dtype_name)
-        choice = choose_form(conv, [form for form in names if form is not None], roof_cost)
+        as_here = replace(conv, places=device.type == "cuda")  # on a CPU the batch norm places channels in other passes
+        choice = choose_form(as_here, [form for form in names if form is not None], roof_cost)
         whole[AUTO] = whole[names[choice.form]]
 
     shapes = {DENSE: (layer.dense.c, layer.dense.k)}

@@ -295,10 +295,11 @@ def _gate(
             for side, at, mask, size in zip(sides, kept, masks, sizes[layer.name], strict=True)
         ]
         behind = batch_norm_behind(graph, modules, layer.name)
-        places = behind is not None and hasattr(modules[behind], "places_of")
+        weight = _weight(model, layer)
+        # on a CPU a fused batch norm places channels too, but in passes of its own
+        places = behind is not None and hasattr(modules[behind], "places_of") and weight.is_cuda
         counts = (len(kept[0]), len(kept[1])), (len(own[0]), len(own[1]))
         conv = convolution(graph, modules, layer, *counts, batch, places)
-        weight = _weight(model, layer)
         if cost is not None:
             choice = choose_form(conv, list(forms(conv, sides, weight.device, weight.dtype)), cost)
         elif counts[0] != counts[1]:

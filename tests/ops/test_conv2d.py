@@ -537,6 +537,8 @@ def test_the_backend_that_is_chosen() -> None:
     half, cuda = torch.float16, torch.device("meta")  # neither CUDA nor a CPU: no kernels there
     assert default_backend(CPU, torch.float32, 32, 64, 64, 64) == "expanded"
     assert default_backend(CPU, torch.float32, 16, 64, 64, 64) == "naive"
+    assert default_backend(CPU, torch.float32, 32, 64, 64, 64, taps=9) == "naive"
+    assert default_backend(CPU, torch.float32, 48, 64, 64, 64, taps=9) == "expanded"
     assert default_backend(cuda, half, 32, 64, 64, 64) != "triton"
     assert not triton_serves(CPU, half)
     x, weight = torch.randn(1, 4, 3, 3), torch.randn(2, 1, 1, 1)

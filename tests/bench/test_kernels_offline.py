@@ -49,7 +49,11 @@ def test_every_kernel_of_every_operator(arch: int, tmp_path: Path) -> None:
     for kernel in ("batch_norm_act._apply_kernel", "batch_norm_act._gradient_kernel", "sgd._sgd_kernel"):
         aligned = [row for row in rows if row["kernel"] == kernel and "misaligned" not in row["case"]]
         assert aligned
-        wide = [row for row in aligned if arch >= 80 and row["dtype"] == "float32" and "scatter" not in row["case"]]
+        # through a map, or a run that is no multiple of 8, single elements are moved
+        placed = ("scatter", ", map", ", run")
+        wide = [row for row in aligned if arch >= 80 and row["dtype"] == "float32"]
+        wide = [row for row in wide if not any(word in row["case"] for word in placed)]
+        assert wide or arch < 80
         assert all(int(row["load_v4"]) > 0 and int(row["store_v4"]) > 0 for row in wide)
 
 

@@ -249,11 +249,15 @@ def _gating(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
         "selected": gating.SELECTED, "expanded": gating.EXPANDED, "triton": gating.TRITON, "triton, run": gating.RUN,
         "auto": gating.AUTO,
     }  # fmt: skip
-    head = ["layer", "n", "dtype", "part", "no index", *ways, "naive / union", "auto / best"]
+    head = ["layer", "n", "dtype", "channels", "part", "no index", *ways, "naive / union", "auto / best"]
     lines = []
     timed = table[table["mode"] != "model"]
-    for key, group in timed.groupby(["layer", "n", "dtype", "part"], sort=False):
+    dense = timed[timed["mask_profile"] == "dense"].set_index(["layer", "n", "dtype"])["p50_us"]
+    pruned = timed[timed["mask_profile"] != "dense"]
+    for key, group in pruned.groupby(["layer", "n", "dtype", "mask_profile", "part"], sort=False):
         times = {row["provider"]: row["p50_us"] for row in group.to_dict("records")}
+        if str(key[4]) == "all" and key[:3] in dense.index:
+            times[gating.DENSE] = float(dense.loc[[key[:3]]].iloc[-1])
 
         def at(provider: str, times: dict[str, float] = times) -> float:
             return times.get(provider, math.nan)
@@ -262,7 +266,7 @@ def _gating(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
         forms = [at(p) for p in (gating.UNION, gating.SELECTED, gating.EXPANDED, gating.TRITON) if p in times]
         best = min(forms) if forms else math.nan
         assert isinstance(key, tuple)
-        lines.append([str(key[0]), f"{float(str(key[1])):.0f}", str(key[2]), str(key[3]), _time(at(gating.NO_INDEX)),
+        lines.append([str(key[0]), f"{float(str(key[1])):.0f}", *map(str, key[2:]), _time(at(gating.NO_INDEX)),
                       *(_time(at(p)) for p in ways.values()),
                       _number(at(gating.NAIVE) / at(gating.UNION), ".2f"),
                       _number(at(gating.AUTO) / best, ".2f")])  # fmt: skip

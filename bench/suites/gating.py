@@ -192,10 +192,11 @@ def _measure(session: Session, layer: Layer) -> None:
 
         return compute
 
-    def eager(y: Tensor, r: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    def eager(y: Tensor, r: Tensor, gamma: Tensor, beta: Tensor, relu: bool = True) -> Tensor:
         wide = gamma.to(y.dtype) if y.dtype == torch.float64 else gamma
         y = F.batch_norm(y, None, None, wide, beta.to(wide.dtype), True)
-        return F.relu(y + r if layer.residual else y)
+        y = y + r if layer.residual else y
+        return F.relu(y) if relu else y
 
     def fused(y: Any, r: Tensor, gamma: Tensor, beta: Tensor, index: ChannelIndex | None = None) -> Tensor:
         y, statistics = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
@@ -215,23 +216,24 @@ def _measure(session: Session, layer: Layer) -> None:
         convolve = by(BACKEND[provider], index, moments=provider in (TRITON, RUN))
         return lambda x, w, r, g, b: fused(convolve(x, w), r, g, b, index[1] if gated.gates_output else None)
 
-    def exact(index: tuple[ChannelIndex, ChannelIndex] | None) -> Callable[..., Tensor]:
+    def exact(index: tuple[ChannelIndex, ChannelIndex] | None, relu: bool = True) -> Callable[..., Tensor]:
         def compute(x: Tensor, weight: Tensor, r: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
             if index is None:
-                return eager(plain(x, weight), r, gamma, beta)
+                return eager(plain(x, weight), r, gamma, beta, relu)
             y = plain(x.index_select(1, index[0].index.long()), weight)
             wide = y.new_zeros((images, conv.out_full, *y.shape[2:])).index_copy(1, index[1].index.long(), y)
-            return eager(wide, r, gamma, beta)
+            return eager(wide, r, gamma, beta, relu)
 
         return compute
 
-    whole: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], ConvShape, Form | None]] = {
-        DENSE: (lambda x, w, r, g, b: eager(plain(x, w), r, g, b), exact(None), layer.dense, None),
-        UNION_EAGER: (lambda x, w, r, g, b: eager(plain(x, w), r, g, b), exact(None), layer.union, Form()),
-        UNION: (lambda x, w, r, g, b: fused(plain(x, w), r, g, b), exact(None), layer.union, Form()),
+    # provider: what it computes, by which live channels, with which shapes, in which form
+    whole: dict[str, tuple[Callable[..., Tensor], tuple[ChannelIndex, ChannelIndex] | None, ConvShape, Form | None]] = {
+        DENSE: (lambda x, w, r, g, b: eager(plain(x, w), r, g, b), None, layer.dense, None),
+        UNION_EAGER: (lambda x, w, r, g, b: eager(plain(x, w), r, g, b), None, layer.union, Form()),
+        UNION: (lambda x, w, r, g, b: fused(plain(x, w), r, g, b), None, layer.union, Form()),
     }
     if gated.gated:
-        whole[NAIVE] = (lambda x, w, r, g, b: eager(naive(x, w), r, g, b), exact(both), layer.live,
+        whole[NAIVE] = (lambda x, w, r, g, b: eager(naive(x, w), r, g, b), both, layer.live,
                         replace(gated, backend="naive"))  # fmt: skip
         offered = [SELECTED, EXPANDED] if gated.gates_input else [EXPANDED]
         if triton_serves(device, session.dtype):
@@ -239,7 +241,7 @@ def _measure(session: Session, layer: Layer) -> None:
         for provider in offered:
             index = runs if provider == RUN else both
             used = replace(gated, backend=BACKEND[provider])
-            whole[provider] = (placed(provider, index), exact(index), layer.live, used)
+            whole[provider] = (placed(provider, index), index, layer.live, used)
         # what `auto` would choose, measured by itself
         names = {whole[provider][3]: provider for provider in (UNION, *offered) if provider != RUN}
         roof_cost = RoofCost(session.roof, session.dtype_name)
@@ -254,13 +256,14 @@ def _measure(session: Session, layer: Layer) -> None:
     arguments: dict[tuple[ConvShape, int, int], list[Tensor]] = {}
     providers: dict[str, Provider] = {}
     references: dict[str, list[Tensor]] = {}
-    for provider, (function, in_float64, shape, form) in whole.items():
+    for provider, (function, live, shape, form) in whole.items():
         wide = shapes.get(provider, (conv.in_full, conv.out_full))
         given = arguments.setdefault((shape, *wide), tensors(shape, *wide))
         cost, counted = (dense_conv, Form()) if form is None else (conv, form)
         cost = replace(cost, places=provider != NAIVE)
-        providers[provider] = _step(function, given, layer.residual, device)
-        references[provider] = _reference(in_float64, given, layer.residual)
+        dy = _dy(exact(live, relu=False), given, kink=True)
+        providers[provider] = _step(function, given, dy, layer.residual, device)
+        references[provider] = _reference(exact(live), given, dy, layer.residual)
         providers[provider] = replace(
             providers[provider],
             what={
@@ -313,21 +316,29 @@ def _convolutions(
         form = Form() if name == NO_INDEX else replace(gated, backend=BACKEND[name])
         alone = replace(conv, in_full=conv.in_live, out_full=conv.out_live) if name == NO_INDEX else conv
         own, _ = traffic(alone, form)
+
+        def reference(x: Tensor, w: Tensor, places: ChannelIndex | None = places) -> Tensor:
+            return plain(x if places is None else x.index_select(1, places.index.long()), w)
+
+        dy = _dy(reference, [x, weight])
         providers[name] = replace(
-            _step(function, [x, weight], False, session.device),
+            _step(function, [x, weight], dy, False, session.device),
             what={"part": "conv", "mask_profile": session.profile.label, **columns_of(shape, images, layer.dense.c)},
             flops=3 * flops(alone, form), model_bytes=own,
         )  # fmt: skip
-        references[name] = _reference(
-            lambda x, w, places=places: plain(x if places is None else x.index_select(1, places.index.long()), w),  # type: ignore[misc]
-            [x, weight], False,
-        )  # fmt: skip
+        references[name] = _reference(reference, [x, weight], dy, False)
     measure(session, "gating", providers, references, NO_INDEX, what)
 
 
-def _dy(y: Tensor) -> Tensor:
+def _dy(function: Callable[..., Tensor], given: list[Tensor], kink: bool = False) -> Tensor:
+    """A gradient of what `function` gives; with a `kink` at zero behind it, none near there: rounding decides the side
+    that a value falls on, and either gradient is right."""
+    with torch.no_grad():
+        y = function(*(tensor.detach().double() for tensor in given))
     generator = torch.Generator().manual_seed(1)
-    dy = torch.randn(y.shape, generator=generator).to(device=y.device, dtype=y.dtype)
+    dy = torch.randn(y.shape, generator=generator).to(device=y.device, dtype=given[0].dtype)
+    if kink:
+        dy = dy.masked_fill_(y.abs() < 1e-2, 0)
     return dy.contiguous(memory_format=torch.channels_last)
 
 
@@ -335,10 +346,10 @@ def _used(given: list[Tensor], residual: bool) -> list[Tensor]:
     return given if residual or len(given) < 3 else [*given[:2], *given[3:]]
 
 
-def _step(function: Callable[..., Tensor], given: list[Tensor], residual: bool, device: torch.device) -> Provider:
+def _step(
+    function: Callable[..., Tensor], given: list[Tensor], dy: Tensor, residual: bool, device: torch.device
+) -> Provider:
     """Forward and backward in one call."""
-    with torch.no_grad():
-        dy = _dy(function(*given))
     wanted = _used(given, residual)
 
     def step() -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -353,9 +364,7 @@ def _step(function: Callable[..., Tensor], given: list[Tensor], residual: bool, 
     return Provider(step, results)
 
 
-def _reference(function: Callable[..., Tensor], given: list[Tensor], residual: bool) -> list[Tensor]:
+def _reference(function: Callable[..., Tensor], given: list[Tensor], dy: Tensor, residual: bool) -> list[Tensor]:
     wide = [tensor.detach().double().requires_grad_() for tensor in given]
     y = function(*wide)
-    # of the gradient that the providers are given, rounding included
-    dy = _dy(y.detach().to(given[0].dtype)).double()
-    return [y.detach(), *torch.autograd.grad(y, _used(wide, residual), dy)]
+    return [y.detach(), *torch.autograd.grad(y, _used(wide, residual), dy.double())]

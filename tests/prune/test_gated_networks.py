@@ -12,7 +12,8 @@ from torch.optim import SGD, Adam, Optimizer
 
 from prunetrain_kernels import ChannelGraph, CheckpointError, InputError, load_pruned, reconfigure, save_pruned
 from prunetrain_kernels.cost import count_flops
-from prunetrain_kernels.cost.convolution import Convolution, Form
+from prunetrain_kernels.cost.convolution import Convolution, Form, RoofCost
+from prunetrain_kernels.cost.roof import Roof
 from prunetrain_kernels.graph.gating import MeasuredCost
 from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import BatchNormAct2d, GatedConv2d, fuse
@@ -316,12 +317,14 @@ def test_what_cannot_be_gated_is_left_alone() -> None:
 # -- auto --------------------------------------------------------------------------------------------------------------
 
 
-def test_auto_is_never_predicted_slower_and_says_why() -> None:
+# A device with a V100's peaks mixes the two; this CPU, whatever it is, may not.
+@pytest.mark.parametrize("cost", [RoofCost(Roof(900.0, {"fp32": 15.0}, 5.0)), None], ids=["GPU-like", "this-device"])
+def test_auto_is_never_predicted_slower_and_says_why(cost: RoofCost | None) -> None:
     torch.manual_seed(0)
     model, x = build("resnet20", 10), torch.randn(2, 3, 32, 32)
     graph = traced(model, x)
     thin(graph, model)
-    keep = graph.keep(model, policy="auto")
+    keep = graph.keep(model, policy="auto", cost=cost)
     chosen = union = 0.0
     for name, choice in keep.choices.items():
         assert choice.reason
@@ -334,10 +337,12 @@ def test_auto_is_never_predicted_slower_and_says_why() -> None:
         assert choice.form.gated != is_whole(keep, name)
         assert " us" in str(choice)
         assert str(choice.form) in str(choice)
-    assert chosen < union
-    report = reconfigure(model, None, keep)
-    assert "gating of" in str(report)
-    assert "(union: " in str(report)
+    assert chosen <= union
+    report = str(reconfigure(model, None, keep))
+    if cost is not None:
+        assert chosen < union
+        assert "gating of" in report
+        assert "(union: " in report
     assert {c.backend for c in gated(model)} <= {"expanded", "naive"}  # no Triton on a CPU
 
 

@@ -147,9 +147,8 @@ def run(session: Session) -> None:
 def bytes_of_step(conv: Convolution, form: Form, residual: bool) -> float:
     """Of the convolution and what follows it: `traffic`, and what every form moves of the batch norm's output: written,
     its gradient read twice; with a residual that is read, and its gradient written."""
-    own, other = traffic(conv, form)
     output = conv.batch * conv.map_out[0] * conv.map_out[1] * conv.out_full * conv.itemsize
-    return own + other + (5 if residual else 3) * output
+    return sum(traffic(conv, form)) + (5 if residual else 3) * output
 
 
 def _some(session: Session, *size: int, scale: float = 1.0) -> Tensor:
@@ -315,7 +314,7 @@ def _convolutions(
     for name, (function, x, places) in offered.items():
         form = Form() if name == NO_INDEX else replace(gated, backend=BACKEND[name])
         alone = replace(conv, in_full=conv.in_live, out_full=conv.out_live) if name == NO_INDEX else conv
-        own, _ = traffic(alone, form)
+        own = traffic(alone, form).own
 
         def reference(x: Tensor, w: Tensor, places: ChannelIndex | None = places) -> Tensor:
             return plain(x if places is None else x.index_select(1, places.index.long()), w)

@@ -19,6 +19,7 @@ vain, in oneDNN's blocks and in tensor cores alike (design section 8).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prunetrain_kernels.cost.roof import Roof
 
@@ -91,33 +92,47 @@ def flops(conv: Convolution, form: Form, granule: int = 1) -> float:
     return 2.0 * pixels * inputs * outputs * conv.kernel[0] * conv.kernel[1]
 
 
-def traffic(conv: Convolution, form: Form) -> tuple[float, float]:
-    """Bytes of a training step: those of the convolution's own kernels, and those of other passes over its input and
-    output, batch norm's reads and writes of it included."""
+class Traffic(NamedTuple):
+    """Bytes of a training step: of the convolution's own kernels, of other passes over its input and output (batch
+    norm's reads and writes of it), and of passes that take or place channels by index outside of a fused kernel."""
+
+    own: float
+    passes: float
+    indexed: float
+
+
+def traffic(conv: Convolution, form: Form) -> Traffic:
+    """Bytes that one training step of this convolution moves in this form."""
     pixels_in = conv.batch * conv.map_in[0] * conv.map_in[1] * conv.itemsize
     pixels_out = conv.batch * conv.map_out[0] * conv.map_out[1] * conv.itemsize
     in_full, in_live = pixels_in * conv.in_full, pixels_in * conv.in_live
     out_full, out_live = pixels_out * conv.out_full, pixels_out * conv.out_live
+    own = passes = indexed = 0.0
     if not form.gates_input or form.backend == "expanded":
-        own, other = 3 * in_full, 0
+        own = 3 * in_full
     elif form.backend == "triton":
-        own, other = 3 * in_full, in_full + in_live
+        own, passes = 3 * in_full, in_full + in_live
     else:
-        own, other = 3 * in_live, 4 * in_full + 2 * in_live
+        own, indexed = 3 * in_live, 4 * in_full + 2 * in_live
     if not form.gates_output:
-        own, other = own + 3 * out_full, other + 5 * out_full
+        own, passes = own + 3 * out_full, passes + 5 * out_full
     elif conv.places:
-        own, other = own + 3 * out_live, other + 5 * out_live
+        own, passes = own + 3 * out_live, passes + 5 * out_live
     else:
-        copied = 2 * out_full if form.backend == "naive" else 0
-        own, other = own + 3 * out_live, other + 2 * out_live + 7 * out_full + copied
-    return float(own), float(other)
+        scattered = 2 * out_live + 2 * out_full
+        own, passes = own + 3 * out_live, passes + 5 * out_full
+        if form.backend == "triton":
+            passes += scattered
+        else:
+            indexed += scattered + (2 * out_full if form.backend == "naive" else 0)
+    return Traffic(float(own), float(passes), float(indexed))
 
 
 @dataclass(frozen=True)
 class RoofCost:
     """The least time of a training step of one layer on a device whose roof was measured: each of the convolution's
-    three kernels takes the longer of its bytes and its FLOPs, every other pass its bytes, every launch its start.
+    three kernels takes the longer of its bytes and its FLOPs, every other pass its bytes, at the rate of a copy or of
+    one by index, and every launch its start.
 
     It knows nothing of how near to the roof a library's kernels come for a shape; `MeasuredCost` does.
     """
@@ -128,9 +143,9 @@ class RoofCost:
     def __call__(self, conv: Convolution, form: Form) -> float:
         """Seconds."""
         rate = self.roof.tflop_s.get(self.dtype) or max(self.roof.tflop_s.values())
-        passes = 3 if conv.input_gradient else 2
-        own, other = traffic(conv, form)
-        arithmetic = passes * flops(conv, form, GRANULE) / (rate * 1e12)
+        kernels = 3 if conv.input_gradient else 2
+        own, passes, indexed = traffic(conv, form)
+        arithmetic = kernels * flops(conv, form, GRANULE) / (rate * 1e12)
         moving = own / (self.roof.gb_s * 1e9)
         launches = 0
         if form.gates_input or (form.gated and form.backend == "naive"):
@@ -138,7 +153,9 @@ class RoofCost:
         if form.gates_output and not conv.places:
             launches += SCATTER_LAUNCHES[form.backend]
         start = launches * (self.roof.launch_us or 0.0) * 1e-6
-        return max(moving, arithmetic) + other / (self.roof.gb_s * 1e9) + start
+        by_index = indexed / ((self.roof.index_gb_s or self.roof.gb_s) * 1e9)
+        return max(moving, arithmetic) + passes / (self.roof.gb_s * 1e9) + by_index + start
 
     def __str__(self) -> str:
-        return f"predicted at {self.roof.gb_s:.0f} GB/s, {self.roof.tflop_s.get(self.dtype, 0):.2g} TFLOP/s"
+        index = f" ({self.roof.index_gb_s:.0f} by index)" if self.roof.index_gb_s is not None else ""
+        return f"predicted at {self.roof.gb_s:.0f} GB/s{index}, {self.roof.tflop_s.get(self.dtype, 0):.2g} TFLOP/s"

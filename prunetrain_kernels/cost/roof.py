@@ -1,7 +1,8 @@
 """What a device reaches when it does nothing but one thing: the roof over every prediction and every measurement.
 
-Copying gives the bandwidth, multiplying square matrices the arithmetic rate of a dtype, and an operator on one element
-the cost of starting anything at all. A result can be no faster than max(bytes / bandwidth, FLOPs / rate).
+Copying gives the bandwidth, multiplying square matrices the arithmetic rate of a dtype (on a CPU a convolution may give
+more: another library computes it), and an operator on one element the cost of starting anything at all.
+A result can be no faster than max(bytes / bandwidth, FLOPs / rate).
 """
 
 import time
@@ -19,16 +20,19 @@ Fastest = Callable[[Callable[[], object], torch.device, float], float]
 
 GPU_BYTES, CPU_BYTES = 512 * 2**20, 64 * 2**20
 GPU_SIDE, CPU_SIDE, EMULATED_SIDE = 8192, 768, 192  # a CPU without half-precision instructions takes seconds for more
+INDEX_BYTES, INDEX_CHANNELS = 64 * 2**20, 256
 STARTS = 100  # one after the other, so that what is measured is the rate of starting, not of waiting
 
 
 @dataclass(frozen=True)
 class Roof:
-    """Peaks of a device: GB/s (1e9) read and written, TFLOP/s by dtype, microseconds to start a kernel or operator."""
+    """Peaks of a device: GB/s (1e9) read and written, TFLOP/s by dtype, microseconds to start a kernel or operator, and
+    GB/s read and written where PyTorch takes and places channels by index (None: as fast as a copy)."""
 
     gb_s: float
     tflop_s: Mapping[str, float]
     launch_us: float | None = None
+    index_gb_s: float | None = None
 
     def microseconds(self, size: float, flops: float, dtype: str) -> float | None:
         """The least time for `size` bytes and `flops` in this dtype; None without a peak for it, or nothing to do."""
@@ -45,12 +49,18 @@ V100 = Roof(900.0, {"fp16": 125.0, "fp32": 15.7})
 def measure_roof(device: torch.device, quick: bool = False, fastest: Fastest | None = None) -> Roof:
     """The device's peaks, from a few seconds of work; less of it if quick."""
     milliseconds = 10.0 if quick else 50.0
-    size = 16 * 2**20 if quick and device.type == "cpu" else None
     rates = {name: matmul_rate(device, dtype, milliseconds, quick, fastest) for name, dtype in DTYPES.items()}
+    if device.type == "cpu":
+        for name, rate in rates.items():
+            convolved = (
+                convolution_rate(device, DTYPES[name], milliseconds, quick, fastest) if rate is not None else None
+            )
+            rates[name] = max(filter(None, (rate, convolved)), default=None)
     return Roof(
-        copy_bandwidth(device, size, milliseconds, fastest),
+        copy_bandwidth(device, None, milliseconds, fastest),
         {name: rate for name, rate in rates.items() if rate is not None},
         launch_latency(device, milliseconds, fastest),
+        index_bandwidth(device, milliseconds, fastest),
     )
 
 
@@ -61,6 +71,24 @@ def copy_bandwidth(
     size = size or (GPU_BYTES if device.type == "cuda" else CPU_BYTES)
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
     return 2 * size / (fastest or _fastest)(lambda: target.copy_(source), device, milliseconds) / 1e3
+
+
+def index_bandwidth(device: torch.device, milliseconds: float = 50.0, fastest: Fastest | None = None) -> float:
+    """GB/s (1e9) of taking 3/4 of a channels_last map's channels by index and placing them among zeros: read, taken,
+    read, zeros, placed. On a CPU a small part of what a copy reaches."""
+    rows, live = (
+        (INDEX_BYTES if device.type == "cuda" else INDEX_BYTES // 4) // (4 * INDEX_CHANNELS),
+        INDEX_CHANNELS * 3 // 4,
+    )
+    x = torch.ones(rows, INDEX_CHANNELS, device=device)
+    index = torch.arange(INDEX_CHANNELS, device=device)
+    index = index[index % 4 != 0]
+
+    def run() -> None:
+        torch.zeros_like(x).index_copy_(1, index, x.index_select(1, index))
+
+    moved = 4 * rows * (2 * INDEX_CHANNELS + 3 * live)
+    return moved / (fastest or _fastest)(run, device, milliseconds) / 1e3
 
 
 def matmul_rate(
@@ -89,6 +117,30 @@ def matmul_rate(
         return None
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def convolution_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    milliseconds: float = 50.0,
+    quick: bool = False,
+    fastest: Fastest | None = None,
+) -> float | None:
+    """TFLOP/s of a 3x3 convolution in channels_last; None for a dtype that the device cannot convolve."""
+    side = 256 if dtype == torch.float32 and not quick else 128
+    x, weight = (
+        torch.randn(size, device=device).to(dtype, memory_format=torch.channels_last)
+        for size in ((4, side, 16, 16), (side, side, 3, 3))
+    )
+    flops = 2.0 * x.shape[0] * 16 * 16 * side * side * 9
+
+    def run() -> None:
+        torch.conv2d(x, weight, padding=1)
+
+    try:
+        return flops / (fastest or _fastest)(run, device, milliseconds) / 1e6
+    except RuntimeError:  # a CPU build without this convolution
+        return None
 
 
 def launch_latency(device: torch.device, milliseconds: float = 50.0, fastest: Fastest | None = None) -> float:

@@ -1,7 +1,9 @@
-"""Test tiers (T0: kernels against references; T1: kernels compiled offline; the rest), and where kernels run.
+"""Test tiers (T0: operators against float64; T1: kernels compiled offline; the rest), and where kernels run.
 
 `pytest -m t0` runs the kernels on CPU tensors in Triton's interpreter, `pytest -m t0 --device cuda` on a GPU (tier T2).
-Tests without a tier's mark see operators as a user without a GPU does: by their plain-PyTorch references.
+In a module that says `BACKENDS = (...)` each T0 test runs once for each: "kernels" (the interpreter), "native" (csrc/cpu)
+and "reference" (plain PyTorch); but one marked `kernels_only`. Tests without a tier's mark see operators as a user
+without a GPU does: in the native library if it is built.
 """
 
 import os
@@ -15,7 +17,7 @@ if not any(a == "--device=cuda" or a == "cuda" for a in sys.argv):
 
 import torch
 
-from prunetrain_kernels.ops import launch
+from prunetrain_kernels.ops import launch, native
 
 INTERPRETABLE = launch.INTERPRET
 if INTERPRETABLE:
@@ -37,12 +39,29 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    backends = getattr(metafunc.module, "BACKENDS", ())
+    kernels_only = metafunc.definition.get_closest_marker("kernels_only") is not None
+    on_cpu = metafunc.config.getoption("--device") == "cpu"
+    if backends and on_cpu and not kernels_only and metafunc.definition.get_closest_marker("t0") is not None:
+        metafunc.parametrize("backend", backends, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """The path that operators take in a T0 test."""
+    return getattr(request, "param", "kernels")
+
+
 @pytest.fixture(autouse=True)
-def _tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _tier(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.node.get_closest_marker("t0") is None:
         yield
         return
-    monkeypatch.setattr(launch, "INTERPRET", INTERPRETABLE)
+    monkeypatch.setattr(launch, "INTERPRET", INTERPRETABLE and backend == "kernels")
+    monkeypatch.setattr(native, "ENABLED", backend == "native")
+    if backend == "native" and native.problem() is not None:
+        pytest.skip(f"no native library: {native.problem()}")
     # every uninitialised tensor is filled with NaN (or the largest integer): what a kernel forgets to write is seen
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

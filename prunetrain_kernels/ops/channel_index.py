@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, fx
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops import native
 from prunetrain_kernels.ops.launch import accumulator, launch, register, tl, triton, use_kernels
 from prunetrain_kernels.ops.layout import TILE_COLUMNS, dense, is_channels_last, matrix, memory_format
 
@@ -197,12 +198,16 @@ def channel_map(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) 
         base: (N, C, ...) of x's dtype, or None for zeros.
     """
     out = _output(x, source.shape[0], base)
-    if not use_kernels(x) or out.numel() == 0:
+    by_library = native.use_native(x)
+    if not (by_library or use_kernels(x)) or out.numel() == 0:
         return channel_map_reference(x, source, target, base, out)
     x = dense(x) if base is None else dense(x, like=out)
-    base = out if base is None else dense(base, like=out)
+    base = None if base is None else dense(base, like=out)
     # a tensor may be stored both ways (one channel, one pixel): the way that both are stored in counts
     inner = 1 if is_channels_last(x) and is_channels_last(out) else out.numel() // (out.shape[0] * out.shape[1])
+    if by_library:
+        native.ops().channel_map(x, source, base, out, native.DTYPE[x.dtype], inner)
+        return out
     m = matrix(out.numel(), out.shape[1], inner)
     full_rows, tail = divmod(m.numel, m.columns)
     row_tiles = min(TILES, -(-full_rows // TILE_ROWS))
@@ -210,9 +215,9 @@ def channel_map(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) 
     programs = column_tiles * max(1, -(-full_rows // (TILE_ROWS * TILES)))
     launch(
         _channel_map_kernel, (programs,),
-        x, source, base, out, full_rows, m.columns // 8, tail, inner, m.channels, x.shape[1],
+        x, source, out if base is None else base, out, full_rows, m.columns // 8, tail, inner, m.channels, x.shape[1],
         m.group * x.shape[1] * inner, row_tiles, column_tiles,
-        TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS, ADD=base is not out, ACC=accumulator(x.dtype),
+        TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS, ADD=base is not None, ACC=accumulator(x.dtype),
         num_warps=4,
     )  # fmt: skip
     return out

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops import native
 from prunetrain_kernels.ops.launch import (
     accumulator,
     launch,
@@ -375,15 +376,16 @@ def _dense(weight: Tensor) -> Tensor:
     return weight if is_dense(weight) else weight.contiguous()
 
 
-def _all_kernels(tensors: Sequence[Tensor]) -> bool:
-    return all(use_kernels(t) for t in tensors) and (
+def _all_by_tables(tensors: Sequence[Tensor]) -> bool:
+    """Whether kernels, or the native library, take these tensors; otherwise the reference does."""
+    return all(use_kernels(t) or native.use_native(t) for t in tensors) and (
         _norm_dtype(tensors) == torch.float32 or all(t.dtype == torch.float64 for t in tensors)
     )
 
 
 def _measure(weights: Sequence[Tensor], blocks: Sequence[int], eps: float, sizes: bool) -> tuple[Tensor, Tensor]:
     """Norms, and the largest |w| if wanted (else without elements), of all slices of all weights: one read of them."""
-    if not _all_kernels(weights):
+    if not _all_by_tables(weights):
         norms = _reference_norms(weights, blocks, eps)
         return norms, _reference_max_abs(weights, blocks) if sizes else norms.new_empty(0)
     weights = [_dense(w) for w in weights]
@@ -392,16 +394,23 @@ def _measure(weights: Sequence[Tensor], blocks: Sequence[int], eps: float, sizes
     max_abs = torch.empty_like(norms) if sizes else None
     for positions in by_dtype(weights):
         table = table_of(tuple(tiles[i] for i in positions), norms.device)
+        some = [weights[i] for i in positions]
+        if native.use_native(some[0]):
+            sizes_or_none = norms.new_empty(0) if max_abs is None else max_abs
+            native.ops().slice_statistics(
+                table.tensors, addresses(some), native.DTYPE[some[0].dtype], norms, sizes_or_none, eps
+            )
+            continue
         partials = norms.new_empty(table.slots), norms.new_empty(table.slots)
         launch(
             _norms_kernel,
             (len(table.tile_tensor),),
             table.tensors,
             table.tile_tensor,
-            addresses([weights[i] for i in positions]),
+            addresses(some),
             *partials,
             FIELDS=FIELDS,
-            DTYPE=triton_dtype(weights[positions[0]].dtype),
+            DTYPE=triton_dtype(some[0].dtype),
             ROWS=TILE_ROWS,
             COLUMNS=TILE_COLUMNS,
             STEP=TILE_STEP,
@@ -426,17 +435,21 @@ def _write_gradient(
     tiles, _ = slice_tiles(weights, blocks, used)
     for positions in by_dtype(weights):
         table = table_of(tuple(tiles[i] for i in positions), norms.device)
+        places = addresses([weights[i] for i in positions]), addresses([gradients[i] for i in positions])
+        dtype = weights[positions[0]].dtype
+        if native.use_native(weights[positions[0]]):
+            native.ops().group_lasso_gradient(table.tensors, *places, native.DTYPE[dtype], norms, scale, add)
+            continue
         launch(
             _gradient_kernel,
             (len(table.tile_tensor),),
             table.tensors,
             table.tile_tensor,
-            addresses([weights[i] for i in positions]),
-            addresses([gradients[i] for i in positions]),
+            *places,
             norms,
             scale,
             FIELDS=FIELDS,
-            DTYPE=triton_dtype(weights[positions[0]].dtype),
+            DTYPE=triton_dtype(dtype),
             ADD=add,
             ROWS=TILE_ROWS,
             COLUMNS=TILE_COLUMNS,
@@ -499,7 +512,7 @@ def _(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps
 def _group_lasso_gradient(
     upstream: Tensor, norms: Tensor, weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]
 ) -> list[Tensor]:
-    if not _all_kernels(weights):
+    if not _all_by_tables(weights):
         parts = split_by_layer(norms, weights, blocks)
         groups = [Groups(b, bool(u & 1), bool(u & 2)) for b, u in zip(blocks, used, strict=True)]
         return [reference_gradient(w, n, g, upstream) for w, n, g in zip(weights, parts, groups, strict=True)]
@@ -541,7 +554,7 @@ def _add_group_lasso_gradient_(
     used: Sequence[int],
 ) -> None:
     same = all(is_dense(w) and g.stride() == w.stride() for g, w in zip(gradients, weights, strict=True))
-    if same and _all_kernels(weights):
+    if same and _all_by_tables(weights):
         _write_gradient(gradients, weights, norms, coefficient, blocks, used, add=True)
         return
     for gradient, addend in zip(

@@ -4,20 +4,25 @@ An operator's kernels run when its tensors are on CUDA. On the CPU its plain-PyT
 
 * under Triton's interpreter (`TRITON_INTERPRET=1` in the environment before anything imports triton), which executes
   the kernels on CPU tensors, slowly, for tests;
-* inside `compiling_only()`, where every launch compiles its kernel for the active target and runs nothing.
+* inside `compiling_only()`, where every launch compiles its kernel for the active target and runs nothing;
+* where the native library (`native.py`) has the operator.
 
-Without triton (it exists for Linux only) the references serve every device.
+Without triton (it exists for Linux only) the references serve every GPU too. `PRUNETRAIN_BACKEND` in the environment
+forces a path; docs/backends.md.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from prunetrain_kernels.errors import InputError
 
 try:
     import triton
@@ -37,7 +42,26 @@ INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+BACKENDS = ("auto", "native", "reference")
+
 _compiled: list[Any] | None = None  # inside compiling_only: what each launch compiled to
+
+
+@cache
+def backend() -> str:
+    """The backend that `PRUNETRAIN_BACKEND` asks for when it is first needed:
+
+    * `auto`, or unset: kernels on a GPU; on the CPU the native library if it is there, else the references;
+    * `native`: as auto, but an error if the library is not there;
+    * `reference`: the references everywhere.
+
+    Raises:
+        InputError: it names none.
+    """
+    wanted = os.environ.get("PRUNETRAIN_BACKEND", "").strip().lower() or "auto"
+    if wanted not in BACKENDS:
+        raise InputError(f"PRUNETRAIN_BACKEND={wanted} is not a backend; set it to one of {', '.join(BACKENDS)}.")
+    return wanted
 
 
 def use_kernels(tensor: Tensor) -> bool:
@@ -48,7 +72,7 @@ def use_kernels(tensor: Tensor) -> bool:
         return True
     if INTERPRET:
         return tensor.dtype in (*KERNEL_DTYPES, torch.float64)
-    return tensor.is_cuda and tensor.dtype in KERNEL_DTYPES
+    return tensor.is_cuda and tensor.dtype in KERNEL_DTYPES and backend() != "reference"
 
 
 def is_eager(tensor: Tensor) -> bool:

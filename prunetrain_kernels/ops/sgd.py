@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops import native
 from prunetrain_kernels.ops.group_lasso import (
     Groups,
     _reference_max_abs,
@@ -211,13 +212,13 @@ def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
 
 
 def _fits(params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
-    """Whether the kernels can update these tensors; otherwise the reference does, on any device."""
+    """Whether kernels, or the native library, can update these tensors; otherwise the reference does, on any device."""
     if len({p.dtype == torch.float64 for p in params}) > 1:
         return False
     for p, g, b in zip(params, grads, buffers, strict=True):
         if p.numel() == 0:
             continue
-        if not (use_kernels(p) and is_dense(p) and g.dtype == b.dtype == p.dtype):
+        if not ((use_kernels(p) or native.use_native(p)) and is_dense(p) and g.dtype == b.dtype == p.dtype):
             return False
         if b.stride() != p.stride() and b.numel():
             return False
@@ -256,21 +257,29 @@ def _launch(
         table = table_of(some, params[positions[0]].device)
         measure = any(tile.used for tile in some)
         dtype = accumulator_dtype(params[positions[0]].dtype)
-        partials = norms.new_empty(table.slots), norms.new_empty(table.slots)
         device = table.tensors.device
+        places = [addresses([tensors[i] for i in positions]) for tensors in (params, grads, buffers)]
+        begins = _flags(tuple(first[i] for i in positions), device)
+        rates, settings = addresses(learning_rates), _settings(hyper, dtype, device)
+        if native.use_native(params[positions[0]]):
+            code = native.DTYPE[params[positions[0]].dtype]
+            native.ops().sgd(
+                table.tensors, *places, begins, code, norms, max_abs, rates, settings, coefficient, grad_scale,
+                found_inf, eps,
+            )  # fmt: skip
+            continue
+        partials = norms.new_empty(table.slots), norms.new_empty(table.slots)
         launch(
             _sgd_kernel,
             (len(table.tile_tensor),),
             table.tensors,
             table.tile_tensor,
-            addresses([params[i] for i in positions]),
-            addresses([grads[i] for i in positions]),
-            addresses([buffers[i] for i in positions]),
-            _flags(tuple(first[i] for i in positions), device),
+            *places,
+            begins,
             norms,
             *partials,
-            addresses(learning_rates),
-            _settings(hyper, dtype, device),
+            rates,
+            settings,
             norms if coefficient is None else coefficient,
             norms if grad_scale is None else grad_scale,
             norms if found_inf is None else found_inf,

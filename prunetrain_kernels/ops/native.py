@@ -1,0 +1,93 @@
+"""The native library: C++ operators for the CPU (csrc/cpu), and when they run.
+
+It is built when the package is installed, if a C++ compiler is there. Without it the plain-PyTorch references serve the
+CPU, with the same results and in more time, which is said once. `launch.backend` tells how to force a path.
+"""
+
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops import launch
+from prunetrain_kernels.ops.launch import backend
+
+INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")
+
+# How csrc/cpu/common.h calls them.
+DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+ENABLED = True  # tests switch it, to compare paths in one process
+
+
+def library() -> Path | None:
+    """Where the native library lies; None if the package was installed without it."""
+    given = os.environ.get("PRUNETRAIN_CPU_LIBRARY")
+    if given:
+        return Path(given)
+    return next(iter(sorted(Path(__file__).parent.parent.glob("_cpu*.so"))), None)
+
+
+@cache
+def problem() -> str | None:
+    """Loads the library, once; why it cannot be used, or None."""
+    if backend() == "reference":
+        return "PRUNETRAIN_BACKEND=reference turns it off"
+    path = library()
+    if path is None:
+        return "the package was installed without it (no C++ compiler then, or PRUNETRAIN_NATIVE=0)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load ({error})"
+    return None
+
+
+@cache
+def available() -> bool:
+    """Whether the native library is loaded; the first call loads it, and says so once if there is none.
+
+    Raises:
+        InputError: `PRUNETRAIN_BACKEND=native`, and it cannot be used.
+    """
+    why = problem()
+    if why is None:
+        return True
+    if backend() == "native":
+        raise InputError(
+            f"PRUNETRAIN_BACKEND=native, but there is no native library: {why}. Reinstall with a C++17 compiler."
+        )
+    if backend() == "auto":
+        warnings.warn(
+            f"prunetrain_kernels runs on the CPU without its native library: {why}. Results are the same, but the "
+            "lasso takes several times as long; reinstall with a C++17 compiler, or set PRUNETRAIN_BACKEND=reference.",
+            stacklevel=2,
+        )
+    return False
+
+
+def use_native(tensor: Tensor) -> bool:
+    """Whether an operator on this tensor runs in the native library."""
+    return (
+        ENABLED
+        and tensor.device.type == "cpu"
+        and tensor.dtype in DTYPE
+        and tensor.numel() > 0
+        and not launch.use_kernels(tensor)
+        and available()
+    )
+
+
+def ops() -> Any:
+    """The library's operators."""
+    return torch.ops.prunetrain_kernels_cpu
+
+
+def instruction_set() -> str:
+    """The one that the library chose for this machine: the widest that it was built for and the machine has."""
+    return INSTRUCTION_SETS[ops().instruction_set()]

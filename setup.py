@@ -25,7 +25,8 @@ from find_torch import find_torch  # noqa: E402 (beside this file, not installed
 NATIVE = os.environ.get("PRUNETRAIN_NATIVE", "auto")
 SANITIZE = os.environ.get("PRUNETRAIN_SANITIZE") == "1"
 
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fopenmp-simd", "-ffp-contract=off"]
 if SANITIZE:
     FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # Each compiles kernels.cpp once more; the library chooses when it is loaded.

@@ -111,6 +111,18 @@ inline void store(half* p, float value) {
   p->bits = static_cast<uint16_t>((magnitude < 0x477ff000u ? finite : large) | ((bits >> 16) & 0x8000u));
 }
 
+// a * b + c, rounded once where the instruction set can. Contraction by the compiler is off: where products are fused, and
+// so what the last bit is, is said here and not left to it.
+template <typename N>
+inline N multiply_add(N a, N b, N c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  if constexpr (sizeof(N) == 4) return __builtin_fmaf(a, b, c);
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline float absolute(float value) { return __builtin_fabsf(value); }
 inline double absolute(double value) { return __builtin_fabs(value); }
 inline float square_root(float value) { return __builtin_sqrtf(value); }

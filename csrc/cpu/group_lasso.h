@@ -37,7 +37,7 @@ namespace prunetrain {
 namespace PRUNETRAIN_KERNELS {
 namespace {
 
-constexpr int64_t BLOCK = 1024;  // columns at a time: their sums stay in the first-level cache
+constexpr int64_t BLOCK = 8192;  // columns at a time, so that their sums stay in the cache; most layers have fewer
 
 // Squares and largest sizes of a block of columns, of the rows that went by.
 template <typename T>

@@ -52,15 +52,16 @@ inline void update(
 #pragma omp simd reduction(+ : sum) reduction(max : largest)
   for (int64_t j = 0; j < width; ++j) {
     const Acc<T> w = load(p + j);
+    // Rounded as torch.optim.SGD rounds: the same bits.
     Acc<T> step = load(g + j) * rate.sign;
-    if constexpr (LASSO) step += w * ((by_column[j] + by_row) * rate.pull);
-    step += w * rate.decay;
+    if constexpr (LASSO) step += w * ((by_column[j] + by_row) * rate.pull);  // as a gradient that was added before
+    step = multiply_add(w, rate.decay, step);
     if constexpr (MOMENTUM != Momentum::NONE) {
-      const Acc<T> velocity = rate.momentum * load(b + j) + rate.undamped * step;
+      const Acc<T> velocity = multiply_add(rate.undamped, step, rate.momentum * load(b + j));
       store(b + j, velocity);
-      step = MOMENTUM == Momentum::NESTEROV ? step + rate.momentum * velocity : velocity;
+      step = MOMENTUM == Momentum::NESTEROV ? multiply_add(rate.momentum, velocity, step) : velocity;
     }
-    store(p + j, w - rate.lr * step);
+    store(p + j, multiply_add(-rate.lr, step, w));
     if constexpr (MEASURE) {
       const Acc<T> value = load(p + j), square = value * value;
       const Bits<T> size = bit_cast<Bits<T>>(absolute(value));

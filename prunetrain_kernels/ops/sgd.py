@@ -22,8 +22,10 @@ channel slices, everything else as rows of 128 numbers. Hyperparameters differ b
 are read from tensors, so that a captured CUDA graph follows them. No atomics: the same bits every time.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +58,7 @@ from prunetrain_kernels.ops.tables import (
     TILE_COLUMNS,
     TILE_ROWS,
     TILE_STEP,
+    Table,
     Tile,
     addresses,
     bits,
@@ -230,10 +233,94 @@ def _beside(param: Tensor, grad: Tensor) -> Tensor:
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
-def _launch(
+class _Part(NamedTuple):
+    """Parameters of one dtype, which one launch updates."""
+
+    positions: list[int]
+    dtype: torch.dtype
+    native: bool
+    measure: bool
+    table: Table
+    params: Tensor
+    buffers: Tensor
+    begins: Tensor
+
+
+class _Plan(NamedTuple):
+    """What a call prepares on the host, kept while the next calls are about the same memory: on small networks this
+    takes longer than the update."""
+
+    facts: tuple[Any, ...]
+    parts: list[_Part]
+
+
+_plans: deque[_Plan] = deque(maxlen=8)
+
+
+def _facts(
+    params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], *others: Sequence[int]
+) -> tuple[Any, ...]:
+    """All that a plan depends on: where everything lies, in which shape, layout and dtype."""
+    return (
+        [p.data_ptr() for p in params],
+        [b.data_ptr() for b in buffers],
+        [g.shape for g in grads],
+        [(p.stride(), p.dtype) for p in params],
+        [(g.stride(), g.dtype) for g in grads],
+        [(b.stride(), b.dtype) for b in buffers],
+        [p.shape for p in params],
+        [list(values) for values in others],
+        (native.ENABLED, use_kernels(params[0])) if params else None,
+    )
+
+
+def _plan(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     buffers: Sequence[Tensor],
+    group: Sequence[int],
+    first: Sequence[bool],
+    blocks: Sequence[int],
+    used: Sequence[int],
+) -> _Plan | None:
+    """The plan of these tensors; None if neither kernels nor the native library can update them."""
+    facts = _facts(params, grads, buffers, group, first, blocks, used)
+    for plan in _plans:
+        if plan.facts == facts:
+            return plan
+    _check(params, grads, buffers, group, first, blocks, used)
+    if not _fits(params, grads, buffers):
+        return None
+    tiles: list[Tile] = []
+    at = 0
+    for p, block, sides, i in zip(params, blocks, used, group, strict=True):
+        tiles.append(slice_tile(p, block, sides, at, i) if sides else flat_tile(p, i))
+        at += (p.shape[1] // block + p.shape[0]) if sides else 0
+    parts = []
+    for positions in by_dtype(params):
+        some = tuple(tiles[i] for i in positions)
+        leader = params[positions[0]]
+        parts.append(
+            _Part(
+                positions,
+                leader.dtype,
+                native.use_native(leader),
+                any(tile.used for tile in some),
+                table_of(some, leader.device),
+                addresses([params[i] for i in positions]),
+                addresses([buffers[i] for i in positions]),
+                _flags(tuple(first[i] for i in positions), leader.device),
+            )
+        )
+    plan = _Plan(facts, parts)
+    if params and params[0].device.type in ("cpu", "cuda"):  # elsewhere an address says nothing
+        _plans.appendleft(plan)
+    return plan
+
+
+def _launch(
+    plan: _Plan,
+    grads: Sequence[Tensor],
     norms: Tensor,
     max_abs: Tensor,
     learning_rates: Sequence[Tensor],
@@ -241,31 +328,17 @@ def _launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     hyper: tuple[tuple[float, ...], ...],
-    group: Sequence[int],
-    first: Sequence[bool],
-    blocks: Sequence[int],
-    used: Sequence[int],
     eps: float,
 ) -> None:
-    tiles: list[Tile] = []
-    at = 0
-    for p, block, sides, i in zip(params, blocks, used, group, strict=True):
-        tiles.append(slice_tile(p, block, sides, at, i) if sides else flat_tile(p, i))
-        at += (p.shape[1] // block + p.shape[0]) if sides else 0
-    for positions in by_dtype(params):
-        some = tuple(tiles[i] for i in positions)
-        table = table_of(some, params[positions[0]].device)
-        measure = any(tile.used for tile in some)
-        dtype = accumulator_dtype(params[positions[0]].dtype)
-        device = table.tensors.device
-        places = [addresses([tensors[i] for i in positions]) for tensors in (params, grads, buffers)]
-        begins = _flags(tuple(first[i] for i in positions), device)
-        rates, settings = addresses(learning_rates), _settings(hyper, dtype, device)
-        if native.use_native(params[positions[0]]):
-            code = native.DTYPE[params[positions[0]].dtype]
+    for part in plan.parts:
+        table = part.table
+        dtype = accumulator_dtype(part.dtype)
+        places = part.params, addresses([grads[i] for i in part.positions]), part.buffers
+        rates, settings = addresses(learning_rates), _settings(hyper, dtype, table.tensors.device)
+        if part.native:
             native.ops().sgd(
-                table.tensors, *places, begins, code, norms, max_abs, rates, settings, coefficient, grad_scale,
-                found_inf, eps,
+                table.tensors, *places, part.begins, native.DTYPE[part.dtype], norms, max_abs, rates, settings,
+                coefficient, grad_scale, found_inf, eps,
             )  # fmt: skip
             continue
         partials = norms.new_empty(table.slots), norms.new_empty(table.slots)
@@ -275,7 +348,7 @@ def _launch(
             table.tensors,
             table.tile_tensor,
             *places,
-            begins,
+            part.begins,
             norms,
             *partials,
             rates,
@@ -285,9 +358,9 @@ def _launch(
             norms if found_inf is None else found_inf,
             FIELDS=FIELDS,
             SETTINGS=HYPERPARAMETERS,
-            DTYPE=triton_dtype(params[positions[0]].dtype),
-            LASSO=measure and coefficient is not None,
-            MEASURE=measure,
+            DTYPE=triton_dtype(part.dtype),
+            LASSO=part.measure and coefficient is not None,
+            MEASURE=part.measure,
             SCALED=grad_scale is not None,
             SKIPS=found_inf is not None,
             ROWS=TILE_ROWS,
@@ -297,7 +370,7 @@ def _launch(
             BITS=bits(dtype),
             num_warps=8,
         )
-        if measure:
+        if part.measure:
             fold(table, partials, norms, max_abs if max_abs.numel() else None, eps, found_inf)
 
 
@@ -364,17 +437,14 @@ def sgd_update_(
     Raises:
         ValueError: lists of different lengths, or a gradient or buffer of another shape or device than its parameter.
     """
-    _check(params, grads, buffers, group, first, blocks, used)
-    if _fits(params, grads, buffers):
+    plan = _plan(params, grads, buffers, group, first, blocks, used)
+    if plan is not None:
         given, grads = grads, [_beside(p, g) for p, g in zip(params, grads, strict=True)]
         hyper = tuple(
             (m, 1 - d, w, float(n), -1.0 if x else 1.0)
             for m, d, w, n, x in zip(momentum, dampening, weight_decay, nesterov, maximize, strict=True)
         )
-        _launch(
-            params, grads, buffers, norms, max_abs, learning_rates, coefficient, grad_scale, found_inf, hyper, group,
-            first, blocks, used, eps,
-        )  # fmt: skip
+        _launch(plan, grads, norms, max_abs, learning_rates, coefficient, grad_scale, found_inf, hyper, eps)
         if grad_scale is not None:
             for old, new in zip(given, grads, strict=True):
                 if old is not new:

@@ -47,6 +47,7 @@ class _Norms:
         self.norms = weights[0].new_empty(count, dtype=torch.float64 if wide else torch.float32)
         self.max_abs = torch.empty_like(self.norms)
         self.state: list[tuple[int, int]] | None = None
+        self.asked: Any = None  # parameters and weights when this was made: while they are the same, it serves
 
     def fit(self, weights: Sequence[Tensor], groups: list[Groups]) -> bool:
         """Whether these are the same weights, in the same shapes."""
@@ -211,8 +212,12 @@ class SGD(torch.optim.SGD):
 
     def _state(self) -> _Norms:
         """Norms, perhaps not yet measured, of the lasso's weights that are trained, in the order of the parameters."""
-        order = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        held = [id(p) for group in self.param_groups for p in group["params"]]
         weights, groups = self._required().weights()
+        asked = (held, [(id(w), w.requires_grad, w.shape) for w in weights])
+        if self._norms is not None and self._norms.asked == asked:
+            return self._norms
+        order = {key: i for i, key in enumerate(held)}
         pairs = [(w, g) for w, g in zip(weights, groups, strict=True) if w.requires_grad and id(w) in order]
         pairs.sort(key=lambda pair: order[id(pair[0])])
         if not pairs:
@@ -220,6 +225,7 @@ class SGD(torch.optim.SGD):
         weights, groups = [w for w, _ in pairs], [g for _, g in pairs]
         if self._norms is None or not self._norms.fit(weights, groups):
             self._norms = _Norms(weights, groups, self._eps())
+        self._norms.asked = asked
         return self._norms
 
     # -- the step -------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Channel gather, scatter and scatter-add on the outputs of ImageNet ResNet-50's four stages.
 
 Floors: gather reads and writes the live part; scatter reads it and writes the whole; scatter-add reads both and writes
-the whole. Providers: ours, and eager (index_select, index_copy into zeros, index_add). Half of the channels are live
-unless --profile uniform:SHARE says otherwise.
+the whole. Providers: ours, the same in CUDA C++ where that is built, and eager (index_select, index_copy into zeros,
+index_add). Half of the channels are live unless --profile uniform:SHARE says otherwise.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from bench.harness import EAGER, OURS, Provider, Session, attempt, measure
+from prunetrain_kernels.ops import cuda_native
 from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_gather, channel_scatter, channel_scatter_add
 
 LIVE = 0.5
+NATIVE = "CUDA C++"
 WIDTHS = (256, 512, 1024, 2048)
 FULL_SIDE, QUICK_SIDE = 56, 8  # of the first stage's output, pixels
 
@@ -65,6 +67,11 @@ def _measure(session: Session, width: int, side: int) -> None:
             part.numel() + 2 * full.numel(),
         ),
     }
+    if session.device.type == "cuda" and cuda_native.available():
+        forward, back = (index.index, index.inverse), (index.inverse, index.index)
+        cases["channel_gather"][0][NATIVE] = lambda: cuda_native.channel_map(full, *forward, None)
+        cases["channel_scatter"][0][NATIVE] = lambda: cuda_native.channel_map(part, *back, None)
+        cases["channel_scatter_add"][0][NATIVE] = lambda: cuda_native.channel_map(part, *back, full)
     for name, (functions, reference, elements) in cases.items():
         what = {
             "layer": f"{name} {width}x{side}x{side}", "direction": "forward", "dtype": session.dtype_name,

@@ -1,12 +1,14 @@
 """One update of all of a network's parameters, with and without the group lasso inside.
 
 Floor: 20 bytes per fp32 parameter (read p, g, b; write p, b: design section 5), which the lasso inside does not add to.
-Providers: ours; torch's SGD (foreach, and fused on CUDA), with the lasso's penalty by autograd where there is one.
+Providers: ours, and with its operator in CUDA C++ where that is built; torch's SGD (foreach, and fused on CUDA), with
+the lasso's penalty by autograd where there is one.
 Weights are fp32, whatever --dtype says of activations.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,14 +17,16 @@ from torch import Tensor, nn
 from bench.harness import OURS, Provider, Session, measure, prepared
 from prunetrain_kernels.graph import trace_channels
 from prunetrain_kernels.models.resnet import imagenet_resnet50, resnet20
+from prunetrain_kernels.ops import cuda_native
 from prunetrain_kernels.optim import SGD
+from prunetrain_kernels.optim import sgd as optimizers
 from prunetrain_kernels.regularizer import GroupLasso
 
 MOMENTUM, WEIGHT_DECAY, COEFFICIENT, LR = 0.9, 1e-4, 1e-4, 1e-3
 STEPS_CHECKED = 3
 BYTES_PER_PARAMETER = 20
 LAYER = "all parameters"
-FOREACH, FUSED = "torch foreach", "torch fused"
+FOREACH, FUSED, NATIVE = "torch foreach", "torch fused", "CUDA C++"
 
 
 def run(session: Session) -> None:
@@ -40,6 +44,10 @@ def run(session: Session) -> None:
         inside[name + " + autograd"] = _update(model, graph, gradients, torch.optim.SGD, options, by_autograd=True)
     plain[OURS] = _update(model, graph, gradients, SGD, {})
     inside[OURS] = _update(model, graph, gradients, SGD, {}, regularized=True)
+    if session.device.type == "cuda" and cuda_native.available():
+        native = cuda_native.sgd_update_
+        plain[NATIVE] = _update(model, graph, gradients, SGD, {}, operator=native)
+        inside[NATIVE] = _update(model, graph, gradients, SGD, {}, regularized=True, operator=native)
     for providers, direction in ((plain, "SGD"), (inside, "SGD+lasso")):
         reference = _reference_update(model, graph, gradients, lasso=direction != "SGD")
         baseline = next(name for name in providers if name.startswith(FOREACH))
@@ -75,8 +83,10 @@ def _update(
     *,
     regularized: bool = False,
     by_autograd: bool = False,
+    operator: Callable[..., None] = optimizers.sgd_update_,
 ) -> Provider:
-    """A provider on a copy of the model, whose gradients are there already."""
+    """A provider on a copy of the model, whose gradients are there already; `operator` is the one that our optimizer
+    calls."""
     model = copy.deepcopy(model)
     parameters = list(model.parameters())
     optimizer = optimizer_class(parameters, LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, **options)
@@ -88,7 +98,8 @@ def _update(
     def run() -> None:
         if by_autograd:
             (COEFFICIENT * plain_penalty(*lasso.weights(), lasso.eps)).backward()
-        optimizer.step()
+        with _calling(operator):
+            optimizer.step()
 
     def outputs() -> list[Tensor]:
         start = [p.detach().clone() for p in parameters]
@@ -102,6 +113,16 @@ def _update(
         return [p.detach() - s for p, s in zip(parameters, start, strict=True)]
 
     return Provider(run, outputs)
+
+
+@contextmanager
+def _calling(operator: Callable[..., None]) -> Iterator[None]:
+    """Has our optimizer call another operator of the same signature: the work around it is then the same."""
+    usual, optimizers.sgd_update_ = optimizers.sgd_update_, operator
+    try:
+        yield
+    finally:
+        optimizers.sgd_update_ = usual
 
 
 def _reference_update(model: nn.Module, graph: Any, gradients: Sequence[Tensor], *, lasso: bool) -> list[Tensor]:

@@ -2,6 +2,7 @@
 #   make demo    trains a network on real images that come with the package, until it has shrunk, and draws a report
 #   make test    lint, format, types and all tests
 #   make bench   all benchmark suites, tiny, on the GPU or CPU that is there (bench/README.md has the real ones)
+#   make sanitize  the native library's tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make plots   all figures from the committed results, and docs/results.md
 
 PYTHON ?= python3
@@ -14,12 +15,12 @@ DEMO_OPTIONS := --model resnet20 --data digits --epochs 60 --batch 32 --decay-at
 DEMO_PRUNING := --penalty-ratio 0.6 --interval 2 --round-to 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench plots clean
+.PHONY: help demo test lint bench sanitize plots clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(VENV)/installed-%: pyproject.toml constraints.txt
+$(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.py csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or later is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +45,16 @@ test: $(VENV)/installed-dev lint
 
 bench: $(VENV)/installed-demo
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m bench all --quick --out runs/bench
+
+# The interpreter itself is not built with the sanitizers, so their runtime comes first; PyTorch leaks on purpose.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/installed-dev
+	PRUNETRAIN_SANITIZE=1 PRUNETRAIN_NATIVE=1 $(BIN)/python setup.py -q build_ext \
+	  --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
+	PRUNETRAIN_CPU_LIBRARY=$$(echo $(SANITIZED)/prunetrain_kernels/_cpu*.so) OMP_NUM_THREADS=2 \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/ops -m t0 -k native
 
 plots: $(VENV)/installed-demo
 	$(BIN)/python -m plots

@@ -56,8 +56,7 @@ class BuildNative(build_ext):
     def _without(self, why: str) -> None:
         if NATIVE == "1":
             raise SystemExit(f"error: PRUNETRAIN_NATIVE=1, but the native library cannot be built: {why}.")
-        # nothing that looks like it may be left for the import to find
-        self.extensions.clear()
+        self.extensions = []  # of this command alone: the wheel remains one for this platform, as it was begun
         print(f"prunetrain_kernels: installing without the native CPU library: {why}.", file=sys.stderr)
 
     def build_extension(self, extension: Extension) -> None:

@@ -273,9 +273,29 @@ def _gating(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
     return _without_empty_columns(head, lines)
 
 
+def _native(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
+    """The CPU library: per piece of work and number of threads, providers side by side, and what native saves."""
+    providers = list(dict.fromkeys(table["provider"]))
+    head = ["what", "n", "direction", "threads", *providers, "best of PyTorch / native", "native / no lasso"]
+    lines = []
+    for key, group in table.groupby(["layer", "n", "direction", "threads"], sort=False):
+        times = dict(zip(group["provider"], group["p50_us"], strict=True))
+        ours = times.get("native", math.nan)
+        with_lasso = [times[p] for p in ("torch foreach + autograd", "eager") if p in times]
+        bare = times.get("eager, no lasso", times.get("torch foreach", math.nan))
+        lines.append(
+            [
+                key[0], _number(key[1], ".0f"), key[2], _number(key[3], ".0f"),
+                *(_time(times.get(provider, math.nan)) for provider in providers),
+                _number(min(with_lasso, default=math.nan) / ours, ".2f"), _number(ours / bare, ".2f"),
+            ]
+        )  # fmt: skip
+    return _without_empty_columns(head, lines)
+
+
 TABLES = {
     "roof": _roof, "gating": _gating, "step": _ratios, "inference": _ratios, "memory": _bytes, "comm": _communication,
-    "bn": _batch_norm, "fig7": _blocks, "conv": _ratios,
+    "bn": _batch_norm, "fig7": _blocks, "conv": _ratios, "native": _native,
 }  # fmt: skip
 
 

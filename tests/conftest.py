@@ -1,9 +1,9 @@
 """Test tiers (T0: operators against float64; T1: kernels compiled offline; the rest), and where kernels run.
 
 `pytest -m t0` runs the kernels on CPU tensors in Triton's interpreter, `pytest -m t0 --device cuda` on a GPU (tier T2).
-In a module that says `BACKENDS = (...)` each T0 test runs once for each: "kernels" (the interpreter), "native" (csrc/cpu)
-and "reference" (plain PyTorch); but one marked `kernels_only`. Tests without a tier's mark see operators as a user
-without a GPU does: in the native library if it is built.
+In a module that says `T0_BACKENDS = (...)` each T0 test runs once for each: "kernels" (the interpreter), "native"
+(csrc/cpu) and "reference" (plain PyTorch); but one marked `kernels_only`. Tests without a tier's mark see operators as
+a user without a GPU does: in the native library if it is built.
 """
 
 import os
@@ -40,7 +40,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    backends = getattr(metafunc.module, "BACKENDS", ())
+    backends = getattr(metafunc.module, "T0_BACKENDS", ())
     kernels_only = metafunc.definition.get_closest_marker("kernels_only") is not None
     on_cpu = metafunc.config.getoption("--device") == "cpu"
     if backends and on_cpu and not kernels_only and metafunc.definition.get_closest_marker("t0") is not None:

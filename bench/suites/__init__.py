@@ -13,5 +13,6 @@ SUITES = {
     "reconfigure": "seconds of a reconfiguration, against rebuilding the network and against Torch-Pruning",
     "memory": "Fig. 9: bytes of a training step, dense and pruned",
     "comm": "Fig. 11: bytes and seconds of the gradients' all-reduce for 16 to 256 GPUs, by formula",
+    "native": "CPU: the native library against its plain-PyTorch reference and PyTorch's own, on one thread and on all",
     "kernels": "what every Triton kernel compiles to, per architecture; needs no GPU",
 }

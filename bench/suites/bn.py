@@ -13,7 +13,7 @@ training of ResNet-50 at its three strengths (section 5.1).
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,19 +225,33 @@ def _arguments(
 
 
 def _measure(session: Session, layer: Layer, label: str, names: Sequence[str], images: int) -> None:
+    functions = {EAGER: eager_batch_norm, OURS: our_batch_norm}
+    if COMPILED in names:
+        functions[COMPILED] = compiled(session, eager_batch_norm)
+    measure_layer(session, "bn", layer, label, {name: functions[name] for name in names}, images)
+
+
+def measure_layer(
+    session: Session,
+    suite: str,
+    layer: Layer,
+    label: str,
+    functions: Mapping[str, Callable[..., Tensor]],
+    images: int,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """One layer, forward and backward, by each of some functions as `eager_batch_norm`; `more` are further columns."""
     (x, mean, var, weight, bias, residual, relu), inputs, dy = _arguments(layer, images, session.dtype, session.device)
     what = {
         "layer": layer.name, "count": layer.count, "dtype": session.dtype_name, "layout": "channels_last", "n": images,
         "h": layer.side, "w": layer.side, "c_full": layer.full, "c_live": layer.channels, "mask_profile": label,
+        **(more or {}),
     }  # fmt: skip
-    functions = {EAGER: eager_batch_norm, OURS: our_batch_norm}
-    if COMPILED in names:
-        functions[COMPILED] = compiled(session, eager_batch_norm)
     forward: dict[str, Provider] = {}
     backward: dict[str, Provider] = {}
-    for name in names:
+    for name, function in functions.items():
         arguments = (x, mean.clone(), var.clone(), weight, bias, residual, relu)
-        forward[name], backward[name] = both_directions(functions[name], arguments, inputs, dy, session.device)
+        forward[name], backward[name] = both_directions(function, arguments, inputs, dy, session.device)
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     zeros = torch.zeros(layer.channels, device=session.device, dtype=torch.float64)
     added = wide[3] if residual is not None else None
@@ -245,7 +259,7 @@ def _measure(session: Session, layer: Layer, label: str, names: Sequence[str], i
     references = torch.autograd.grad(y, wide, dy.double())
     for providers, expected, direction in ((forward, [y.detach()], "forward"), (backward, references, "backward")):
         size = layer_bytes(x.numel(), session.dtype.itemsize, layer.follows, direction)
-        measure(session, "bn", providers, expected, EAGER, {**what, "direction": direction}, size)
+        measure(session, suite, providers, expected, EAGER, {**what, "direction": direction}, size)
 
 
 # -- hardware counters -------------------------------------------------------------------------------------------------

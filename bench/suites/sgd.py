@@ -40,16 +40,16 @@ def run(session: Session) -> None:
     inside: dict[str, Provider] = {}
     fused: Mapping[str, dict[str, Any]] = {FUSED: {"fused": True}} if session.device.type == "cuda" else {}
     for name, options in {FOREACH: {"foreach": True}, **fused}.items():
-        plain[name] = _update(model, graph, gradients, torch.optim.SGD, options)
-        inside[name + " + autograd"] = _update(model, graph, gradients, torch.optim.SGD, options, by_autograd=True)
-    plain[OURS] = _update(model, graph, gradients, SGD, {})
-    inside[OURS] = _update(model, graph, gradients, SGD, {}, regularized=True)
+        plain[name] = update(model, graph, gradients, torch.optim.SGD, options)
+        inside[name + " + autograd"] = update(model, graph, gradients, torch.optim.SGD, options, by_autograd=True)
+    plain[OURS] = update(model, graph, gradients, SGD, {})
+    inside[OURS] = update(model, graph, gradients, SGD, {}, regularized=True)
     if session.device.type == "cuda" and cuda_native.available():
         native = cuda_native.sgd_update_
-        plain[NATIVE] = _update(model, graph, gradients, SGD, {}, operator=native)
-        inside[NATIVE] = _update(model, graph, gradients, SGD, {}, regularized=True, operator=native)
+        plain[NATIVE] = update(model, graph, gradients, SGD, {}, operator=native)
+        inside[NATIVE] = update(model, graph, gradients, SGD, {}, regularized=True, operator=native)
     for providers, direction in ((plain, "SGD"), (inside, "SGD+lasso")):
-        reference = _reference_update(model, graph, gradients, lasso=direction != "SGD")
+        reference = reference_update(model, graph, gradients, lasso=direction != "SGD")
         baseline = next(name for name in providers if name.startswith(FOREACH))
         measure(session, "sgd", providers, reference, baseline, {**what, "direction": direction},
                 BYTES_PER_PARAMETER * count)  # fmt: skip
@@ -74,7 +74,7 @@ def plain_penalty(weights: Sequence[Tensor], groups: Sequence[Any], eps: float) 
     return total
 
 
-def _update(
+def update(
     model: nn.Module,
     graph: Any,
     gradients: Sequence[Tensor],
@@ -125,7 +125,7 @@ def _calling(operator: Callable[..., None]) -> Iterator[None]:
         optimizers.sgd_update_ = usual
 
 
-def _reference_update(model: nn.Module, graph: Any, gradients: Sequence[Tensor], *, lasso: bool) -> list[Tensor]:
+def reference_update(model: nn.Module, graph: Any, gradients: Sequence[Tensor], *, lasso: bool) -> list[Tensor]:
     """What the parameters move in STEPS_CHECKED steps, in float64, from the formulas alone."""
     model = copy.deepcopy(model).double()
     regularizer = GroupLasso(model, (), graph=graph)

@@ -48,6 +48,7 @@ from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.regularizer import GroupLasso
 
 NO_LASSO = "eager, no lasso"
+UNFUSED = "ours, not fused"
 SHARES = (0.8, 0.6, 0.4)
 ROUND_TO = 8
 LARGE = ("imagenet_resnet50", "vgg11")  # slow enough for --quick to leave out their rounded shapes
@@ -278,8 +279,9 @@ class Task:
         parameters = dict(model.named_parameters())
         lasso = GroupLasso(model, (), graph=self.graph)
         coefficient = self.reference.coefficient
-        if kind == OURS:
-            fuse(model)
+        if kind in (OURS, UNFUSED):
+            if kind == OURS:
+                fuse(model)
             ours = SGD(parameters.values(), LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
             ours.regularize_with(lasso, coefficient)
             optimizer: torch.optim.Optimizer = ours

@@ -39,6 +39,8 @@ namespace {
 
 constexpr int64_t BLOCK = 8192;  // columns at a time, so that their sums stay in the cache; most layers have fewer
 
+constexpr int64_t STRIP = 128;  // columns whose squares are summed before they join a row's sum, which keeps it exact
+
 // Squares and largest sizes of a block of columns, of the rows that went by.
 template <typename T>
 struct Columns {
@@ -98,19 +100,22 @@ void measure_chunk(const Entry& e, const Chunk& chunk, const void* weight, int64
         e, chunk, [&](int64_t, int64_t width) { columns.clear(width); },
         [&](int64_t row, int64_t column0, int64_t width) {
           const T* at = w + row * e.columns + column0;
-          Acc<T> sum = 0;
-          Bits<T> largest = 0;
+          Bits<T> largest = bit_cast<Bits<T>>(row_maxima[row]);
+          for (int64_t strip = 0; strip < width; strip += STRIP) {
+            const int64_t end = least(width, strip + STRIP);
+            Acc<T> sum = 0;
 #pragma omp simd reduction(+ : sum) reduction(max : largest)
-          for (int64_t j = 0; j < width; ++j) {
-            const Acc<T> value = load(at + j), square = value * value;
-            const Bits<T> size = bit_cast<Bits<T>>(absolute(value));
-            sum += square;
-            largest = most(largest, size);
-            columns.sums[j] += square;
-            columns.maxima[j] = most(columns.maxima[j], size);
+            for (int64_t j = strip; j < end; ++j) {
+              const Acc<T> value = load(at + j), square = value * value;
+              const Bits<T> size = bit_cast<Bits<T>>(absolute(value));
+              sum += square;
+              largest = most(largest, size);
+              columns.sums[j] += square;
+              columns.maxima[j] = most(columns.maxima[j], size);
+            }
+            row_sums[row] += sum;
           }
-          row_sums[row] += sum;
-          row_maxima[row] = bit_cast<Acc<T>>(most(bit_cast<Bits<T>>(row_maxima[row]), largest));
+          row_maxima[row] = bit_cast<Acc<T>>(largest);
         },
         [&](int64_t column0, int64_t width) {
           columns.fold(

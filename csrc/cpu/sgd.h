@@ -40,17 +40,17 @@ struct Rates {
   Acc<T> lr, momentum, undamped, decay, sign, pull;
 };
 
-// A block of columns of one row.
+// A strip of columns of one row: [start, end).
 template <typename T, Momentum MOMENTUM, bool LASSO, bool MEASURE>
 inline void update(
     T* __restrict p, const T* __restrict g, T* __restrict b, const Acc<T>* __restrict by_column, Acc<T> by_row,
-    int64_t width, const Rates<T>& rate, Columns<T>& columns, Acc<T>& row_sum, Acc<T>& row_maximum) {
+    int64_t start, int64_t end, const Rates<T>& rate, Columns<T>& columns, Acc<T>& row_sum, Acc<T>& row_maximum) {
   Acc<T> sum = 0;
   Bits<T> largest = 0;
   Acc<T>* __restrict sums = columns.sums;
   Bits<T>* __restrict maxima = columns.maxima;
 #pragma omp simd reduction(+ : sum) reduction(max : largest)
-  for (int64_t j = 0; j < width; ++j) {
+  for (int64_t j = start; j < end; ++j) {
     const Acc<T> w = load(p + j);
     // Rounded as torch.optim.SGD rounds: the same bits.
     Acc<T> step = load(g + j) * rate.sign;
@@ -103,10 +103,12 @@ void update_chunk(const Entry& e, const Chunk& chunk, const SgdStep& step, const
         if (begins) __builtin_memset(static_cast<void*>(b), 0, static_cast<size_t>(width) * sizeof(T));
         if (grad_scale != 1)
           for (int64_t j = 0; j < width; ++j) store(g + j, load(g + j) / grad_scale);
-        update<T, MOMENTUM, LASSO, MEASURE>(
-            static_cast<T*>(step.param) + at, g, b, LASSO ? factors + column0 : nullptr,
-            LASSO && (e.used & 2) ? 1 / norms[row] : 0, width, rate, columns, MEASURE ? row_sums[row] : nothing,
-            MEASURE ? row_maxima[row] : nothing);
+        const int64_t strip = MEASURE ? STRIP : width;
+        for (int64_t start = 0; start < width; start += strip)
+          update<T, MOMENTUM, LASSO, MEASURE>(
+              static_cast<T*>(step.param) + at, g, b, LASSO ? factors + column0 : nullptr,
+              LASSO && (e.used & 2) ? 1 / norms[row] : 0, start, least(width, start + strip), rate, columns,
+              MEASURE ? row_sums[row] : nothing, MEASURE ? row_maxima[row] : nothing);
       },
       [&](int64_t column0, int64_t width) {
         if (MEASURE)

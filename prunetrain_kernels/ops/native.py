@@ -5,6 +5,8 @@ CPU, with the same results and in more time, which is said once. `launch.backend
 """
 
 import os
+import struct
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -33,6 +35,21 @@ def library() -> Path | None:
     return next(iter(sorted(Path(__file__).parent.parent.glob("_cpu*.so"))), None)
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as long as its ELF header says: loading one that was cut short kills the process. True where
+    there is no file, or another format: then loading says what is wrong."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(64)
+        size = path.stat().st_size
+    except OSError:
+        return True
+    if header[:5] != b"\x7fELF\x02":
+        return sys.platform != "linux"
+    sections, entry, count = struct.unpack_from("<Q", header, 40)[0], *struct.unpack_from("<HH", header, 58)
+    return bool(sections + entry * count <= size)
+
+
 @cache
 def problem() -> str | None:
     """Loads the library, once; why it cannot be used, or None."""
@@ -41,6 +58,8 @@ def problem() -> str | None:
     path = library()
     if path is None:
         return "the package was installed without it (no C++ compiler then, or PRUNETRAIN_NATIVE=0)"
+    if not _is_whole(path):
+        return f"{path.name} is damaged or not a library of this system"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

@@ -25,7 +25,7 @@ from prunetrain_kernels.ops.channel_index import (
 )
 
 t0 = pytest.mark.t0
-BACKENDS = ("reference", "kernels", "native")
+T0_BACKENDS = ("reference", "kernels", "native")
 LAYOUTS = ["contiguous", "channels_last", "sliced"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # batch 1, odd maps, one pixel, no pixel dimensions, more rows than one program takes

@@ -18,7 +18,7 @@ from prunetrain_kernels.ops.group_lasso import (
 )
 
 pytestmark = pytest.mark.t0
-BACKENDS = ("reference", "kernels", "native")
+T0_BACKENDS = ("reference", "kernels", "native")
 
 # shape and features per channel; channels of 1, 3, 8, 37, 64, 65, several tiles down and across
 SHAPES = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from prunetrain_kernels.ops.sgd import sgd_, sgd_update_
 
 pytestmark = pytest.mark.t0
-BACKENDS = ("reference", "kernels", "native")
+T0_BACKENDS = ("reference", "kernels", "native")
 
 FP32 = 2.0**-24
 # name -> momentum, dampening, weight decay, nesterov, maximize

@@ -4,6 +4,7 @@
 #define PRUNETRAIN_KERNELS baseline
 #endif
 
+#include "batch_norm_act.h"
 #include "channel_map.h"
 #include "group_lasso.h"
 #include "sgd.h"

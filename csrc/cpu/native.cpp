@@ -40,6 +40,7 @@ int64_t instruction_set() { return isa(); }
 
 }  // namespace prunetrain
 
+#include "batch_norm_act.h"
 #include "channel_map.h"
 #include "group_lasso.h"
 #include "sgd.h"

@@ -32,6 +32,9 @@ Through `inverse` the x and dx among these are those of L channels, the others (
 is read less where it can be: by the pass that writes dx, unless it writes dr as well, and by sums of L channels. With
 `statistics` from the convolution before, x is read once less in forward.
 
+On the CPU the same passes are a native operator (csrc/cpu/batch_norm_act.h) where no map is involved; with one, and
+without the library, the reference serves.
+
 Three launches each way, the second a small one: partial results of one tile of columns and one chunk of rows (see
 `layout`) go to private slots, which are folded in fixed order; the last pass runs in reverse order, to meet what the
 first left in L2. Statistics are a Welford mean and M2 per lane, merged by Chan's formula, never E[x^2] - E[x]^2.
@@ -61,6 +64,7 @@ from prunetrain_kernels.ops.launch import (
     use_kernels,
 )
 from prunetrain_kernels.ops.layout import TILE_COLUMNS, Matrix, dense, is_channels_last, matrix_of
+from prunetrain_kernels.ops.native import DTYPE, ops, use_native
 
 if TYPE_CHECKING:
     from prunetrain_kernels.ops.channel_index import ChannelIndex
@@ -207,7 +211,7 @@ def _through_act_reference(
     return torch.ops.aten.threshold_backward(g, y, 0)  # torch.where is 5 times slower
 
 
-def _native_backward(
+def _torch_backward(
     g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, inverse: Tensor | None, eps: float,
     training: bool, wanted: list[bool], padded: bool, first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -216,13 +220,13 @@ def _native_backward(
     mean, var = mean.to(g.dtype), var.to(g.dtype)
     weight = torch.ones_like(mean) if weight is None else weight.to(g.dtype)
     if inverse is None:
-        return _native_backward_of_live(g, x, mean, var, weight, eps, training, wanted)
+        return _torch_backward_of_live(g, x, mean, var, weight, eps, training, wanted)
     places = _places(inverse, first, live)
     of_live = (mean, var, weight)
     if padded:
         of_live = (_taken(mean, places, live), _taken(var, places, live), _taken(weight, places, live))
     g_live = dense(_taken(g, places, live), like=x)  # of a view PyTorch's is several times slower
-    dx, dweight, dbias = _native_backward_of_live(g_live, x, *of_live, eps, training, wanted)
+    dx, dweight, dbias = _torch_backward_of_live(g_live, x, *of_live, eps, training, wanted)
     if padded and wanted[1]:
         sums = g.sum([d for d in range(g.dim()) if d != 1])
         sums_xhat = -mean * (var + eps).rsqrt_() * sums
@@ -230,7 +234,7 @@ def _native_backward(
     return dx, dweight, dbias
 
 
-def _native_backward_of_live(
+def _torch_backward_of_live(
     g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float, training: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() == 0:
@@ -659,6 +663,57 @@ def _update_running_kernel(
     tl.store(running_var + channel, v.to(running_var.dtype.element_ty), mask=here)
 
 
+# --- native -----------------------------------------------------------------------------------------------------------
+
+
+def _native(x: Tensor, inverse: Tensor | None) -> bool:
+    """Whether csrc/cpu/batch_norm_act.h does it: on the CPU, without a map."""
+    return inverse is None and use_native(x)
+
+
+def _inner(x: Tensor) -> int:
+    """Neighbours in storage that share a channel."""
+    return 1 if is_channels_last(x) else x.numel() // (x.shape[0] * x.shape[1])
+
+
+def _of_channels(x: Tensor, *values: Tensor | None) -> list[Any]:
+    """Values per channel as the native operators read them."""
+    dtype = accumulator_dtype(x.dtype)
+    return [t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous() for t in values]
+
+
+def _native_forward(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, eps: float, relu: bool, record: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, mean, var, mask of dense tensors; the statistics are x's where they are not given."""
+    measure = mean is None or var is None
+    mean, var = _channel_pair(x, x.shape[1]) if measure else _of_channels(x, mean, var)
+    y, mask = _apply_outputs(x, residual, None, relu, record)
+    ops().batch_norm_forward(
+        x, mean, var, measure, *_of_channels(x, weight, bias), residual, y, mask if mask.numel() else None,
+        DTYPE[x.dtype], _inner(x), eps, relu,
+    )  # fmt: skip
+    return y, mean, var, mask
+
+
+def _native_gradients(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    sum_dy: Tensor | None, sum_dy_xhat: Tensor | None, count: float, eps: float, relu: bool,
+    sums: bool, x_gradient: bool, residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dresidual, sum_dy, sum_dy_xhat of dense tensors, empty if not wanted; a count of 0: constant statistics."""
+    summed = _channel_pair(x, x.shape[1]) if sums else _of_channels(x, sum_dy, sum_dy_xhat)
+    dx = torch.empty_like(x) if x_gradient else None
+    dresidual = torch.empty_like(dy) if residual_gradient else None
+    ops().batch_norm_backward(
+        dy, x, *_of_channels(x, mean, var, weight, bias), mask, *summed, sums, dx, dresidual,
+        DTYPE[x.dtype], _inner(x), count, eps, relu,
+    )  # fmt: skip
+    dx, dresidual, sum_dy, sum_dy_xhat = (_nothing(x) if t is None else t for t in (dx, dresidual, *summed))
+    return dx, dresidual, sum_dy, sum_dy_xhat
+
+
 # --- the passes, operators each ---------------------------------------------------------------------------------------
 
 _TILE = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
@@ -752,6 +807,11 @@ def _statistics(x: Tensor, inverse: Tensor | None = None, first: int = -1) -> tu
     mean, var = _channel_pair(x, channels)
     if x.numel() == 0:
         return mean.zero_(), var.zero_()
+    if use_native(x):
+        mean, var = _channel_pair(x, x.shape[1])
+        measured = (x, mean, var, True, None, None, None, None, None)
+        ops().batch_norm_forward(*measured, DTYPE[x.dtype], _inner(x), 0.0, False)
+        return (mean, var) if inverse is None else _place(mean, var, inverse, first)
     if not use_kernels(x):
         mean, var = torch.batch_norm_update_stats(x.to(mean.dtype), None, None, 0.0)
         return (mean, var) if inverse is None else _place(mean, var, inverse, first)
@@ -821,7 +881,12 @@ def _update_running(
         momentum: weight of the new ones.
     """
     unbiased = count / max(count - 1, 1)
-    if not use_kernels(mean) or not (running_mean.is_contiguous() and running_var.is_contiguous()):
+    packed = running_mean.is_contiguous() and running_var.is_contiguous()
+    if packed and use_native(mean) and mean.dtype == running_mean.dtype == running_var.dtype:
+        values = (running_mean, running_var, *_of_channels(mean, mean, var))
+        ops().batch_norm_update(*values, DTYPE[mean.dtype], unbiased, momentum)
+        return
+    if not use_kernels(mean) or not packed:
         for running, new in ((running_mean, mean), (running_var, var * unbiased)):
             running.copy_(momentum * new + (1 - momentum) * running.to(new.dtype))
         return
@@ -856,6 +921,9 @@ def _apply(
         y: x's dtype and layout, the shape of the sum; mask: uint8, one bit per element of y in storage order, or empty.
     """
     x, residual = _one_layout(x, residual)
+    if _native(x, inverse):
+        y, _, _, mask = _native_forward(x, mean, var, weight, bias, residual, eps, relu, record)
+        return y, mask
     if not use_kernels(x):
         return _apply_reference(x, mean, var, weight, bias, residual, inverse, eps, relu, record, padded, first)
     y, mask = _apply_outputs(x, residual, inverse, relu, record)
@@ -913,10 +981,14 @@ def _sums(
     """
     _check_mask(mask, dy)
     x, dy = _one_layout(x, dy, channels_last)
+    if _native(x, inverse):
+        given = (dy, x, mean, var, weight, bias, mask)
+        summed = _native_gradients(*given, None, None, 0.0, eps, relu, True, False, False)
+        return summed[2], summed[3]
     if not use_kernels(x):
         g = _through_act_reference(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, padded, first)
         wanted = [False, True, True]
-        _, sum_dy_xhat, sum_dy = _native_backward(g, x, mean, var, weight, inverse, eps, True, wanted, padded, first)
+        _, sum_dy_xhat, sum_dy = _torch_backward(g, x, mean, var, weight, inverse, eps, True, wanted, padded, first)
         return sum_dy, sum_dy_xhat
     m = matrix_of(dy)
     rows, grid, slots = _reduction(m, x)
@@ -959,6 +1031,11 @@ def _gradient(
     """
     _check_mask(mask, dy)
     x, dy = _one_layout(x, dy, channels_last)
+    if _native(x, inverse):
+        given = (dy, x, mean, var, weight, bias, mask, sum_dy, sum_dy_xhat)
+        among = count if sum_dy is not None else 0.0
+        results = _native_gradients(*given, among, eps, relu, False, True, residual_gradient)
+        return results[0], results[1]
     if not use_kernels(x):
         g = _through_act_reference(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, padded, first)
         dx = _gradient_reference(g, x, mean, var, weight, inverse, sum_dy, sum_dy_xhat, count, eps, padded, first)
@@ -997,6 +1074,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, mean, var, mask. With `mean` and `var` given those are used, and the ones returned are empty: but if they are
     `of_batch`, x's own, one per channel of x, and others are needed, of a padded x, those."""
+    if _native(x, inverse):
+        x, residual = _one_layout(x, residual)
+        y, *measured, mask = _native_forward(x, mean, var, weight, bias, residual, eps, relu, record)
+        return y, *(measured if mean is None or var is None else _channel_pair(x, 0)), mask
     statistics = _channel_pair(x, 0)
     if mean is None or var is None:
         mean, var = statistics = _statistics(x, inverse if padded else None, first)
@@ -1028,19 +1109,24 @@ def _gradients(
     """dx, dresidual, sum_dy, sum_dy_xhat: those asked for; the others are empty."""
     _check_mask(mask, dy)
     x, dy = _one_layout(x, dy, channels_last)
+    of_batch = training and x_gradient
+    if _native(x, inverse):
+        given = (dy, x, mean, var, weight, bias, mask, None, None)
+        among = x.numel() / x.shape[1] if of_batch else 0.0
+        results = _native_gradients(*given, among, eps, relu, sums or of_batch, x_gradient, residual_gradient)
+        return results if sums else (results[0], results[1], *_channel_pair(x, 0))
     dx, dresidual = _nothing(x), _nothing(x)
     sum_dy, sum_dy_xhat = no_sums = _channel_pair(x, 0)
     if not use_kernels(x):
         g = _through_act_reference(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, padded, first)
         if x_gradient or sums:
             wanted = [x_gradient, sums, sums]
-            native = _native_backward(g, x, mean, var, weight, inverse, eps, training, wanted, padded, first)
+            native = _torch_backward(g, x, mean, var, weight, inverse, eps, training, wanted, padded, first)
             dx = _stored_as(native[0], x) if x_gradient else dx
             sum_dy_xhat, sum_dy = native[1:] if sums else no_sums
         if residual_gradient:
             dresidual = _stored_as(g.clone() if g is dy else g, dy)
         return dx, dresidual, sum_dy, sum_dy_xhat
-    of_batch = training and x_gradient
     if sums or of_batch:
         sum_dy, sum_dy_xhat = _sums(
             dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last, padded, first
@@ -1107,8 +1193,12 @@ _batch_norm_act.register_autograd(_backward, setup_context=_save)
 class _Eager(torch.autograd.Function):
     """The operator for plain calls, which do not pay for PyTorch's dispatcher; see `is_eager`."""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)  # with a `setup_context`, PyTorch inspects the signature of `forward` at every call
+        return output
+
     backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 

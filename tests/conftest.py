@@ -44,23 +44,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     kernels_only = metafunc.definition.get_closest_marker("kernels_only") is not None
     on_cpu = metafunc.config.getoption("--device") == "cpu"
     if backends and on_cpu and not kernels_only and metafunc.definition.get_closest_marker("t0") is not None:
-        metafunc.parametrize("backend", backends, indirect=True)
+        metafunc.parametrize("path", backends, indirect=True)
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> str:
+def path(request: pytest.FixtureRequest) -> str:
     """The path that operators take in a T0 test."""
     return getattr(request, "param", "kernels")
 
 
 @pytest.fixture(autouse=True)
-def _tier(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _tier(request: pytest.FixtureRequest, path: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.node.get_closest_marker("t0") is None:
         yield
         return
-    monkeypatch.setattr(launch, "INTERPRET", INTERPRETABLE and backend == "kernels")
-    monkeypatch.setattr(native, "ENABLED", backend == "native")
-    if backend == "native" and native.problem() is not None:
+    monkeypatch.setattr(launch, "INTERPRET", INTERPRETABLE and path == "kernels")
+    monkeypatch.setattr(native, "ENABLED", path == "native")
+    if path == "native" and native.problem() is not None:
         pytest.skip(f"no native library: {native.problem()}")
     # every uninitialised tensor is filled with NaN (or the largest integer): what a kernel forgets to write is seen
     torch.use_deterministic_algorithms(True, warn_only=True)

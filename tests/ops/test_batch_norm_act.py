@@ -206,32 +206,32 @@ CASES = [
 
 @t0
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_value_and_gradients(case: Case, backend: str, device: torch.device) -> None:
-    if case.dtype == torch.bfloat16 and backend == "kernels" and device.type == "cpu":
+def test_value_and_gradients(case: Case, path: str, device: torch.device) -> None:
+    if case.dtype == torch.bfloat16 and path == "kernels" and device.type == "cpu":
         pytest.skip("the interpreter truncates where a GPU rounds to bfloat16")
     check(case, device)
 
 
 @t0
 @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
-def test_statistics_far_from_zero(name: str, backend: str, device: torch.device) -> None:
+def test_statistics_far_from_zero(name: str, path: str, device: torch.device) -> None:
     """mean / std = 1e3: E[x^2] - E[x]^2 in fp32 would have no digit left."""
     x = layout((torch.randn(4, 5, 9, 11, generator=torch.Generator().manual_seed(3)) + 1000).to(device), name)
     mean, var = batch_norm_statistics(fenced(x))
     true_var, true_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     # an ulp of 1000 is 6e-5; PyTorch's own sums on the CPU, the reference, lose a few
-    assert (mean - true_mean).abs().max() < (1e-3 if backend == "reference" else 1e-4)
+    assert (mean - true_mean).abs().max() < (1e-3 if path == "reference" else 1e-4)
     assert (var / true_var - 1).abs().max() < 1e-5
     case = Case(tuple(x.shape), name, mean=1000.0)
     check(case, device)
     p = problem(case, device)
-    assert errors([ours(case, p)], [exact(case, p)[0]])[0] < (2e-3 if backend == "reference" else 2e-4)
+    assert errors([ours(case, p)], [exact(case, p)[0]])[0] < (2e-3 if path == "reference" else 2e-4)
 
 
 @t0
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("count", [2, 300])
-def test_running_statistics(count: int, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+def test_running_statistics(count: int, dtype: torch.dtype, path: str, device: torch.device) -> None:
     x = torch.randn(count, 7, generator=torch.Generator().manual_seed(5)).to(device) * 2 + 1
     start = torch.linspace(0.5, 2, 7, device=device).to(dtype), torch.linspace(2, 0.5, 7, device=device).to(dtype)
     x = x.to(dtype)
@@ -241,7 +241,7 @@ def test_running_statistics(count: int, dtype: torch.dtype, backend: str, device
     for g, s, new in zip(got, start, (mean, var), strict=True):
         true = 0.7 * s.double() + 0.3 * new
         assert g.dtype == dtype
-        assert (g.double() / true - 1).abs().max() < torch.finfo(dtype).eps * (8 if backend == "reference" else 2)
+        assert (g.double() / true - 1).abs().max() < torch.finfo(dtype).eps * (8 if path == "reference" else 2)
     again = got[0].clone(), got[1].clone()
     batch_norm_act(x, *again)
     assert torch.equal(torch.stack(again), torch.stack(got))  # eval leaves them alone
@@ -253,7 +253,7 @@ def test_running_statistics(count: int, dtype: torch.dtype, backend: str, device
 @t0
 @pytest.mark.parametrize("residual", ["none", "same", "scatter"])
 @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
-def test_one_batch_in_two_parts(name: str, residual: str, backend: str, device: torch.device) -> None:
+def test_one_batch_in_two_parts(name: str, residual: str, path: str, device: torch.device) -> None:
     """As SyncBatchNorm would: statistics and sums reduced between the passes."""
     case = Case((5, 6, 3, 3), name, residual)
     p = problem(case, device)
@@ -299,7 +299,7 @@ def test_merging_statistics() -> None:
 
 
 @t0
-def test_nan_and_infinity_pass_as_in_torch(backend: str, device: torch.device) -> None:
+def test_nan_and_infinity_pass_as_in_torch(path: str, device: torch.device) -> None:
     for residual in ("none", "same", "scatter"):
         case = Case((2, 4, 3, 3), residual=residual, training=False)
         p = problem(case, device)
@@ -317,7 +317,7 @@ def test_nan_and_infinity_pass_as_in_torch(backend: str, device: torch.device) -
 @t0
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize(("residual", "relu"), [("none", True), ("same", True), ("scatter", True), ("same", False)])
-def test_gradcheck(residual: str, relu: bool, training: bool, backend: str, device: torch.device) -> None:
+def test_gradcheck(residual: str, relu: bool, training: bool, path: str, device: torch.device) -> None:
     case = Case((3, 4, 2, 2), "channels_last" if relu else "contiguous", residual, relu, training, torch.float64)
     p = problem(case, device)
     names = [n for n in ("x", "weight", "bias", "residual") if getattr(p, n) is not None]
@@ -335,7 +335,7 @@ def test_gradcheck(residual: str, relu: bool, training: bool, backend: str, devi
 @t0
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_only_the_gradients_asked_for(wanted: str, training: bool, backend: str, device: torch.device) -> None:
+def test_only_the_gradients_asked_for(wanted: str, training: bool, path: str, device: torch.device) -> None:
     case = Case((2, 4, 3, 3), residual="same", training=training)
     p = problem(case, device)
     every = dict(zip(("x", "weight", "bias", "residual"), results(ours, case, p)[1:], strict=True))
@@ -345,9 +345,7 @@ def test_only_the_gradients_asked_for(wanted: str, training: bool, backend: str,
 
 
 @t0
-def test_bytes_that_are_kept_and_not_written(
-    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_that_are_kept_and_not_written(path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case((2, 3, 3, 3), residual="same")
     p = problem(case, device)
     saved: list[Tensor] = []
@@ -360,7 +358,7 @@ def test_bytes_that_are_kept_and_not_written(
     assert mask.numel() == 0
     with torch.no_grad():
         launched = []
-        if backend == "native":
+        if path == "native":
             returns = (p.x.clone(), p.running_mean, p.running_var, p.x.new_empty(0))
             monkeypatch.setattr(module, "_native_forward", lambda *a: launched.append(a[8]) or returns)
         monkeypatch.setattr(module, "_apply", lambda *a: launched.append(a[9]) or (a[0].clone(), a[0].new_empty(0)))
@@ -369,7 +367,7 @@ def test_bytes_that_are_kept_and_not_written(
 
 
 @t0
-def test_the_residuals_gradient_is_that_of_the_sum(backend: str, device: torch.device) -> None:
+def test_the_residuals_gradient_is_that_of_the_sum(path: str, device: torch.device) -> None:
     case = Case((2, 3, 3, 3), residual="same", relu=False)
     p = problem(case, device)
     residual = p.residual.requires_grad_()
@@ -391,7 +389,7 @@ def test_same_bits_again(residual: str, device: torch.device) -> None:
 
 
 @t0
-def test_second_derivative_is_refused(backend: str, device: torch.device) -> None:
+def test_second_derivative_is_refused(path: str, device: torch.device) -> None:
     p = problem(Case((2, 3, 3, 3)), device)
     x = p.x.requires_grad_()
     (g,) = torch.autograd.grad(ours(Case((2, 3, 3, 3)), p).square().sum(), x, create_graph=True)
@@ -401,7 +399,7 @@ def test_second_derivative_is_refused(backend: str, device: torch.device) -> Non
 
 @t0
 @pytest.mark.parametrize("residual", ["none", "same", "scatter"])
-def test_compiled(residual: str, backend: str, device: torch.device) -> None:
+def test_compiled(residual: str, path: str, device: torch.device) -> None:
     case = Case((3, 6, 3, 3), "channels_last", residual)
     p = problem(case, device)
 
@@ -436,7 +434,7 @@ class _Model(torch.nn.Module):
 
 
 @t0
-def test_exported(backend: str, device: torch.device) -> None:
+def test_exported(path: str, device: torch.device) -> None:
     model = _Model().to(device).eval()
     x, residual = torch.randn(2, 2, 4, 3, 3, device=device)
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -446,7 +444,7 @@ def test_exported(backend: str, device: torch.device) -> None:
 
 
 @t0
-def test_operators_keep_their_contracts(backend: str, device: torch.device) -> None:
+def test_operators_keep_their_contracts(path: str, device: torch.device) -> None:
     case = Case((3, 4, 3, 2), "channels_last", "scatter")
     p = problem(case, device)
     q = problem(Case((3, 4, 3, 2), "sliced", "same", dtype=torch.float16), device)
@@ -471,7 +469,7 @@ def test_operators_keep_their_contracts(backend: str, device: torch.device) -> N
 
 
 @t0
-def test_half_precision_modules_and_mixed_parameters(backend: str, device: torch.device) -> None:
+def test_half_precision_modules_and_mixed_parameters(path: str, device: torch.device) -> None:
     """fp16 activations with fp32 parameters (autocast) and with fp16 ones (`model.half()`)."""
     case = Case((3, 4, 3, 3), "channels_last", "same", dtype=torch.float16)
     p = problem(case, device)
@@ -491,7 +489,7 @@ def test_half_precision_modules_and_mixed_parameters(backend: str, device: torch
 
 
 @t0
-def test_empty_inputs(backend: str, device: torch.device) -> None:
+def test_empty_inputs(path: str, device: torch.device) -> None:
     mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
     for shape in ((0, 3, 4, 4), (2, 3, 0, 4)):
         x = torch.empty(shape, device=device, requires_grad=True)

@@ -72,7 +72,7 @@ def record_paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("where", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 3, 8, 37, 64, 65])
 def test_against_indexing(
-    channels: int, where: str, dtype: torch.dtype, device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
+    channels: int, where: str, dtype: torch.dtype, device: torch.device, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = record_paths(monkeypatch)
     n, h, w = SHAPES[channels % 3]
@@ -90,11 +90,11 @@ def test_against_indexing(
     else:
         assert gathered.is_contiguous()
         assert scattered.is_contiguous()
-    assert seen == [backend] * 2
-    if dtype == torch.bfloat16 and device.type == "cpu" and backend == "kernels":
+    assert seen == [path] * 2
+    if dtype == torch.bfloat16 and device.type == "cpu" and path == "kernels":
         return  # the interpreter's stores truncate bf16 sums
     added = channel_scatter_add(x, small, index)
-    assert seen == [backend] * 3
+    assert seen == [path] * 3
     # one sum each, rounded once: what PyTorch's own addition gives
     assert torch.equal(added, expected_scatter(small, index, x).to(dtype))
     assert added.data_ptr() != x.data_ptr()

@@ -42,6 +42,7 @@ lint: $(VENV)/installed-dev
 
 test: $(VENV)/installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	$(MAKE) sanitize
 
 bench: $(VENV)/installed-demo
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m bench all --quick --out runs/bench

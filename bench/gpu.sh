@@ -10,6 +10,7 @@
 # environment (PYTHON names another interpreter). Steps, in order of value; a step that fails or runs out of time is
 # reported, and the next one goes on:
 #
+#   cuda-cpp     builds csrc/cuda, where nvcc is
 #   t2           the operators' tests on the device (tier T2), bitwise and CUDA-graph tests included
 #   optimizers   200 steps of ResNet-20 against torch.optim.SGD, through two reconfigurations
 #   roof         what the device can do
@@ -102,6 +103,11 @@ bench() { # bench NAME LIMIT ARGUMENTS...: a step of `python -m bench`
 }
 
 find "$LOGS" -name '*.log' ! -name gpu.log -delete
+if [ "$DEVICE" = cuda ] && command -v nvcc >/dev/null; then  # a provider beside Triton; the suites do without it too
+  step cuda-cpp 90 "$PYTHON" csrc/cuda/build.py
+else
+  say "SKIPPED cuda-cpp: the CUDA C++ operators need nvcc and a GPU"
+fi
 step t2 200 "$PYTHON" -m pytest -m t0 --device "$DEVICE" -q -ra -p no:cacheprovider "${TESTS[@]}"
 step optimizers 60 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprovider "${OPTIMIZERS[@]}"
 bench roof 30 roof

@@ -31,7 +31,7 @@ struct Chunk {
 }  // namespace prunetrain
 
 // Declares a kernel for every instruction set that is built. PRUNETRAIN_PICK(name) is the one for this machine.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PRUNETRAIN_BASELINE_ONLY)
 #define PRUNETRAIN_DECLARE(result, name, ...)        \
   namespace baseline { result name(__VA_ARGS__); }   \
   namespace avx2 { result name(__VA_ARGS__); }       \

@@ -39,7 +39,7 @@ namespace {
 
 constexpr int64_t BLOCK = 8192;  // columns at a time, so that their sums stay in the cache; most layers have fewer
 
-constexpr int64_t STRIP = 128;  // columns whose squares are summed before they join a row's sum, which keeps it exact
+constexpr int64_t STRIP = 64;  // columns whose squares are summed before they join a row's sum, which keeps it exact
 
 // Squares and largest sizes of a block of columns, of the rows that went by.
 template <typename T>

@@ -9,7 +9,7 @@ namespace prunetrain {
 namespace {
 
 int supported() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PRUNETRAIN_BASELINE_ONLY)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

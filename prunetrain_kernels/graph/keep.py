@@ -37,7 +37,7 @@ from prunetrain_kernels.graph.gating import (
 )
 from prunetrain_kernels.graph.order import contiguous_order
 from prunetrain_kernels.graph.rules import POINTWISE_FUNCTIONS, POINTWISE_METHODS, POINTWISE_MODULES
-from prunetrain_kernels.graph.spaces import ChannelGraph, Layer
+from prunetrain_kernels.graph.spaces import ChannelGraph, Layer, Space
 from prunetrain_kernels.ops.group_lasso import Groups, slice_statistics
 
 POLICIES = ("union", "gating", "auto")
@@ -171,11 +171,7 @@ def choose(
     }
     branches = tuple(_dead_branches(graph, model, {name for name, masks in sparse.items() if masks.all_zero}))
     removed = {name for branch in branches for name in branch.layers}
-    largest, live = _per_space(graph, sizes, sparse, removed)
-    channels = [
-        torch.arange(space.size) if space.frozen else _kept(live[i], largest[i], int(round_to))
-        for i, space in enumerate(graph.spaces)
-    ]
+    channels = _channels(graph, *_per_space(graph, sizes, sparse, removed), int(round_to))
     gated: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     choices: dict[str, Choice] = {}
     if policy != "union":
@@ -254,7 +250,34 @@ def _per_space(
         ):
             largest[space] = torch.maximum(largest[space], size)
             live[space] |= ~mask
+    for i, whole in enumerate(graph.spaces):
+        for n, own, at in _members(whole):
+            # a channel may have several places in the space, all of which it stays or goes with
+            largest[n].scatter_reduce_(0, at, largest[i][own], "amax")
+            live[n].index_put_((at[live[i][own]],), torch.tensor(True))
     return largest, live
+
+
+def _members(space: Space) -> Iterable[tuple[int, Tensor, Tensor]]:
+    """Of a space that is put together: its member spaces, their channels' places in it, and those channels there."""
+    if space.members is not None:
+        for n in space.members[:, 0].unique().tolist():
+            own = (space.members[:, 0] == n).nonzero().flatten()
+            yield n, own, space.members[own, 1]
+
+
+def _channels(graph: ChannelGraph, largest: list[Tensor], live: list[Tensor], round_to: int) -> list[Tensor]:
+    """The kept channels of each space, ascending: what members keep, spaces that are put together keep."""
+    channels: list[Tensor] = []
+    for i, space in enumerate(graph.spaces):  # members come before what is put together from them
+        if space.members is not None:
+            kept = torch.zeros(space.size, dtype=torch.bool)
+            for n, own, at in _members(space):
+                kept[own] = torch.isin(at, channels[n])
+            channels.append(kept.nonzero().flatten())
+        else:
+            channels.append(torch.arange(space.size) if space.frozen else _kept(live[i], largest[i], round_to))
+    return channels
 
 
 def _kept(live: Tensor, largest: Tensor, round_to: int) -> Tensor:
@@ -320,10 +343,12 @@ def _reorder(
     graph: ChannelGraph, channels: list[Tensor], gated: dict[str, tuple[Tensor | None, Tensor | None]]
 ) -> None:
     """Puts the kept channels of each space into an order in which the gated layers' live sets are ranges, in place."""
+    fixed = {i for i, space in enumerate(graph.spaces) if space.members is not None}
+    fixed |= {n for i in fixed for n in graph.spaces[i].members[:, 0].tolist()}  # type: ignore[index]
     sets: dict[int, list[Tensor]] = {}
     for name, (inputs, outputs) in gated.items():
         for space, chosen in ((graph.layers[name].input, inputs), (graph.layers[name].output, outputs)):
-            if chosen is not None and not graph.spaces[space].frozen:
+            if chosen is not None and not graph.spaces[space].frozen and space not in fixed:
                 sets.setdefault(space, []).append(chosen)
     for space, chosen_sets in sets.items():
         kept = channels[space]

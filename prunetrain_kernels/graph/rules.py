@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from prunetrain_kernels.graph.spaces import Follower
-
 if TYPE_CHECKING:
     from prunetrain_kernels.graph.trace import Walk
 
@@ -63,9 +61,13 @@ PLAIN_ATTRIBUTES = {"dtype", "device", "ndim", "is_cuda", "layout", "requires_gr
 
 @dataclass(frozen=True)
 class Channels:
-    """Where a value's channels live: dim 1 holds `block` features for each channel of `space`."""
+    """What dim 1 of a value holds: `block` features for each of the channels `ids`.
 
-    space: int
+    An id stands for one channel wherever it goes: a concatenation has the ids of its parts one after the other, a sum
+    makes the ids of its operands one. Channels that have to stay or go together have one id.
+    """
+
+    ids: tuple[int, ...]
     block: int = 1
 
 
@@ -92,11 +94,7 @@ def _convolution(walk: "Walk", node: fx.Node, name: str, module: Any) -> bool:
     if module.groups == 1:
         return walk.make_layer(node, name, "conv", value, module.out_channels)
     if module.groups == module.in_channels == module.out_channels:
-        shape_after = walk.shape(node)
-        known = walk.followers.setdefault(name, Follower(name, "depthwise", value.space))
-        known.space = walk.join(known.space, value.space)
-        walk.channels[node] = value
-        return shape_after is not None
+        return walk.shape(node) is not None and walk.follow_value(node, name, "depthwise", value)
     return False
 
 

@@ -2,7 +2,8 @@
 
 A *space* is one set of channels that several layers share, because they produce it, read it or pass it on. All layers
 that meet in a residual stage share one space; the edge between two convolutions of a VGG is another. Whatever is pruned
-is pruned from a whole space, so that every layer on it keeps fitting every other.
+is pruned from a whole space, so that every layer on it keeps fitting every other. Where channels of several spaces lie
+side by side, as behind a concatenation, they form a space with `members`, which keeps what its members keep.
 """
 
 from dataclasses import dataclass, field
@@ -66,6 +67,8 @@ class Space:
         producers, consumers, followers: names of the layers that write it, read it, pass it on.
         frozen: why its channels must stay as they are, or None.
         is_input, is_output: whether it is an input or output of the whole network.
+        members: of a space that is put together from others, as by a concatenation: for each of its channels the other
+            space and the channel there, int64 (size, 2). What stays is decided there.
     """
 
     size: int
@@ -75,6 +78,7 @@ class Space:
     frozen: str | None = None
     is_input: bool = False
     is_output: bool = False
+    members: Tensor | None = None
 
 
 @dataclass(frozen=True)

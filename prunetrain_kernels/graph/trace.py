@@ -204,9 +204,15 @@ class Walk:
         self.values = values
         self.opaque = opaque
         self.channels: dict[fx.Node, Channels] = {}
-        self.spaces: list[Space] = []
-        self.parent: list[int] = []
+        self.parent: list[int] = []  # of each channel id: one that it has become one with, or itself
+        self.origin: list[int] = []  # of each id: the first one that was made together with it
+        self.frozen: dict[int, str] = {}  # why an id's channel must stay
+        self.inputs: set[int] = set()
+        self.outputs: set[int] = set()
         self.layers: dict[str, Layer] = {}
+        self.read: dict[str, tuple[int, ...]] = {}  # ids of each layer's input, of its output, and of each follower
+        self.made: dict[str, tuple[int, ...]] = {}
+        self.followed: dict[str, tuple[int, ...]] = {}
         self.followers: dict[str, Follower] = {}
         self.merges: list[Merge] = []
         self.calls: dict[str, list[fx.Node]] = {}
@@ -220,29 +226,38 @@ class Walk:
 
     # -- spaces ---------------------------------------------------------------------------------------------------
 
-    def new_space(self, size: int, frozen: str | None = None) -> int:
-        self.spaces.append(Space(size, frozen=frozen))
-        self.parent.append(len(self.parent))
-        return len(self.parent) - 1
+    def new_space(self, size: int, frozen: str | None = None) -> tuple[int, ...]:
+        """Ids of `size` channels that nobody has seen yet."""
+        first = len(self.parent)
+        ids = tuple(range(first, first + size))
+        self.parent += ids
+        self.origin += [first] * size
+        if frozen is not None:
+            self.frozen |= dict.fromkeys(ids, frozen)
+        return ids
 
-    def find(self, space: int) -> int:
-        while self.parent[space] != space:
-            space = self.parent[space] = self.parent[self.parent[space]]
-        return space
+    def find(self, i: int) -> int:
+        while self.parent[i] != i:
+            i = self.parent[i] = self.parent[self.parent[i]]
+        return i
 
-    def join(self, a: int, b: int) -> int:
-        a, b = sorted((self.find(a), self.find(b)))
-        if a != b:
-            self.parent[b] = a
-            into, other = self.spaces[a], self.spaces[b]
-            into.frozen = into.frozen or other.frozen
-            into.is_input |= other.is_input
-            into.is_output |= other.is_output
-        return a
+    def join(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+        """Makes the channels of both one, each with the one in its place."""
+        for x, y in zip(a, b, strict=True):
+            into, other = sorted((self.find(x), self.find(y)))
+            if into == other:
+                continue
+            self.parent[other] = into
+            if other in self.frozen:
+                self.frozen.setdefault(into, self.frozen[other])
+            for marked in (self.inputs, self.outputs):
+                if other in marked:
+                    marked.add(into)
+        return tuple(self.find(i) for i in a)
 
     def freeze(self, value: Channels, reason: str) -> None:
-        space = self.spaces[self.find(value.space)]
-        space.frozen = space.frozen or reason
+        for i in value.ids:
+            self.frozen.setdefault(self.find(i), reason)
 
     # -- nodes ----------------------------------------------------------------------------------------------------
 
@@ -258,9 +273,9 @@ class Walk:
         if node.op == "placeholder":
             shape = self.shape(node)
             if shape is not None and len(shape) >= 2:
-                space = self.new_space(shape[1], "it is the network's input")
-                self.spaces[space].is_input = True
-                self.channels[node] = Channels(space)
+                ids = self.new_space(shape[1], "it is the network's input")
+                self.inputs.update(ids)
+                self.channels[node] = Channels(ids)
         elif node.op == "output":
             for value in self._inputs(node):
                 self.freeze(value, "it is the network's output")
@@ -328,18 +343,18 @@ class Walk:
     def follow_value(self, node: fx.Node, name: str, kind: str, value: Channels) -> bool:
         """As `follow`, for a module whose output has other spatial dimensions than its input."""
         self.channels[node] = value
-        known = self.followers.setdefault(name, Follower(name, kind, value.space, value.block))
-        if known.block != value.block:
-            self.freeze(Channels(known.space), f"'{name}' is used with different numbers of features per channel")
+        known = self.followers.setdefault(name, Follower(name, kind, -1, value.block))
+        before = self.followed.setdefault(name, value.ids)
+        if known.block != value.block or len(before) != len(value.ids):
+            self.freeze(Channels(before), f"'{name}' is used with different numbers of features per channel")
             self.freeze(value, f"'{name}' is used with different numbers of features per channel")
             return True
-        known.space = self.join(known.space, value.space)
+        self.followed[name] = self.join(before, value.ids)
         return True
 
     def make_constant(self, node: fx.Node, name: str, channels: int) -> None:
         """A module that makes its own channels from nothing: no producer or consumer, only values to slice."""
-        value = Channels(self.new_space(channels))
-        self.follow_value(node, name, "constant", value)
+        self.follow_value(node, name, "constant", Channels(self.new_space(channels)))
 
     def make_layer(
         self,
@@ -350,19 +365,18 @@ class Walk:
         outputs: int,
         live: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> bool:
-        """A layer from the space of `value` to a new one of `outputs` channels; `live` as in `Layer`."""
+        """A layer from the channels of `value` to `outputs` new ones; `live` as in `Layer`."""
         known = self.layers.get(name)
         if known is None:
             before, after = (tuple(self.shape(n) or ())[2:] for n in (node.args[0], node))
-            known = self.layers[name] = Layer(
-                name, kind, value.space, self.new_space(outputs), value.block, *live, before, after
-            )
+            self.layers[name] = Layer(name, kind, -1, -1, value.block, *live, before, after)
+            self.read[name], self.made[name] = value.ids, self.new_space(outputs)
         elif known.block != value.block:
-            for space in (known.input, known.output, value.space):
-                self.freeze(Channels(space), f"'{name}' is used with different numbers of features per channel")
+            for ids in (self.read[name], self.made[name], value.ids):
+                self.freeze(Channels(ids), f"'{name}' is used with different numbers of features per channel")
         else:
-            known.input = self.join(known.input, value.space)  # one module called twice reads one space
-        self.channels[node] = Channels(known.output)
+            self.read[name] = self.join(self.read[name], value.ids)  # one module called twice reads one space
+        self.channels[node] = Channels(self.made[name])
         return True
 
     def binary(self, node: fx.Node, addition: bool) -> bool:
@@ -387,7 +401,9 @@ class Walk:
             self.freeze(narrow, "its one channel is spread over others")
             self.channels[node] = wide
             return True
-        self.channels[node] = Channels(self.join(value_a.space, value_b.space), value_a.block)
+        if len(value_a.ids) != len(value_b.ids):
+            return False
+        self.channels[node] = Channels(self.join(value_a.ids, value_b.ids), value_a.block)
         if addition and not node.kwargs and a is not b and shape_a == shape_b:
             self.merges.append(Merge(node, (a, b), node.target in IN_PLACE))
         return True
@@ -404,7 +420,7 @@ class Walk:
         if len(after) != 2 or after[0] != before[0] or after[1] != before[1] * rest:
             return False
         value = self.channels[source]
-        self.channels[node] = Channels(value.space, value.block * rest)
+        self.channels[node] = Channels(value.ids, value.block * rest)
         return True
 
     # -- result ---------------------------------------------------------------------------------------------------
@@ -430,7 +446,7 @@ class Walk:
             ):
                 raw.add(node)
                 if node in self.channels:
-                    self.spaces[self.find(self.channels[node].space)].is_input = True
+                    self.inputs.update(map(self.find, self.channels[node].ids))
 
     def _mark_outputs(self) -> None:
         """Channels that make the network's output: no layer stands between."""
@@ -442,7 +458,7 @@ class Walk:
                 continue
             seen.add(node)
             if node in self.channels:
-                self.spaces[self.find(self.channels[node].space)].is_output = True
+                self.outputs.update(map(self.find, self.channels[node].ids))
             if not self._is_closed(node):
                 waiting += self._tensors(node)
 
@@ -478,25 +494,33 @@ class Walk:
     def _freeze_module(self, name: str, reason: str) -> None:
         self.pinned.setdefault(name, reason)
         if name in self.layers:
-            self.freeze(Channels(self.layers[name].input), reason)
-            self.freeze(Channels(self.layers[name].output), reason)
+            self.freeze(Channels(self.read[name]), reason)
+            self.freeze(Channels(self.made[name]), reason)
         else:
-            self.freeze(Channels(self.followers[name].space), reason)
+            self.freeze(Channels(self.followed[name]), reason)
 
     def graph(self, examples: tuple[Tensor, ...]) -> ChannelGraph:
-        numbers: dict[int, int] = {}
-        spaces: list[Space] = []
-        for i in range(len(self.parent)):
-            root = self.find(i)
-            if root not in numbers:
-                numbers[root] = len(spaces)
-                spaces.append(self.spaces[root])
+        spaces, place = self._spaces()
+        known: dict[tuple[int, ...], int] = {}
+
+        def number(ids: tuple[int, ...]) -> int:
+            """The space with these channels in this order; one with members is made if there is none."""
+            roots = tuple(map(self.find, ids))
+            if roots not in known:
+                at = [place[i] for i in roots]
+                space = at[0][0] if at else -1
+                if at != [(space, i) for i in range(spaces[space].size)] or not at:
+                    spaces.append(self._put_together(spaces, at))
+                    space = len(spaces) - 1
+                known[roots] = space
+            return known[roots]
+
         for layer in self.layers.values():
-            layer.input, layer.output = numbers[self.find(layer.input)], numbers[self.find(layer.output)]
+            layer.input, layer.output = number(self.read[layer.name]), number(self.made[layer.name])
             spaces[layer.input].consumers.append(layer.name)
             spaces[layer.output].producers.append(layer.name)
         for follower in self.followers.values():
-            follower.space = numbers[self.find(follower.space)]
+            follower.space = number(self.followed[follower.name])
             spaces[follower.space].followers.append(follower.name)
         return ChannelGraph(
             spaces,
@@ -509,6 +533,35 @@ class Walk:
             self.opaque,
             frozenset(self.not_followed),
             self.pinned,
+        )
+
+    def _spaces(self) -> tuple[list[Space], dict[int, tuple[int, int]]]:
+        """Channels that are used by the same layers and followers form a space; and where each id is among them."""
+        users: dict[int, list[int]] = {}
+        for i, ids in enumerate([*self.read.values(), *self.made.values(), *self.followed.values()]):
+            for root in map(self.find, ids):
+                users.setdefault(root, []).append(i)
+        groups: dict[Any, list[int]] = {}
+        for i in range(len(self.parent)):
+            if self.find(i) == i:
+                used = tuple(users.get(i, ())) or ("by none", self.origin[i])
+                groups.setdefault((used, self.frozen.get(i), i in self.inputs, i in self.outputs), []).append(i)
+        spaces = [
+            Space(len(ids), frozen=reason, is_input=is_input, is_output=is_output)
+            for (_, reason, is_input, is_output), ids in groups.items()
+        ]
+        return spaces, {i: (n, at) for n, ids in enumerate(groups.values()) for at, i in enumerate(ids)}
+
+    @staticmethod
+    def _put_together(spaces: list[Space], places: list[tuple[int, int]]) -> Space:
+        members = [spaces[n] for n in dict.fromkeys(n for n, _ in places)]
+        frozen = [space.frozen for space in members]
+        return Space(
+            len(places),
+            frozen=next(filter(None, frozen), None) if all(frozen) else None,
+            is_input=all(space.is_input for space in members),
+            is_output=all(space.is_output for space in members),
+            members=torch.tensor(places, dtype=torch.int64).reshape(-1, 2),
         )
 
 

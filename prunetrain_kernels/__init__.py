@@ -4,7 +4,15 @@ The three lines of a trainer are `PruneTrain(...)`, `.regularize(loss)` and `.ep
 is here too.
 """
 
-from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError, PruneTrainError, TraceError
+from prunetrain_kernels.errors import (
+    CheckpointError,
+    DivergedError,
+    InputError,
+    PruneTrainError,
+    RankLostError,
+    RanksDifferError,
+    TraceError,
+)
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.prune.export import to_dense
@@ -17,6 +25,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChannelGraph", "CheckpointError", "DivergedError", "GroupLasso", "InputError", "Keep", "MiniBatch", "PruneReport",
-    "PruneTrain", "PruneTrainError", "Reconfiguration", "TraceError", "load_pruned", "penalty_coefficient",
-    "reconfigure", "save_pruned", "to_dense", "trace_channels",
+    "PruneTrain", "PruneTrainError", "RankLostError", "RanksDifferError", "Reconfiguration", "TraceError",
+    "load_pruned", "penalty_coefficient", "reconfigure", "save_pruned", "to_dense", "trace_channels",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.graph import trace_channels
 from prunetrain_kernels.models import MODELS, build
 from prunetrain_kernels.train.config import TrainConfig
+from prunetrain_kernels.train.distributed import explain, speak_when_terminated
 from prunetrain_kernels.train.loop import train
 
 DATA_HELP = (
@@ -21,6 +22,7 @@ DATA_HELP = (
     "of Parquet files in the Hugging Face layout; a folder of train/CLASS/IMAGE files; or synthetic:NxHxW"
 )
 
+RANK, RANKS = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))  # by torchrun
 BROKEN_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE stopped
 
 
@@ -43,15 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except PruneTrainError as error:
-        print(f"prunetrain: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        explain(f"prunetrain: {_who()}error: {' '.join(str(error).splitlines())}")
         return 2
     except KeyboardInterrupt:
-        print("prunetrain: interrupted; the last checkpoint is kept, go on with --resume", file=sys.stderr)
+        explain(f"prunetrain: {_who()}interrupted; the last checkpoint is kept, go on with --resume")
         return 130
     except BrokenPipeError:
         # Whoever read the output has gone (`| head`); nothing more can be said to them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE if options.run is _train else 0  # a training that stopped there has not succeeded
+
+
+def _who() -> str:
+    return f"rank {RANK}: " if RANKS > 1 else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +80,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Trains a network with group lasso from the first step, prunes it every few epochs, and writes a "
         "run folder: config.json, log.csv, channels.csv, slices.npz, summary.json, checkpoint.pt.",
         epilog="example: prunetrain train --model resnet20 --data digits --epochs 60 --batch 32 --penalty-ratio 0.5 "
-        "--interval 2 --out runs/digits",
+        "--interval 2 --out runs/digits; on all GPUs: torchrun --nproc-per-node gpu -m prunetrain_kernels.cli train ..",
         formatter_class=_HelpFormatter,
     )
     parser.set_defaults(run=_train)
@@ -97,7 +103,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=defaults["epochs"], help="epochs with the lasso (182: the paper's CIFAR runs)")
     add("--fine-tune-epochs", type=int, default=0, help="further epochs without the lasso, at the last learning rate")
-    add("--batch", type=int, default=defaults["batch"], help="images per step (at the start)")
+    add("--batch", type=int, default=defaults["batch"], help="images per step (at the start), all processes together")
     add("--lr", type=float, default=defaults["lr"], help="learning rate of SGD")
     add("--momentum", type=float, default=defaults["momentum"], help="momentum of SGD")
     add("--weight-decay", type=float, default=defaults["weight_decay"], help="weight decay (paper: 1e-4 for ImageNet)")
@@ -175,7 +181,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--memory-budget",
         type=_bytes,
         metavar="BYTES",
-        help="memory of one step, such as 11G (default: what the dense network needs)",
+        help="memory of one step in one process, such as 11G (default: what the dense network needs)",
     )
     add("--batch-limit", type=int, metavar="N", help="never more than N images per step")
     add(
@@ -195,6 +201,18 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="fused operators: batch norm with the addition and ReLU behind it, SGD with the lasso inside",
     )
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's own choice)")
+    add(
+        "--sync-batch-norm",
+        action="store_true",
+        help="under torchrun: batch-norm statistics over the batches of all processes, instead of each its own",
+    )
+    add(
+        "--rank-timeout",
+        type=float,
+        default=defaults["rank_timeout"],
+        metavar="SECONDS",
+        help="under torchrun: give up a process that does not answer for so long",
+    )
     add = running.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on from the folder's checkpoint; start if there is none")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
@@ -268,8 +286,13 @@ def _config(options: argparse.Namespace) -> TrainConfig:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if RANKS > 1:
+        speak_when_terminated(
+            f"prunetrain: {_who()}stopped by SIGTERM, which torchrun sends when another process has ended; the last "
+            f"checkpoint in {options.out} is kept: start again with --resume, on any number of processes"
+        )
     folder = train(_config(options), resume=options.resume, overwrite=options.overwrite, progress=not options.quiet)
-    if not options.quiet:
+    if not options.quiet and RANK == "0":
         print(f"finished: {folder} (draw it with: prunetrain report {folder})")
     return 0
 

@@ -23,3 +23,11 @@ class CheckpointError(PruneTrainError, RuntimeError):
 
 class DivergedError(PruneTrainError, ArithmeticError):
     """Training met a loss that is not a number; the last good checkpoint is kept."""
+
+
+class RanksDifferError(PruneTrainError, RuntimeError):
+    """Processes of a distributed training hold different values where they must agree; the message names which."""
+
+
+class RankLostError(PruneTrainError, RuntimeError):
+    """Another process of a distributed training has ended or does not answer; the last checkpoint is kept."""

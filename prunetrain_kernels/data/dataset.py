@@ -97,6 +97,7 @@ def batch(
     step: int,
     device: torch.device | str,
     train: bool,
+    share: slice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One batch, ready for a model.
 
@@ -104,14 +105,19 @@ def batch(
         indices: int64 `(B,)`, into the training split if `train`, else into the validation split.
         seed, epoch, step: decide the augmentation, alone; unused if not `train`.
         device: where the batch goes. The uint8 images travel, and are augmented there.
+        share: the part of the batch to make, for one rank of several; each image is augmented as in the whole batch.
 
     Returns:
         images, float32 `(B, C, H, W)` with `(C, H, W) = data.image_shape`, and labels, int64 `(B,)`; both on `device`.
+        Of a share, B is its length.
     """
     images, labels = (data.train_images, data.train_labels) if train else (data.val_images, data.val_labels)
-    chosen = _send(images[_send(indices, images.device)], device)
+    share = slice(0, len(indices)) if share is None else share
+    mine = indices[share]
+    chosen = _send(images[_send(mine, images.device)], device)
     generator = seeded_generator("augment", seed, epoch, step) if train else None
-    return normalize_and_augment(chosen, data, generator, train), _send(labels[_send(indices, labels.device)], device)
+    made = normalize_and_augment(chosen, data, generator, train, of=len(indices), share=share)
+    return made, _send(labels[_send(mine, labels.device)], device)
 
 
 def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -129,7 +135,13 @@ def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: to
 
 
 def normalize_and_augment(
-    images_uint8: Tensor, data: ImageData, generator: torch.Generator | None, train: bool
+    images_uint8: Tensor,
+    data: ImageData,
+    generator: torch.Generator | None,
+    train: bool,
+    *,
+    of: int | None = None,
+    share: slice = slice(None),
 ) -> Tensor:
     """`(x / 255 - mean) / std`, after a random crop and flip of each image if `train`.
 
@@ -141,6 +153,8 @@ def normalize_and_augment(
         images_uint8: uint8 `(B, C, H, W)`, on any device; the work happens there.
         generator: a *CPU* generator, so that one seed gives one result on every device; None takes PyTorch's global
             one. Unused if not `train`.
+        of, share: the images are this share of a batch of `of` images, whose random numbers are drawn whole; by
+            default all of it.
 
     Returns:
         float32 `(B, C, crop, crop)`, or `(B, C, H, W)` where `data.crop` is None; on the images' device.
@@ -148,7 +162,9 @@ def normalize_and_augment(
     height, width = images_uint8.shape[-2:]
     size = (data.crop or height, data.crop or width)
     if train:
-        images = _random_crop_and_flip(images_uint8, size, data.padding, data.flip, generator)
+        images = _random_crop_and_flip(
+            images_uint8, size, data.padding, data.flip, generator, len(images_uint8) if of is None else of, share
+        )
     else:
         top, left = (height - size[0]) // 2, (width - size[1]) // 2
         images = images_uint8[..., top : top + size[0], left : left + size[1]]
@@ -158,20 +174,26 @@ def normalize_and_augment(
 
 
 def _random_crop_and_flip(
-    images: Tensor, size: tuple[int, int], padding: int, flip: bool, generator: torch.Generator | None
+    images: Tensor,
+    size: tuple[int, int],
+    padding: int,
+    flip: bool,
+    generator: torch.Generator | None,
+    of: int,
+    share: slice,
 ) -> Tensor:
     """Cuts a window of `size` from each padded image, mirrored in half of them if `flip`; no loop over images."""
     count, device = len(images), images.device
     if padding:
         images = F.pad(images, (padding, padding, padding, padding))
-    top = torch.randint(images.shape[-2] - size[0] + 1, (count,), generator=generator)
-    left = torch.randint(images.shape[-1] - size[1] + 1, (count,), generator=generator)
+    top = torch.randint(images.shape[-2] - size[0] + 1, (of,), generator=generator)[share]
+    left = torch.randint(images.shape[-1] - size[1] + 1, (of,), generator=generator)[share]
     top, left = _send(torch.stack([top, left]), device)
     # `unfold` is a view of every possible window; the index copies one of them per image
     windows = images.unfold(-2, size[0], 1).unfold(-2, size[1], 1)
     images = windows[torch.arange(count, device=device), :, top, left]
     if flip:
-        mirrored = _send(torch.randint(2, (count,), generator=generator).bool(), device)
+        mirrored = _send(torch.randint(2, (of,), generator=generator)[share].bool(), device)
         images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
     return images
 

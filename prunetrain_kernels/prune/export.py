@@ -7,6 +7,7 @@ What the package put into a model has a plain counterpart that computes the same
 
     GatedConv2d                    nn.Conv2d over its whole spaces, zeros where nothing was computed
     fused batch norm (`fuse`)      nn.BatchNorm2d, and the module's own forward again
+    SyncBatchNorm                  the nn.BatchNorm it was
     ConstantConv                   nn.Conv of the one channel that the removed layers give, weights zero
     ConstantBatchNorm              its nn.BatchNorm
     RemovedLayer                   nn.Conv to one channel, weights zero; nn.Identity for a batch norm
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, unpair
+from prunetrain_kernels.nn.sync_batch_norm import SyncBatchNorm, make_plain
 from prunetrain_kernels.prune.branches import ConstantBatchNorm, ConstantConv, RemovedLayer, swap_in
 from prunetrain_kernels.prune.reconfigure import evaluating
 
@@ -68,6 +70,8 @@ def to_dense(model: nn.Module, example_inputs: tuple[Tensor, ...] | None = None)
         if type(module) is BatchNormAct2d and not module.relu:
             module.__dict__.pop("relu", None)
             module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+        elif isinstance(module, SyncBatchNorm):
+            make_plain(module)
     return plain
 
 

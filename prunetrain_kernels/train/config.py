@@ -53,6 +53,8 @@ class TrainConfig:
     amp: str = "off"
     channels_last: bool = False
     fuse: bool = False
+    sync_batch_norm: bool = False
+    rank_timeout: float = 60
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
@@ -89,6 +91,7 @@ class TrainConfig:
                 f"be an epoch of the run, 1 to {self.epochs}",
             ),
             ("threads", self.threads is None or self.threads >= 1, "be at least 1"),
+            ("rank-timeout", 0 < self.rank_timeout < math.inf, "be a positive number of seconds"),
             ("seed", -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits"),
         ):
             if not ok:
@@ -97,6 +100,8 @@ class TrainConfig:
             raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
         if self.dense and self.proximal:
             raise InputError("--dense has no lasso, so it cannot go with --proximal; choose one.")
+        if self.fuse and self.sync_batch_norm:
+            raise InputError("--fuse has no batch norm that is synchronised over ranks; leave --sync-batch-norm out.")
         for name, value in (("memory-budget", self.memory_budget), ("batch-limit", self.batch_limit)):
             if value is not None and not self.grow_batch:
                 raise InputError(f"--{name} limits the growth of the batch; add --grow-batch.")

@@ -6,6 +6,7 @@ rate grows with it, in the optimizer and in the scheduler's base rates, so that 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunetrain_kernels.cost import MemoryModel, step_memory
-from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.errors import CheckpointError, InputError
 
 LEARNING_RATE_RULES = ("linear", "sqrt", "none")
 
@@ -26,6 +27,8 @@ _RATES = ("eta_min", "default_min_lr")
 class MiniBatch:
     """The size of the mini-batch, and how far it may grow.
 
+    In distributed training it is the batch of one rank, and all numbers here are of one rank.
+
     Args:
         size: images per step at the start.
         granularity: the batch grows in multiples of this (paper: 32).
@@ -33,6 +36,9 @@ class MiniBatch:
             the use of memory stays the same (paper Fig. 9b). Give the device's capacity to fill it (Fig. 9a).
         maximum: never grow beyond this many images.
         learning_rate: "linear" (by the ratio of the sizes, the paper), "sqrt", or "none".
+
+    Attributes:
+        ranks: processes that train together, each on `size` images; `PruneTrain` sets it.
 
     Raises:
         InputError: an argument out of range.
@@ -62,6 +68,7 @@ class MiniBatch:
         self.maximum = maximum
         self.learning_rate = learning_rate
         self.memory: MemoryModel | None = None
+        self.ranks = 1
 
     def start(self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None) -> None:
         """Measures the dense network; sets the budget to its need unless one was given."""
@@ -84,15 +91,19 @@ class MiniBatch:
         example_inputs: tuple[Tensor, ...],
         optimizer: Optimizer | None = None,
         scheduler: Any = None,
+        least: Callable[[int], int] = int,
     ) -> int:
-        """Measures the network as it is now and grows the batch, and the learning rate with it; returns the size."""
+        """Measures the network as it is now and grows the batch, and the learning rate with it; returns the size.
+
+        least: from the images that fit here to those that fit everywhere (`Ranks.least`).
+        """
         if self.budget_bytes is None:
             raise InputError("MiniBatch has no budget yet; call start(model, example_inputs) before adjust(...).")
         memory = self.measure(model, example_inputs, optimizer)
         fits = int((self.budget_bytes - memory.fixed) // max(memory.per_image, 1e-9))
         if self.maximum is not None:
             fits = min(fits, self.maximum)
-        target = fits // self.granularity * self.granularity
+        target = least(fits) // self.granularity * self.granularity
         if target > self.size:
             self._resize(target, optimizer, scheduler)
         return self.size
@@ -123,11 +134,31 @@ class MiniBatch:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; learning rates live in the optimizer's and scheduler's own state."""
-        return {"size": self.size, "budget_bytes": self.budget_bytes, "maximum": self.maximum}
+        return {
+            "size": self.size,
+            "budget_bytes": self.budget_bytes,
+            "maximum": self.maximum,
+            "ranks": self.ranks,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up size, budget and maximum from `state_dict()`."""
-        self.size, self.budget_bytes, self.maximum = state["size"], state["budget_bytes"], state["maximum"]
+        """Takes up size, budget and maximum from `state_dict()`. On another number of ranks the batch of all of them
+        together stays as it was, cut anew; budget and maximum, which are a rank's own, stay those set here.
+
+        Raises:
+            CheckpointError: that batch cannot be cut into equal shares for the present number of ranks.
+        """
+        before = state.get("ranks", 1)
+        if before == self.ranks:
+            self.size, self.budget_bytes, self.maximum = state["size"], state["budget_bytes"], state["maximum"]
+            return
+        together = state["size"] * before
+        if together % self.ranks:
+            raise CheckpointError(
+                f"the checkpoint's batch of {together} images cannot be cut into {self.ranks} equal shares; resume on "
+                f"a number of processes that divides it, such as {before}."
+            )
+        self.size = together // self.ranks
 
 
 def scale_learning_rate(optimizer: Optimizer, scheduler: Any, factor: float) -> None:

@@ -5,8 +5,11 @@ prunetrain = PruneTrain(model, optimizer, example_inputs=(x,), penalty_ratio=0.2
 loss = prunetrain.regularize(cross_entropy)   # adds lambda * R(W); sets lambda on the first call
 ...
 report = prunetrain.epoch_end()               # every `interval` epochs: reconfigures, returns what changed
+
+The model may be wrapped in `DistributedDataParallel`; then every rank holds a PruneTrain and makes the same calls.
 """
 
+import dataclasses
 import math
 import time
 import warnings
@@ -15,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from prunetrain_kernels.cost import Flops, count_flops
-from prunetrain_kernels.errors import CheckpointError, InputError
-from prunetrain_kernels.graph import ChannelGraph, trace_channels
+from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainError
+from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost, cost_of
 from prunetrain_kernels.nn import FuseReport
 from prunetrain_kernels.nn import fuse as fuse_model
@@ -27,6 +31,7 @@ from prunetrain_kernels.ops.group_lasso import slice_max_abs
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.reconfigure import Reconfiguration, reconfigure
 from prunetrain_kernels.regularizer import GroupLasso, penalty_coefficient
+from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
 from prunetrain_kernels.train.mini_batch import MiniBatch
 
 
@@ -39,7 +44,7 @@ class PruneReport:
         reconfiguration: layer by layer, with max|dy| and seconds.
         flops: FLOPs per image, now.
         training_ratio, inference_ratio: those FLOPs as a share of the dense network's.
-        batch_before, batch: images per step, if PruneTrain manages the batch, else None.
+        batch_before, batch: images per step of one rank, if PruneTrain manages the batch, else None.
         seconds: wall time of all of it: choosing, rewriting, tracing and counting anew, fitting the batch.
     """
 
@@ -51,6 +56,7 @@ class PruneReport:
     batch_before: int | None
     batch: int | None
     seconds: float
+    ranks: int = 1
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -62,7 +68,10 @@ class PruneReport:
         )
         if done.removed:
             text += f", removed {', '.join(done.removed)}"
-        return text + (f", batch {self.batch_before} -> {self.batch}" if self.batch != self.batch_before else "")
+        if self.batch != self.batch_before:
+            text += f", batch {self.batch_before} -> {self.batch}"
+            text += f" on each of {self.ranks} ranks" if self.ranks > 1 else ""
+        return text
 
 
 SAFE_CHANNELS = 8
@@ -95,8 +104,14 @@ class PruneTrain:
     pass over the weights of its own: `regularize` then only adds the penalty's value to the loss, and `add_gradient_`
     adds no gradient.
 
+    In distributed training every rank makes the same calls. Lambda comes from the mean of the first losses, and before
+    a reconfiguration the ranks compare weights, sparse slices and kept channels: where they differ, all of them raise
+    RanksDifferError and nothing is changed. DDP's buckets are rebuilt in place, so the wrapped model stays the same
+    object; the mini-batch, which is that of one rank, grows to what the smallest rank holds.
+
     Args:
-        model: any CNN that `trace_channels` can follow, before its first training step.
+        model: any CNN that `trace_channels` can follow, before its first training step; plain, or wrapped in
+            `DistributedDataParallel`.
         optimizer: any torch.optim optimizer that holds the model's parameters.
         example_inputs: the model's positional arguments, a few examples, on the model's device.
         penalty_ratio: share of the lasso in the first total loss, which sets lambda (Eq. 3); 0 means no lasso.
@@ -110,6 +125,8 @@ class PruneTrain:
 
     Attributes:
         coefficient: lambda, or None before the first step.
+        model: the network itself; `ddp`: its `DistributedDataParallel`, or None.
+        ranks: the processes that train together.
         fused: what `fuse=True` swapped, or None.
         regularizing: set it to False for fine-tuning epochs without the lasso.
         epochs: epochs counted so far.
@@ -118,7 +135,9 @@ class PruneTrain:
 
     Raises:
         TraceError: the model cannot be traced.
-        InputError: an argument out of range, or an optimizer that does not hold the model's parameters.
+        InputError: an argument out of range, an optimizer that does not hold the model's parameters, or a
+            `DistributedDataParallel` with an option that cannot be pruned.
+        RanksDifferError: the ranks were given other networks or other arguments.
     """
 
     def __init__(
@@ -141,6 +160,11 @@ class PruneTrain:
             raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
         if not interval > 0:
             raise InputError(f"interval must be a positive number of epochs, not {interval}.")
+        self.ddp = model if isinstance(model, DistributedDataParallel) else None
+        self.ranks = Ranks()
+        if isinstance(model, DistributedDataParallel):
+            check_rebuildable(model)
+            self.ranks, model = Ranks.of(model.process_group), model.module
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:
@@ -183,13 +207,17 @@ class PruneTrain:
         self.kept = {
             name: (torch.arange(ins), torch.arange(outs)) for name, (_, ins, outs) in self.dense_layers.items()
         }
+        settings = (penalty_ratio, interval, threshold, relative, policy, round_to)
+        self.ranks.agree("the network and PruneTrain's arguments", settings, sorted(self.dense_layers.items()))
         self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
         if self.batch is not None:
+            self.batch.ranks = self.ranks.world
             self.batch.start(model, self.graph.example_inputs, optimizer)
 
     @property
     def batch_size(self) -> int | None:
-        """Images per step, to be asked for after every epoch; None if PruneTrain does not manage the batch."""
+        """Images per step of this rank, to be asked for after every epoch; None if PruneTrain does not manage the
+        batch."""
         return None if self.batch is None else self.batch.size
 
     @property
@@ -240,9 +268,12 @@ class PruneTrain:
             self._last_penalty = self.lasso.add_gradient_(self.coefficient)
 
     def set_coefficient(self, loss: Tensor, penalty: Tensor) -> float:
-        """lambda, set once; waits for the device that once."""
+        """lambda, set once, from the mean of all ranks' losses; waits for the device, and the ranks, that once."""
         if self.coefficient is None:
-            self.coefficient = penalty_coefficient(loss.detach(), penalty.detach(), self.penalty_ratio)
+            self.ranks.agree_on_weights(self.model)
+            first = penalty_coefficient(self.ranks.mean(loss.detach()), penalty.detach(), self.penalty_ratio)
+            self.coefficient = self.ranks.broadcast(first)  # GPUs of several kinds may round R(W) differently
+            self.ranks.agree("lambda and the penalty's share", self.coefficient, self.penalty_ratio)
         return self.coefficient
 
     # -- in every epoch -------------------------------------------------------------------------------------------
@@ -272,11 +303,13 @@ class PruneTrain:
         return multiples(self.epochs + epochs) > multiples(self.epochs)
 
     def reconfigure(self) -> PruneReport:
-        """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it."""
+        """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it.
+
+        Raises:
+            RanksDifferError: on every rank, when they do not all keep the same channels; nothing has been changed.
+        """
         start = time.perf_counter()
-        batch = self.batch_size or BATCH
-        keep = self.graph.keep(self.model, self.threshold, self.relative, self.policy, self.round_to, self.cost, batch)
-        done = reconfigure(self.model, self.optimizer, keep)
+        done = self._reconfigure(self._agreed_keep())
         if done.changed:
             for change in done.layers:
                 ins, outs = self.kept[change.name]
@@ -286,7 +319,7 @@ class PruneTrain:
             self._warn_of_layout()
         batch_before = self.batch_size
         if self.batch is not None and done.changed:
-            self.batch.adjust(self.model, self.graph.example_inputs, self.optimizer, self.scheduler)
+            self._grow(self.batch)
         seconds = time.perf_counter() - start
         self.history.append(
             {
@@ -310,7 +343,59 @@ class PruneTrain:
             batch_before,
             self.batch_size,
             seconds,
+            self.ranks.world,
         )
+
+    def _agreed_keep(self) -> Keep:
+        """What to keep: the same on all ranks, or an error on all of them."""
+        ranks, batch = self.ranks, self.batch_size or BATCH
+        ranks.share_buffers(self.model)
+        ranks.agree("the epochs counted and the mini-batch", round(self.epochs, 9), self.batch_size)
+        ranks.agree_on_weights(self.model)
+        keep = self.graph.keep(self.model, self.threshold, self.relative, self.policy, self.round_to, self.cost, batch)
+        if ranks.world == 1:
+            return keep
+        masks = [mask for name in sorted(keep.sparse) for mask in (keep.sparse[name].inputs, keep.sparse[name].outputs)]
+        ranks.agree("the sparse slices", *masks)
+        if self.policy == "auto":  # each rank has timed its own device: rank 0's choice holds
+            channels, live, choices, branches = ranks.broadcast((keep.channels, keep.live, keep.choices, keep.branches))
+            keep = dataclasses.replace(keep, channels=channels, live=live, choices=choices, branches=branches)
+        computed = [side for name in sorted(keep.live) for side in keep.live[name]]
+        ranks.agree("the kept channels", *keep.channels, *computed, keep.branches)
+        return keep
+
+    def _reconfigure(self, keep: Keep) -> Reconfiguration:
+        """Reconfigures on every rank or on none, and has DDP follow."""
+        failed: PruneTrainError | None = None
+        try:
+            done = reconfigure(self.model, self.optimizer, keep)
+        except PruneTrainError as error:
+            failed = error
+        if self.ddp is not None:
+            self.ranks.agree("the outcomes of the reconfiguration", type(failed).__name__)
+            if failed is not None or done.changed:  # undone, the parameters have new gradient accumulators all the same
+                rebuild_buckets(self.ddp)
+        if failed is not None:
+            raise failed
+        return done
+
+    def _grow(self, batch: MiniBatch) -> None:
+        """Grows the mini-batch to what fits every rank.
+
+        One process finds out in its next step whether it really fits, and falls back by itself. Among several, a rank
+        that runs out of memory in a step leaves the others waiting for its gradients: so they try before.
+        """
+        before = batch.size
+        batch.adjust(self.model, self.graph.example_inputs, self.optimizer, self.scheduler, self.ranks.least)
+        while self.ranks.world > 1 and batch.size > before:
+            try:
+                batch.measure(self.model, self.graph.example_inputs, self.optimizer)
+                fits = True
+            except torch.OutOfMemoryError:
+                fits = False
+            if self.ranks.least(int(fits)):
+                return
+            batch.fall_back(self.optimizer, self.scheduler)
 
     def _look_again(self) -> None:
         """Traces and counts the model in its present shape."""
@@ -360,7 +445,7 @@ class PruneTrain:
         """Largest absolute weight of each *original* output channel of each layer, fp32; NaN where pruned (Fig. 4)."""
         result: dict[str, Tensor] = {}
         for name, (_, _, outs) in self.dense_layers.items():
-            values = torch.full((outs,), torch.nan)
+            values = torch.full((outs,), torch.nan, dtype=torch.float32)
             layer = self.graph.layers.get(name)
             if layer is not None:
                 weight = self.model.get_submodule(name).weight
@@ -417,3 +502,6 @@ class PruneTrain:
         if self.batch is not None:
             self.batch.load_state_dict(state["batch"])
             self.batch.measure(self.model, self.graph.example_inputs, self.optimizer)
+        self.ranks.agree("the states of PruneTrain", self.coefficient, self.epochs, sorted(self.removed))
+        if self.ddp is not None:
+            rebuild_buckets(self.ddp)

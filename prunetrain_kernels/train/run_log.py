@@ -45,7 +45,8 @@ LOG_COLUMNS = (
     "params",
     "bn_bytes",  # per step
     "memory_bytes",  # per step
-    "gradient_bytes",  # per step
+    "gradient_bytes",  # per step, modelled: those of the parameters
+    "all_reduced_bytes",  # per step, counted by each rank where DDP sends them; 0 on one process
     "steps",  # in this epoch
     "batch",
     "lr",
@@ -67,6 +68,7 @@ CHANNEL_COLUMNS = (
     "in_live",  # of those kept, computed by this layer: fewer than are kept under gating
     "out_live",
 )
+LATER_LOG_COLUMNS = {"all_reduced_bytes": 0}  # columns that older runs lack, and what held there
 COMPUTED = {"in_kept": "in_live", "out_kept": "out_live"}  # the latter came later: runs before gating have none
 TEXT_COLUMNS = frozenset({"phase", "layer", "kind"})
 
@@ -186,7 +188,7 @@ class RunLog:
         Raises CheckpointError for anything else; the record is then unchanged.
         """
         try:
-            epochs = [_row(row, LOG_COLUMNS, "an epoch") for row in state["epochs"]]
+            epochs = [_row(LATER_LOG_COLUMNS | dict(row), LOG_COLUMNS, "an epoch") for row in state["epochs"]]
             channels = [_channel_row(row) for row in state["channels"]]
             slice_epochs = [float(epoch) for epoch in state["slice_epochs"]]
             slices = {
@@ -257,7 +259,7 @@ def read_run(directory: Path) -> Run:
     return Run(
         directory=directory,
         config=_read_json(directory / "config.json"),
-        log=pd.DataFrame(_read_csv(directory / "log.csv", LOG_COLUMNS)),
+        log=pd.DataFrame(_read_log(directory / "log.csv")),
         channels=pd.DataFrame(_read_channels(directory / "channels.csv")),
         slices=slices,
         slice_epochs=slice_epochs,
@@ -300,6 +302,14 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, Any]:
         cells = [row[position] for row in rows[1:]]
         table[column] = cells if column not in columns or column in TEXT_COLUMNS else _numbers(path, column, cells)
     return table
+
+
+def _read_log(path: Path) -> dict[str, Any]:
+    table = _read_csv(path, [column for column in LOG_COLUMNS if column not in LATER_LOG_COLUMNS])
+    for column, value in LATER_LOG_COLUMNS.items():
+        cells = table.pop(column, None)
+        table[column] = np.full(len(table["epoch"]), value) if cells is None else _numbers(path, column, cells)
+    return {column: table.pop(column) for column in LOG_COLUMNS} | table
 
 
 def _read_channels(path: Path) -> dict[str, Any]:

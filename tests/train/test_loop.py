@@ -824,7 +824,7 @@ def test_weights_spoilt_by_an_epochs_last_step_reach_no_checkpoint(
 
     def poison(self: Any, indices: Tensor, epoch: int, step: int) -> None:
         original(self, indices, epoch, step)
-        if epoch == 1 and self.seen + len(indices) == 60:  # no loss of this epoch has seen it
+        if epoch == 1 and self.sums.images + len(indices) == 60:  # no loss of this epoch has seen it
             with torch.no_grad():
                 self.model.fc.bias[0] = math.inf
 

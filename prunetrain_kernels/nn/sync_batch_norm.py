@@ -1,0 +1,151 @@
+"""Batch norm whose statistics are those of the whole batch, over all ranks, on a CPU as on a GPU.
+
+`torch.nn.SyncBatchNorm` computes the same, but runs on GPUs only, and `DistributedDataParallel` refuses it on a CPU.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules._functions import SyncBatchNorm as CudaSyncBatchNorm
+
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.rules import batch_norm_rule, register_rule
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all ranks; made by `synchronize_batch_norm`. Parameters, buffers and state dict
+    are those of the batch norm it was. In evaluation mode, and on one rank, it is that batch norm."""
+
+    process_group: Any
+    plain: type[nn.modules.batchnorm._BatchNorm]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, ...) in any floating-point dtype; N may differ between ranks.
+
+        Raises:
+            ValueError: one value per channel over all ranks, which has no variance.
+        """
+        alone = not self.training or not dist.is_initialized() or dist.get_world_size(self.process_group) == 1
+        if alone or isinstance(input, FakeTensor):  # a dry run for costs moves nothing between ranks
+            return super().forward(input)
+        momentum = self.momentum
+        mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
+        group, options = self.process_group or dist.group.WORLD, (self.eps, momentum or 0.0)
+        if input.is_cuda:
+            world = dist.get_world_size(group)
+            out: Tensor = CudaSyncBatchNorm.apply(
+                input, self.weight, self.bias, mean, var, *options, group, world
+            )  # fmt: skip
+        else:
+            out = _Synchronized.apply(input, self.weight, self.bias, mean, var, *options, group)
+        return out
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected an input of at least 2 dimensions, got {input.dim()}")
+
+
+def synchronize_batch_norm(model: nn.Module, process_group: Any = None) -> int:
+    """Turns every plain batch norm of `model` into a `SyncBatchNorm`, in place, and returns how many.
+
+    Only their class changes: parameters, buffers, hooks and references stay. Do it before `DistributedDataParallel`.
+
+    Raises:
+        InputError: a batch norm is of another class, such as a fused one, which has no synchronised form.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    other = [type(m).__name__ for m in norms if type(m) not in PLAIN and not isinstance(m, SyncBatchNorm)]
+    if other:
+        raise InputError(
+            f"a {other[0]} has no form that is synchronised over ranks; build the model with plain batch norms, and "
+            "leave --fuse or --sync-batch-norm out."
+        )
+    for norm in norms:
+        plain = type(norm)
+        norm.__class__ = SyncBatchNorm
+        assert isinstance(norm, SyncBatchNorm)
+        if plain is not SyncBatchNorm:
+            norm.plain = plain
+        norm.process_group = process_group
+    return len(norms)
+
+
+def make_plain(norm: SyncBatchNorm) -> None:
+    """Turns it into the batch norm that it was, in place."""
+    plain = norm.plain
+    del norm.plain, norm.process_group
+    norm.__class__ = plain  # type: ignore[assignment]
+
+
+class _Synchronized(torch.autograd.Function):
+    """In plain PyTorch. Sums are merged as means and M2 (Chan), in the order of the ranks: the same bits everywhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        eps: float,
+        momentum: float,
+        group: Any,
+    ) -> Tensor:
+        over = [d for d in range(x.dim()) if d != 1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        var, mean = torch.var_mean(x.to(wide), over, correction=0)
+        mine = torch.cat([mean, var, mean.new_tensor([x.numel() / x.shape[1]])])
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, mine, group=group)
+        channels = x.shape[1]
+        table = torch.stack(everyone)
+        means, variances, counts = table[:, :channels], table[:, channels:-1], table[:, -1:]
+        count = float(counts.sum())
+        if count <= 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got {tuple(x.shape)} over all ranks"
+            )
+        mean = (counts * means).sum(0) / count
+        var = (counts * (variances + (means - mean).square())).sum(0) / count
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        inverse = (var + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.count, ctx.group, ctx.has_bias = count, group, bias is not None
+        # with the statistics given, evaluation mode normalises in one pass
+        return F.batch_norm(x, mean.to(wide), var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, inverse = ctx.saved_tensors
+        over = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        wide = mean.dtype
+        dy, centred = grad.to(wide), x.to(wide) - mean.view(shape)
+        sums = torch.cat([dy.sum(over), (dy * centred).sum(over)])
+        channels = x.shape[1]
+        d_bias, d_weight = sums[:channels].clone(), sums[channels:] * inverse
+        dist.all_reduce(sums, group=ctx.group)
+        of_dy, of_product = (sums / ctx.count).split(channels)
+        scale = inverse if weight is None else inverse * weight.to(wide)
+        dx = (dy - of_dy.view(shape) - centred * (of_product * inverse.square()).view(shape)) * scale.view(shape)
+        return (
+            dx.to(x.dtype),
+            None if weight is None else d_weight.to(weight.dtype),
+            d_bias.to(grad.dtype if weight is None else weight.dtype) if ctx.has_bias else None,
+            *[None] * 5,
+        )
+
+
+register_rule(SyncBatchNorm, batch_norm_rule)

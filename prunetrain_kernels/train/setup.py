@@ -1,0 +1,224 @@
+"""From options to what a training starts with: device, ranks, data, network, and the checkpoint to go on from."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunetrain_kernels.data import ImageData, load
+from prunetrain_kernels.errors import CheckpointError, InputError
+from prunetrain_kernels.machine import processor
+from prunetrain_kernels.models import build
+from prunetrain_kernels.nn import synchronize_batch_norm
+from prunetrain_kernels.optim import SGD, ProximalSGD
+from prunetrain_kernels.prune.checkpoint import read_checkpoint
+from prunetrain_kernels.train.config import TrainConfig
+from prunetrain_kernels.train.distributed import Ranks
+from prunetrain_kernels.train.mini_batch import MiniBatch
+
+SMALLEST_BATCH = 2  # batch norm refuses one image
+CHECKPOINT = "checkpoint.pt"
+RUN_FILES = ("config.json", "log.csv", "channels.csv", "slices.npz", "summary.json", CHECKPOINT)
+# options that a resumed run, or another rank, may have otherwise: they decide no result
+NOT_COMPARED = ("out", "cache", "threads", "rank_timeout")
+FIT_ON_DEVICE = 4 << 30  # bytes of images that are worth keeping on a GPU whole
+
+
+def saved_state(config: TrainConfig, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if any; refuses to write over a run that nobody said to replace."""
+    folder = Path(config.out)
+    checkpoint = folder / CHECKPOINT
+    try:
+        has_checkpoint = checkpoint.exists()
+        if not (resume or overwrite) and (has_checkpoint or (folder / "config.json").exists()):
+            raise InputError(f"'{folder}' holds a run already; add --resume to go on, --overwrite to replace it.")
+        # A process killed while it wrote a file left the unfinished one aside.
+        for name in RUN_FILES:
+            for unfinished in folder.glob(f".{name}.*-*.tmp"):
+                unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"the run folder '{folder}' cannot be used: {error.strerror or error}.") from error
+    if overwrite or not has_checkpoint:
+        return None
+    saved = read_checkpoint(checkpoint)
+    if "config" not in saved["extra"]:
+        raise CheckpointError(f"'{checkpoint}' was not written by `prunetrain train`; choose another --out.")
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}  # of options that came later
+    before = {**defaults, **json.loads(saved["extra"]["config"])}
+    for option, value in json.loads(json.dumps(asdict(config))).items():
+        if option == "start_from" and value is not None and before[option] is not None:
+            continue  # it is not read again, so it may have moved
+        if option not in NOT_COMPARED and value != before[option]:
+            raise CheckpointError(
+                f"'{folder}' was trained with --{option.replace('_', '-')} {before[option]}, not {value}; "
+                "resume with the same options, or choose another --out."
+            )
+    return saved
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """The device to train on; of several processes on a machine, each has a GPU of its own."""
+    name, local, many = (
+        config.device,
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")) > 1,
+    )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if many and name.startswith("cuda"):
+        if name != "cuda":
+            raise InputError(f"--device {name} is one GPU, and every process needs its own: use --device cuda.")
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many "
+                "processes as there are GPUs (torchrun --nproc-per-node=gpu), or use --device cpu."
+            )
+        name = f"cuda:{local}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    if many and device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Raises where the batch cannot be shared out, or the ranks were started with different options."""
+    if ranks.world > 1 and (config.batch % ranks.world or config.batch < SMALLEST_BATCH * ranks.world):
+        raise InputError(
+            f"--batch {config.batch} is the batch of all {ranks.world} processes together: it must be a multiple of "
+            f"{ranks.world}, and at least {SMALLEST_BATCH * ranks.world}."
+        )
+    options = {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
+    ranks.agree("the options", json.dumps(options, sort_keys=True))
+
+
+def environment(device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """What the numbers of a run were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "device_name": name,
+        "processor": processor(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "threads_used": torch.get_num_threads(),
+        "ranks": ranks.world,
+    }
+
+
+def optimizer_class(config: TrainConfig) -> type[torch.optim.SGD]:
+    if config.proximal:
+        return ProximalSGD
+    return SGD if config.fuse else torch.optim.SGD
+
+
+def dense_start(config: TrainConfig) -> dict[str, Tensor]:
+    """The tensors of the dense network that `config.start_from` names."""
+    assert config.start_from is not None
+    path = Path(config.start_from)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if path.parent.resolve() == Path(config.out).resolve():
+        raise InputError(f"--start-from {config.start_from} is the run folder itself; choose another --out.")
+    payload = read_checkpoint(path)
+    if "config" not in payload["extra"]:
+        raise CheckpointError(f"'{path}' was not written by `prunetrain train`; --start-from needs one that was.")
+    trained = json.loads(payload["extra"]["config"])
+    if trained["model"] != config.model:
+        raise CheckpointError(
+            f"--start-from {config.start_from} is a {trained['model']}, not a {config.model}; give the same --model."
+        )
+    if not trained["dense"] or payload["stand_ins"]:
+        raise CheckpointError(
+            f"--start-from {config.start_from} was pruned while it trained; give a run trained with --dense."
+        )
+    if payload["extra"]["epoch"] < trained["epochs"] + trained["fine_tune_epochs"]:
+        raise CheckpointError(
+            f"--start-from {config.start_from} is unfinished, {payload['extra']['epoch']} of {trained['epochs']} "
+            "epochs; finish it first with --resume."
+        )
+    state: dict[str, Tensor] = payload["model"]
+    return state
+
+
+def check_dense_start(config: TrainConfig, model: nn.Module, start: dict[str, Tensor]) -> None:
+    """Raises CheckpointError unless `start` has tensors of the model's names and shapes, and no others."""
+    mine = model.state_dict()
+    for name in (*mine, *start):
+        here, there = (tuple(state[name].shape) if name in state else "absent" for state in (mine, start))
+        if here != there:
+            raise CheckpointError(
+                f"--start-from {config.start_from}: '{name}' is {there} there and {here} in this network; it must be a "
+                "dense run of the same --model, with as many classes."
+            )
+
+
+def load_data(config: TrainConfig, device: torch.device) -> ImageData:
+    data = load(
+        config.data,
+        image_size=config.image_size,
+        cache=None if config.cache is None else Path(config.cache),
+        limit_train=config.limit_train,
+        limit_val=config.limit_val,
+        seed=config.seed,
+        classes=config.classes,
+    )
+    if config.crop is not None:
+        data = dataclasses.replace(data, crop=config.crop, padding=0)
+    if len(data.train_labels) < 2 or len(data.val_labels) < 1:
+        raise InputError(f"'{config.data}' has too few images: training needs 2 and validation 1; raise the limits.")
+    small = data.train_images.numel() + data.val_images.numel() <= FIT_ON_DEVICE
+    return data.to(device) if device.type == "cuda" and small else data
+
+
+def build_model(config: TrainConfig, data: ImageData, device: torch.device, ranks: Ranks) -> nn.Module:
+    channels, height, width = data.image_shape
+    model = build(config.model, data.classes, in_channels=channels)
+    least = getattr(model, "minimum_input_size", 1)
+    if min(height, width) < least:
+        raise InputError(
+            f"{config.model} needs images of at least {least} x {least} pixels, and those of '{config.data}' are "
+            f"{height} x {width}; choose another --model, or --image-size."
+        )
+    model.to(device)
+    if config.sync_batch_norm and ranks.world > 1:
+        synchronize_batch_norm(model)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def check_logits(config: TrainConfig, model: nn.Module, example: tuple[Tensor, ...], classes: int) -> None:
+    model.eval()
+    with torch.no_grad():
+        logits = model(*example)
+    model.train()
+    if not isinstance(logits, Tensor) or logits.shape != (len(example[0]), classes):
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(
+            f"{config.model} must return one logit for each of the data's {classes} classes, shape "
+            f"({len(example[0])}, {classes}) for {len(example[0])} images, but returned {got}."
+        )
+
+
+def mini_batch(config: TrainConfig, images: int, ranks: Ranks) -> MiniBatch | None:
+    """One rank's share of a batch that grows, or None; the options are of all ranks together, but for the memory."""
+    if config.dense or not config.grow_batch:
+        return None
+    limit = config.batch_limit if config.batch_limit is not None else max(images, config.batch)
+    return MiniBatch(
+        config.batch // ranks.world,
+        granularity=math.lcm(config.batch_granularity, ranks.world) // ranks.world,
+        budget_bytes=config.memory_budget,
+        maximum=limit // ranks.world,
+        learning_rate=config.lr_rule,
+    )

@@ -1,0 +1,200 @@
+"""What a run has cost: of the network in its present shape, summed over the run, and as summary.json tells it."""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunetrain_kernels.cost import batch_norm_bytes, gradient_bytes, step_memory
+from prunetrain_kernels.train.prunetrain import PruneTrain
+
+
+@dataclass
+class Costs:
+    """What the network costs in its present shape."""
+
+    training_flops: int
+    inference_flops: int
+    batch_norm: int
+    gradient: int
+    memory_fixed: int
+    memory_per_image: float
+    parameters: int
+
+
+@dataclass
+class Totals:
+    """Sums over the whole run, in every checkpoint; of several ranks, over all of them but for what is sent."""
+
+    images: int = 0
+    flops: int = 0
+    batch_norm: int = 0
+    communication: int = 0
+    all_reduced: int = 0
+    wall: float = 0.0
+    lasso: float = 0.0
+    reconfigure: float = 0.0
+    batch_sizes: list[int] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    dense: dict[str, float] = field(default_factory=dict)
+
+    def add(self, epoch: "EpochSums", lasso: float, wall: float, all_reduced: int) -> None:
+        """Adds an epoch: its seconds in the lasso, since the last epoch's end, and the bytes that it sent."""
+        self.images += epoch.images
+        self.flops += epoch.flops
+        self.batch_norm += epoch.batch_norm
+        self.communication += epoch.gradient
+        self.all_reduced += all_reduced
+        self.lasso += lasso
+        self.reconfigure += epoch.reconfigure_seconds
+        self.wall += wall
+        timed = epoch.step_times and epoch.loss.device.type == "cpu"
+        self.step_seconds.append(statistics.median(epoch.step_times) if timed else epoch.seconds / epoch.steps)
+
+
+class EpochSums:
+    """Sums over the steps of one epoch, of all ranks together; loss, hits, memory and gradients are this rank's.
+
+    Args:
+        batch, lr: at its first step.
+        device: where the model is; the loss and the hits are summed there, so that no step waits.
+    """
+
+    def __init__(self, batch: int, lr: float, device: torch.device) -> None:
+        self.batch, self.lr = batch, lr
+        self.loss = torch.zeros((), device=device)
+        self.correct = torch.zeros((), device=device)
+        self.steps = self.images = 0
+        self.flops = self.batch_norm = self.gradient = 0  # whole numbers: a dense run's ratios are exactly 1
+        self.memory = 0.0
+        self.reconfigure_seconds = self.measure_seconds = self.seconds = 0.0
+        self.step_times: list[float] = []
+        self.start = time.perf_counter()
+
+    def count(self, images: int, ranks: int, costs: Costs) -> None:
+        """A step of so many images, shared out to so many ranks."""
+        self.steps += 1
+        self.images += images
+        self.flops += costs.training_flops * images
+        self.batch_norm += costs.batch_norm * images
+        self.gradient += costs.gradient
+        self.memory = max(self.memory, costs.memory_fixed + costs.memory_per_image * math.ceil(images / ranks))
+
+    def stop(self) -> None:
+        """After the last step: its seconds, without those of reconfigurations."""
+        elapsed = time.perf_counter() - self.start
+        self.seconds = elapsed - self.reconfigure_seconds - self.measure_seconds
+
+    def row(self, costs: Costs, lasso: float, all_reduced: int) -> dict[str, float]:
+        """Its cells in log.csv, but for loss and accuracies."""
+        return {
+            "train_flops": self.flops / self.steps,
+            "train_flops_per_image": self.flops / self.images,
+            "inference_flops": costs.inference_flops,
+            "params": costs.parameters,
+            "bn_bytes": self.batch_norm / self.steps,
+            "memory_bytes": self.memory,
+            "gradient_bytes": self.gradient / self.steps,
+            "all_reduced_bytes": all_reduced / self.steps,
+            "steps": self.steps,
+            "batch": self.batch,
+            "lr": self.lr,
+            "train_seconds": self.seconds - lasso,
+            "lasso_seconds": lasso,
+            "reconfigure_seconds": self.reconfigure_seconds,
+        }
+
+
+class Stopwatch:
+    """Seconds spent in a part of the step. On CUDA measured by events on the stream, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds = 0.0
+        self.pending: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if self.cuda:
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            yield
+            last.record()
+            self.pending.append((first, last))
+        else:
+            start = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - start
+
+    def take(self) -> float:
+        """Seconds since the last call; waits for the device."""
+        if self.pending:
+            torch.cuda.synchronize()
+            self.seconds += sum(first.elapsed_time(last) for first, last in self.pending) / 1e3
+            self.pending.clear()
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def costs_now(prunetrain: PruneTrain, example: tuple[Tensor, ...], optimizer: Optimizer, share: int) -> Costs:
+    """Measures the network as it is; `share` is the number of images in a step of one rank."""
+    model = prunetrain.model
+    memory = prunetrain.batch.memory if prunetrain.batch is not None else None
+    if memory is None:
+        # near the batch in use, because on CUDA a small batch peaks in another place than a large one
+        memory = step_memory(model, example, optimizer, (max(2, share // 2), max(3, share)))
+    return Costs(
+        training_flops=prunetrain.flops.training,
+        inference_flops=prunetrain.flops.inference,
+        batch_norm=batch_norm_bytes(model, example),
+        gradient=gradient_bytes(model),
+        memory_fixed=memory.fixed,
+        memory_per_image=memory.per_image,
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether no weight and no running statistic is infinite or no number."""
+    state: list[Tensor] = list(model.parameters())
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            state += [t for t in (module.running_mean, module.running_var) if t is not None]
+    return bool(torch.stack([t.detach().isfinite().all() for t in state]).all())
+
+
+def summary_of(totals: Totals, last: Costs, dense_steps: int, epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of summary.json; `dense_steps` is how many steps a dense run over as many epochs takes."""
+    dense = totals.dense
+    return {
+        "val_accuracy": epochs[-1]["val_accuracy"],
+        "best_val_accuracy": max(row["val_accuracy"] for row in epochs),
+        "train_flops_ratio": _ratio(totals.flops, dense["training_flops"] * totals.images),
+        "inference_flops_ratio": _ratio(last.inference_flops, dense["inference_flops"]),
+        "params_ratio": _ratio(last.parameters, dense["parameters"]),
+        "bn_bytes_ratio": _ratio(totals.batch_norm, dense["batch_norm"] * totals.images),
+        "comm_bytes_ratio": _ratio(totals.communication, dense["gradient"] * dense_steps),
+        "wall_seconds": totals.wall,
+        "lasso_seconds": totals.lasso,
+        "reconfigure_seconds": totals.reconfigure,
+        "batch_sizes": totals.batch_sizes,
+        "step_seconds_first": totals.step_seconds[0],
+        "step_seconds_last": totals.step_seconds[-1],
+        "train_flops": totals.flops,
+        "inference_flops": last.inference_flops,
+        "params": last.parameters,
+        "images": totals.images,
+        "all_reduced_bytes": totals.all_reduced,
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    """part / whole; 1 where there is nothing of either (a network without batch norm)."""
+    return part / whole if whole else 1.0

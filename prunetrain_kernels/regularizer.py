@@ -30,9 +30,10 @@ class Group(NamedTuple):
 class GroupLasso:
     """R(W) of a model (paper Eq. 2): one norm per input channel and one per output channel of every layer.
 
-    Penalised are all convolutions with groups == 1 and all linear layers that tracing finds. Left out are the channels
-    that the network's input brings and its output makes, depthwise convolutions, biases and normalisation parameters,
-    and layers inside submodules that tracing could not enter (`graph.opaque` lists those).
+    Penalised are all convolutions and linear layers that tracing finds. Left out are the channels that the network's
+    input brings and its output makes, depthwise convolutions, biases and normalisation parameters, and layers inside
+    submodules that tracing could not enter (`graph.opaque` lists those). An input group of a convolution with groups is
+    the same channel of every group, `W[:, c]` of its (K, C / groups, ...) weight. The paper has no such convolutions.
 
     It reads the model's present weights at every call, and goes on working after a reconfiguration.
 
@@ -60,12 +61,13 @@ class GroupLasso:
         graph = graph or trace_channels(model, example_inputs)
         self._groups: dict[str, Groups] = {}
         self._path: dict[str, list[str]] = {}
+        self._sides: dict[str, tuple[str, str]] = {}
         for layer in graph.layers.values():
-            groups = Groups(
-                layer.block, not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output
-            )
-            if groups.inputs or groups.outputs:
-                self._groups[layer.name] = groups
+            sides = not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output
+            if any(sides):
+                # as `Groups` has it the weight's first dimension is the output
+                self._groups[layer.name] = Groups(layer.block, *(reversed(sides) if layer.transposed else sides))
+                self._sides[layer.name] = ("out", "in") if layer.transposed else ("in", "out")
                 self._path[layer.name] = layer.name.split(".") if layer.name else []
         if not self._groups:
             raise InputError("the model has no channels to penalise: it has one layer only, or none that was traced.")
@@ -99,7 +101,7 @@ class GroupLasso:
         statistics = slice_statistics(*self.weights(), self.eps)
         for name, norms, sizes in zip(names, *statistics, strict=True):
             used_sides = (self._groups[name].inputs, self._groups[name].outputs)
-            for side, used, norm, size in zip(("in", "out"), used_sides, norms, sizes, strict=True):
+            for side, used, norm, size in zip(self._sides[name], used_sides, norms, sizes, strict=True):
                 if used:
                     pairs = zip(norm.tolist(), size.tolist(), strict=True)
                     table += [Group(name, side, channel, n, m) for channel, (n, m) in enumerate(pairs)]

@@ -10,6 +10,7 @@ it is (`gating.py`). Where layers are gated, the channels of a space are put int
 contiguous ranges, as far as that is possible (`order.py`): a range needs no index.
 """
 
+import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from prunetrain_kernels.cost.convolution import Form
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.functions import POINTWISE_FUNCTIONS, POINTWISE_METHODS
 from prunetrain_kernels.graph.gating import (
     ALL_LIVE,
     BATCH,
@@ -36,7 +38,7 @@ from prunetrain_kernels.graph.gating import (
     live_channels,
 )
 from prunetrain_kernels.graph.order import contiguous_order
-from prunetrain_kernels.graph.rules import POINTWISE_FUNCTIONS, POINTWISE_METHODS, POINTWISE_MODULES
+from prunetrain_kernels.graph.rules import POINTWISE_MODULES
 from prunetrain_kernels.graph.spaces import ChannelGraph, Layer, Space
 from prunetrain_kernels.ops.group_lasso import Groups, slice_statistics
 
@@ -209,7 +211,8 @@ def _slice_sizes(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Tenso
         _, sizes = slice_statistics([_weight(model, layer) for layer in layers], groups)
         parts = [side.float() for pair in sizes for side in pair]
         flat = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
-        result |= {layer.name: (next(flat), next(flat)) for layer in layers}
+        pairs = {layer.name: (next(flat), next(flat)) for layer in layers}
+        result |= {layer.name: pairs[layer.name][:: -1 if layer.transposed else 1] for layer in layers}
     for layer in graph.layers.values():
         if layer.live_in is not None or layer.live_out is not None:
             spaces = (graph.spaces[layer.input].size, graph.spaces[layer.output].size)
@@ -268,6 +271,7 @@ def _members(space: Space) -> Iterable[tuple[int, Tensor, Tensor]]:
 
 def _channels(graph: ChannelGraph, largest: list[Tensor], live: list[Tensor], round_to: int) -> list[Tensor]:
     """The kept channels of each space, ascending: what members keep, spaces that are put together keep."""
+    times = _repeats(graph)
     channels: list[Tensor] = []
     for i, space in enumerate(graph.spaces):  # members come before what is put together from them
         if space.members is not None:
@@ -276,12 +280,30 @@ def _channels(graph: ChannelGraph, largest: list[Tensor], live: list[Tensor], ro
                 kept[own] = torch.isin(at, channels[n])
             channels.append(kept.nonzero().flatten())
         else:
-            channels.append(torch.arange(space.size) if space.frozen else _kept(live[i], largest[i], round_to))
+            multiple = round_to // math.gcd(round_to, times[i])
+            kept = _kept(live[i], largest[i], multiple, space.least)
+            channels.append(torch.arange(space.size) if space.frozen else kept)
     return channels
 
 
-def _kept(live: Tensor, largest: Tensor, round_to: int) -> Tensor:
-    count = max(1, int(live.sum()))
+def _repeats(graph: ChannelGraph) -> list[int]:
+    """How many features each channel of a space stands for wherever it is used, at least: rounding counts features."""
+    times = [0] * len(graph.spaces)
+    for i, space in enumerate(graph.spaces):
+        grouped = [name for name in space.consumers if graph.layers[name].groups > 1]
+        if len(grouped) == len(space.consumers) + len(space.producers) + len(space.followers):
+            continue  # there it is one group's
+        if space.members is None:
+            times[i] = 1
+            continue
+        for n, _, at in _members(space):
+            for count in at.bincount().unique().tolist():
+                times[n] = math.gcd(times[n], count)
+    return [max(1, t) for t in times]
+
+
+def _kept(live: Tensor, largest: Tensor, round_to: int, least: int = 1) -> Tensor:
+    count = max(least, int(live.sum()))
     target = min(len(live), -(-count // round_to) * round_to)
     # Live channels come first whatever their size, then the sparse ones from the largest down; ties by position.
     order = torch.argsort(torch.where(live, torch.inf, largest), descending=True, stable=True)

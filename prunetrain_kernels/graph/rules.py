@@ -1,22 +1,24 @@
-"""What is known of modules, functions and tensor methods: which pass channels on, which end a space and begin another.
+"""What modules do to channels: which pass them on, which end a space and begin another.
 
-A rule is asked by the walk in `trace.py` and says whether it understood the call. One that it did not understand
-freezes what it touches.
+A rule is asked by the walk in `trace.py`. It says True if it understood the call, False if it did not, or a sentence
+that says why it cannot be followed; what is not followed freezes what it touches. `functions.py` has the rules for
+functions and tensor methods.
 """
 
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from prunetrain_kernels.graph.functions import Outcome, convolution, linear, reshape_to, shuffle, softmax
+
 if TYPE_CHECKING:
     from prunetrain_kernels.graph.trace import Walk
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # Work on each value by itself, so channels go through untouched whatever the number of dimensions.
 POINTWISE_MODULES = (
@@ -29,120 +31,117 @@ SPATIAL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d,
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
     nn.AdaptiveMaxPool3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d,
-    nn.ReplicationPad1d, nn.ReplicationPad2d, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Upsample,
-    nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
+    nn.ReplicationPad1d, nn.ReplicationPad2d, nn.CircularPad1d, nn.CircularPad2d, nn.ConstantPad1d, nn.ConstantPad2d,
+    nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
 )  # fmt: skip
-POINTWISE_FUNCTIONS = {
-    F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.elu, F.elu_, F.selu, F.celu, F.gelu, F.silu, F.mish,
-    F.hardswish, F.hardtanh, F.hardsigmoid, F.sigmoid, F.logsigmoid, F.tanh, F.softplus, F.softsign, F.dropout,
-    torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.clone, torch.abs, torch.neg, torch.square, torch.clamp,
-    operator.neg, operator.pos,
-}  # fmt: skip
-SPATIAL_FUNCTIONS = {
-    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
-    F.interpolate, F.dropout2d,
-}  # fmt: skip
-POINTWISE_METHODS = {
-    "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "clone", "contiguous", "detach", "float", "half",
-    "bfloat16", "double", "abs", "neg", "square", "clamp", "clamp_", "to", "type_as",
-}  # fmt: skip
-ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-OTHER_BINARY = {
-    operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.sub, torch.mul,
-    torch.div, torch.maximum, torch.minimum, "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum",
-}  # fmt: skip
-# torch.fx records `a += b` as operator.add, so a plain `a + b` has to count as one that may write into a.
-IN_PLACE = {operator.add, operator.iadd, "add_"}
-# Tell something of a tensor that has nothing to do with its channels.
-PLAIN_READERS = {"dim", "ndimension", "is_floating_point", "is_contiguous", "type", "element_size", "get_device"}
-PLAIN_ATTRIBUTES = {"dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "itemsize"}
-
-
-@dataclass(frozen=True)
-class Channels:
-    """What dim 1 of a value holds: `block` features for each of the channels `ids`.
-
-    An id stands for one channel wherever it goes: a concatenation has the ids of its parts one after the other, a sum
-    makes the ids of its operands one. Channels that have to stay or go together have one id.
-    """
-
-    ids: tuple[int, ...]
-    block: int = 1
 
 
 # -- modules: True if the module was understood -----------------------------------------------------------------------
 
-ModuleRule = Callable[["Walk", fx.Node, str, Any], bool]
+ModuleRule = Callable[["Walk", fx.Node, str, Any], Outcome]
 
 
-def _has_plain_weight(module: nn.Module) -> bool:
-    """Weight and bias are the module's own, not recomputed (weight norm, masks), and there is nothing else."""
+def _weight_of(module: nn.Module) -> nn.Parameter | None:
+    """The weight, if it and a bias are all that the module has and are its own: no weight norm, no masks."""
     names = module._parameters.keys()
-    own = isinstance(module._parameters.get("weight"), nn.Parameter) and names <= {"weight", "bias"}
-    return own and not module._buffers and not hasattr(module, "parametrizations")
+    weight = module._parameters.get("weight")
+    plain = names <= {"weight", "bias"} and not module._buffers and not hasattr(module, "parametrizations")
+    return weight if plain and isinstance(weight, nn.Parameter) else None
 
 
-def _convolution(walk: "Walk", node: fx.Node, name: str, module: Any) -> bool:
-    source = node.args[0] if len(node.args) == 1 else None
-    shape = walk.shape(source)
-    if not isinstance(source, fx.Node) or source not in walk.channels or shape is None or not _has_plain_weight(module):
+def _convolution(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+    weight = _weight_of(module)
+    transposed = isinstance(module, TRANSPOSED)
+    plain_call = len(node.args) == 1 and not node.kwargs
+    if weight is None or not plain_call:
         return False
-    value = walk.channels[source]
-    if value.block != 1 or len(shape) != module.weight.dim():
-        return False
-    if module.groups == 1:
-        return walk.make_layer(node, name, "conv", value, module.out_channels)
-    if module.groups == module.in_channels == module.out_channels:
-        return walk.shape(node) is not None and walk.follow_value(node, name, "depthwise", value)
-    return False
+    return convolution(walk, node, name, weight, module.groups, transposed)
 
 
-def _linear(walk: "Walk", node: fx.Node, name: str, module: Any) -> bool:
-    source = node.args[0] if len(node.args) == 1 else None
-    shape = walk.shape(source)
-    if not isinstance(source, fx.Node) or source not in walk.channels or shape is None or not _has_plain_weight(module):
-        return False
-    if len(shape) != 2:
-        return False
-    return walk.make_layer(node, name, "linear", walk.channels[source], module.out_features)
+def _linear(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+    weight = _weight_of(module)
+    return weight is not None and len(node.args) == 1 and linear(walk, node, name, weight)
 
 
-def batch_norm_rule(walk: "Walk", node: fx.Node, name: str, module: Any) -> bool:
+def batch_norm_rule(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
     """One value per channel and nothing else, so it passes the space on and is sliced with it."""
     plain = module._parameters.keys() <= {"weight", "bias"} and not hasattr(module, "parametrizations")
-    plain = plain and module._buffers.keys() <= {"running_mean", "running_var", "num_batches_tracked"}
+    plain = plain and module._buffers.keys() <= {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     return plain and walk.follow(node, name, "batch_norm")
 
 
-def _prelu(walk: "Walk", node: fx.Node, name: str, module: Any) -> bool:
-    if not _has_plain_weight(module):
+def _mixing_norm(walk: "Walk", node: fx.Node, name: str, module: nn.Module) -> Outcome:
+    if isinstance(module, nn.GroupNorm) and module.affine and module.num_groups == module.num_channels:
+        return walk.follow(node, name, "instance_norm")
+    return f"'{name}' ({type(module).__name__}) divides by the spread over several channels, so none of them can go"
+
+
+def _instance_norm(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+    """Each channel of each image by itself."""
+    return walk.follow(node, name, "instance_norm")
+
+
+def _prelu(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+    if _weight_of(module) is None:
         return False
     return walk.passes(node) if module.num_parameters == 1 else walk.follow(node, name, "prelu")
 
 
-def _pointwise(walk: "Walk", node: fx.Node, name: str, module: Any) -> bool:
+def _pointwise(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
     return walk.passes(node)
 
 
-def _spatial(walk: "Walk", node: fx.Node, name: str, module: Any) -> bool:
+def _spatial(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
     digit = next((int(c) for c in type(module).__name__ if c.isdigit()), 2)
-    return walk.passes(node, spatial_dims=digit)
+    return walk.passes_spatially(node, digit)
 
 
-def _flatten_module(walk: "Walk", node: fx.Node, name: str, module: nn.Flatten) -> bool:
-    return bool(module.start_dim == 1) and walk.flatten(node)
+def _flatten_module(walk: "Walk", node: fx.Node, name: str, module: nn.Flatten) -> Outcome:
+    return reshape_to(walk, node, None)
+
+
+def _unflatten_module(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+    before = walk.shape(node.args[0]) or ()
+    if not isinstance(module.dim, int) or not before:
+        return False
+    dim = module.dim % len(before)
+    return reshape_to(walk, node, [*([-1] * dim), *module.unflattened_size, *([-1] * (len(before) - dim - 1))])
+
+
+def _shuffle(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+    kind = {nn.PixelShuffle: "pixel_shuffle", nn.PixelUnshuffle: "pixel_unshuffle"}.get(type(module), "channel_shuffle")
+    size = next(getattr(module, a) for a in ("upscale_factor", "downscale_factor", "groups") if hasattr(module, a))
+    return shuffle(walk, node, kind, size)
+
+
+def _softmax(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+    return softmax(walk, node, module.dim)
 
 
 _RULES: dict[type[nn.Module], ModuleRule] = {
-    nn.modules.conv._ConvTransposeNd: lambda walk, node, name, module: False,
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), _convolution),
     nn.Linear: _linear,
     nn.modules.batchnorm._BatchNorm: batch_norm_rule,
+    nn.modules.instancenorm._InstanceNorm: _instance_norm,
+    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d), _mixing_norm),
     nn.PReLU: _prelu,
     nn.Flatten: _flatten_module,
+    nn.Unflatten: _unflatten_module,
+    **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), _shuffle),
+    **dict.fromkeys((nn.Softmax, nn.LogSoftmax), _softmax),
     **dict.fromkeys(POINTWISE_MODULES, _pointwise),
     **dict.fromkeys(SPATIAL_MODULES, _spatial),
+}
+
+
+# Classes of libraries that need not be installed, by their qualified names.
+_NAMED_RULES: dict[str, ModuleRule] = {
+    "torchvision.ops.stochastic_depth.StochasticDepth": _pointwise,
+    "torchvision.ops.misc.FrozenBatchNorm2d": batch_norm_rule,
+    "timm.layers.drop.DropPath": _pointwise,
+    "timm.layers.conv2d_same.Conv2dSame": _convolution,
+    "timm.layers.pool2d_same.MaxPool2dSame": _spatial,
+    "timm.layers.pool2d_same.AvgPool2dSame": _spatial,
 }
 
 
@@ -151,6 +150,9 @@ def rule_for(module: nn.Module) -> ModuleRule | None:
     own_forward = module.__dict__.get("forward")
     if own_forward is not None and not getattr(own_forward, "computes_the_same", False):
         return None  # replaced on this very module
+    named = _NAMED_RULES.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    if named is not None:
+        return named
     for cls, rule in _RULES.items():
         if not isinstance(module, cls):
             continue
@@ -212,62 +214,3 @@ def expand_sum_and_relu(program: fx.Graph, node: fx.Node, relu: bool) -> None:
             last = program.call_function(F.relu, (last,))
     node.replace_all_uses_with(last)
     program.erase_node(node)
-
-
-# -- functions and tensor methods --------------------------------------------------------------------------------------
-
-
-def understands_function(walk: "Walk", node: fx.Node) -> bool:
-    """Rules for `call_function` and `call_method` nodes; True if the operation was understood."""
-    target, args = node.target, node.args
-    if target in POINTWISE_FUNCTIONS or (node.op == "call_method" and target in POINTWISE_METHODS):
-        return walk.passes(node)
-    if target in SPATIAL_FUNCTIONS:
-        shape = walk.shape(args[0]) if args else None
-        return shape is not None and len(shape) > 2 and walk.passes(node)
-    if target in ADDITIONS or target in OTHER_BINARY:
-        return walk.binary(node, addition=target in ADDITIONS)
-    if target in (torch.flatten, "flatten"):
-        start = args[1] if len(args) > 1 else node.kwargs.get("start_dim", 0)
-        end = args[2] if len(args) > 2 else node.kwargs.get("end_dim", -1)
-        return bool(start == 1 and end == -1) and walk.flatten(node)
-    if target in ("view", "reshape", torch.reshape):
-        # The channel count must not be written out: x.view(x.size(0), -1) follows pruned channels, x.view(-1, 512) not.
-        sizes = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-        return bool(len(sizes) == 2 and sizes[1] == -1) and walk.flatten(node)
-    if target in (torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.squeeze, "squeeze"):
-        return _drops_spatial_dims(walk, node)
-    return target is F.pad and _pad(walk, node)
-
-
-def _dims(value: Any, ndim: int) -> list[int] | None:
-    dims = [value] if isinstance(value, int) else value
-    if not isinstance(dims, list | tuple) or not all(isinstance(d, int) for d in dims):
-        return None
-    return [d % ndim for d in dims]
-
-
-def _drops_spatial_dims(walk: "Walk", node: fx.Node) -> bool:
-    """mean, sum, max or squeeze over spatial dimensions only."""
-    source = node.args[0] if node.args else None
-    before = walk.shape(source)
-    if not isinstance(source, fx.Node) or source not in walk.channels or before is None or len(before) < 3:
-        return False
-    dims = _dims(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"), len(before))
-    if dims is None or not dims or min(dims) < 2:
-        return False
-    walk.channels[node] = walk.channels[source]
-    return True
-
-
-def _pad(walk: "Walk", node: fx.Node) -> bool:
-    """Padding of spatial dimensions only; padding channels would renumber them."""
-    before = walk.shape(node.args[0] if node.args else None)
-    pad = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
-    if before is None or not isinstance(pad, list | tuple) or len(pad) > 2 * (len(before) - 2):
-        return False
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or source not in walk.channels:
-        return False
-    walk.channels[node] = walk.channels[source]
-    return True

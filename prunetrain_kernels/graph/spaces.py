@@ -21,17 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Layer:
-    """A convolution (groups == 1) or linear layer: it reads one space and produces another.
+    """A convolution or linear layer: it reads one space and produces another.
+
+    In a convolution with groups the space it reads is that of one group: the same channels of every group stay.
 
     Attributes:
         name: the module's qualified name.
-        kind: "conv" or "linear".
+        kind: "conv", "linear" or "conv_transpose", whose weight is (C, K, ...), not (K, C, ...).
         input: index of the space it reads.
         output: index of the space it produces.
         block: features per input channel: H*W for a linear layer behind a flatten, else 1.
         live_in, live_out: of a gated layer, the channels of either space that it computes, int64, in the order of its
             weight's; None for all.
         map_in, map_out: height and width of what it read and gave on the example inputs (at its first call).
+        groups: of a convolution.
     """
 
     name: str
@@ -43,19 +46,30 @@ class Layer:
     live_out: Tensor | None = None
     map_in: tuple[int, ...] = ()
     map_out: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def transposed(self) -> bool:
+        return self.kind == "conv_transpose"
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Dimensions of the weight that its input and its output channels are in."""
+        return (0, 1) if self.transposed else (1, 0)
 
 
 @dataclass
 class Follower:
     """A module with one value per channel that passes its space on: batch norm, depthwise convolution, PReLU.
 
-    `block` is the number of features per channel, as in `Layer`.
+    `block` is the number of features per channel, as in `Layer`; `dim` the dimension of its tensors that they are in.
     """
 
     name: str
     kind: str
     space: int
     block: int = 1
+    dim: int = 0
 
 
 @dataclass
@@ -67,6 +81,7 @@ class Space:
         producers, consumers, followers: names of the layers that write it, read it, pass it on.
         frozen: why its channels must stay as they are, or None.
         is_input, is_output: whether it is an input or output of the whole network.
+        least: how many channels stay whatever happens; two where fewer would be something else (groups of one channel).
         members: of a space that is put together from others, as by a concatenation: for each of its channels the other
             space and the channel there, int64 (size, 2). What stays is decided there.
     """
@@ -78,6 +93,7 @@ class Space:
     frozen: str | None = None
     is_input: bool = False
     is_output: bool = False
+    least: int = 1
     members: Tensor | None = None
 
 
@@ -101,6 +117,7 @@ class ChannelGraph:
         opaque: submodules that tracing could not enter, and why.
         not_followed: the calls in `program` that froze what they touch.
         pinned: layers and followers that are also used where tracing does not look, and why: they are never removed.
+        tracer: "torch.fx" or "torch.export".
     """
 
     spaces: list[Space]
@@ -113,6 +130,12 @@ class ChannelGraph:
     opaque: dict[str, str] = field(default_factory=dict)
     not_followed: frozenset[fx.Node] = frozenset()
     pinned: dict[str, str] = field(default_factory=dict)
+    tracer: str = "torch.fx"
+
+    @property
+    def free_channels(self) -> int:
+        """How many channels may go."""
+        return sum(space.size for space in self.spaces if not space.frozen and space.members is None)
 
     def keep(
         self,
@@ -154,7 +177,8 @@ class ChannelGraph:
             weight = getattr(module, "weight", None)
             inputs, outputs = (len(side) for side in self.computed(layer.name))
             expected = (outputs, inputs * layer.block)
-            if not isinstance(weight, Tensor) or tuple(weight.shape[:2]) != expected:
+            shape = tuple(weight.shape[dim] for dim in reversed(layer.dims)) if isinstance(weight, Tensor) else None
+            if shape != expected:
                 raise InputError(
                     f"layer '{layer.name}' does not have the shape that was traced, {expected[0]} x {expected[1]} "
                     "channels; call trace_channels(model, example_inputs) again after every change to the model."
@@ -162,7 +186,7 @@ class ChannelGraph:
         for follower in self.followers.values():
             module, size = modules.get(follower.name), self.spaces[follower.space].size * follower.block
             tensors = [] if module is None else [*module._parameters.values(), *module._buffers.values()]
-            if module is None or any(t is not None and t.dim() > 0 and t.shape[0] != size for t in tensors):
+            if module is None or any(t is not None and t.dim() > 0 and t.shape[follower.dim] != size for t in tensors):
                 raise InputError(
                     f"'{follower.name}' does not have the {size} channels that were traced; call "
                     "trace_channels(model, example_inputs) again after every change to the model."

@@ -1,8 +1,9 @@
-"""Finds a model's channel spaces by tracing it with torch.fx.
+"""Finds a model's channel spaces by tracing it, with torch.fx or else with torch.export.
 
-The traced program is walked once. Every value that has channels (dim 1) is given a space; an operation that combines
-two values joins their spaces; a convolution or linear layer ends one space and begins another. An operation
-that `rules.py` does not know freezes the spaces it touches: their channels stay as they are, which is never wrong.
+The traced program is walked once. Every value that has channels has an id for each of them (`channels.py`); an
+operation that combines two values makes their ids one; a convolution or linear layer ends some and begins others. At
+the end the ids that the same layers use form a space. An operation that neither `rules.py` nor `functions.py` knows
+freezes the channels it touches: they stay as they are, which is never wrong.
 """
 
 import inspect
@@ -15,21 +16,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from prunetrain_kernels.errors import TraceError
-from prunetrain_kernels.graph.rules import (
-    IN_PLACE,
-    PLAIN_ATTRIBUTES,
-    PLAIN_READERS,
-    Channels,
-    expand_calls,
-    rule_for,
-    understands_function,
-)
+from prunetrain_kernels.graph.channels import Channels, Count
+from prunetrain_kernels.graph.exported import export_program
+from prunetrain_kernels.graph.functions import Outcome, counts, fixed_axes, understands_function
+from prunetrain_kernels.graph.rules import expand_calls, rule_for
 from prunetrain_kernels.graph.spaces import ChannelGraph, Follower, Layer, Merge, Space
 
 # More examples than this only cost time: shapes are the same, and max|dy| is measured at every reconfiguration.
 MOST_EXAMPLES = 8
+
+# Tell something of a tensor that has nothing to do with its channels.
+PLAIN_READERS = {"dim", "ndimension", "is_floating_point", "is_contiguous", "type", "element_size", "get_device"}
+PLAIN_ATTRIBUTES = {"dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "itemsize"}
+COUNT_IS_READ = "its number of channels is read by the forward"
+
+
+HOW_TO_TRACE = "Move the part that depends on data into a submodule of its own, whose channels then stay as they are."
+
+
+class _UntraceableError(Exception):
+    """torch.fx cannot follow the model's own forward."""
 
 
 class _Tracer(fx.Tracer):
@@ -44,6 +53,16 @@ class _Tracer(fx.Tracer):
         closed = module_qualified_name in self.closed
         return closed or rule_for(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """`for piece in x.chunk(4, 1)`: a number of pieces that is written out."""
+        node = obj.node
+        given = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+        if node.target in ("chunk", torch.chunk) and isinstance(given, int):
+            return iter([obj[i] for i in range(given)])
+        if node.target in ("split", torch.split, torch.functional.split) and isinstance(given, list | tuple):
+            return iter([obj[i] for i in range(len(given))])
+        return super().iter(obj)
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -57,31 +76,76 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
     """Finds every channel space of `model`.
 
     A submodule that torch.fx cannot trace (its control flow depends on data, say) is left closed: the channels of what
-    goes into it and comes out of it stay as they are, and the graph's `opaque` says why. The model is run once, on the
-    first few examples, in evaluation mode and without gradients; it is left as it was.
+    goes into it and comes out of it stay as they are, and the graph's `opaque` says why. Then, or where the model's own
+    forward cannot be traced, torch.export is tried, and its program is taken if more channels are free in it. The model
+    is run once, on the first few examples, in evaluation mode and without gradients; it is left as it was.
 
     Args:
         model: any module; `example_inputs` are its positional arguments.
         example_inputs: tensors with the batch in dim 0 and channels in dim 1.
 
     Raises:
-        TraceError: the model's own forward cannot be traced, or fails on the example inputs.
+        TraceError: the model's own forward cannot be traced, or fails on the example inputs; a module's weight is
+            computed by `torch.nn.utils.parametrize`.
     """
     examples = _few(example_inputs)
+    _refuse_parametrized(model)
+    with _as_it_was(model, examples):
+        graph, failed = None, None
+        try:
+            graph = _by_fx(model, examples)
+        except _UntraceableError as error:
+            failed = error
+        if graph is None or graph.opaque:
+            try:
+                exported = _by_export(model, examples)
+            except Exception as error:
+                if graph is None:
+                    why = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+                    raise TraceError(f"{failed}; torch.export says: {why}. {HOW_TO_TRACE}") from failed
+            else:
+                if graph is None or exported.free_channels > graph.free_channels:
+                    return exported
+    return graph
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, examples: tuple[Tensor, ...]) -> Iterator[None]:
+    """Modes, buffers and random state are afterwards what they were: tracing runs a forward's own writes for real."""
     modes = {module: module.training for module in model.modules()}
     try:
-        # Tracing runs a forward's own writes to buffers for real.
         with torch.random.fork_rng(devices=_cuda_devices(examples)), buffers_restored(model):
-            # Auxiliary heads and the like exist in training mode only, and training is what shrinks.
-            model.train()
-            program, opaque = _trace(model, len(examples))
-            expand_calls(program, dict(model.named_modules()))
-            model.eval()
-            values = _run(model, program, examples)
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return Walk(model, program, values, opaque).graph(examples)
+
+
+def _by_fx(model: nn.Module, examples: tuple[Tensor, ...]) -> ChannelGraph:
+    model.train()  # auxiliary heads and the like exist in training mode only, and training is what shrinks
+    program, opaque = _trace(model, len(examples))
+    expand_calls(program, dict(model.named_modules()))
+    model.eval()
+    return Walk(model, program, _run(model, program, examples), opaque).graph(examples)
+
+
+def _by_export(model: nn.Module, examples: tuple[Tensor, ...]) -> ChannelGraph:
+    model.train()
+    program, values = export_program(model, examples, lambda tensor: _Shape(tensor.shape))
+    graph = Walk(model, program, values, {}).graph(examples)
+    graph.tracer = "torch.export"
+    return graph
+
+
+def _refuse_parametrized(model: nn.Module) -> None:
+    """A weight that is computed anew from others has no slices that could be cut."""
+    for name, module in model.named_modules():
+        if is_parametrized(module):
+            tensor = next(iter(module.parametrizations))  # type: ignore[arg-type]
+            raise TraceError(
+                f"the {tensor} of '{name}' is computed by torch.nn.utils.parametrize, so none of its channels can go; "
+                f"make it a plain one with torch.nn.utils.parametrize.remove_parametrizations(module, '{tensor}')."
+            )
 
 
 def _few(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -107,9 +171,8 @@ def _trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
         except Exception as error:
             reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".") + _where(error)
             if not tracer.failed_in or tracer.failed_in in closed:
-                raise TraceError(
-                    f"the forward of {type(model).__name__} cannot be traced by torch.fx: {reason}; move the part "
-                    "that depends on data into a submodule of its own, whose channels then stay as they are."
+                raise _UntraceableError(
+                    f"the forward of {type(model).__name__} cannot be traced by torch.fx: {reason}"
                 ) from error
             closed[tracer.failed_in] = reason
 
@@ -204,12 +267,18 @@ class Walk:
         self.values = values
         self.opaque = opaque
         self.channels: dict[fx.Node, Channels] = {}
+        self.parts: dict[fx.Node, list[Channels]] = {}  # of values that are tuples of tensors
+        self.counts: dict[fx.Node, Count] = {}  # of values that are numbers of channels
+        self.understood: set[tuple[fx.Node, fx.Node]] = set()  # uses of such numbers: by whom, and which
+        self.reads: set[tuple[fx.Node, fx.Node]] = set()  # likewise of parameters that the forward reads
         self.parent: list[int] = []  # of each channel id: one that it has become one with, or itself
         self.origin: list[int] = []  # of each id: the first one that was made together with it
         self.frozen: dict[int, str] = {}  # why an id's channel must stay
+        self.two_stay: set[int] = set()  # of these channels and those beside them at least two stay
         self.inputs: set[int] = set()
         self.outputs: set[int] = set()
         self.layers: dict[str, Layer] = {}
+        self.ends: set[fx.Node] = set()  # calls of layers
         self.read: dict[str, tuple[int, ...]] = {}  # ids of each layer's input, of its output, and of each follower
         self.made: dict[str, tuple[int, ...]] = {}
         self.followed: dict[str, tuple[int, ...]] = {}
@@ -238,7 +307,8 @@ class Walk:
 
     def find(self, i: int) -> int:
         while self.parent[i] != i:
-            i = self.parent[i] = self.parent[self.parent[i]]
+            self.parent[i] = self.parent[self.parent[i]]
+            i = self.parent[i]
         return i
 
     def join(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
@@ -259,17 +329,22 @@ class Walk:
         for i in value.ids:
             self.frozen.setdefault(self.find(i), reason)
 
+    def keep_two(self, ids: tuple[int, ...]) -> None:
+        """Two of the channels stay at least."""
+        self.two_stay.update(ids)
+
     # -- nodes ----------------------------------------------------------------------------------------------------
 
     def shape(self, node: Any) -> torch.Size | None:
         value = self.values.get(node) if isinstance(node, fx.Node) else None
         return value.sizes if isinstance(value, _Shape) else None
 
-    def _tensors(self, node: fx.Node) -> list[fx.Node]:
+    def tensors(self, node: fx.Node) -> list[fx.Node]:
         """The tensors, or structures that hold tensors, that a node reads."""
         return [n for n in node.all_input_nodes if _holds_tensors(self.values.get(n))]
 
     def _visit(self, node: fx.Node) -> None:
+        outcome: Outcome = True
         if node.op == "placeholder":
             shape = self.shape(node)
             if shape is not None and len(shape) >= 2:
@@ -282,17 +357,26 @@ class Walk:
         elif node.op == "call_module":
             name = str(node.target)
             self.calls.setdefault(name, []).append(node)
-            rule = rule_for(self.modules[name])
-            if name in self.opaque or rule is None or not rule(self, node, name, self.modules[name]):
-                self.unknown(node)
-        elif node.op != "get_attr" and not self._reads_size(node) and not understands_function(self, node):
-            self.unknown(node)
+            rule = None if name in self.opaque else rule_for(self.modules[name])
+            outcome = rule is not None and rule(self, node, name, self.modules[name])
+        elif node.op != "get_attr" and not self._reads_size(node) and not counts(self, node):
+            outcome = understands_function(self, node)
+        if outcome is not True:
+            self.unknown(node, outcome or None)
+        for number in node.all_input_nodes:
+            if number in self.counts and (node, number) not in self.understood:
+                self.freeze(self.counts[number].of, COUNT_IS_READ)
 
     def _reads_size(self, node: fx.Node) -> bool:
-        """Sizes and the like, understood as long as nobody uses the number of channels, which changes."""
+        """Sizes and the like; a number of channels, which changes, is followed to where it is used."""
         source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            return False
+        if isinstance(self.values.get(source), torch.Size) and node.target is operator.getitem:
+            self._reads_entries(node, source.args[0], node.args[1])  # type: ignore[arg-type]
+            return True
         shape = self.shape(source)
-        if shape is None or not isinstance(source, fx.Node):
+        if shape is None:
             return False
         attribute = str(node.args[1]) if node.target is getattr else None
         if node.target in PLAIN_READERS or attribute in PLAIN_ATTRIBUTES:
@@ -301,47 +385,87 @@ class Walk:
             return False
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         if node.target == "size" and dim is not None:
-            used = bool(node.users) and (not isinstance(dim, int) or dim % len(shape) == 1)
-        else:
-            used = any(_takes_channels(user, len(shape)) for user in node.users)
-        if used and source in self.channels:
-            self.freeze(self.channels[source], "its number of channels is read by the forward")
+            self._reads_entries(node, source, dim)
+        elif source in self.channels and any(user.target is not operator.getitem for user in node.users):
+            self.freeze(self.channels[source], COUNT_IS_READ)
         return True
 
-    def _inputs(self, node: fx.Node) -> list[Channels]:
-        return [self.channels[n] for n in node.all_input_nodes if n in self.channels]
+    def _reads_entries(self, node: fx.Node, source: fx.Node, index: Any) -> None:
+        """One entry of a tensor's size, or several; one that tells the number of channels is followed."""
+        shape, value = self.shape(source), self.channels.get(source)
+        if shape is None or value is None or not node.users:
+            return
+        if _entries(index, len(shape)) & (set(value.dims) - set(fixed_axes(self, value))):
+            if isinstance(index, int) and value.dim is not None:
+                self.counts[node] = Count(value)
+            else:
+                self.freeze(value, COUNT_IS_READ)
 
-    def unknown(self, node: fx.Node) -> None:
+    def _inputs(self, node: fx.Node) -> list[Channels]:
+        found = [self.channels[n] for n in node.all_input_nodes if n in self.channels]
+        return found + [part for n in node.all_input_nodes for part in self.parts.get(n, ())]
+
+    def unknown(self, node: fx.Node, reason: str | None = None) -> None:
         """Freezes what the operation reads and what it makes."""
-        shape = self.shape(node)
         self.not_followed.add(node)
         what = f"'{node.target}'" if node.op == "call_module" else f"operation '{_operation_name(node)}'"
         if node.op == "call_module":
             what += f" ({type(self.modules[str(node.target)]).__name__})"
         for value in self._inputs(node):
-            self.freeze(value, f"{what} reads it, which is not followed")
-        if shape is not None and len(shape) >= 2:
-            self.channels[node] = Channels(self.new_space(shape[1], f"{what} makes it, which is not followed"))
+            self.freeze(value, reason or f"{what} reads it, which is not followed")
+        self.channels_or_frozen(node, reason or f"{what} makes it, which is not followed")
 
-    def passes(self, node: fx.Node, spatial_dims: int | None = None) -> bool:
-        """The node's first input goes through with its channels untouched."""
-        source = node.args[0] if node.args else None
+    def channels_or_frozen(
+        self, node: fx.Node, reason: str = "it is not computed from anything followed"
+    ) -> Channels | None:
+        """The channels of a node; where none are known, new ones that stay, in the dimension where an operand of its
+        shape has them, else in dim 1."""
+        shape = self.shape(node)
+        if node not in self.channels and shape is not None and len(shape) >= 2:
+            alike = (
+                self.channels[n].dim for n in node.all_input_nodes if n in self.channels and self.shape(n) == shape
+            )
+            dim = next(alike, 1) or 1
+            self.channels[node] = Channels(self.new_space(shape[dim], reason), dims=(dim,))
+        return self.channels.get(node)
+
+    def _source(self, node: fx.Node) -> tuple[fx.Node, torch.Size, torch.Size] | None:
+        """The only tensor that a node reads, if its channels are known; its shape; the node's."""
+        source = node.args[0] if node.args else node.kwargs.get("input")
         before, after = self.shape(source), self.shape(node)
         if not isinstance(source, fx.Node) or source not in self.channels or before is None or after is None:
+            return None
+        return (source, before, after) if self.tensors(node) == [source] else None
+
+    def passes(self, node: fx.Node) -> bool:
+        """The node's first input goes through with its channels untouched."""
+        found = self._source(node)
+        if found is None or found[1] != found[2]:
             return False
-        if self._tensors(node) != [source] or before[:2] != after[:2] or len(before) != len(after):
+        self.channels[node] = self.channels[found[0]]
+        return True
+
+    def passes_spatially(self, node: fx.Node, spatial_dims: int | None = None) -> bool:
+        """As `passes`, for work on each channel's map, (N, C, ...), which may change the map's size."""
+        found = self._source(node)
+        if found is None or found[1][:2] != found[2][:2] or len(found[1]) != len(found[2]) or len(found[1]) < 3:
             return False
-        if spatial_dims is not None and len(before) != spatial_dims + 2:
+        if self.channels[found[0]].dims != (1,) or spatial_dims not in (None, len(found[1]) - 2):
             return False
-        self.channels[node] = self.channels[source]
+        self.channels[node] = self.channels[found[0]]
         return True
 
     def follow(self, node: fx.Node, name: str, kind: str) -> bool:
-        """A module with one value per channel: it passes the space on and is sliced with it."""
-        return self.passes(node) and self.follow_value(node, name, kind, self.channels[node])
+        """A module with one value per channel, in dim 1: it passes the space on and is sliced with it."""
+        source = node.args[0] if node.args else None
+        if source not in self.channels or self.channels[source].dims != (1,) or not self.passes(node):  # type: ignore[index]
+            return False
+        return self.follow_value(node, name, kind, self.channels[node])
 
-    def follow_value(self, node: fx.Node, name: str, kind: str, value: Channels) -> bool:
-        """As `follow`, for a module whose output has other spatial dimensions than its input."""
+    def follow_value(self, node: fx.Node, name: str, kind: str, value: Channels, repeats: int = 1) -> bool:
+        """As `follow`, for a module whose output has other spatial dimensions than its input, or `repeats` features for
+        each of the input's."""
+        value = Channels(value.ids, value.block * repeats, value.dims)
         self.channels[node] = value
         known = self.followers.setdefault(name, Follower(name, kind, -1, value.block))
         before = self.followed.setdefault(name, value.ids)
@@ -350,6 +474,17 @@ class Walk:
             self.freeze(value, f"'{name}' is used with different numbers of features per channel")
             return True
         self.followed[name] = self.join(before, value.ids)
+        return True
+
+    def scale_with(self, node: fx.Node, name: str, value: Channels, dim: int) -> bool:
+        """The module's only tensor has one entry per channel, in dimension `dim`, and is multiplied with or added."""
+        known = self.channels.get(node)
+        self.called_as_function(name, node)
+        self.follow_value(node, name, "scale", value)
+        self.followers[name].dim = dim
+        del self.channels[node]  # it is the caller's to say what comes out
+        if known is not None:
+            self.channels[node] = known
         return True
 
     def make_constant(self, node: fx.Node, name: str, channels: int) -> None:
@@ -364,71 +499,40 @@ class Walk:
         value: Channels,
         outputs: int,
         live: tuple[Tensor | None, Tensor | None] = (None, None),
+        groups: int = 1,
     ) -> bool:
-        """A layer from the channels of `value` to `outputs` new ones; `live` as in `Layer`."""
+        """A layer from the channels of `value` (of one group) to `outputs` new ones; `live` as in `Layer`."""
         known = self.layers.get(name)
+        dim = value.dim if kind == "linear" else 1
         if known is None:
             before, after = (tuple(self.shape(n) or ())[2:] for n in (node.args[0], node))
-            self.layers[name] = Layer(name, kind, -1, -1, value.block, *live, before, after)
-            self.read[name], self.made[name] = value.ids, self.new_space(outputs)
+            self.layers[name] = Layer(name, kind, -1, -1, value.block, *live, before, after, groups)
+            self.read[name], self.made[name] = value.ids, self.new_space(outputs // groups) * groups
         elif known.block != value.block:
             for ids in (self.read[name], self.made[name], value.ids):
                 self.freeze(Channels(ids), f"'{name}' is used with different numbers of features per channel")
         else:
             self.read[name] = self.join(self.read[name], value.ids)  # one module called twice reads one space
-        self.channels[node] = Channels(self.made[name])
+        self.ends.add(node)
+        self.channels[node] = Channels(self.made[name], dims=(1 if dim is None else dim,))
         return True
 
-    def binary(self, node: fx.Node, addition: bool) -> bool:
-        operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and self.shape(a) is not None]
-        if len(node.args) < 2 or len(operands) < 2:
-            plain = [a for a in node.args[:2] if not isinstance(a, fx.Node) or self.shape(a) is None]
-            if len(operands) == 1 and len(plain) == 1 and not isinstance(plain[0], Tensor):
-                source = operands[0]  # a number on the other side
-                if source in self.channels and self.shape(source) == self.shape(node):
-                    self.channels[node] = self.channels[source]
-                    return True
-            return False
+    def called_as_function(self, name: str, node: fx.Node) -> None:
+        """The forward uses the module's tensors without calling it: it can be sliced, but not replaced."""
+        self.calls.setdefault(name, []).append(node)
+        self.pinned.setdefault(name, "the forward uses its weight without calling it")
+
+    def merge(self, node: fx.Node, operands: tuple[fx.Node, fx.Node], in_place: bool) -> None:
         a, b = operands
-        if a not in self.channels or b not in self.channels or not set(self._tensors(node)) <= {a, b}:
-            return False
-        shape_a, shape_b = self.shape(a), self.shape(b)
-        value_a, value_b = self.channels[a], self.channels[b]
-        if shape_a is None or shape_b is None or len(shape_a) != len(shape_b) or value_a.block != value_b.block:
-            return False
-        if shape_a[1] != shape_b[1]:
-            narrow, wide = (value_a, value_b) if shape_a[1] == 1 else (value_b, value_a)
-            self.freeze(narrow, "its one channel is spread over others")
-            self.channels[node] = wide
-            return True
-        if len(value_a.ids) != len(value_b.ids):
-            return False
-        self.channels[node] = Channels(self.join(value_a.ids, value_b.ids), value_a.block)
-        if addition and not node.kwargs and a is not b and shape_a == shape_b:
-            self.merges.append(Merge(node, (a, b), node.target in IN_PLACE))
-        return True
-
-    def flatten(self, node: fx.Node) -> bool:
-        """(N, C, ...) to (N, C * rest): each channel becomes a block of consecutive features."""
-        source = node.args[0] if node.args else None
-        before, after = self.shape(source), self.shape(node)
-        if not isinstance(source, fx.Node) or source not in self.channels or before is None or after is None:
-            return False
-        rest = 1
-        for size in before[2:]:
-            rest *= size
-        if len(after) != 2 or after[0] != before[0] or after[1] != before[1] * rest:
-            return False
-        value = self.channels[source]
-        self.channels[node] = Channels(value.ids, value.block * rest)
-        return True
+        if a is not b and self.shape(a) == self.shape(b) and a in self.channels and b in self.channels:
+            self.merges.append(Merge(node, operands, in_place))
 
     # -- result ---------------------------------------------------------------------------------------------------
 
     def _is_closed(self, node: fx.Node) -> bool:
         """A layer, or a module with parameters that may be one inside."""
         name = str(node.target)
-        return (
+        return node in self.ends or (
             node.op == "call_module"
             and name not in self.followers
             and any(True for _ in self.modules[name].parameters())
@@ -438,7 +542,7 @@ class Walk:
         """Channels that the network's input brings: no layer stands between."""
         raw: set[fx.Node] = set()
         for node in self.program.nodes:
-            read = self._tensors(node)
+            read = self.tensors(node)
             if node.op == "placeholder" or (
                 not self._is_closed(node)
                 and any(n in raw for n in read)
@@ -450,7 +554,7 @@ class Walk:
 
     def _mark_outputs(self) -> None:
         """Channels that make the network's output: no layer stands between."""
-        waiting = [n for node in self.program.nodes if node.op == "output" for n in self._tensors(node)]
+        waiting = [n for node in self.program.nodes if node.op == "output" for n in self.tensors(node)]
         seen: set[fx.Node] = set()
         while waiting:
             node = waiting.pop()
@@ -460,7 +564,7 @@ class Walk:
             if node in self.channels:
                 self.outputs.update(map(self.find, self.channels[node].ids))
             if not self._is_closed(node):
-                waiting += self._tensors(node)
+                waiting += self.tensors(node)
 
     def _pin(self) -> None:
         """Freezes modules that also work where the walk cannot see, or whose tensors do."""
@@ -473,7 +577,10 @@ class Walk:
                     inside.setdefault(id(module), f"it also works inside '{name}', which is not followed")
         elsewhere: dict[int, str] = {}
         for node in self.program.nodes:
-            if node.op == "get_attr" and isinstance(found := _attribute(self.modules[""], str(node.target)), Tensor):
+            if node.op != "get_attr" or all((node, user) in self.reads for user in node.users):
+                continue
+            found = _attribute(self.modules[""], str(node.target))
+            if isinstance(found, Tensor) and found.dim() > 0:
                 elsewhere[id(found)] = f"the forward reads '{node.target}' directly"
         for name, module in self.modules.items():
             if name not in self.layers and name not in self.followers:
@@ -546,8 +653,15 @@ class Walk:
             if self.find(i) == i:
                 used = tuple(users.get(i, ())) or ("by none", self.origin[i])
                 groups.setdefault((used, self.frozen.get(i), i in self.inputs, i in self.outputs), []).append(i)
+        two_stay = set(map(self.find, self.two_stay))
         spaces = [
-            Space(len(ids), frozen=reason, is_input=is_input, is_output=is_output)
+            Space(
+                len(ids),
+                frozen=reason,
+                is_input=is_input,
+                is_output=is_output,
+                least=1 if two_stay.isdisjoint(ids) else 2,
+            )
             for (_, reason, is_input, is_output), ids in groups.items()
         ]
         return spaces, {i: (n, at) for n, ids in enumerate(groups.values()) for at, i in enumerate(ids)}
@@ -576,12 +690,13 @@ def _attribute(root: nn.Module, path: str) -> Any:
     return found
 
 
-def _takes_channels(user: fx.Node, ndim: int) -> bool:
-    """Whether a user of a tensor's whole size takes more of it than the batch and the spatial dimensions."""
-    index = user.args[1] if user.target is operator.getitem else None
-    if isinstance(index, slice) and all(i is None or isinstance(i, int) for i in (index.start, index.stop, index.step)):
-        return bool(user.users) and 1 in range(*index.indices(ndim))
-    return not isinstance(index, int) or (bool(user.users) and index % ndim == 1)
+def _entries(index: Any, ndim: int) -> set[int]:
+    """The dimensions whose sizes `size[index]` takes; all where that is not plain."""
+    if isinstance(index, int):
+        return {index % ndim}
+    parts = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
+    plain = all(i is None or isinstance(i, int) for i in parts)
+    return set(range(*slice(*parts).indices(ndim))) if plain else set(range(ndim))
 
 
 def _operation_name(node: fx.Node) -> str:

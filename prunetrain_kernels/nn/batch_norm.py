@@ -138,7 +138,7 @@ def _recorded(module: nn.Module, input: fx.Proxy, *options: Any) -> Any:
 def _rule(walk: Any, node: fx.Node, name: str, module: BatchNormAct2d) -> bool:
     """Paired, its input has the live channels of its own space."""
     if module.places_of is None:
-        return batch_norm_rule(walk, node, name, module)
+        return batch_norm_rule(walk, node, name, module) is True
     source = node.args[0]
     if source not in walk.channels or node.kwargs.keys() - {"relu"}:
         return False

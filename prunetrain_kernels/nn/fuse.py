@@ -42,7 +42,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from prunetrain_kernels.errors import InputError, PruneTrainError
-from prunetrain_kernels.graph.rules import ADDITIONS, IN_PLACE
+from prunetrain_kernels.graph.functions import ADDITIONS, IN_PLACE
 from prunetrain_kernels.graph.trace import buffers_restored
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 

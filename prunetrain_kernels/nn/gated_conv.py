@@ -324,10 +324,11 @@ def _gated_rule(walk: Any, node: fx.Node, name: str, module: GatedConv2d) -> boo
     plain = module._parameters.keys() <= {"weight", "bias"} and not hasattr(module, "parametrizations")
     if not isinstance(source, fx.Node) or source not in walk.channels or shape is None or not plain:
         return False
-    if walk.channels[source].block != 1 or len(shape) != 4:
+    value = walk.channels[source].plain()
+    if value.dims != (1,) or len(shape) != 4:
         return False
     live = tuple(None if i is None else i.long().cpu() for i in (module.input_index, module.output_index))
-    return bool(walk.make_layer(node, name, "conv", walk.channels[source], module.out_channels, live))
+    return bool(walk.make_layer(node, name, "conv", value, module.out_channels, live))
 
 
 register_rule(GatedConv2d, _gated_rule)

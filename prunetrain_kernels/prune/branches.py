@@ -28,7 +28,8 @@ from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import CheckpointError
 from prunetrain_kernels.graph.keep import DeadBranch
-from prunetrain_kernels.graph.rules import Channels, expand_sum_and_relu, register_expansion, register_rule
+from prunetrain_kernels.graph.channels import Channels
+from prunetrain_kernels.graph.rules import expand_sum_and_relu, register_expansion, register_rule
 
 Geometry = dict[str, list[int]]
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from prunetrain_kernels.compiled import eagerly, forget_compiled
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.graph.gating import batch_norm_behind
 from prunetrain_kernels.graph.keep import Keep
@@ -28,6 +29,7 @@ from prunetrain_kernels.graph.trace import buffers_restored
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, gating_of, pair, restore_gating_, unpair
 from prunetrain_kernels.ops.channel_index import ChannelIndex
+from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
 from prunetrain_kernels.prune.branches import ConstantConv, replacements, swap_in
 
 # An output that moves by more than this share of its scale is no rounding; such a reconfiguration is undone.
@@ -74,6 +76,8 @@ class Reconfiguration:
         seconds: wall time of the whole reconfiguration.
         parameters_before, parameters_after: number of weights.
         changed: whether any channel or layer went, moved or came back.
+        also_max_abs_dy: for each copy in `also`, how far its output moved: by what it, but not the model, still
+            computed in the channels that went.
     """
 
     layers: tuple[LayerChange, ...]
@@ -86,6 +90,7 @@ class Reconfiguration:
     parameters_before: int
     parameters_after: int
     changed: bool
+    also_max_abs_dy: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         """One line, then one line per layer that changed."""
@@ -134,50 +139,69 @@ def reconfigure(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None,
     keep: Keep,
+    also: Sequence[nn.Module] = (),
 ) -> Reconfiguration:
-    """Prunes `model` and `optimizer` in place to the kept channels.
+    """Prunes `model` and `optimizer` in place to the kept channels, and copies of the model with them.
 
     Args:
-        model: the model that `keep` was chosen for.
+        model: the model that `keep` was chosen for. Where `torch.compile` is in use, what it has compiled is forgotten
+            and compiled anew in the next step.
         optimizer: the optimizer (or several) that holds the model's parameters; None for a model that is not trained.
         keep: from `ChannelGraph.keep`.
+        also: copies of the model that follow it, such as an EMA: `AveragedModel(model)` or a deep copy, wrapped or not,
+            on any device. They lose the same channels and branches, whatever is in them, and keep their parameter
+            objects; all are changed, or none and the model neither.
 
     Returns:
         What changed, and how far the output moved.
 
     Raises:
         InputError: the model is not the one `keep` was chosen for; the optimizer does not hold the model's parameters,
-            or holds state that cannot be sliced. Nothing has been touched then.
-        PruneTrainError: the output moved by more than rounding; everything has been undone.
+            or holds state that cannot be sliced; a copy is not like the model. Nothing has been touched then.
+        PruneTrainError: the output moved by more than rounding, or a copy fails; everything has been undone.
     """
     start = time.perf_counter()
+    model, _ = unwrapped(model)
     keep.graph.check(model)
     optimizers = _as_list(optimizer)
-    slicings = list(_slicings(model, keep))
-    stand_ins: dict[str, nn.Module] = {}
-    for branch in keep.branches:
-        stand_ins.update(replacements(model, branch))
-    gone = _parameters_that_go(model, stand_ins)
+    copies = [copy.network for copy in copies_of(model, also)]
+    models = [model, *copies]
+    slicings = [slicing for each in models for slicing in _slicings(each, keep)]
+    stand_ins: list[dict[str, nn.Module]] = []
+    for each in models:
+        stand_ins.append({})
+        for branch in keep.branches:
+            stand_ins[-1].update(replacements(each, branch))
+    gone = set().union(*(parameters_that_go(each, new) for each, new in zip(models, stand_ins, strict=True)))
     _check_optimizers(model, optimizers, {id(s.tensor) for s in slicings if isinstance(s.tensor, nn.Parameter)} | gone)
 
     before = _count(model)
     undo: list[Callable[[], None]] = []
     try:
-        prunes = bool(slicings or stand_ins)
+        prunes = bool(slicings or stand_ins[0])
         regates = _regates(model, keep)
         first = second = third = None
+        also_before: list[list[Tensor]] = []
+        also_after: list[list[Tensor]] = []
         if prunes or regates or any(masks.inputs.any() or masks.outputs.any() for masks in keep.sparse.values()):
             first = _outputs(model, keep)
             _zero_slices(model, keep, undo)
             second = _outputs(model, keep)
+        if prunes or regates:
+            also_inputs = [inputs_for(copy, model, keep.graph.example_inputs) for copy in copies]
+            also_before = [_outputs(copy, keep, x) for copy, x in zip(copies, also_inputs, strict=True)]
         if prunes:
             _slice_all(slicings, optimizers, undo)
-            _replace(model, stand_ins, undo)
+            for each, new in zip(models, stand_ins, strict=True):
+                _replace(each, new, undo)
             _drop(optimizers, gone, undo)
-            _tell_the_truth(model, keep, undo)
+            for each in models:
+                _tell_the_truth(each, keep, undo)
         if prunes or regates:
-            _gate(model, keep, undo)
+            for each in models:
+                _gate(each, keep, undo)
             third = _outputs_after(model, keep)
+            also_after = [_outputs_after(copy, keep, x) for copy, x in zip(copies, also_inputs, strict=True)]
         scale = _largest(second) if second is not None else 0.0
         moved = _distance(second, third) if third is not None and second is not None else 0.0
         zeroing = _distance(first, second) if first is not None and second is not None else 0.0
@@ -191,6 +215,8 @@ def reconfigure(
         for step in reversed(undo):
             step()
         raise
+    if prunes or regates:
+        forget_compiled()
     return Reconfiguration(
         layers=_changes(keep),
         removed=tuple(name for branch in keep.branches for name in branch.layers),
@@ -202,6 +228,7 @@ def reconfigure(
         parameters_before=before,
         parameters_after=_count(model),
         changed=prunes or regates,
+        also_max_abs_dy=tuple(_distance(a, b) for a, b in zip(also_before, also_after, strict=True)),
     )
 
 
@@ -239,9 +266,10 @@ def _slicings(model: nn.Module, keep: Keep) -> Iterable[_Slicing]:
         now, then = graph.computed(layer.name), keep.live[layer.name]
         sizes = graph.spaces[layer.input].size, graph.spaces[layer.output].size
         inputs, outputs = (_places(a, b, size) for a, b, size in zip(now, then, sizes, strict=True))
-        cuts = () if outputs is None else ((0, outputs),)
+        dim_in, dim_out = layer.dims
+        cuts = () if outputs is None else ((dim_out, outputs),)
         if inputs is not None:
-            cuts = (*cuts, (1, expand(inputs, layer.block)))
+            cuts = (*cuts, (dim_in, expand(inputs, layer.block)))
         if cuts:
             yield _Slicing(layer.name, module._parameters["weight"], cuts)  # type: ignore[arg-type]
         if outputs is not None and bias is not None:  # a layer with a bias has all its outputs, before and after
@@ -253,7 +281,7 @@ def _slicings(model: nn.Module, keep: Keep) -> Iterable[_Slicing]:
         module = modules[follower.name]
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and tensor.dim() > 0:
-                yield _Slicing(follower.name, tensor, ((0, index),))
+                yield _Slicing(follower.name, tensor, ((follower.dim, index),))
 
 
 def _places(now: Tensor, then: Tensor, size: int) -> Tensor | None:
@@ -265,7 +293,8 @@ def _places(now: Tensor, then: Tensor, size: int) -> Tensor | None:
     return places[then]
 
 
-def _parameters_that_go(model: nn.Module, stand_ins: dict[str, nn.Module]) -> set[int]:
+def parameters_that_go(model: nn.Module, stand_ins: dict[str, nn.Module]) -> set[int]:
+    """Those of the modules that are replaced, and of none that stays."""
     replaced = {id(model.get_submodule(name)) for name in stand_ins}
     remaining = [module for module in model.modules() if id(module) not in replaced]
     staying = {id(p) for module in (*stand_ins.values(), *remaining) for p in module.parameters(recurse=False)}
@@ -356,7 +385,8 @@ def _zero_slices(model: nn.Module, keep: Keep, undo: list[Callable[[], None]]) -
         inputs = expand(masks.inputs[own_in].nonzero().flatten(), layer.block).to(before.device)
         outputs = masks.outputs[own_out].nonzero().flatten().to(before.device)
         undo.append(lambda weight=weight, before=before: setattr(weight, "data", before))  # type: ignore[misc]
-        weight.data = before.clone().index_fill_(1, inputs, 0).index_fill_(0, outputs, 0)
+        dim_in, dim_out = layer.dims
+        weight.data = before.clone().index_fill_(dim_in, inputs, 0).index_fill_(dim_out, outputs, 0)
 
 
 def _slice_all(slicings: list[_Slicing], optimizers: list[Optimizer], undo: list[Callable[[], None]]) -> None:
@@ -472,7 +502,7 @@ def size_without_tensor(module: nn.Module) -> list[str]:
     """Size attributes of a module that it may have no tensor to tell by."""
     if isinstance(module, ConstantConv):
         return ["out_channels"]
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not sizes_told_by(module):
+    if isinstance(module, nn.modules.batchnorm._NormBase) and not sizes_told_by(module):
         return ["num_features"]
     return []
 
@@ -482,17 +512,22 @@ def sizes_told_by(module: nn.Module) -> dict[str, int]:
     weight = module._parameters.get("weight")
     if isinstance(module, GatedConv2d):
         return {}  # of whole spaces, which its weight does not know
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and weight is not None:
-        outputs = weight.shape[0]
-        if module.groups == 1:
-            return {"out_channels": outputs, "in_channels": weight.shape[1]}
-        if module.groups == module.in_channels == module.out_channels:
-            return {"out_channels": outputs, "in_channels": outputs, "groups": outputs}
-    elif isinstance(module, nn.Linear):
-        return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
+        if module.groups > 1 and module.groups == module.in_channels:  # depthwise: a group for each channel
+            groups = weight.shape[0] if module.transposed else weight.shape[0] * module.groups // module.out_channels
+            outputs = weight.shape[1] * groups if module.transposed else weight.shape[0]
+            return {"out_channels": outputs, "in_channels": groups, "groups": groups}
+        if module.transposed:
+            return {"out_channels": weight.shape[1] * module.groups, "in_channels": weight.shape[0]}
+        return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * module.groups}
+    elif isinstance(module, nn.Linear) and weight is not None:
+        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
     elif isinstance(module, nn.PReLU):
         return {"num_parameters": module.weight.shape[0]}
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+    elif isinstance(module, nn.GroupNorm):
+        alike = weight is not None and module.num_groups == module.num_channels
+        return {"num_channels": weight.shape[0], "num_groups": weight.shape[0]} if alike and weight is not None else {}
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         running = module._buffers.get("running_mean")
         sized = weight if weight is not None else running
         return {} if sized is None else {"num_features": sized.shape[0]}
@@ -523,14 +558,15 @@ def evaluating(model: nn.Module):  # type: ignore[no-untyped-def]
             module.training = mode
 
 
-def _outputs(model: nn.Module, keep: Keep) -> list[Tensor]:
-    with evaluating(model):
-        return [leaf for leaf in tree_leaves(model(*keep.graph.example_inputs)) if isinstance(leaf, Tensor)]
+def _outputs(model: nn.Module, keep: Keep, inputs: tuple[Tensor, ...] | None = None) -> list[Tensor]:
+    inputs = keep.graph.example_inputs if inputs is None else inputs
+    with evaluating(model), eagerly(model):
+        return [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
 
 
-def _outputs_after(model: nn.Module, keep: Keep) -> list[Tensor]:
+def _outputs_after(model: nn.Module, keep: Keep, inputs: tuple[Tensor, ...] | None = None) -> list[Tensor]:
     try:
-        return _outputs(model, keep)
+        return _outputs(model, keep, inputs)
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise PruneTrainError(

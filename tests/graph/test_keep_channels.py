@@ -233,7 +233,7 @@ class OddInside(Block):
 
     def __init__(self) -> None:
         super().__init__()
-        self.extra = nn.GroupNorm(5, 5)
+        self.extra = nn.GroupNorm(1, 5)
 
     def branch(self, x: Tensor) -> Tensor:
         return self.norm2(self.conv2(self.extra(F.relu(self.norm1(self.conv1(x))))))

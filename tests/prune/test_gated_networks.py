@@ -73,9 +73,10 @@ def test_trains_like_its_twin(name: str, dying: bool, fused: bool, policy: str) 
     report = reconfigure(model, optimizer, keep)
     assert report.branches == int(dying)
     assert report.changed
-    if name not in ("1d", "3d", "flattened") and policy == "gating":
+    gates = policy == "gating" and (name, dying) != ("odd-width", True)  # that one's stem has only live channels
+    if name not in ("1d", "3d", "flattened") and gates:
         assert gated(model)
-    if fused and policy == "gating" and name != "pre-activation":
+    if fused and gates and name != "pre-activation":
         assert any(m.places_of is not None for m in model.modules() if isinstance(m, BatchNormAct2d))
     assert torch.allclose(model.eval()(x), expected, rtol=1e-10, atol=1e-12)
     model.train()

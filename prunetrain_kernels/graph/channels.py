@@ -1,0 +1,134 @@
+"""Where the channels of a value lie among its dimensions, and how reshapes move them.
+
+Nothing here knows of modules or of tracing: it is arithmetic on shapes.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels of one value: `block` consecutive features for each of the channels `ids`.
+
+    An id stands for one channel wherever it goes: a concatenation has the ids of its parts one after the other, a sum
+    makes the ids of its operands one. Channels that have to stay or go together have one id.
+
+    Attributes:
+        ids: one per channel, in order.
+        block: features per channel: H*W behind a flatten, else 1.
+        dims: the dimension they lie in; two or more, ascending, while a view has them split into a grid.
+        grid: the sizes of those dimensions, where there are several.
+    """
+
+    ids: tuple[int, ...]
+    block: int = 1
+    dims: tuple[int, ...] = (1,)
+    grid: Sizes = ()
+
+    @property
+    def features(self) -> int:
+        return len(self.ids) * self.block
+
+    @property
+    def dim(self) -> int | None:
+        """The one dimension they lie in, or None while they are split."""
+        return self.dims[0] if len(self.dims) == 1 else None
+
+    def plain(self) -> "Channels":
+        """The same with one feature per entry: an id is repeated where it had a block."""
+        return replace(self, ids=tuple(i for i in self.ids for _ in range(self.block)), block=1)
+
+    def in_dim(self, dim: int) -> "Channels":
+        return replace(self, dims=(dim,))
+
+    def shifted(self, dims: int) -> "Channels":
+        """Behind `dims` more dimensions."""
+        return replace(self, dims=tuple(d + dims for d in self.dims))
+
+    def permuted(self, order: Sizes) -> "Channels":
+        """After `permute(order)`: dimension d of the result is dimension order[d] of what it was."""
+        where = [order.index(d) for d in self.dims]
+        if not self.grid:
+            return replace(self, dims=tuple(where))
+        by_place = sorted(range(len(where)), key=lambda axis: where[axis])
+        sizes = tuple(self.grid[axis] for axis in by_place)
+        strides = [math.prod(self.grid[axis + 1 :]) for axis in range(len(self.grid))]
+        moved = [0]
+        for axis in by_place:
+            moved = [at + step * strides[axis] for at in moved for step in range(self.grid[axis])]
+        return replace(self, ids=tuple(self.ids[at] for at in moved), dims=tuple(sorted(where)), grid=sizes)
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number that the forward reads from a tensor's size: `factor` times its features."""
+
+    of: Channels
+    factor: Fraction = Fraction(1)
+
+    @property
+    def value(self) -> Fraction:
+        return self.of.features * self.factor
+
+
+def aligned(before: Sizes, after: Sizes, dims: tuple[int, ...] = ()) -> list[tuple[Sizes, Sizes]]:
+    """The dimensions of two shapes of one number of elements in the smallest groups that hold the same elements.
+
+    Dimensions of size 1 belong to none, but for `dims` of `before`, which go with what follows.
+    `aligned((2, 8, 3, 3), (2, 72))` is `[((0,), (0,)), ((1, 2, 3), (1,))]`.
+    """
+    left = [d for d, size in enumerate(before) if size != 1 or d in dims]
+    right = [d for d, size in enumerate(after) if size != 1]
+    groups: list[tuple[Sizes, Sizes]] = []
+    while left and right:
+        a, b = [left.pop(0)], [right.pop(0)]
+        size_a, size_b = before[a[0]], after[b[0]]
+        while size_a != size_b:
+            if size_a < size_b and left:
+                a.append(left.pop(0))
+                size_a *= before[a[-1]]
+            elif size_b < size_a and right:
+                b.append(right.pop(0))
+                size_b *= after[b[-1]]
+            else:
+                return []
+        groups.append((tuple(a), tuple(b)))
+    return groups if not left and not right else []
+
+
+def reshaped(value: Channels, before: Sizes, after: Sizes) -> Channels | None:
+    """Where the channels are after a reshape; None if that mixes them with other elements.
+
+    A dimension of channels goes on as it is, swallows the ones behind it (its block grows), gives its block back as
+    dimensions, or is split into a grid. A grid may only become one dimension again.
+    """
+    if value.features == 1 and value.dims[0] < len(after) and after[value.dims[0]] == 1:
+        return value  # the last channel, where it was
+    inside = [(a, b) for a, b in aligned(before, after, value.dims) if set(value.dims) & set(a)]
+    if len(inside) != 1:
+        return None
+    a, b = inside[0]
+    if value.grid:
+        return replace(value, dims=b, grid=()) if a == value.dims and len(b) == 1 else None
+    if a[0] != value.dims[0]:
+        return None  # other elements come first
+    if len(b) == 1:
+        return replace(value, block=value.block * math.prod(before[d] for d in a[1:]), dims=b)
+    if after[b[0]] == len(value.ids):
+        return replace(value, block=1, dims=b[:1])
+    if len(a) > 1 or value.block > 1:
+        return None
+    return replace(value, dims=b, grid=tuple(after[d] for d in b))
+
+
+def tied_columns(ids: tuple[int, ...], grid: Sizes, varies: int) -> list[tuple[int, ...]]:
+    """Ids of a grid in sets of those that differ in other axes than `varies`: that axis alone may get shorter."""
+    stride = math.prod(grid[varies + 1 :])
+    sets: dict[int, list[int]] = {}
+    for at, i in enumerate(ids):
+        sets.setdefault(at // stride % grid[varies], []).append(i)
+    return [tuple(members) for members in sets.values()]

@@ -140,6 +140,41 @@ def test_counts_of_resnet20_and_a_graph_at_hand() -> None:
     assert len(table) == expected
 
 
+def test_groups_and_transposed_convolutions() -> None:
+    """An input group is a channel of every group; in a transposed convolution rows are the input."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.grouped = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1, groups=2)
+            self.up, self.last = nn.ConvTranspose2d(4, 5, 2), nn.ConvTranspose2d(5, 3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.up(self.grouped(self.first(x))))
+
+    torch.manual_seed(0)
+    model = Decoder().double()
+    lasso = GroupLasso(model, X)
+    table = lasso.groups()
+    counts = {(g.layer, g.side): sum((h.layer, h.side) == (g.layer, g.side) for h in table) for g in table}
+    assert counts == {
+        ("first", "out"): 6,
+        ("grouped", "in"): 3,
+        ("grouped", "out"): 4,
+        ("up", "in"): 4,
+        ("up", "out"): 5,
+        ("last", "in"): 5,
+    }
+    norms = {(g.layer, g.side, g.channel): g.norm for g in table}
+    assert norms["grouped", "in", 1] == pytest.approx(
+        math.sqrt(float(model.grouped.weight[:, 1].square().sum()) + 1e-8)
+    )
+    assert norms["up", "in", 2] == pytest.approx(math.sqrt(float(model.up.weight[2].square().sum()) + 1e-8))
+    assert norms["up", "out", 4] == pytest.approx(math.sqrt(float(model.up.weight[:, 4].square().sum()) + 1e-8))
+    assert norms["last", "in", 0] == pytest.approx(math.sqrt(float(model.last.weight[0].square().sum()) + 1e-8))
+    assert float(lasso.penalty()) == pytest.approx(sum(norms.values()))
+
+
 def test_nothing_to_penalise() -> None:
     with pytest.raises(InputError, match="no channels to penalise"):
         GroupLasso(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (torch.zeros(1, 3, 2, 2),))

@@ -142,6 +142,51 @@ def test_bad_arguments(options: dict[str, object], message: str) -> None:
         kept(chain(LADDER), **options)
 
 
+class Grouped(nn.Module):
+    """conv a -> conv b in 4 groups of 6 -> conv c -> linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 1, groups=4), nn.Conv2d(24, 6, 1)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.c(self.b(self.a(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("dead", "round_to", "expected"),
+    [
+        ([0, 3], 1, [1, 2, 4, 5]),
+        ([0, 3], 8, [1, 2, 4, 5]),  # four in each of four groups are 16 already
+        ([0, 3, 4], 8, [1, 2, 4, 5]),  # three would be 12: the largest of the dead ones stays
+        ([0, 1, 2, 4, 5], 1, [3, 5]),  # one in a group would be a depthwise convolution
+        ([0, 1, 2, 3, 4, 5], 1, [4, 5]),
+    ],
+)
+def test_every_group_keeps_the_same_channels(dead: list[int], round_to: int, expected: list[int]) -> None:
+    torch.manual_seed(0)
+    net = Grouped()
+    with torch.no_grad():
+        for i in dead:  # the higher, the larger
+            net.a.weight[i::6] = 1e-5 * (i + 1)
+            net.b.weight[:, i] = net.b.weight[i::6] = net.c.weight[:, i::6] = 0
+    graph = trace_channels(net, (X,))
+    keep = graph.keep(net, round_to=round_to)
+    b = graph.layers["b"]
+    assert (b.groups, graph.spaces[b.input].size, graph.spaces[b.output].size) == (4, 6, 24)
+    assert keep.channels[b.input].tolist() == expected
+    assert keep.channels[graph.layers["a"].output].tolist() == [g * 6 + i for g in range(4) for i in expected]
+    outputs = keep.channels[b.output].tolist()
+    assert outputs == keep.channels[graph.layers["c"].input].tolist()
+    assert outputs == [g * 6 + i for g in range(4) for i in outputs if i < 6]
+    assert set(range(6)) - set(dead) <= set(outputs)
+    reconfigure(net, None, keep)
+    assert (net.a.out_channels, net.b.in_channels, net.b.groups) == (4 * len(expected), 4 * len(expected), 4)
+    assert net.b.weight.shape == (len(outputs), len(expected), 1, 1)
+    assert net.b.out_channels == net.c.in_channels == len(outputs)
+
+
 def test_another_model_is_refused() -> None:
     graph = trace_channels(Chain(), (X,))
     with pytest.raises(InputError, match="layer 'a' does not have the shape that was traced, 10 x 3 channels"):

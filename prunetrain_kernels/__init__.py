@@ -16,6 +16,7 @@ from prunetrain_kernels.errors import (
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.prune.export import to_dense
+from prunetrain_kernels.prune.program import export_program
 from prunetrain_kernels.prune.reconfigure import Reconfiguration, reconfigure
 from prunetrain_kernels.regularizer import GroupLasso, penalty_coefficient
 from prunetrain_kernels.train.mini_batch import MiniBatch
@@ -26,5 +27,5 @@ __version__ = "0.1.0"
 __all__ = [
     "ChannelGraph", "CheckpointError", "DivergedError", "GroupLasso", "InputError", "Keep", "MiniBatch", "PruneReport",
     "PruneTrain", "PruneTrainError", "RankLostError", "RanksDifferError", "Reconfiguration", "TraceError",
-    "load_pruned", "penalty_coefficient", "reconfigure", "save_pruned", "to_dense", "trace_channels",
+    "export_program", "load_pruned", "penalty_coefficient", "reconfigure", "save_pruned", "to_dense", "trace_channels",
 ]  # fmt: skip

@@ -7,9 +7,12 @@ and freezes; -1 stays -1. And layers have become functions of their weights: the
 others, so there is no gating and no layer removal.
 """
 
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -39,12 +42,13 @@ SAME_ARGUMENTS: dict[str, Any] = {
     "pad": F.pad, "constant_pad_nd": F.pad, "pixel_shuffle": F.pixel_shuffle, "pixel_unshuffle": F.pixel_unshuffle,
     "channel_shuffle": F.channel_shuffle, "linear": F.linear, "conv1d": F.conv1d, "conv2d": F.conv2d,
     "conv3d": F.conv3d, "conv_transpose1d": F.conv_transpose1d, "conv_transpose2d": F.conv_transpose2d,
-    "conv_transpose3d": F.conv_transpose3d, "prelu": torch.prelu, "maximum": torch.maximum, "minimum": torch.minimum,
+    "conv_transpose3d": F.conv_transpose3d, "prelu": torch.prelu,
+    "layer_norm": F.layer_norm, "group_norm": F.group_norm, "maximum": torch.maximum, "minimum": torch.minimum,
 }  # fmt: skip
 METHODS = {"view", "reshape", "_unsafe_view", "expand", "expand_as"}
 
 
-def export_program(
+def exported_program(
     model: nn.Module, examples: tuple[Tensor, ...], wrap: Callable[[Tensor], Any]
 ) -> tuple[fx.Graph, Values]:
     """The model's program as the walk in `trace.py` takes it, with what each node gives.
@@ -57,8 +61,7 @@ def export_program(
     Raises:
         Exception: whatever torch.export finds wrong with the model.
     """
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.no_grad():
         exported = torch.export.export(model, examples, strict=False)
     names = exported.graph_signature.inputs_to_parameters | exported.graph_signature.inputs_to_buffers
     inputs = set(exported.graph_signature.user_inputs)
@@ -71,6 +74,19 @@ def export_program(
         else:
             translation.call(node)
     return translation.program, translation.values
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export prints the program so far, and logs, before it raises what the caller reports."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 class _Translation:

@@ -57,6 +57,8 @@ CONVOLUTION_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 }  # fmt: skip
 TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+MIXING_FUNCTIONS = {F.layer_norm, F.group_norm, F.local_response_norm, F.normalize, torch.layer_norm, torch.group_norm}
+MIXES = "divides by the spread over several channels, so none of them can go"
 WRITTEN_OUT = "its number of channels is written out in the forward"
 
 # Functions of libraries that need not be installed, by their qualified names.
@@ -94,6 +96,8 @@ def understands_function(walk: "Walk", node: fx.Node) -> Outcome:
     if target in (F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle):
         size = _argument(node, 1, "upscale_factor", "downscale_factor", "groups")
         return shuffle(walk, node, str(target.__name__), size)
+    if target in MIXING_FUNCTIONS:
+        return f"operation '{target.__name__}' {MIXES}"
     if target in CONVOLUTION_FUNCTIONS:
         return _functional_layer(walk, node, "conv", target in TRANSPOSED_FUNCTIONS)
     if target is F.linear:
@@ -267,7 +271,7 @@ def reshape_to(walk: "Walk", node: fx.Node, sizes: Sequence[Any] | None) -> Outc
         return _split_into_grid(walk, node, result, given)
     (dim,) = result.dims
     if isinstance(given[dim], int) and given[dim] != -1:
-        return WRITTEN_OUT
+        return walk.stays(node, WRITTEN_OUT, value, result)
     if not _is_count_of(walk, node, given[dim], result.ids, Fraction(result.block)):
         return False
     walk.channels[node] = result
@@ -278,7 +282,7 @@ def _split_into_grid(walk: "Walk", node: fx.Node, result: Channels, given: list[
     """view(b, groups, c // groups, ...): one of the new dimensions gets shorter, in all of the others alike."""
     fixed = [isinstance(given[d], int) and given[d] != -1 for d in result.dims]
     if all(fixed):
-        return WRITTEN_OUT
+        return walk.stays(node, WRITTEN_OUT, result, result)
     if fixed.count(False) != 1:
         return False
     varies = fixed.index(False)
@@ -335,7 +339,7 @@ def _permutation(walk: "Walk", node: fx.Node) -> Outcome:
 
 def _dims(value: Any, ndim: int) -> list[int] | None:
     dims = [value] if isinstance(value, int) else value
-    if not isinstance(dims, list | tuple) or not all(isinstance(d, int) for d in dims):
+    if not isinstance(dims, list | tuple) or not all(type(d) is int for d in dims):
         return None
     return [d % ndim for d in dims]
 
@@ -501,23 +505,34 @@ def _pieces(walk: "Walk", node: fx.Node) -> Outcome:
     how = _argument(node, 1, "chunks", "split_size_or_sections", "split_size")
     value = value.plain() if len(value.ids) % pieces else value
     size = len(value.ids) // pieces
-    if size * pieces != len(value.ids):
-        return False
     if node.target not in (torch.chunk, "chunk"):
-        if isinstance(how, int):
-            return WRITTEN_OUT
         given = list(how) if isinstance(how, list | tuple) else [how]
         if any(isinstance(number, int) for number in given):
-            return WRITTEN_OUT
+            return _pieces_written_out(walk, node, value, given)
         each = Fraction(value.block, pieces)
         if not all(_is_count_of(walk, node, number, value.ids, each) for number in given):
             return False
     elif how != pieces:
         return False
+    if size * pieces != len(value.ids):
+        return False
     columns = [value.ids[i * size : (i + 1) * size] for i in range(pieces)]
     for other in columns[1:]:
         walk.join(columns[0], other)
     walk.parts[node] = [Channels(ids, value.block, value.dims) for ids in columns]
+    return True
+
+
+def _pieces_written_out(walk: "Walk", node: fx.Node, value: Channels, given: list[Any]) -> Outcome:
+    """split(26, 1) or split([26, 26], 1): nothing can go, but it is known what is where."""
+    ids, sizes = value.plain().ids, given if len(given) > 1 else None
+    if sizes is None:
+        sizes = [given[0]] * -(-len(ids) // given[0])
+    if not all(isinstance(size, int) for size in sizes):
+        return WRITTEN_OUT
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    walk.stays(node, WRITTEN_OUT, value)
+    walk.parts[node] = [Channels(ids[end - size : end], dims=value.dims) for end, size in zip(ends, sizes, strict=True)]
     return True
 
 
@@ -547,7 +562,13 @@ def _index(walk: "Walk", node: fx.Node) -> Outcome:
             there += 1
             continue
         if here in value.dims and not _takes_all(entry, before[here]):
-            return "the forward picks channels by number" if isinstance(entry, int | slice) else False
+            reason = "the forward picks channels by number"
+            if not isinstance(entry, slice):
+                return reason if isinstance(entry, int) else False
+            if value.grid or any(isinstance(i, fx.Node) for i in (entry.start, entry.stop, entry.step)):
+                return reason
+            walk.stays(node, reason, value)
+            value = Channels(tuple(list(value.plain().ids)[entry]), dims=value.dims)
         if not isinstance(entry, int):
             dims[here] = there
             there += 1

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from prunetrain_kernels.graph.functions import Outcome, convolution, linear, reshape_to, shuffle, softmax
+from prunetrain_kernels.graph.functions import MIXES, Outcome, convolution, linear, reshape_to, shuffle, softmax
 
 if TYPE_CHECKING:
     from prunetrain_kernels.graph.trace import Walk
@@ -73,7 +73,7 @@ def batch_norm_rule(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outc
 def _mixing_norm(walk: "Walk", node: fx.Node, name: str, module: nn.Module) -> Outcome:
     if isinstance(module, nn.GroupNorm) and module.affine and module.num_groups == module.num_channels:
         return walk.follow(node, name, "instance_norm")
-    return f"'{name}' ({type(module).__name__}) divides by the spread over several channels, so none of them can go"
+    return f"'{name}' ({type(module).__name__}) {MIXES}"
 
 
 def _instance_norm(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:

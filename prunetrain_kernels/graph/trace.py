@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from prunetrain_kernels.errors import TraceError
 from prunetrain_kernels.graph.channels import Channels, Count
-from prunetrain_kernels.graph.exported import export_program
+from prunetrain_kernels.graph.exported import exported_program
 from prunetrain_kernels.graph.functions import Outcome, counts, fixed_axes, understands_function
 from prunetrain_kernels.graph.rules import expand_calls, rule_for
 from prunetrain_kernels.graph.spaces import ChannelGraph, Follower, Layer, Merge, Space
@@ -131,7 +132,7 @@ def _by_fx(model: nn.Module, examples: tuple[Tensor, ...]) -> ChannelGraph:
 
 def _by_export(model: nn.Module, examples: tuple[Tensor, ...]) -> ChannelGraph:
     model.train()
-    program, values = export_program(model, examples, lambda tensor: _Shape(tensor.shape))
+    program, values = exported_program(model, examples, lambda tensor: _Shape(tensor.shape))
     graph = Walk(model, program, values, {}).graph(examples)
     graph.tracer = "torch.export"
     return graph
@@ -226,6 +227,12 @@ class _Recorder(fx.Interpreter):
             ) from error
         self.values[n] = _Shape(result.shape) if isinstance(result, Tensor) else result
         return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A functional batch norm was traced in training mode, in which it refuses a single value per channel."""
+        if target is F.batch_norm and len(args) > 2 and args[1] is not None:
+            args, kwargs = args[:5], kwargs | {"training": False}
+        return super().call_function(target, args, kwargs)
 
 
 def _run(model: nn.Module, program: fx.Graph, examples: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
@@ -414,6 +421,14 @@ class Walk:
         for value in self._inputs(node):
             self.freeze(value, reason or f"{what} reads it, which is not followed")
         self.channels_or_frozen(node, reason or f"{what} makes it, which is not followed")
+
+    def stays(self, node: fx.Node, reason: str, value: Channels, result: Channels | None = None) -> bool:
+        """Freezes `value`; what comes out is known, but the node would not work on fewer channels."""
+        self.not_followed.add(node)
+        self.freeze(value, reason)
+        if result is not None:
+            self.channels[node] = result
+        return True
 
     def channels_or_frozen(
         self, node: fx.Node, reason: str = "it is not computed from anything followed"

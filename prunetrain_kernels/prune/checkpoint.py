@@ -6,6 +6,7 @@ renamed: a full disk or a killed process leaves the previous checkpoint as it wa
 
 import errno
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +20,15 @@ from prunetrain_kernels.files import reason, write_atomically
 from prunetrain_kernels.graph.gating import why_not_gated
 from prunetrain_kernels.nn.gated_conv import SIDES, describe_gating, restore_gating
 from prunetrain_kernels.ops.channel_index import ChannelIndex
+from prunetrain_kernels.prune.also import Copy, copies_of, unwrapped
 from prunetrain_kernels.prune.branches import describe_stand_ins, restore_stand_ins, swap_in
-from prunetrain_kernels.prune.reconfigure import memory_format, set_data, size_without_tensor, sizes_told_by
+from prunetrain_kernels.prune.reconfigure import (
+    memory_format,
+    parameters_that_go,
+    set_data,
+    size_without_tensor,
+    sizes_told_by,
+)
 
 FORMAT = "prunetrain_kernels.checkpoint/1"
 
@@ -38,19 +46,25 @@ def save_pruned(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     prunetrain: HasState | None = None,
+    also: Sequence[nn.Module] = (),
     **extra: Any,
 ) -> None:
     """Writes a model, shrunk or not, with its optimizer and PruneTrain state.
 
     Args:
         path: the file; replaced only once the new one is complete.
-        model, optimizer, prunetrain: whose `state_dict()` is saved.
+        model, optimizer, prunetrain: whose `state_dict()` is saved; of a model in DistributedDataParallel or compiled,
+            the network inside.
+        also: copies of the model that were pruned with it, such as an EMA; their `state_dict()`s are saved, with what
+            a wrapper adds (the count of `AveragedModel`).
         extra: plain values, tensors, and lists or dicts of them (a scheduler's `state_dict()`, an epoch number).
 
     Raises:
         CheckpointError: the file cannot be written, or could not be read again because something in it is no plain
             value; one that was there is untouched.
+        InputError: a copy is not like the model.
     """
+    model, _ = unwrapped(model)
     payload = {
         "format": FORMAT,
         "network": type(model).__name__,
@@ -62,6 +76,7 @@ def save_pruned(
             if size_without_tensor(module)
         },
         "model": dict(model.state_dict()),
+        "also": [_state_of(copy) for copy in copies_of(model, also)],
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "prunetrain": None if prunetrain is None else prunetrain.state_dict(),
         "extra": extra,
@@ -75,6 +90,7 @@ def load_pruned(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     prunetrain: HasState | None = None,
+    also: Sequence[nn.Module] = (),
 ) -> dict[str, Any]:
     """Shrinks a freshly built original `model` to the saved one, in place, and fills it.
 
@@ -83,6 +99,7 @@ def load_pruned(
         model: the network as it was first built, on any device.
         optimizer: holds `model`'s parameters; loses those of removed layers and takes up the saved state.
         prunetrain: takes up its saved state.
+        also: freshly made copies of `model`, as many as were saved and in the same order; shrunk and filled too.
 
     Returns:
         What was passed to `save_pruned` as `extra`.
@@ -91,26 +108,29 @@ def load_pruned(
         CheckpointError: the file is missing, damaged, of another network, or without the optimizer or PruneTrain state
             that is asked for, or of an optimizer with other groups; model and optimizer are untouched in these cases.
             Or the PruneTrain state does not fit what was passed.
+        InputError: a copy is not like the model.
     """
     payload = read_checkpoint(path)
-    state: dict[str, Tensor] = payload["model"]
-    stand_ins = restore_stand_ins(model, payload["stand_ins"])
-    gated: dict[str, dict[str, Any]] = payload.get("gated", {})
-    _check_gated(path, model, payload, gated)
-    _check_fits(path, model, state, payload)
-    before = {name: model.get_submodule(name) for name in stand_ins}
-    replaced = {id(module) for module in before.values()}
-    remaining = [module for module in model.modules() if id(module) not in replaced]
-    staying = {id(p) for m in (*stand_ins.values(), *remaining) for p in m.parameters(recurse=False)}
-    gone = {id(p) for module in before.values() for p in module.parameters()} - staying
+    model, _ = unwrapped(model)
+    copies = copies_of(model, also)
+    saved: list[dict[str, Any]] = payload.get("also", [])
+    if copies and len(copies) != len(saved):
+        raise CheckpointError(f"'{path}' holds {len(saved)} copies of the model, and `also` has {len(copies)}.")
+    stand_ins = _checked_stand_ins(path, model, payload["model"], payload)
+    gone = parameters_that_go(model, stand_ins)
+    theirs = [
+        _checked_stand_ins(path, copy.network, one["network"], payload)
+        for copy, one in zip(copies, saved, strict=False)  # copies that nobody asks for stay in the file
+    ]
     if optimizer is not None:
         _check_groups(path, optimizer, payload["optimizer"], gone)
     if prunetrain is not None and payload["prunetrain"] is None:
         raise CheckpointError(f"'{path}' holds no PruneTrain state; it was saved without one.")
 
-    swap_in(model, stand_ins)
-    restore_gating(model, gated)
-    _fill(model, state, payload["sizes"])
+    _rebuild(model, payload["model"], stand_ins, payload)
+    for copy, one, new in zip(copies, saved, theirs, strict=False):
+        _rebuild(copy.network, one["network"], new, payload)
+        copy.given.load_state_dict(one["wrapper"], strict=False)
     if optimizer is not None:
         for group in optimizer.param_groups:
             group["params"][:] = [p for p in group["params"] if id(p) not in gone]
@@ -120,6 +140,32 @@ def load_pruned(
     if prunetrain is not None:
         _load_into(path, "PruneTrain", prunetrain, payload["prunetrain"])
     return dict(payload["extra"])
+
+
+def _state_of(copy: Copy) -> dict[str, dict[str, Tensor]]:
+    """The copy's network, and what its wrapper adds."""
+    inside = copy.network.state_dict()
+    names = {copy.prefix + name for name in inside}
+    around = {name: value for name, value in copy.given.state_dict().items() if name not in names}
+    return {"network": dict(inside), "wrapper": around}
+
+
+def _checked_stand_ins(
+    path: str | Path, model: nn.Module, state: dict[str, Tensor], payload: dict[str, Any]
+) -> dict[str, nn.Module]:
+    """The modules that make a freshly built model the saved one, if the saved tensors are of this network."""
+    stand_ins = restore_stand_ins(model, payload["stand_ins"])
+    _check_gated(path, model, payload, payload.get("gated", {}))
+    _check_fits(path, model, state, payload)
+    return stand_ins
+
+
+def _rebuild(
+    model: nn.Module, state: dict[str, Tensor], stand_ins: dict[str, nn.Module], payload: dict[str, Any]
+) -> None:
+    swap_in(model, stand_ins)
+    restore_gating(model, payload.get("gated", {}))
+    _fill(model, state, payload["sizes"])
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A pruned network as plain PyTorch modules, for `torch.export` and for machines without this package.
 
     plain = to_dense(model, example_inputs)
-    torch.export.export(plain.eval(), example_inputs)
+    torch.export.export(plain.eval(), example_inputs)  # or `export_program`, which writes and checks a file
 
 What the package put into a model has a plain counterpart that computes the same:
 
@@ -132,9 +132,9 @@ def _plain(module: nn.Module, x: Tensor) -> nn.Module:
         geometry.get("padding", 0),
         geometry.get("dilation", 1),
         bias=isinstance(module, ConstantConv) and module.bias is not None,
-        device=x.device,
+        device="meta",  # where nothing is initialised, which would draw random numbers
         dtype=x.dtype,
-    )
+    ).to_empty(device=x.device)
     nn.init.zeros_(conv.weight)
     conv.weight.requires_grad_(False)  # it was removed: nothing is to grow here again
     if isinstance(module, ConstantConv) and module.bias is not None:

@@ -482,7 +482,7 @@ def test_a_module_that_cannot_be_traced_is_left_closed_and_named() -> None:
     assert "n.inner" not in graph.layers
 
 
-def test_a_forward_that_cannot_be_traced_is_an_error_that_names_the_line() -> None:
+def test_a_forward_that_cannot_be_traced_is_an_error_that_names_the_line(capfd: pytest.CaptureFixture[str]) -> None:
     class Root(Net):
         def forward(self, x: Tensor) -> Tensor:
             y = self.a(x)
@@ -495,6 +495,8 @@ def test_a_forward_that_cannot_be_traced_is_an_error_that_names_the_line() -> No
         match=r"the forward of Root cannot be traced .*'if y.mean\(\) > 0:'.*torch.export says.*Move the part",
     ):
         trace_channels(Root(simple), (images(),))
+
+    assert capfd.readouterr() == ("", "")  # torch.export would print the program
 
     with pytest.raises(TraceError, match="the model takes 1 inputs but example_inputs has 2"):
         trace_channels(Net(simple), (images(), images()))
@@ -533,6 +535,12 @@ def test_what_fx_cannot_trace_is_traced_by_export() -> None:
     # sizes are numbers by then, so nobody can tell a count that follows from one that is written out
     model = Net(lambda m, x: m.fc(m.b(m.a(x))[:, :, 0, 0].view(2, m.b(m.a(x)).shape[1])) if x.shape[2] == 6 else x)
     assert "written out" in (frozen(prune_half_of_everything(model, images()), "b") or "")
+
+
+def test_a_functional_batch_norm_takes_one_image_of_one_pixel() -> None:
+    model = UNDERSTOOD["functional-batch-norm"]()
+    graph = trace_channels(model, (images(batch=1, size=1),))
+    assert not frozen(graph, "a")
 
 
 def test_export_sees_assignments() -> None:

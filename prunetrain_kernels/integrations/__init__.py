@@ -1,0 +1,1 @@
+"""PruneTrain inside other trainers; each module needs the package it is named after."""

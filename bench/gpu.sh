@@ -13,6 +13,7 @@
 #   cuda-cpp     builds csrc/cuda, where nvcc is
 #   t2           the operators' tests on the device (tier T2), bitwise and CUDA-graph tests included
 #   optimizers   200 steps of ResNet-20 against torch.optim.SGD, through two reconfigurations
+#   cuda-graphs  `prunetrain train --cuda-graphs` against the same runs without, through reconfigurations
 #   roof         what the device can do
 #   sgd-lasso-bn gating-32 fig7-32 step gating-256 fig7-256 conv gather inference reconfigure memory-comm step-compile
 #                suites: python -m bench run ...; torch.compile of whole steps comes last, a minute per shape
@@ -110,6 +111,7 @@ else
 fi
 step t2 200 "$PYTHON" -m pytest -m t0 --device "$DEVICE" -q -ra -p no:cacheprovider "${TESTS[@]}"
 step optimizers 60 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprovider "${OPTIMIZERS[@]}"
+step cuda-graphs 90 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprovider tests/train/test_cuda_graphs.py
 bench roof 30 roof
 bench sgd-lasso-bn 150 run sgd lasso bn
 bench gating-32 60 run gating

@@ -1,4 +1,4 @@
-"""The `prunetrain` command: train, report, info."""
+"""The `prunetrain` command: train, report, info, export."""
 
 import argparse
 import dataclasses
@@ -13,9 +13,11 @@ from prunetrain_kernels.cost import batch_norm_bytes, count_flops, count_flops_b
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.graph import trace_channels
 from prunetrain_kernels.models import MODELS, build
-from prunetrain_kernels.train.config import TrainConfig
+from prunetrain_kernels.prune.program import FORMATS, export_program
+from prunetrain_kernels.train.config import SCHEDULES, TrainConfig
 from prunetrain_kernels.train.distributed import explain, speak_when_terminated
 from prunetrain_kernels.train.loop import train
+from prunetrain_kernels.train.trained import load_trained
 
 DATA_HELP = (
     "digits (comes with scikit-learn); an official cifar-10-python or cifar-100-python archive or its folder; a folder "
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_report(commands)
     _add_info(commands)
+    _add_export(commands)
     return parser
 
 
@@ -115,6 +118,41 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="when, as shares of --epochs, the learning rate decays",
     )
     add("--decay", type=float, default=defaults["decay"], help="factor of each decay")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="step",
+        help="the learning rate, changed after each epoch: step (--decay-at), cosine (down to 0 over --epochs) or "
+        "onecycle (up to --lr over 30%% of --epochs, then down to almost 0); fine-tuning goes on at the last rate",
+    )
+    add(
+        "--warmup",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="epochs over which the learning rate first rises to --lr",
+    )
+    add("--no-decay-norms", action="store_true", help="no weight decay for normalisation and biases")
+    add(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="K",
+        help="cut each batch into K micro-batches and add up their gradients: a step needs the memory of one of them",
+    )
+    add(
+        "--clip-grad",
+        type=float,
+        metavar="NORM",
+        help="scale the gradient down to this norm where it is longer; the lasso's, added after that, is not clipped",
+    )
+    add(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="keep an exponential moving average of the weights, such as 0.999 per step, pruned with the network; its "
+        "accuracy is logged as ema_accuracy, and it is saved in the checkpoint",
+    )
     add("--seed", type=int, default=0, help="of weights, order and augmentation; the same seed gives the same run")
     add = parser.add_argument_group("pruning").add_argument
     add("--dense", action="store_true", help="plain training, for comparison: no lasso, no pruning")
@@ -200,6 +238,17 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="fused operators: batch norm with the addition and ReLU behind it, SGD with the lasso inside",
     )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the network with torch.compile, anew after each reconfiguration (seconds to minutes each time)",
+    )
+    add(
+        "--cuda-graphs",
+        action="store_true",
+        help="on a GPU: capture the whole step as a CUDA graph, anew after each reconfiguration; the update is that of "
+        "--fuse, with the lasso inside",
+    )
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's own choice)")
     add(
         "--sync-batch-norm",
@@ -244,6 +293,31 @@ def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--batch", type=int, default=128, help="images per step, for memory and traffic")
     parser.add_argument("--layers", action="store_true", help="inference FLOPs layer by layer")
     parser.set_defaults(run=_info)
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a run's network as a program that needs no prunetrain_kernels",
+        description="Writes the network of a run folder, as it was last saved, for torch.export, ONNX or TorchScript. "
+        "The file takes batches of any size; it is run against the network before it takes its place.",
+        epilog="example: prunetrain export runs/digits --format onnx --out digits.onnx",
+    )
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, or its checkpoint.pt")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file; replaced if it is there")
+    parser.add_argument(
+        "--format",
+        choices=tuple(FORMATS),
+        help="torch (torch.export), onnx (needs the packages onnx and onnxscript) or torchscript; default: by the "
+        f"file's name, {', '.join(f'{ending} for {name}' for name, ending in FORMATS.items())}",
+    )
+    parser.add_argument(
+        "--input", type=_shape, metavar="CxHxW", help="shape of one image (default: that of the run's data)"
+    )
+    parser.add_argument(
+        "--classes", type=int, metavar="N", help="number of classes; with --input, the run's data are not needed"
+    )
+    parser.set_defaults(run=_export)
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -332,6 +406,18 @@ def _info(options: argparse.Namespace) -> int:
         print("\ninference MFLOP per image")
         for name, count in count_flops_by_layer(model, example).items():
             print(f"  {count / 1e6:>10,.3f}  {name}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    trained = load_trained(options.run_folder, options.input, options.classes)
+    print(export_program(trained.model, (trained.examples,), options.out, options.format))
+    shape = ", ".join(map(str, trained.examples.shape[1:]))
+    print(f"epoch {trained.epoch}; input: float32 images (N, {shape})", end="")
+    if trained.mean is not None and trained.std is not None:
+        mean, std = (", ".join(f"{v:.6g}" for v in values) for values in (trained.mean, trained.std))
+        print(f", (image / 255 - mean) / std with mean {mean} and std {std}", end="")
+    print()
     return 0
 
 

@@ -110,7 +110,7 @@ def subparsers() -> dict[str, argparse.ArgumentParser]:
     return dict(action.choices)
 
 
-@pytest.mark.parametrize("command", ["train", "report", "info"])
+@pytest.mark.parametrize("command", ["train", "report", "info", "export"])
 def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
@@ -130,7 +130,7 @@ def test_the_top_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> 
         cli.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("train", "report", "info"))
+    assert all(command in text for command in ("train", "report", "info", "export"))
 
 
 def test_every_field_of_the_configuration_has_an_option_with_the_same_default() -> None:

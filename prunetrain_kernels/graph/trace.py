@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
+from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import TraceError
 from prunetrain_kernels.graph.channels import Channels, Count
 from prunetrain_kernels.graph.exported import exported_program
@@ -90,6 +92,7 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
             computed by `torch.nn.utils.parametrize`.
     """
     examples = _few(example_inputs)
+    _refuse_wrapped(model)
     _refuse_parametrized(model)
     with _as_it_was(model, examples):
         graph, failed = None, None
@@ -136,6 +139,17 @@ def _by_export(model: nn.Module, examples: tuple[Tensor, ...]) -> ChannelGraph:
     graph = Walk(model, program, values, {}).graph(examples)
     graph.tracer = "torch.export"
     return graph
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Names of layers are those in the network itself."""
+    inside = (
+        "_orig_mod" if is_compiled_module(model) else "module" if isinstance(model, DistributedDataParallel) else ""
+    )
+    if inside:
+        raise TraceError(
+            f"a {type(model).__name__} is a wrapper; pass the network inside, model.{inside} (PruneTrain takes both)."
+        )
 
 
 def _refuse_parametrized(model: nn.Module) -> None:

@@ -202,6 +202,18 @@ class SGD(torch.optim.SGD):
         PyTorch does not record; replaced weights and all other writes are noticed."""
         self._norms = None
 
+    def replayed(self) -> None:
+        """To be called whenever a CUDA graph that has captured `step` was replayed: PyTorch does not record that the
+        parameters have changed."""
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        buffers = [self.state[p]["momentum_buffer"] for p in held if "momentum_buffer" in self.state.get(p, {})]
+        increment_version([*held, *buffers])
+        self._norms_after_replay()
+
+    def _norms_after_replay(self) -> None:
+        if self._norms is not None:
+            self._norms.mark()  # the update has written those of the new weights
+
     def _required(self) -> GroupLasso:
         if self._lasso is None:
             raise InputError("this optimizer has no lasso; give it one with regularize_with(lasso, coefficient).")
@@ -383,6 +395,9 @@ class ProximalSGD(SGD):
             step.lasso.blocks,
             step.lasso.used,
         )  # the norms are now of the weights before the threshold: whoever asks has them measured
+
+    def _norms_after_replay(self) -> None:
+        return  # of the weights before the threshold, as after a step
 
     def _lasso_coefficient(self, step: "_Step") -> Tensor | None:
         return None  # no subgradient

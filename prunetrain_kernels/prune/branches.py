@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import CheckpointError
-from prunetrain_kernels.graph.keep import DeadBranch
 from prunetrain_kernels.graph.channels import Channels
+from prunetrain_kernels.graph.keep import DeadBranch
 from prunetrain_kernels.graph.rules import expand_sum_and_relu, register_expansion, register_rule
 
 Geometry = dict[str, list[int]]

@@ -520,14 +520,14 @@ def sizes_told_by(module: nn.Module) -> dict[str, int]:
         if module.transposed:
             return {"out_channels": weight.shape[1] * module.groups, "in_channels": weight.shape[0]}
         return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * module.groups}
-    elif isinstance(module, nn.Linear) and weight is not None:
+    if isinstance(module, nn.Linear) and weight is not None:
         return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-    elif isinstance(module, nn.PReLU):
+    if isinstance(module, nn.PReLU):
         return {"num_parameters": module.weight.shape[0]}
-    elif isinstance(module, nn.GroupNorm):
+    if isinstance(module, nn.GroupNorm):
         alike = weight is not None and module.num_groups == module.num_channels
         return {"num_channels": weight.shape[0], "num_groups": weight.shape[0]} if alike and weight is not None else {}
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
+    if isinstance(module, nn.modules.batchnorm._NormBase):
         running = module._buffers.get("running_mean")
         sized = weight if weight is not None else running
         return {} if sized is None else {"num_features": sized.shape[0]}

@@ -10,6 +10,7 @@ from prunetrain_kernels.graph.gating import COSTS
 from prunetrain_kernels.graph.keep import POLICIES
 from prunetrain_kernels.train.mini_batch import LEARNING_RATE_RULES
 
+SCHEDULES = ("step", "cosine", "onecycle")
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -34,6 +35,12 @@ class TrainConfig:
     weight_decay: float = 5e-4
     decay_at: tuple[float, ...] = (0.5, 0.75)
     decay: float = 0.1
+    schedule: str = "step"
+    warmup: int = 0
+    no_decay_norms: bool = False
+    accumulate: int = 1
+    clip_grad: float | None = None
+    ema: float | None = None
     dense: bool = False
     penalty_ratio: float = 0.25
     interval: float = 10
@@ -53,6 +60,8 @@ class TrainConfig:
     amp: str = "off"
     channels_last: bool = False
     fuse: bool = False
+    compile: bool = False
+    cuda_graphs: bool = False
     sync_batch_norm: bool = False
     rank_timeout: float = 60
     device: str = "auto"
@@ -69,6 +78,11 @@ class TrainConfig:
             ("momentum", 0 <= self.momentum < 1, "be from 0 up to, but not including, 1"),
             ("weight-decay", 0 <= self.weight_decay < math.inf, "be 0 or more"),
             ("decay", 0 < self.decay < math.inf, "be a positive number"),
+            ("schedule", self.schedule in SCHEDULES, f"be one of {', '.join(SCHEDULES)}"),
+            ("warmup", 0 <= self.warmup < max(self.epochs, 1), "be 0 or more, and fewer than the --epochs"),
+            ("accumulate", self.accumulate >= 1, "be at least 1"),
+            ("clip-grad", self.clip_grad is None or 0 < self.clip_grad < math.inf, "be a positive number"),
+            ("ema", self.ema is None or 0 <= self.ema < 1, "be from 0 up to, but not including, 1"),
             ("decay-at", all(0 < d <= 1 for d in self.decay_at), "be shares of the epochs, between 0 and 1"),
             ("penalty-ratio", 0 <= self.penalty_ratio < 1, "be from 0 up to, but not including, 1"),
             ("interval", 0 < self.interval < math.inf, "be a positive number of epochs"),
@@ -100,6 +114,16 @@ class TrainConfig:
             raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
         if self.dense and self.proximal:
             raise InputError("--dense has no lasso, so it cannot go with --proximal; choose one.")
+        if self.schedule == "onecycle" and (self.warmup or self.epochs < 2):
+            raise InputError("--schedule onecycle has a warm-up of its own and needs 2 epochs; leave --warmup out.")
+        if (
+            self.schedule == "step"
+            and self.warmup
+            and self.warmup >= round(self.epochs * min(self.decay_at, default=1))
+        ):
+            raise InputError(f"--warmup {self.warmup} ends after the first decay (--decay-at); make it shorter.")
+        if self.batch % self.accumulate:
+            raise InputError(f"--batch {self.batch} cannot be cut into {self.accumulate} equal parts (--accumulate).")
         if self.fuse and self.sync_batch_norm:
             raise InputError("--fuse has no batch norm that is synchronised over ranks; leave --sync-batch-norm out.")
         for name, value in (("memory-budget", self.memory_budget), ("batch-limit", self.batch_limit)):

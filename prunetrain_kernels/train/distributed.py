@@ -175,10 +175,12 @@ class Ranks:
                 "options, data and software on every rank, and go on from the last checkpoint."
             )
 
-    def agree_on_weights(self, model: nn.Module) -> None:
+    def agree_on_weights(self, model: nn.Module, *copies: nn.Module) -> None:
         """Compares all parameters, bit by bit. Raises RanksDifferError as `agree` does."""
         if self.world > 1:
             self.agree("the model's weights", *model.parameters())
+        if self.world > 1 and copies:
+            self.agree("the weights of the copies of the model", *(p for copy in copies for p in copy.parameters()))
 
     @property
     def _root(self) -> int:

@@ -13,16 +13,17 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunetrain_kernels.compiled import Compilations, compiling, eagerly
 from prunetrain_kernels.data import batch, epoch_order
 from prunetrain_kernels.data.dataset import seeded_generator
 from prunetrain_kernels.errors import DivergedError, InputError
@@ -32,6 +33,7 @@ from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig
 from prunetrain_kernels.train.distributed import Ranks, answering, distributed, one_after_the_other, rebuild_buckets
 from prunetrain_kernels.train.prunetrain import SAFE_CHANNELS, PruneReport, PruneTrain, unsafe_in_channels_last
 from prunetrain_kernels.train.run_log import RunLog
+from prunetrain_kernels.train.step import Average, CapturedStep, Step
 from prunetrain_kernels.train.tally import Costs, EpochSums, Stopwatch, Totals, costs_now, is_finite, summary_of
 
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
@@ -56,7 +58,10 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     config.check()
     if resume and overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it; choose one.")
-    with answering("the last checkpoint is kept, start again with --resume, on any number of processes"):
+    with (
+        answering("the last checkpoint is kept, start again with --resume, on any number of processes"),
+        compiling("leave --compile out"),
+    ):
         return _train(config, resume, overwrite, progress)
 
 
@@ -99,7 +104,9 @@ class _Run:
         self.ranks = ranks = Ranks.of_environment(self.device.type == "cuda", config.rank_timeout)
         setup.check_ranks(config, ranks)
         ranks.agree("the checkpoints to go on from", -1 if saved is None else saved["extra"]["epoch"])
-        self.smallest_batch = setup.SMALLEST_BATCH * ranks.world
+        # of a batch: side by side in the ranks, one after the other in each
+        self.parts = ranks.world * config.accumulate
+        self.smallest_batch = setup.SMALLEST_BATCH * self.parts
         progress = progress and ranks.first
         self.say: Callable[[str], None] = tqdm.write if progress else lambda text: None
         self.log = RunLog(self.folder)
@@ -108,12 +115,17 @@ class _Run:
         self.model = setup.build_model(config, self.data, self.device, ranks)
         self.channels_last = config.channels_last
         self.optimizer = setup.optimizer_class(config)(
-            self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            setup.parameter_groups(config, self.model),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
         )
+        self.average = None if config.ema is None else Average(self.model, config.ema)
+        if config.compile:
+            self.model.compile()
         self.ddp, self.sent = distributed(self.model, self.device, ranks)
         total = config.epochs + config.fine_tune_epochs
-        milestones = sorted({max(1, round(config.epochs * share)) for share in config.decay_at})
-        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, config.decay)
+        self.scheduler = setup.scheduler(config, self.optimizer)
         self.amp = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
         # the same on every rank, which then trace and measure the same
@@ -133,11 +145,28 @@ class _Run:
             scheduler=self.scheduler,
             fuse=config.fuse,
             cost=config.policy_cost,
+            also=self._copies(),
         )
         setup.check_logits(config, self.model, self.example, self.data.classes)
         self.epoch = 0
         self.totals = Totals()
         self.lasso_watch = Stopwatch(self.device)
+        self.compilations = Compilations()
+        self.step: Step | CapturedStep = Step(
+            self.ddp or self.model,
+            self.optimizer,
+            self.scaler,
+            self.prunetrain,
+            self.device,
+            self.amp,
+            ranks.world,
+            config.accumulate,
+            config.clip_grad,
+            self.average,
+            self.lasso_watch,
+        )
+        if config.cuda_graphs:
+            self.step = CapturedStep(self.step)
         if saved is None:
             if start is not None:
                 self._start_from(start)
@@ -175,7 +204,9 @@ class _Run:
         self.log.write_config({**asdict(self.config), **setup.environment(self.device, self.ranks)})
 
     def _restore(self) -> None:
-        extra = load_pruned(self.checkpoint, self.model, self.optimizer, self.prunetrain)
+        extra = load_pruned(self.checkpoint, self.model, self.optimizer, self.prunetrain, self._copies())
+        if isinstance(self.step, CapturedStep):
+            self.step.rates_to_device()
         self.scheduler.load_state_dict(extra["scheduler"])
         self.scaler.load_state_dict(extra["scaler"])
         self.log.load_state_dict(extra["log"])
@@ -197,14 +228,18 @@ class _Run:
         setup.check_dense_start(self.config, self.model, start)
         if self.prunetrain.penalty_ratio > 0:
             devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices), torch.no_grad(), self._autocast():
+            with torch.random.fork_rng(devices=devices), torch.no_grad(), self._autocast(), eagerly(self.model):
                 order = epoch_order(len(self.data.train_labels), self.config.seed, 0)
                 indices = order[: self.batch_size]
                 images, labels = self._batch(indices, 0, 0, train=True)
                 self.model.train()
                 loss = F.cross_entropy(self.model(images), labels) * self._weight(labels, indices)
             self.prunetrain.set_coefficient(loss, self.prunetrain.lasso.penalty())
-        self.model.load_state_dict(start)
+        for network in (self.model, *self._copies()):
+            network.load_state_dict(start)
+
+    def _copies(self) -> list[nn.Module]:
+        return [] if self.average is None else [self.average.network]
 
     def _leave_unsafe_layout(self) -> None:
         """Goes on in contiguous format where a CPU's channels_last would corrupt memory."""
@@ -220,7 +255,7 @@ class _Run:
             )
 
     def _costs(self) -> Costs:
-        return costs_now(self.prunetrain, self.example, self.optimizer, self.batch_size // self.ranks.world)
+        return costs_now(self.prunetrain, self.example, self.optimizer, self.batch_size // self.parts)
 
     def _log_channels(self) -> None:
         number, epoch = len(self.prunetrain.history), round(self.prunetrain.epochs, 9)
@@ -231,9 +266,9 @@ class _Run:
 
     @property
     def batch_size(self) -> int:
-        """Images per step, of all ranks together."""
+        """Images per update, of all ranks and micro-batches together."""
         share = self.prunetrain.batch_size
-        return self.config.batch if share is None else share * self.ranks.world
+        return self.config.batch if share is None else share * self.parts
 
     def _batch(
         self, indices: Tensor, epoch: int, step: int, *, train: bool, share: slice | None = None
@@ -250,7 +285,7 @@ class _Run:
         """Of the mean loss of this share in the mean over ranks: 1, but where a last batch has unequal shares."""
         return len(labels) * self.ranks.world / len(indices)
 
-    def _autocast(self) -> Any:
+    def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.amp) if self.amp is not None else nullcontext()
 
     def train_epoch(self, epoch: int) -> None:
@@ -298,39 +333,29 @@ class _Run:
             place = seeded_generator("dropout", self.config.seed, epoch, step, self.ranks.rank)
             torch.manual_seed(place.initial_seed())
         images, labels = self._batch(indices, epoch, step, train=True)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            logits = (self.ddp or self.model)(images)
-            loss = F.cross_entropy(logits, labels) * self._weight(labels, indices)
-        self.scaler.scale(loss).backward()
-        if not self.prunetrain.lasso_inside:
-            self.scaler.unscale_(self.optimizer)
-        with self.lasso_watch.running() if self.prunetrain.active else nullcontext():
-            self.prunetrain.add_gradient_(loss)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        with torch.no_grad():
-            self.sums.loss += loss.detach() * (len(indices) / self.ranks.world)
-            self.sums.correct += (logits.argmax(1) == labels).sum()
+        loss, hits = self.step(images, labels, len(indices))
+        self.sums.loss += loss * (len(indices) / self.ranks.world)
+        self.sums.correct += hits
 
     def _fall_back(self) -> None:
         """After running out of memory: one granule fewer images, if PruneTrain manages the batch."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.step.reset()
         torch.cuda.empty_cache()
         if self.ranks.world > 1:  # the others are in the middle of this step, and wait for this rank's gradients
             raise InputError(
                 f"a step of {self.batch_size} images on {self.ranks.world} ranks does not fit the memory of rank "
                 f"{self.ranks.rank}; start anew with a smaller --batch, --batch-limit or --memory-budget."
             )
-        if self.prunetrain.batch is None or self.batch_size <= setup.SMALLEST_BATCH:
+        if self.prunetrain.batch is None or self.batch_size <= self.smallest_batch:
             raise InputError(
                 f"a step of {self.batch_size} images does not fit the device's memory; use a smaller --batch."
             )
-        size = self.prunetrain.batch.fall_back(self.optimizer, self.scheduler)
-        self.say(f"out of memory: going on with {size} images per step")
+        self.prunetrain.batch.fall_back(self.optimizer, self.scheduler)
+        self.say(f"out of memory: going on with {self.batch_size} images per step")
 
     def _count(self, size: int) -> None:
-        self.sums.count(size, self.ranks.world, self.costs)
+        self.sums.count(size, self.parts, self.costs)
         sizes = self.totals.batch_sizes
         if not sizes or sizes[-1] != self.batch_size:
             sizes.append(self.batch_size)
@@ -371,6 +396,8 @@ class _Run:
             report = act()
         assert report is not None
         self._leave_unsafe_layout()
+        if report.reconfiguration.changed or report.batch != report.batch_before:
+            self.step.reset()
         done = time.perf_counter()
         self.sums.reconfigure_seconds += done - start
         if report.reconfiguration.changed:
@@ -392,12 +419,17 @@ class _Run:
             done = self.prunetrain.history
             if not done or done[-1]["epoch"] < self.prunetrain.epochs - 1e-6:
                 self._reconfigured(epoch, self.prunetrain.reconfigure)  # what the last epochs made sparse
-        accuracy = self.validate()
+        accuracy = self.validate(self.model)
+        ema_accuracy = None if self.average is None else self.validate(self.average.network)
         lasso = self.lasso_watch.take()
-        self.scheduler.step()
+        compilations, compile_seconds = self.compilations.take()
+        if config.schedule == "step" or finished < config.epochs:  # other schedules end with the lasso
+            self.scheduler.step()
         self.epoch = finished
         now = time.perf_counter()
         self.totals.add(self.sums, lasso, now - self.mark, self.sent.total)
+        self.totals.compilations += compilations
+        self.totals.compile += compile_seconds
         self.mark = now
         with torch.no_grad():
             penalty = float(self.prunetrain.lasso.penalty()) if self.prunetrain.penalty_ratio else None
@@ -409,6 +441,9 @@ class _Run:
                 "penalty": penalty,
                 "train_accuracy": self.accuracy,
                 "val_accuracy": accuracy,
+                "ema_accuracy": ema_accuracy,
+                "compilations": compilations,
+                "compile_seconds": compile_seconds,
                 **self.sums.row(self.costs, lasso, self.sent.total),
                 "wall_seconds": self.totals.wall,
             }
@@ -420,23 +455,24 @@ class _Run:
         self.ranks.wait()
         if self.bar.disable:
             self.say(
-                f"epoch {finished}: loss {self.loss:.4f}, accuracy {accuracy:.1%}, "
+                f"epoch {finished}: loss {self.loss:.4f}, accuracy {accuracy:.1%}"
+                f"{'' if ema_accuracy is None else f' (average {ema_accuracy:.1%})'}, "
                 f"training FLOPs {self.costs.training_flops / self.totals.dense['training_flops']:.1%}, "
                 f"batch {self.batch_size}, {self.sums.seconds:.1f} s"
             )
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Share of validation images classified correctly, 0..1."""
-        self.ranks.share_buffers(self.model)
-        self.model.eval()
+    def validate(self, network: nn.Module) -> float:
+        """Share of validation images that a network classifies correctly, 0..1."""
+        self.ranks.share_buffers(network)
+        network.eval()
         correct = torch.zeros((), device=self.device)
         for indices in torch.arange(len(self.data.val_labels)).split(VALIDATION_BATCH):
             images, labels = self._batch(indices, 0, 0, train=False)
             if len(labels):
                 with self._autocast():
-                    correct += (self.model(images).argmax(1) == labels).sum()
-        self.model.train()
+                    correct += (network(images).argmax(1) == labels).sum()
+        network.train()
         return float(self.ranks.sum(correct)) / len(self.data.val_labels)
 
     def _save(self) -> None:
@@ -445,6 +481,7 @@ class _Run:
             self.model,
             self.optimizer,
             self.prunetrain,
+            self._copies(),
             epoch=self.epoch,
             scheduler=self.scheduler.state_dict(),
             scaler=self.scaler.state_dict(),

@@ -22,6 +22,8 @@ LEARNING_RATE_RULES = ("linear", "sqrt", "none")
 _GROUP_RATES = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 _RATE_LISTS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
 _RATES = ("eta_min", "default_min_lr")
+# timm's own schedulers, which have `base_values`
+_TIMM_RATES = ("base_values", "warmup_steps", "warmup_lr_init", "lr_min")
 
 
 class MiniBatch:
@@ -165,7 +167,8 @@ def scale_learning_rate(optimizer: Optimizer, scheduler: Any, factor: float) -> 
     """Multiplies the learning rate by `factor`, now and for the rest of the schedule.
 
     Touches each group's `lr` (a number or a tensor, in place) and the rates that schedulers keep: `initial_lr`,
-    `max_lr` and `min_lr` in the groups, base, largest and smallest rates in the scheduler and in those that it chains.
+    `max_lr` and `min_lr` in the groups, base, largest and smallest rates in the scheduler and in those that it chains;
+    PyTorch's schedulers and timm's. Several schedulers of one optimizer are given in a list.
     """
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
@@ -189,7 +192,11 @@ def scale_learning_rate(optimizer: Optimizer, scheduler: Any, factor: float) -> 
         for name in _RATES:
             if isinstance(getattr(one, name, None), int | float | Tensor):
                 setattr(one, name, getattr(one, name) * factor)
-        for inner in getattr(one, "_schedulers", ()):
+        for name in _TIMM_RATES if hasattr(one, "base_values") else ():
+            value: Any = getattr(one, name, 0.0)
+            setattr(one, name, [rate * factor for rate in value] if isinstance(value, list) else value * factor)
+        for inner in (*getattr(one, "_schedulers", ()), getattr(one, "lr_scheduler", None)):
             scale(inner)
 
-    scale(scheduler)
+    for one in scheduler if isinstance(scheduler, list | tuple) else (scheduler,):
+        scale(one)

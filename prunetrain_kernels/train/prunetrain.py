@@ -6,13 +6,15 @@ loss = prunetrain.regularize(cross_entropy)   # adds lambda * R(W); sets lambda 
 ...
 report = prunetrain.epoch_end()               # every `interval` epochs: reconfigures, returns what changed
 
-The model may be wrapped in `DistributedDataParallel`; then every rank holds a PruneTrain and makes the same calls.
+The model may be compiled, and wrapped in `DistributedDataParallel`; then every rank holds a PruneTrain and makes the
+same calls.
 """
 
 import dataclasses
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from prunetrain_kernels.compiled import Compilations, eagerly, forget_compiled, is_compiled_module
 from prunetrain_kernels.cost import Flops, count_flops
 from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainError
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
@@ -29,6 +32,7 @@ from prunetrain_kernels.nn import FuseReport
 from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.ops.group_lasso import slice_max_abs
 from prunetrain_kernels.optim import SGD
+from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
 from prunetrain_kernels.prune.reconfigure import Reconfiguration, reconfigure
 from prunetrain_kernels.regularizer import GroupLasso, penalty_coefficient
 from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
@@ -46,6 +50,9 @@ class PruneReport:
         training_ratio, inference_ratio: those FLOPs as a share of the dense network's.
         batch_before, batch: images per step of one rank, if PruneTrain manages the batch, else None.
         seconds: wall time of all of it: choosing, rewriting, tracing and counting anew, fitting the batch.
+        ranks: processes that train together.
+        compilations, compile_seconds: graphs that `torch.compile` has compiled in this process since the last
+            reconfiguration, which made it forget the ones before, and the time that took; 0 where it is not in use.
     """
 
     epoch: float
@@ -57,6 +64,8 @@ class PruneReport:
     batch: int | None
     seconds: float
     ranks: int = 1
+    compilations: int = 0
+    compile_seconds: float = 0.0
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -71,6 +80,9 @@ class PruneReport:
         if self.batch != self.batch_before:
             text += f", batch {self.batch_before} -> {self.batch}"
             text += f" on each of {self.ranks} ranks" if self.ranks > 1 else ""
+        if self.compilations:
+            graphs = "1 graph" if self.compilations == 1 else f"{self.compilations} graphs"
+            text += f", {graphs} compiled in {self.compile_seconds:.1f} s since the last"
         return text
 
 
@@ -109,8 +121,14 @@ class PruneTrain:
     RanksDifferError and nothing is changed. DDP's buckets are rebuilt in place, so the wrapped model stays the same
     object; the mini-batch, which is that of one rank, grows to what the smallest rank holds.
 
+    A model may be compiled, as `torch.compile(model)` or in place by `model.compile()`, before or after it is given to
+    PruneTrain. A reconfiguration has everything that was compiled in this process compiled anew, so that neither code
+    for an old shape runs nor the compiler's limit of shapes is met; if it gives up all the same, `advance` warns.
+    Parts of a model must be compiled in place, not replaced by what `torch.compile(part)` returns. What PruneTrain
+    itself measures (FLOPs, memory, max|dy|) is of the model uncompiled.
+
     Args:
-        model: any CNN that `trace_channels` can follow, before its first training step; plain, or wrapped in
+        model: any CNN that `trace_channels` can follow, before its first training step; plain, compiled, or wrapped in
             `DistributedDataParallel`.
         optimizer: any torch.optim optimizer that holds the model's parameters.
         example_inputs: the model's positional arguments, a few examples, on the model's device.
@@ -119,24 +137,29 @@ class PruneTrain:
         threshold, relative, policy, round_to: as for `ChannelGraph.keep`.
         cost: how the policy "auto" finds out what is faster: "roof", "measure", or a function; as for `choose`.
         batch: a `MiniBatch`, or a starting size that may grow into the freed memory; None leaves the batch alone.
-        scheduler: the learning-rate scheduler, whose base rates grow with the batch.
+        scheduler: the learning-rate scheduler, or a list of several, whose base rates grow with the batch.
         fuse: swap batch norms, with the addition and ReLU behind them, for fused ones, in place
             (`prunetrain_kernels.nn.fuse`).
+        also: copies of the model that follow it, such as an EMA: `AveragedModel(model)` or deep copies, wrapped or not,
+            on any device. They lose the same channels, in the same transaction; save and load them with
+            `save_pruned(..., also=[ema])` and `load_pruned(..., also=[ema])`. With `fuse` they are fused too.
 
     Attributes:
         coefficient: lambda, or None before the first step.
-        model: the network itself; `ddp`: its `DistributedDataParallel`, or None.
+        model: the network itself, uncompiled; `ddp`: its `DistributedDataParallel`, or None.
         ranks: the processes that train together.
         fused: what `fuse=True` swapped, or None.
         regularizing: set it to False for fine-tuning epochs without the lasso.
         epochs: epochs counted so far.
         history: one entry per reconfiguration: epoch, seconds, max_abs_dy, train_flops, ...
         removed: names of the layers that went with dead branches.
+        also: the networks inside the copies.
 
     Raises:
         TraceError: the model cannot be traced.
-        InputError: an argument out of range, an optimizer that does not hold the model's parameters, or a
-            `DistributedDataParallel` with an option that cannot be pruned.
+        InputError: an argument out of range, an optimizer that does not hold the model's parameters, a copy that is not
+            like the model, a part that `torch.compile` wraps, or a `DistributedDataParallel` with an option that cannot
+            be pruned.
         RanksDifferError: the ranks were given other networks or other arguments.
     """
 
@@ -155,16 +178,20 @@ class PruneTrain:
         scheduler: Any = None,
         fuse: bool = False,
         cost: ConvolutionCost | str = "roof",
+        also: Sequence[nn.Module] = (),
     ) -> None:
         if not 0 <= penalty_ratio < 1:
             raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
         if not interval > 0:
             raise InputError(f"interval must be a positive number of epochs, not {interval}.")
-        self.ddp = model if isinstance(model, DistributedDataParallel) else None
+        self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
         self.ranks = Ranks()
-        if isinstance(model, DistributedDataParallel):
-            check_rebuildable(model)
-            self.ranks, model = Ranks.of(model.process_group), model.module
+        if self.ddp is not None:
+            check_rebuildable(self.ddp)
+            self.ranks = Ranks.of(self.ddp.process_group)
+        self.is_compiled = is_compiled_module(model) or any("_compiled_call_impl" in vars(m) for m in model.modules())
+        model, _ = unwrapped(model)
+        _check_parts(model)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:
@@ -172,6 +199,7 @@ class PruneTrain:
                 f"the optimizer does not hold the model's parameter '{missing[0]}' ({len(missing)} are missing); build "
                 "it from model.parameters() of this very model."
             )
+        self.also = [copy.network for copy in copies_of(model, also)]
         if not any(p.is_cuda for p in model.parameters()):
             torch.set_flush_denormal(True)
         self.model = model
@@ -191,12 +219,29 @@ class PruneTrain:
         self.history: list[dict[str, Any]] = []
         self.removed: list[str] = []
         self._warned_of_layout = False
+        self._compilations = Compilations()
+        self._warned_of = 0
+        with eagerly(model, *self.also):
+            self._look_first(example_inputs, fuse)
+        settings = (penalty_ratio, interval, threshold, relative, policy, round_to)
+        self.ranks.agree("the network and PruneTrain's arguments", settings, sorted(self.dense_layers.items()))
+        self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
+        if self.batch is not None:
+            self.batch.ranks = self.ranks.world
+            with eagerly(model):
+                self.batch.start(model, self.graph.example_inputs, optimizer)
 
+    def _look_first(self, example_inputs: tuple[Tensor, ...], fuse: bool) -> None:
+        """Traces and counts the model as it is given."""
+        model, cost = self.model, self.cost
         self.fused: FuseReport | None = fuse_model(model, example_inputs) if fuse else None
+        for copy in self.also if fuse else ():
+            fuse_model(copy, inputs_for(copy, model, example_inputs))
         self.graph: ChannelGraph = trace_channels(model, example_inputs)
-        if policy == "auto":
+        if self.policy == "auto":
             cost_of(cost, model)  # refuses an unknown name
-        self.graph.keep(model, threshold, relative, policy, round_to)  # refuses bad arguments before any training
+        # refuses bad arguments before any training
+        self.graph.keep(model, self.threshold, self.relative, self.policy, self.round_to)
         self.lasso = GroupLasso(model, self.graph.example_inputs, graph=self.graph)
         self.dense_flops = self.flops = count_flops(model, self.graph.example_inputs)
         # The original numbers of each layer's present channels: for channels.csv and the sparsity map.
@@ -207,12 +252,8 @@ class PruneTrain:
         self.kept = {
             name: (torch.arange(ins), torch.arange(outs)) for name, (_, ins, outs) in self.dense_layers.items()
         }
-        settings = (penalty_ratio, interval, threshold, relative, policy, round_to)
-        self.ranks.agree("the network and PruneTrain's arguments", settings, sorted(self.dense_layers.items()))
-        self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
-        if self.batch is not None:
-            self.batch.ranks = self.ranks.world
-            self.batch.start(model, self.graph.example_inputs, optimizer)
+        if fuse:
+            forget_compiled()
 
     @property
     def batch_size(self) -> int | None:
@@ -292,6 +333,7 @@ class PruneTrain:
             raise InputError(f"advance takes the epochs since the last call, 0 or more, not {epochs}.")
         due = self.is_due(epochs)
         self.epochs += epochs
+        self._warn_if_given_up()
         return self.reconfigure() if due else None
 
     def is_due(self, epochs: float) -> bool:
@@ -309,7 +351,10 @@ class PruneTrain:
             RanksDifferError: on every rank, when they do not all keep the same channels; nothing has been changed.
         """
         start = time.perf_counter()
-        done = self._reconfigure(self._agreed_keep())
+        compilations, compile_seconds = self._compilations.take()
+        with eagerly(self.model):
+            keep = self._agreed_keep()
+        done = self._reconfigure(keep)
         if done.changed:
             for change in done.layers:
                 ins, outs = self.kept[change.name]
@@ -332,6 +377,8 @@ class PruneTrain:
                 "inference_flops": self.flops.inference,
                 "parameters": done.parameters_after,
                 "batch": self.batch_size,
+                "compilations": compilations,
+                "compile_seconds": compile_seconds,
             }
         )
         return PruneReport(
@@ -344,14 +391,17 @@ class PruneTrain:
             self.batch_size,
             seconds,
             self.ranks.world,
+            compilations,
+            compile_seconds,
         )
 
     def _agreed_keep(self) -> Keep:
         """What to keep: the same on all ranks, or an error on all of them."""
         ranks, batch = self.ranks, self.batch_size or BATCH
-        ranks.share_buffers(self.model)
+        for network in (self.model, *self.also):
+            ranks.share_buffers(network)
         ranks.agree("the epochs counted and the mini-batch", round(self.epochs, 9), self.batch_size)
-        ranks.agree_on_weights(self.model)
+        ranks.agree_on_weights(self.model, *self.also)
         keep = self.graph.keep(self.model, self.threshold, self.relative, self.policy, self.round_to, self.cost, batch)
         if ranks.world == 1:
             return keep
@@ -368,7 +418,7 @@ class PruneTrain:
         """Reconfigures on every rank or on none, and has DDP follow."""
         failed: PruneTrainError | None = None
         try:
-            done = reconfigure(self.model, self.optimizer, keep)
+            done = reconfigure(self.model, self.optimizer, keep, self.also)
         except PruneTrainError as error:
             failed = error
         if self.ddp is not None:
@@ -386,7 +436,11 @@ class PruneTrain:
         that runs out of memory in a step leaves the others waiting for its gradients: so they try before.
         """
         before = batch.size
-        batch.adjust(self.model, self.graph.example_inputs, self.optimizer, self.scheduler, self.ranks.least)
+        with eagerly(self.model):
+            batch.adjust(self.model, self.graph.example_inputs, self.optimizer, self.scheduler, self.ranks.least)
+            self._fit_every_rank(batch, before)
+
+    def _fit_every_rank(self, batch: MiniBatch, before: int) -> None:
         while self.ranks.world > 1 and batch.size > before:
             try:
                 batch.measure(self.model, self.graph.example_inputs, self.optimizer)
@@ -399,9 +453,22 @@ class PruneTrain:
 
     def _look_again(self) -> None:
         """Traces and counts the model in its present shape."""
-        self.graph = trace_channels(self.model, self.graph.example_inputs)
-        self.lasso = GroupLasso(self.model, self.graph.example_inputs, graph=self.graph)
-        self.flops = count_flops(self.model, self.graph.example_inputs)
+        with eagerly(self.model):
+            self.graph = trace_channels(self.model, self.graph.example_inputs)
+            self.lasso = GroupLasso(self.model, self.graph.example_inputs, graph=self.graph)
+            self.flops = count_flops(self.model, self.graph.example_inputs)
+
+    def _warn_if_given_up(self) -> None:
+        """Whenever `torch.compile` has given up functions, which run uncompiled since."""
+        self._compilations.look()
+        new, self._warned_of = self._compilations.given_up - self._warned_of, self._compilations.given_up
+        if new > 0:
+            warnings.warn(
+                f"torch.compile has given up {new} functions, which run uncompiled until the next reconfiguration: "
+                "they were compiled anew too often, or cannot be; TORCH_LOGS=recompiles says why. Compile the whole "
+                "model once, keep to a few batch sizes, or raise torch._dynamo.config.recompile_limit.",
+                stacklevel=3,
+            )
 
     def _warn_of_layout(self) -> None:
         """Once, if the CPU's convolutions would corrupt memory in the layout that the model is in."""
@@ -452,7 +519,7 @@ class PruneTrain:
                 assert isinstance(weight, Tensor)
                 kept, computed = self.kept[name][1], self.graph.computed(name)[1]
                 values[kept] = 0.0  # gated: not computed, but there
-                values[kept[computed]] = slice_max_abs(weight, layer.block)[1].float().cpu()
+                values[kept[computed]] = slice_max_abs(weight, layer.block)[layer.dims[0]].float().cpu()
             result[name] = values
         return result
 
@@ -483,7 +550,8 @@ class PruneTrain:
                 "the PruneTrain state was saved with mini-batch growth on and is loaded with it off, or the other way "
                 "round; pass the same `batch`."
             )
-        graph = trace_channels(self.model, self.graph.example_inputs)
+        with eagerly(self.model):
+            graph = trace_channels(self.model, self.graph.example_inputs)
         for layer in graph.layers.values():
             saved = tuple(len(side) for side in state["kept"].get(layer.name, ((), ())))
             if saved != (graph.spaces[layer.input].size, graph.spaces[layer.output].size):
@@ -491,6 +559,8 @@ class PruneTrain:
                     f"the PruneTrain state has {saved[0]} x {saved[1]} channels for layer '{layer.name}', the model "
                     "has other ones; load both with load_pruned(path, model, optimizer, prunetrain)."
                 )
+        for copy in self.also:
+            _check_follows(graph, copy)
         self.coefficient = state["coefficient"]
         self.regularizing = state["regularizing"]
         self.epochs = state["epochs"]
@@ -501,7 +571,28 @@ class PruneTrain:
         self._look_again()
         if self.batch is not None:
             self.batch.load_state_dict(state["batch"])
-            self.batch.measure(self.model, self.graph.example_inputs, self.optimizer)
+            with eagerly(self.model):
+                self.batch.measure(self.model, self.graph.example_inputs, self.optimizer)
+        forget_compiled()
         self.ranks.agree("the states of PruneTrain", self.coefficient, self.epochs, sorted(self.removed))
         if self.ddp is not None:
             rebuild_buckets(self.ddp)
+
+
+def _check_follows(graph: ChannelGraph, copy: nn.Module) -> None:
+    try:
+        graph.check(copy)
+    except InputError as error:
+        raise CheckpointError(
+            "a copy in `also` does not have the shape of the loaded model; save and load it with the model: "
+            "save_pruned(..., also=[...]) and load_pruned(..., also=[...])."
+        ) from error
+
+
+def _check_parts(model: nn.Module) -> None:
+    wrapped = [name for name, module in model.named_modules() if is_compiled_module(module)]
+    if wrapped:
+        raise InputError(
+            f"'{wrapped[0]}' is what torch.compile(part) returned, inside which no channels can be followed; compile "
+            "the part in place, part.compile(), or the whole model."
+        )

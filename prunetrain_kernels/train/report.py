@@ -87,6 +87,10 @@ def _remove(path: Path) -> None:
         raise InputError(f"cannot remove {path}, of an earlier report: {error.strerror or error}") from error
 
 
+def _has_average(run: Run) -> bool:
+    return math.isfinite(last_value(run, "ema_accuracy"))
+
+
 DENSE_HAS_NONE = ("group lasso time", "reconfiguration time")  # so there is nothing to take a share of
 
 
@@ -118,9 +122,14 @@ def comparison_table(runs: Sequence[Run]) -> str:
         ("reconfiguration time", lambda run: sum_of(run, "reconfigure_seconds"), as_duration, True),
         ("wall time", wall_seconds_of, as_duration, True),
     ]
+    if any(sum_of(run, "compilations") > 0 for run in runs):
+        quantities.append(("graphs compiled", lambda run: sum_of(run, "compilations"), lambda v: as_si(v, ""), True))
+        quantities.append(("time to compile them", lambda run: sum_of(run, "compile_seconds"), as_duration, True))
 
     rows = [["", *labels], ["state", *(state_of(run) for run in runs)]]
     rows.append(["validation accuracy", *(as_percent(accuracy_of(run), 2) for run in runs)])
+    if any(_has_average(run) for run in runs):
+        rows.append(["… of the average", *(as_percent(last_value(run, "ema_accuracy"), 2) for run in runs)])
     rows.append(["training FLOPs, of dense", *(as_percent(ratio_of(run, "train_flops_ratio")) for run in runs)])
     for name, measure, form, grows in quantities:
         row = [name]
@@ -187,6 +196,11 @@ def _table(lines: Sequence[Line]) -> str:
     rows: list[tuple[str, list[str]]] = [
         ("state", [state_of(run) for run in runs]),
         ("validation accuracy", [as_percent(accuracy_of(run), 2) for run in runs]),
+        *(
+            [("… of the average", [as_percent(last_value(run, "ema_accuracy"), 2) for run in runs])]
+            if any(_has_average(run) for run in runs)
+            else []
+        ),
         ("training FLOPs, of dense", [as_percent(ratio_of(run, "train_flops_ratio")) for run in runs]),
         ("inference FLOPs, of dense", [as_percent(ratio_of(run, "inference_flops_ratio")) for run in runs]),
         ("parameters, of dense", [as_percent(ratio_of(run, "params_ratio")) for run in runs]),
@@ -197,6 +211,7 @@ def _table(lines: Sequence[Line]) -> str:
         ("group lasso, share of training time", [as_percent(lasso_share_of(run), 2) for run in runs]),
         ("reconfiguration time", [as_duration(sum_of(run, "reconfigure_seconds")) for run in runs]),
         ("wall time", [as_duration(wall_seconds_of(run)) for run in runs]),
+        *_compilations(runs),
         ("mini-batch", [" → ".join(batches_of(run)) or "–" for run in runs]),
         ("removed layers", [_names(removed_layers_of(run)) for run in runs]),
         ("folder", [on_one_line(run.directory) for run in runs]),
@@ -211,6 +226,17 @@ def _table(lines: Sequence[Line]) -> str:
         f'<div class="wide"><table>\n<thead><tr><th scope="col">run</th>{head}</tr></thead>\n'
         f"<tbody>\n{body}</tbody>\n</table></div>"
     )
+
+
+def _compilations(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """A row, where anything was compiled."""
+    graphs = [sum_of(run, "compilations") for run in runs]
+    if not any(count > 0 for count in graphs):
+        return []
+    cells = [
+        f"{as_si(n, '')} in {as_duration(sum_of(r, 'compile_seconds'))}" for n, r in zip(graphs, runs, strict=True)
+    ]
+    return [("graphs compiled", cells)]
 
 
 def _names(layers: Sequence[str]) -> str:

@@ -39,6 +39,7 @@ LOG_COLUMNS = (
     "penalty",  # R(W), without lambda
     "train_accuracy",  # 0..1
     "val_accuracy",  # 0..1
+    "ema_accuracy",  # 0..1, that of the average of the weights; empty without --ema
     "train_flops",  # per step: one mini-batch, forward and backward
     "train_flops_per_image",
     "inference_flops",  # per image
@@ -53,6 +54,8 @@ LOG_COLUMNS = (
     "train_seconds",  # in this epoch; lasso and reconfiguration not included
     "lasso_seconds",  # in this epoch
     "reconfigure_seconds",  # in this epoch
+    "compilations",  # graphs that torch.compile compiled in this epoch
+    "compile_seconds",  # in this epoch, inside the other times
     "wall_seconds",  # since the start of the run, time before a resume included
 )
 CHANNEL_COLUMNS = (
@@ -68,7 +71,8 @@ CHANNEL_COLUMNS = (
     "in_live",  # of those kept, computed by this layer: fewer than are kept under gating
     "out_live",
 )
-LATER_LOG_COLUMNS = {"all_reduced_bytes": 0}  # columns that older runs lack, and what held there
+# columns that older runs lack, and what held there
+LATER_LOG_COLUMNS = {"all_reduced_bytes": 0, "ema_accuracy": None, "compilations": 0, "compile_seconds": 0.0}
 COMPUTED = {"in_kept": "in_live", "out_kept": "out_live"}  # the latter came later: runs before gating have none
 TEXT_COLUMNS = frozenset({"phase", "layer", "kind"})
 
@@ -307,8 +311,8 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, Any]:
 def _read_log(path: Path) -> dict[str, Any]:
     table = _read_csv(path, [column for column in LOG_COLUMNS if column not in LATER_LOG_COLUMNS])
     for column, value in LATER_LOG_COLUMNS.items():
-        cells = table.pop(column, None)
-        table[column] = np.full(len(table["epoch"]), value) if cells is None else _numbers(path, column, cells)
+        cells, absent = table.pop(column, None), math.nan if value is None else value
+        table[column] = np.full(len(table["epoch"]), absent) if cells is None else _numbers(path, column, cells)
     return {column: table.pop(column) for column in LOG_COLUMNS} | table
 
 

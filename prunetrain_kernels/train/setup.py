@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, SequentialLR
 
+from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.data import ImageData, load
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.machine import processor
@@ -83,6 +85,8 @@ def device_of(config: TrainConfig) -> torch.device:
         name = f"cuda:{local}"
     try:
         device = torch.device(name)
+        if config.cuda_graphs and device.type != "cuda":
+            raise InputError(f"--cuda-graphs needs a GPU, and this run is on the {name}; leave it out.")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}") from error
@@ -98,6 +102,14 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
             f"--batch {config.batch} is the batch of all {ranks.world} processes together: it must be a multiple of "
             f"{ranks.world}, and at least {SMALLEST_BATCH * ranks.world}."
         )
+    parts = ranks.world * config.accumulate
+    if config.accumulate > 1 and (config.batch % parts or config.batch < SMALLEST_BATCH * parts):
+        raise InputError(
+            f"--batch {config.batch} is cut into --accumulate {config.accumulate} parts by each of {ranks.world} "
+            f"processes: it must be a multiple of {parts}, and at least {SMALLEST_BATCH * parts}."
+        )
+    if config.cuda_graphs and ranks.world > 1:
+        raise InputError("--cuda-graphs captures the step of one process only; leave it out under torchrun.")
     options = {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
     ranks.agree("the options", json.dumps(options, sort_keys=True))
 
@@ -118,7 +130,33 @@ def environment(device: torch.device, ranks: Ranks) -> dict[str, Any]:
 def optimizer_class(config: TrainConfig) -> type[torch.optim.SGD]:
     if config.proximal:
         return ProximalSGD
-    return SGD if config.fuse else torch.optim.SGD
+    return SGD if config.fuse or config.cuda_graphs else torch.optim.SGD
+
+
+def parameter_groups(config: TrainConfig, model: nn.Module) -> list[Any]:
+    """All parameters; with --no-decay-norms the vectors (normalisation and biases) in a group without weight decay."""
+    parameters = list(model.parameters())
+    if not config.no_decay_norms:
+        return parameters
+    vectors = [p for p in parameters if p.dim() <= 1]
+    return [{"params": [p for p in parameters if p.dim() > 1]}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Of the learning rate, to be stepped after each epoch: how many steps one has changes as the batch grows."""
+    if config.schedule == "onecycle":
+        return OneCycleLR(optimizer, config.lr, total_steps=config.epochs, cycle_momentum=False)
+    warmup = config.warmup
+    after: LRScheduler
+    if config.schedule == "cosine":
+        after = CosineAnnealingLR(optimizer, config.epochs - warmup)
+    else:
+        milestones = sorted({max(1, round(config.epochs * share)) for share in config.decay_at})
+        after = MultiStepLR(optimizer, [max(0, at - warmup) for at in milestones], config.decay)
+    if not warmup:
+        return after
+    rising = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rising, after], [warmup])
 
 
 def dense_start(config: TrainConfig) -> dict[str, Tensor]:
@@ -199,7 +237,7 @@ def build_model(config: TrainConfig, data: ImageData, device: torch.device, rank
 
 def check_logits(config: TrainConfig, model: nn.Module, example: tuple[Tensor, ...], classes: int) -> None:
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), eagerly(model):
         logits = model(*example)
     model.train()
     if not isinstance(logits, Tensor) or logits.shape != (len(example[0]), classes):
@@ -211,14 +249,15 @@ def check_logits(config: TrainConfig, model: nn.Module, example: tuple[Tensor, .
 
 
 def mini_batch(config: TrainConfig, images: int, ranks: Ranks) -> MiniBatch | None:
-    """One rank's share of a batch that grows, or None; the options are of all ranks together, but for the memory."""
+    """One micro-batch of one rank that grows, or None; the options are of all together, but for the memory."""
+    parts = ranks.world * config.accumulate
     if config.dense or not config.grow_batch:
         return None
     limit = config.batch_limit if config.batch_limit is not None else max(images, config.batch)
     return MiniBatch(
-        config.batch // ranks.world,
-        granularity=math.lcm(config.batch_granularity, ranks.world) // ranks.world,
+        config.batch // parts,
+        granularity=math.lcm(config.batch_granularity, parts) // parts,
         budget_bytes=config.memory_budget,
-        maximum=limit // ranks.world,
+        maximum=limit // parts,
         learning_rate=config.lr_rule,
     )

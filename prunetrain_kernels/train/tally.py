@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.cost import batch_norm_bytes, gradient_bytes, step_memory
 from prunetrain_kernels.train.prunetrain import PruneTrain
 
@@ -41,6 +42,8 @@ class Totals:
     wall: float = 0.0
     lasso: float = 0.0
     reconfigure: float = 0.0
+    compilations: int = 0
+    compile: float = 0.0
     batch_sizes: list[int] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     dense: dict[str, float] = field(default_factory=dict)
@@ -78,14 +81,14 @@ class EpochSums:
         self.step_times: list[float] = []
         self.start = time.perf_counter()
 
-    def count(self, images: int, ranks: int, costs: Costs) -> None:
-        """A step of so many images, shared out to so many ranks."""
+    def count(self, images: int, parts: int, costs: Costs) -> None:
+        """A step of so many images, in so many parts: one or more for each rank."""
         self.steps += 1
         self.images += images
         self.flops += costs.training_flops * images
         self.batch_norm += costs.batch_norm * images
         self.gradient += costs.gradient
-        self.memory = max(self.memory, costs.memory_fixed + costs.memory_per_image * math.ceil(images / ranks))
+        self.memory = max(self.memory, costs.memory_fixed + costs.memory_per_image * math.ceil(images / parts))
 
     def stop(self) -> None:
         """After the last step: its seconds, without those of reconfigurations."""
@@ -144,7 +147,12 @@ class Stopwatch:
 
 
 def costs_now(prunetrain: PruneTrain, example: tuple[Tensor, ...], optimizer: Optimizer, share: int) -> Costs:
-    """Measures the network as it is; `share` is the number of images in a step of one rank."""
+    """Measures the network as it is; `share` is how many images go through it at once in one rank."""
+    with eagerly(prunetrain.model):
+        return _costs_now(prunetrain, example, optimizer, share)
+
+
+def _costs_now(prunetrain: PruneTrain, example: tuple[Tensor, ...], optimizer: Optimizer, share: int) -> Costs:
     model = prunetrain.model
     memory = prunetrain.batch.memory if prunetrain.batch is not None else None
     if memory is None:
@@ -176,6 +184,7 @@ def summary_of(totals: Totals, last: Costs, dense_steps: int, epochs: list[dict[
     return {
         "val_accuracy": epochs[-1]["val_accuracy"],
         "best_val_accuracy": max(row["val_accuracy"] for row in epochs),
+        **({"ema_accuracy": epochs[-1]["ema_accuracy"]} if epochs[-1]["ema_accuracy"] is not None else {}),
         "train_flops_ratio": _ratio(totals.flops, dense["training_flops"] * totals.images),
         "inference_flops_ratio": _ratio(last.inference_flops, dense["inference_flops"]),
         "params_ratio": _ratio(last.parameters, dense["parameters"]),
@@ -184,6 +193,8 @@ def summary_of(totals: Totals, last: Costs, dense_steps: int, epochs: list[dict[
         "wall_seconds": totals.wall,
         "lasso_seconds": totals.lasso,
         "reconfigure_seconds": totals.reconfigure,
+        "compilations": totals.compilations,
+        "compile_seconds": totals.compile,
         "batch_sizes": totals.batch_sizes,
         "step_seconds_first": totals.step_seconds[0],
         "step_seconds_last": totals.step_seconds[-1],

@@ -473,6 +473,11 @@ def test_a_parametrized_module_is_refused() -> None:
         trace_channels(model, (images(),))
 
 
+def test_a_compiled_network_is_refused_by_name() -> None:
+    with pytest.raises(TraceError, match=r"a OptimizedModule is a wrapper; pass the network inside, model._orig_mod"):
+        trace_channels(torch.compile(Net(simple)), (images(),))
+
+
 def test_a_module_that_cannot_be_traced_is_left_closed_and_named() -> None:
     graph = trace_channels(FROZEN["closed"][0](), (images(),))
     assert list(graph.opaque) == ["n"]

@@ -303,6 +303,18 @@ def test_ranks_end_bitwise_equal_with(on_ranks: OnRanks, tmp_path: Path, changes
     assert read_run(tmp_path / "run").log.params.is_monotonic_decreasing
 
 
+def test_ranks_start_from_a_trained_dense_network(on_ranks: OnRanks, tmp_path: Path) -> None:
+    train(config(tmp_path / "dense", dense=True, epochs=1), progress=False)
+    options = config(tmp_path / "many", epochs=2, sync_batch_norm=True, start_from=str(tmp_path / "dense"))
+    assert_bitwise_equal(on_ranks(2, _train, options))
+    _train(0, replace(options, out=str(tmp_path / "one")))
+    one, many = read_run(tmp_path / "one"), read_run(tmp_path / "many")
+    assert one.summary is not None
+    assert many.summary is not None
+    assert many.summary["lambda"] == pytest.approx(one.summary["lambda"], rel=1e-12)
+    assert list(many.log.loss) == pytest.approx(list(one.log.loss), rel=1e-9)
+
+
 def test_resumed_on_other_numbers_of_ranks(on_ranks: OnRanks, tmp_path: Path, alone: Path) -> None:
     options = config(tmp_path / "run", sync_batch_norm=True)
     assert [set(state) for state in on_ranks(2, _train, options, 1)] == [{"stopped"}] * 2

@@ -1,0 +1,123 @@
+"""Networks under `torch.compile`: run uncompiled while they are changed, compiled anew afterwards, and counted.
+
+What the compiler has compiled for one shape must not meet another. Its guards are not enough: PyTorch 2.11 does not
+always notice `param.data` of another shape and runs the old code, and after eight shapes of one function (256 in all)
+it gives up and runs that function uncompiled from then on. So a reconfiguration ends with `forget_compiled`.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunetrain_kernels.errors import InputError
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Whether `torch.compile(module)` made it; its class is not asked for, which would import the compiler."""
+    return "_orig_mod" in module._modules
+
+
+@contextmanager
+def eagerly(*models: nn.Module) -> Iterator[None]:
+    """Inside, modules that were compiled in place (`module.compile()`) run, and are traced, as they were written."""
+    held = [module for model in models for module in model.modules() if "_compiled_call_impl" in vars(module)]
+    calls = [vars(module).pop("_compiled_call_impl") for module in held]
+    try:
+        yield
+    finally:
+        for module, call in zip(held, calls, strict=True):
+            vars(module)["_compiled_call_impl"] = call
+
+
+def forget_compiled() -> None:
+    """Has everything that `torch.compile` compiled in this process compiled anew when it is next called.
+
+    Whoever listens to compilations (`torch._dynamo.callback`) goes on listening.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return  # nothing has been compiled
+    from torch._dynamo.callback import callback_handler
+
+    global _forgotten_seconds
+    _forgotten_seconds += _seconds()
+    listeners = list(callback_handler.start_callbacks), list(callback_handler.end_callbacks)
+    torch.compiler.reset()
+    callback_handler.start_callbacks[:], callback_handler.end_callbacks[:] = listeners
+
+
+@contextmanager
+def compiling(what_to_do: str) -> Iterator[None]:
+    """Turns the compiler's own failures into an InputError."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        why = str(getattr(error, "inner_exception", error)).strip() or type(error).__name__
+        raise InputError(
+            f"torch.compile cannot compile this network here: {why.splitlines()[0].rstrip('.')}; {what_to_do}."
+        ) from error
+
+
+class Compilations:
+    """Counts what `torch.compile` does in this process from now on, by the compiler's own counters.
+
+    Attributes:
+        given_up: functions that the compiler has given up, which run uncompiled since; as of the last `look`.
+    """
+
+    def __init__(self) -> None:
+        self.last = _counters()
+        self.graphs, self.seconds, self.given_up = 0, 0.0, 0
+
+    def look(self) -> None:
+        """Adds what has been counted since the last look."""
+        now = _counters()
+        # a counter that is lower than it was has been set back by someone
+        graphs, seconds, given_up = (b - a if b >= a else b for a, b in zip(self.last, now, strict=True))
+        self.graphs, self.seconds, self.given_up = (
+            self.graphs + int(graphs),
+            self.seconds + seconds,
+            self.given_up + int(given_up),
+        )
+        self.last = now
+
+    def take(self) -> tuple[int, float]:
+        """Graphs compiled since the last call, and the seconds that took."""
+        self.look()
+        taken = self.graphs, self.seconds
+        self.graphs, self.seconds = 0, 0.0
+        return taken
+
+
+TIMED = ("_compile.compile_inner", "backward._backward_impl")  # the compiler's names for forward and backward graphs
+
+
+_forgotten_seconds = 0.0  # the compiler's own count starts anew when it forgets
+
+
+def _counters() -> tuple[int, float, int]:
+    """Graphs, seconds and functions given up, since the process began."""
+    if "torch._dynamo" not in sys.modules:
+        return 0, 0.0, 0
+    from torch._dynamo import config
+    from torch._dynamo.utils import counters
+
+    given_up = sum(times for why, times in _of(counters, "unimplemented").items() if "recompile limit" in why)
+    if config.suppress_errors:  # only then does a function that fails to compile run uncompiled instead
+        given_up += _of(counters, "frames").get("total", 0) - _of(counters, "frames").get("ok", 0)
+    return _of(counters, "stats").get("unique_graphs", 0), _forgotten_seconds + _seconds(), given_up
+
+
+def _seconds() -> float:
+    from torch._dynamo.utils import compilation_time_metrics
+
+    return float(sum(sum(compilation_time_metrics.get(name, ())) for name in TIMED))
+
+
+def _of(counters: Any, group: str) -> dict[str, int]:
+    return dict(counters[group]) if group in counters else {}

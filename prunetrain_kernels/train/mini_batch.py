@@ -7,6 +7,7 @@ rate grows with it, in the optimizer and in the scheduler's base rates, so that 
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class MiniBatch:
 
     Attributes:
         ranks: processes that train together, each on `size` images; `PruneTrain` sets it.
+        beside: bytes of what trains with the model without being part of it (copies, DDP's buckets); likewise.
 
     Raises:
         InputError: an argument out of range.
@@ -71,6 +73,7 @@ class MiniBatch:
         self.learning_rate = learning_rate
         self.memory: MemoryModel | None = None
         self.ranks = 1
+        self.beside: Callable[[], int] = int
 
     def start(self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None) -> None:
         """Measures the dense network; sets the budget to its need unless one was given."""
@@ -84,7 +87,8 @@ class MiniBatch:
         """Bytes of one iteration of the network as it is now, fitted close to the present batch; kept in `memory`."""
         # near the present size, because on CUDA a small batch peaks in another place than a large one
         batches = max(2, self.size // 2), max(3, self.size)
-        self.memory = step_memory(model, example_inputs, optimizer, batches)
+        memory = step_memory(model, example_inputs, optimizer, batches)
+        self.memory = replace(memory, fixed=memory.fixed + self.beside())
         return self.memory
 
     def adjust(

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import Compilations, eagerly, forget_compiled, is_compiled_module
-from prunetrain_kernels.cost import Flops, count_flops
+from prunetrain_kernels.cost import Flops, count_flops, gradient_bytes
 from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainError
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost, cost_of
@@ -228,6 +228,7 @@ class PruneTrain:
         self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
         if self.batch is not None:
             self.batch.ranks = self.ranks.world
+            self.batch.beside = self._bytes_beside
             with eagerly(model):
                 self.batch.start(model, self.graph.example_inputs, optimizer)
 
@@ -254,6 +255,12 @@ class PruneTrain:
         }
         if fuse:
             forget_compiled()
+
+    def _bytes_beside(self) -> int:
+        """Of the copies, and of the second place that `DistributedDataParallel` holds every gradient in."""
+        copies = sum(t.nbytes for copy in self.also for t in (*copy.parameters(), *copy.buffers()))
+        twice = self.ddp is not None and not self.ddp.gradient_as_bucket_view
+        return copies + (gradient_bytes(self.model) if twice else 0)
 
     @property
     def batch_size(self) -> int | None:

@@ -675,7 +675,7 @@ def test_a_built_in_hook_stays_and_mixed_precision_inside_ddp_is_refused(on_rank
 
 def _smallest(rank: int) -> tuple[Any, Any]:
     """Rank 1 has half the memory."""
-    ddp = DistributedDataParallel(_net())
+    ddp = DistributedDataParallel(_net(), gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
     per_image = [100, 200][rank]
     mini_batch.step_memory = lambda *_, **__: MemoryModel(0, per_image)  # type: ignore[assignment]
@@ -699,9 +699,31 @@ def test_the_batch_grows_to_what_the_smallest_rank_holds(on_ranks: OnRanks) -> N
         assert "batch 8 -> 24 on each of 2 ranks" in said
 
 
+def _beside(rank: int) -> list[int]:
+    """Bytes that are not the network's own: with DDP's buckets, with gradients in the buckets, with a copy too."""
+    mini_batch.step_memory = lambda *_, **__: MemoryModel(0, 1)  # type: ignore[assignment]
+    found = []
+    for as_view, copies in ((False, 0), (True, 0), (False, 2)):
+        ddp = DistributedDataParallel(_net(), gradient_as_bucket_view=as_view)
+        sizing = MiniBatch(8)
+        also = [copy.deepcopy(ddp.module) for _ in range(copies)]
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+        PruneTrain(ddp, optimizer, (_images(0, 0)[0],), batch=sizing, also=also)
+        assert sizing.memory is not None
+        found.append(sizing.memory.fixed)
+    return [*found, gradient_bytes(ddp.module), sum(t.nbytes for t in ddp.module.state_dict().values())]
+
+
+def test_the_budget_counts_buckets_and_copies(on_ranks: OnRanks) -> None:
+    for buckets, none, all_of_it, gradients, copy_of_it in on_ranks(2, _beside):
+        assert none == 0
+        assert buckets == gradients > 0
+        assert all_of_it == gradients + 2 * copy_of_it
+
+
 def _does_not_fit(rank: int) -> tuple[int, float]:
     """On rank 1 more than 30 images run out of memory, whatever the model of it says."""
-    ddp = DistributedDataParallel(_net())
+    ddp = DistributedDataParallel(_net(), gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
 
     def memory(model: nn.Module, example: Any, optimizer: Any, batches: tuple[int, int]) -> MemoryModel:

@@ -3,6 +3,7 @@
 #   make test    lint, format, types and all tests
 #   make bench   all benchmark suites, tiny, on the GPU or CPU that is there (bench/README.md has the real ones)
 #   make sanitize  the native library's tests with AddressSanitizer and UndefinedBehaviorSanitizer
+#   make zoo     the slow half of the zoo: more networks, thousands of random ones; writes docs/architectures.md
 #   make plots   all figures from the committed results, and docs/results.md
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ DEMO_OPTIONS := --model resnet20 --data digits --epochs 60 --batch 32 --decay-at
 DEMO_PRUNING := --penalty-ratio 0.6 --interval 2 --round-to 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench sanitize plots clean
+.PHONY: help demo test lint bench sanitize zoo plots clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -25,6 +26,12 @@ $(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.p
 	  { echo "Python 3.11 or later is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# Networks that tests prune, and Torch-Pruning beside ours. What they ask for (CUDA's torch, downloads) is not needed.
+$(VENV)/installed-zoo: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+	  torchvision timm torch-pruning
 	@touch $@
 
 demo: $(VENV)/installed-demo
@@ -40,9 +47,14 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(VENV)/installed-dev lint
+test: $(VENV)/installed-zoo lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 	$(MAKE) sanitize
+
+zoo: $(VENV)/installed-zoo
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow tests/zoo
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q tests/zoo/test_properties.py
+	$(BIN)/python -m bench architectures
 
 bench: $(VENV)/installed-demo
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m bench all --quick --out runs/bench

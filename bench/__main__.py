@@ -53,8 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_roof(commands)
     _add_kernels(commands)
     _add_costs(commands)
-    from bench import paper, results
+    from bench import architectures, paper, results
 
+    architectures.add_command(commands)
     paper.add_command(commands)
     results.add_command(commands)
     return parser

@@ -193,9 +193,7 @@ def binary(walk: "Walk", node: fx.Node) -> Outcome:
     for operand in operands:
         value, offset = walk.channels.get(operand), len(after) - len(walk.shape(operand) or ())
         if value is not None:
-            aligned.append(
-                (operand, Channels(value.ids, value.block, tuple(d + offset for d in value.dims), value.grid))
-            )
+            aligned.append((operand, value.shifted(offset)))
     if not aligned:
         return False
     widest = max(aligned, key=lambda pair: pair[1].features)[1]
@@ -612,7 +610,7 @@ def shuffle(walk: "Walk", node: fx.Node, kind: str, size: Any) -> Outcome:
 
 
 def _owner(walk: "Walk", node: fx.Node, **tensors: Any) -> tuple[str, nn.Module] | None:
-    """The module that all of a call's tensors belong to, under these very names; its reads count as understood."""
+    """The module that all of a call's tensors belong to, under these very names, if it has no others."""
     reads = {name: t for name, t in tensors.items() if t is not None}
     if not reads or any(not isinstance(t, fx.Node) or t.op != "get_attr" for t in reads.values()):
         return None
@@ -626,7 +624,6 @@ def _owner(walk: "Walk", node: fx.Node, **tensors: Any) -> tuple[str, nn.Module]
     own = {name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None and t.dim() > 0}
     if own != reads.keys():
         return None  # it has tensors that do something else
-    walk.reads.update((t, node) for t in reads.values())
     return path, module
 
 
@@ -641,10 +638,15 @@ def _functional_layer(walk: "Walk", node: fx.Node, kind: str, transposed: bool) 
     tensor = module._parameters.get("weight")
     if tensor is None or set(walk.tensors(node)) != {t for t in (found[0], weight, bias) if t is not None}:
         return False
-    walk.called_as_function(name, node)
+    if groups > 1 and groups == len(found[1].plain().ids) and not isinstance(module, nn.modules.conv._ConvNd):
+        return "a number of groups that is written out cannot follow the channels"
     if kind == "linear":
-        return linear(walk, node, name, tensor)
-    return convolution(walk, node, name, tensor, groups, transposed)
+        outcome = linear(walk, node, name, tensor)
+    else:
+        outcome = convolution(walk, node, name, tensor, groups, transposed)
+    if outcome is True:
+        walk.called_as_function(name, node)
+    return outcome
 
 
 def _functional_batch_norm(walk: "Walk", node: fx.Node) -> Outcome:
@@ -662,10 +664,10 @@ def _functional_prelu(walk: "Walk", node: fx.Node) -> Outcome:
     found, owner = _source(walk, node), _owner(walk, node, weight=weight)
     if found is None or owner is None or found[1].dims != (1,):
         return False
+    walk.called_as_function(owner[0], node)
     if walk.shape(weight) == (1,):
         walk.channels[node] = found[1]
         return True
-    walk.called_as_function(owner[0], node)
     return walk.follow_value(node, owner[0], "prelu", found[1])
 
 

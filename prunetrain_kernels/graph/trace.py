@@ -548,6 +548,7 @@ class Walk:
 
     def called_as_function(self, name: str, node: fx.Node) -> None:
         """The forward uses the module's tensors without calling it: it can be sliced, but not replaced."""
+        self.reads.update((tensor, node) for tensor in node.all_input_nodes if tensor.op == "get_attr")
         self.calls.setdefault(name, []).append(node)
         self.pinned.setdefault(name, "the forward uses its weight without calling it")
 

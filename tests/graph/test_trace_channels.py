@@ -404,6 +404,18 @@ FROZEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "a",
         "'n' (LayerNorm) divides by",
     ),
+    "depthwise-with-groups-written-out": (
+        lambda: Net(lambda m, x: m.fc(pool(F.conv2d(m.a(x), m.n.weight, groups=8))), n=Scales(8, 1, 3, 3)),
+        "a",
+        "groups that is written out",
+    ),
+    "functional-and-not-followed": (
+        lambda: Net(
+            lambda m, x: m.fc(pool(m.b(m.a(x)))) + F.conv2d(x.repeat(1, 3, 1, 1)[:, 1:], m.b.weight, m.b.bias).sum()
+        ),
+        "b",
+        "",
+    ),
     "functional-with-a-computed-weight": (
         lambda: Net(lambda m, x: m.fc(pool(F.conv2d(m.a(x), m.b.weight / m.b.weight.norm(), m.b.bias)))),
         "a",

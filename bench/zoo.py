@@ -1,0 +1,410 @@
+"""The architectures that the zoo tests prune and docs/architectures.md lists: torchvision's, timm's, three of our own.
+
+Nothing is imported or built before it is asked for, and no weights are ever downloaded.
+"""
+
+import importlib
+import importlib.util
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_DECLARED: list[torch.library.Library] = []  # a library's operators live as long as it does
+
+
+def import_torchvision() -> Any:
+    """Imports torchvision beside any build of torch.
+
+    torchvision's compiled operators do not load beside a torch of another build (a CPU-only one, say), and its import
+    then fails because it registers shape functions for two of them; the networks need neither, so they are declared.
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        raise ImportError("torchvision is not installed")
+    if not _DECLARED and not _compiled_operators_load(Path(spec.origin).parent):
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _DECLARED.append(library)
+    import torchvision
+
+    return torchvision
+
+
+def _compiled_operators_load(folder: Path) -> bool:
+    for path in folder.glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(path))
+            return True
+        except OSError:
+            pass
+    return False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One network.
+
+    Attributes:
+        source: "torchvision", "timm" or "own".
+        build: makes the network as it is published (10 or 1000 classes, say), randomly initialised.
+        size: height and width of its images, as small as its strides allow.
+        small: the same architecture, narrower or shallower, where the published one is slow to test.
+        channels: of its images.
+        page_size: height and width at which docs/architectures.md counts FLOPs.
+        slow: tested by `make zoo` only.
+    """
+
+    source: str
+    build: Callable[[], nn.Module]
+    size: int = 32
+    small: Callable[[], nn.Module] | None = None
+    channels: int = 3
+    page_size: int = 224
+    slow: bool = False
+
+    def for_tests(self) -> nn.Module:
+        return (self.small or self.build)()
+
+    def images(self, batch: int, size: int | None = None, seed: int = 0) -> Tensor:
+        """(batch, channels, size, size), fp32, normal."""
+        generator = torch.Generator().manual_seed(seed)
+        side = size or self.size
+        return torch.randn(batch, self.channels, side, side, generator=generator)
+
+
+_ONE_EACH = [1, 1, 1, 1]  # blocks in each stage
+
+# -- torchvision -------------------------------------------------------------------------------------------------------
+
+
+def _vision(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        models = import_torchvision().models
+        function = getattr(models, name, None) or getattr(models.segmentation, name)
+        model: nn.Module = function(weights=None, **options)
+        return model
+
+    return build
+
+
+def _vision_class(path: str, *arguments: Any, **options: Any) -> Callable[[], nn.Module]:
+    """A class of torchvision.models; strings in `arguments` that begin with "." name others of its module."""
+
+    def build() -> nn.Module:
+        module, name = path.split(".")
+        home = getattr(import_torchvision().models, module)
+        values = [getattr(home, a[1:]) if isinstance(a, str) and a.startswith(".") else a for a in arguments]
+        model: nn.Module = getattr(home, name)(*values, **options)
+        return model
+
+    return build
+
+
+def _thin_head(build: Callable[[], nn.Module], width: int = 48) -> Callable[[], nn.Module]:
+    """AlexNet and VGG with hidden linear layers of `width` instead of 4096 features."""
+
+    def thin() -> Any:
+        with torch.device("meta"):
+            model: Any = build()
+        linear = [name for name, m in model.classifier.named_modules() if isinstance(m, nn.Linear)]
+        for name in linear:
+            old = model.classifier.get_submodule(name)
+            inputs = old.in_features if name == linear[0] else width
+            setattr(model.classifier, name, nn.Linear(inputs, 10 if name == linear[-1] else width, device="meta"))
+        model.to_empty(device="cpu")
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        return model
+
+    return thin
+
+
+# -- timm --------------------------------------------------------------------------------------------------------------
+
+
+def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import_torchvision()
+        import timm
+
+        model: nn.Module = timm.create_model(name, pretrained=False, **options)
+        return model
+
+    return build
+
+
+def _timm_module(name: str) -> Any:
+    import_torchvision()
+    return importlib.import_module(f"timm.models.{name}")
+
+
+def _csp(name: str) -> Callable[[], nn.Module]:
+    """A CSPNet or DarkNet of timm with one block in each stage and a quarter of the channels."""
+
+    def build() -> nn.Module:
+        cspnet = _timm_module("cspnet")
+        config = cspnet.model_cfgs[name]
+        stages = config.stages
+        narrow = tuple(channels // 4 for channels in stages.out_chs)
+        stages = replace(stages, depth=(1,) * len(stages.depth), out_chs=narrow)
+        model: nn.Module = cspnet.CspNet(replace(config, stages=stages))
+        return model
+
+    return build
+
+
+def _byob(name: str) -> Callable[[], nn.Module]:
+    """A network of timm's ByobNet family with one block in each stage and half of the channels."""
+
+    def build() -> nn.Module:
+        byobnet = _timm_module("byobnet")
+        config = byobnet.model_cfgs[name]
+        blocks = tuple(replace(block, d=1, c=block.c // 2) for block in config.blocks)
+        model: nn.Module = byobnet.ByobNet(replace(config, blocks=blocks))
+        return model
+
+    return build
+
+
+def _small_nf_resnet() -> nn.Module:
+    nfnet = _timm_module("nfnet")
+    config = nfnet.model_cfgs["nf_resnet50"]
+    narrow = tuple(channels // 4 for channels in config.channels)
+    model: nn.Module = nfnet.NormFreeNet(replace(config, depths=(1,) * 4, channels=narrow))
+    return model
+
+
+# -- our own -----------------------------------------------------------------------------------------------------------
+
+
+def _twice(inputs: int, outputs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before in (inputs, outputs):
+        layers += [nn.Conv2d(before, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """Segmentation: a path down, a path up by transposed convolutions, the one's maps concatenated to the other's."""
+
+    def __init__(self, classes: int = 4, width: int = 16, depth: int = 3) -> None:
+        super().__init__()
+        widths = [width * 2**i for i in range(depth + 1)]
+        self.down = nn.ModuleList(
+            [_twice(a, b) for a, b in zip([3, *widths[:-1]], widths, strict=True)],
+        )
+        self.up = nn.ModuleList([nn.ConvTranspose2d(widths[i + 1], widths[i], 2, stride=2) for i in range(depth)])
+        self.merge = nn.ModuleList([_twice(2 * widths[i], widths[i]) for i in range(depth)])
+        self.last = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, classes, H, W), H and W multiples of 2^depth."""
+        maps = [self.down[0](x)]
+        for block in self.down[1:]:
+            maps.append(block(F.max_pool2d(maps[-1], 2)))
+        x = maps.pop()
+        for up, merge in zip(reversed(self.up), reversed(self.merge), strict=True):
+            x = merge(torch.cat([maps.pop(), up(x)], dim=1))
+        return self.last(x)
+
+
+class Generator(nn.Module):
+    """A DCGAN's generator: noise through transposed convolutions to an image."""
+
+    def __init__(self, noise: int = 100, width: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        widths = [noise, 8 * width, 4 * width, 2 * width, width]
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            stride, padding = (1, 0) if i == 0 else (2, 1)
+            layers += [nn.ConvTranspose2d(before, after, 4, stride, padding, bias=False)]
+            layers += [nn.BatchNorm2d(after), nn.ReLU(True)]
+        self.main = nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False), nn.Tanh())
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(N, noise, 1, 1) to (N, 3, 64, 64)."""
+        return self.main(z)
+
+
+class ESPCN(nn.Module):
+    """Super-resolution: convolutions at the small size, then a pixel shuffle."""
+
+    def __init__(self, factor: int = 3, width: int = 64) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, width, 5, padding=2),
+            nn.Tanh(),
+            nn.Conv2d(width, width // 2, 3, padding=1),
+            nn.Tanh(),
+            nn.Conv2d(width // 2, width // 4 * factor**2, 3, padding=1),
+            nn.PixelShuffle(factor),
+            nn.Tanh(),
+            nn.Conv2d(width // 4, 1, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, H, W) to (N, 1, factor * H, factor * W)."""
+        return self.body(x)
+
+
+def _own(make: Callable[..., nn.Module], **options: Any) -> Callable[[], nn.Module]:
+    return lambda: make(**options)
+
+
+# -- the list ----------------------------------------------------------------------------------------------------------
+
+_VGG = [16, "M", 24, "M", 32, 32, "M", 48, 48, "M", 48, 48, "M"]
+
+
+def _dilated_backbone() -> Any:
+    resnet = import_torchvision().models.resnet
+    stride_or_dilation = [False, True, True]
+    return resnet.ResNet(resnet.Bottleneck, _ONE_EACH, replace_stride_with_dilation=stride_or_dilation)
+
+
+def _small_segmentation(name: str) -> Callable[[], nn.Module]:
+    """FCN or DeepLabV3 on a ResNet of four blocks, with the auxiliary head."""
+
+    def build() -> nn.Module:
+        backbone = _dilated_backbone()
+        home = getattr(import_torchvision().models.segmentation, name)
+        model: nn.Module = getattr(home, f"_{name}_resnet")(backbone, 5, True)
+        return model
+
+    return build
+
+
+def _small_convnext() -> nn.Module:
+    convnext = import_torchvision().models.convnext
+    widths = [24, 48, 64, 96]
+    blocks = [convnext.CNBlockConfig(a, b, 1) for a, b in zip(widths, [*widths[1:], None], strict=True)]
+    model: nn.Module = convnext.ConvNeXt(blocks, stochastic_depth_prob=0.1)
+    return model
+
+
+def _small_vgg() -> Any:
+    vgg = import_torchvision().models.vgg
+    model = vgg.VGG(vgg.make_layers(_VGG, batch_norm=True))
+    model.avgpool = nn.AdaptiveAvgPool2d(2)
+    model.classifier[0] = nn.Linear(48 * 4, 64)
+    model.classifier[3] = nn.Linear(64, 64)
+    model.classifier[6] = nn.Linear(64, 10)
+    return model
+
+
+ZOO: dict[str, Architecture] = {
+    "alexnet": Architecture("torchvision", _vision("alexnet"), 64, _thin_head(_vision("alexnet"))),
+    "vgg11_bn": Architecture("torchvision", _vision("vgg11_bn"), 32, _small_vgg),
+    "resnet18": Architecture("torchvision", _vision("resnet18")),
+    "resnet50": Architecture(
+        "torchvision", _vision("resnet50"), 32, _vision_class("resnet.ResNet", ".Bottleneck", [2, 1, 1, 1])
+    ),
+    "wide_resnet50_2": Architecture(
+        "torchvision",
+        _vision("wide_resnet50_2"),
+        32,
+        _vision_class("resnet.ResNet", ".Bottleneck", _ONE_EACH, width_per_group=128),
+        slow=True,
+    ),
+    "resnext50_32x4d": Architecture(
+        "torchvision",
+        _vision("resnext50_32x4d"),
+        32,
+        _vision_class("resnet.ResNet", ".Bottleneck", _ONE_EACH, groups=32, width_per_group=4),
+    ),
+    "densenet121": Architecture(
+        "torchvision",
+        _vision("densenet121"),
+        32,
+        _vision_class("densenet.DenseNet", 12, (3, 3, 3, 2), 24, num_classes=10),
+    ),
+    "googlenet": Architecture("torchvision", _vision("googlenet", aux_logits=True, init_weights=False)),
+    "inception_v3": Architecture(
+        "torchvision",
+        _vision("inception_v3", aux_logits=True, init_weights=False),
+        75,
+        _vision("inception_v3", aux_logits=False, init_weights=False),
+        page_size=299,
+    ),
+    "squeezenet1_1": Architecture("torchvision", _vision("squeezenet1_1"), 48),
+    "mobilenet_v2": Architecture("torchvision", _vision("mobilenet_v2"), 32, _vision("mobilenet_v2", width_mult=0.5)),
+    "mobilenet_v3_small": Architecture("torchvision", _vision("mobilenet_v3_small")),
+    "shufflenet_v2_x1_0": Architecture("torchvision", _vision("shufflenet_v2_x1_0")),
+    "mnasnet0_5": Architecture("torchvision", _vision("mnasnet0_5")),
+    "efficientnet_b0": Architecture("torchvision", _vision("efficientnet_b0")),
+    "efficientnet_v2_s": Architecture("torchvision", _vision("efficientnet_v2_s"), slow=True),
+    "regnet_y_400mf": Architecture("torchvision", _vision("regnet_y_400mf")),
+    "regnet_x_400mf": Architecture("torchvision", _vision("regnet_x_400mf")),
+    "convnext_tiny": Architecture("torchvision", _vision("convnext_tiny"), 32, _small_convnext),
+    "fcn_resnet50": Architecture(
+        "torchvision",
+        _vision("fcn_resnet50", weights_backbone=None, num_classes=21, aux_loss=True),
+        32,
+        _small_segmentation("fcn"),
+    ),
+    "deeplabv3_resnet50": Architecture(
+        "torchvision",
+        _vision("deeplabv3_resnet50", weights_backbone=None, num_classes=21, aux_loss=True),
+        32,
+        _small_segmentation("deeplabv3"),
+        slow=True,
+    ),
+    "lraspp_mobilenet_v3_large": Architecture(
+        "torchvision", _vision("lraspp_mobilenet_v3_large", weights_backbone=None, num_classes=21)
+    ),
+    "unet": Architecture("own", _own(UNet), 16, _own(UNet, width=8)),
+    "dcgan_generator": Architecture("own", _own(Generator), 1, _own(Generator, width=8), channels=100, page_size=1),
+    "espcn": Architecture("own", _own(ESPCN), 12, channels=1),
+    "timm:resnetv2_50": Architecture(
+        "timm", _timm("resnetv2_50"), 32, _timm("resnetv2_50", layers=_ONE_EACH, channels=(64, 128, 256, 512))
+    ),
+    "timm:resnet26t": Architecture("timm", _timm("resnet26t"), slow=True),
+    "timm:seresnet18": Architecture("timm", _timm("seresnet18"), 32, _timm("seresnet18", layers=_ONE_EACH)),
+    "timm:skresnet18": Architecture("timm", _timm("skresnet18"), 32, _timm("skresnet18", layers=_ONE_EACH)),
+    "timm:resnest14d": Architecture("timm", _timm("resnest14d")),
+    "timm:res2net50_26w_4s": Architecture(
+        "timm", _timm("res2net50_26w_4s"), 32, _timm("res2net50_26w_4s", layers=(1, 2, 1, 1))
+    ),
+    "timm:nf_resnet50": Architecture("timm", _timm("nf_resnet50"), 32, _small_nf_resnet),
+    "timm:nfnet_l0": Architecture("timm", _timm("nfnet_l0"), slow=True),
+    "timm:dla34": Architecture("timm", _timm("dla34"), 32, _timm("dla34", channels=[8, 8, 16, 32, 64, 96])),
+    "timm:dpn68": Architecture("timm", _timm("dpn68"), 32, _timm("dpn68", k_sec=_ONE_EACH)),
+    "timm:hrnet_w18_small": Architecture("timm", _timm("hrnet_w18_small")),
+    "timm:darknet53": Architecture("timm", _timm("darknet53"), 32, _csp("darknet53")),
+    "timm:cspresnet50": Architecture("timm", _timm("cspresnet50"), 32, _csp("cspresnet50")),
+    "timm:cspdarknet53": Architecture("timm", _timm("cspdarknet53"), slow=True),
+    "timm:repvgg_a0": Architecture("timm", _timm("repvgg_a0"), 32, _byob("repvgg_a0")),
+    "timm:gernet_s": Architecture("timm", _timm("gernet_s"), slow=True),
+    "timm:selecsls42": Architecture("timm", _timm("selecsls42"), slow=True),
+    "timm:ese_vovnet19b_dw": Architecture("timm", _timm("ese_vovnet19b_dw")),
+    "timm:hgnet_tiny": Architecture("timm", _timm("hgnet_tiny"), slow=True),
+    "timm:xception41": Architecture("timm", _timm("xception41"), slow=True),
+    "timm:inception_v4": Architecture("timm", _timm("inception_v4"), 75, page_size=299, slow=True),
+    "timm:ghostnet_100": Architecture("timm", _timm("ghostnet_100")),
+    "timm:mobilenetv4_conv_small": Architecture("timm", _timm("mobilenetv4_conv_small")),
+    "timm:tf_efficientnet_lite0": Architecture("timm", _timm("tf_efficientnet_lite0"), slow=True),
+    "timm:mixnet_s": Architecture("timm", _timm("mixnet_s"), slow=True),
+    "timm:hardcorenas_a": Architecture("timm", _timm("hardcorenas_a")),
+    "timm:lcnet_050": Architecture("timm", _timm("lcnet_050")),
+    "timm:rexnet_100": Architecture("timm", _timm("rexnet_100"), slow=True),
+    "timm:starnet_s1": Architecture("timm", _timm("starnet_s1"), 32, _timm("starnet_s1", depths=_ONE_EACH)),
+    "timm:convnext_atto": Architecture("timm", _timm("convnext_atto"), 32, _timm("convnext_atto", depths=_ONE_EACH)),
+    "timm:convmixer_768_32": Architecture("timm", _timm("convmixer_768_32"), slow=True),
+    "timm:repvit_m0_9": Architecture("timm", _timm("repvit_m0_9"), slow=True),
+    "timm:fastvit_t8": Architecture("timm", _timm("fastvit_t8"), slow=True),
+    "timm:edgenext_xx_small": Architecture("timm", _timm("edgenext_xx_small")),
+    "timm:levit_128s": Architecture("timm", _timm("levit_128s"), 224, slow=True),
+}

@@ -1,0 +1,19 @@
+"""The zoo needs torchvision and timm; where they are not installed its tests are skipped."""
+
+import pytest
+
+from bench import zoo
+
+try:
+    zoo.import_torchvision()
+    import timm  # noqa: F401
+
+    HAVE_BOTH = True
+except ImportError:
+    HAVE_BOTH = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "zoo" in item.path.parts and not HAVE_BOTH:
+            item.add_marker(pytest.mark.skip(reason="torchvision and timm are not both installed"))

@@ -1,0 +1,280 @@
+"""Networks made of random calls, and the program of each in readable lines."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGE = (3, 4)  # channels, height and width
+LARGEST = 8  # height and width that no value exceeds
+MOST_CHANNELS = 24
+WIDTHS = (4, 6, 8, 5, 12)
+IMAGES = 9
+# Operations whose channels are followed, and strange ones that freeze what they touch or have only one channel. An
+# operation that does not fit its operand's shape is left out.
+FOLLOWED = (
+    "conv", "batch_norm", "relu", "add", "cat", "depthwise", "grouped", "chunk", "gate", "shuffle", "split", "linear",
+    "strided", "transposed", "pixel_shuffle", "prelu", "again", "sum_of_parts", "repeat", "functional_norm", "conv",
+    "batch_norm", "add", "cat", "max_pool", "upsample", "stacked_sum", "add_in_place", "unshuffle",
+)  # fmt: skip
+STRANGE = (
+    "first_channels", "group_norm", "average", "mask", "squash", "less_mean", "softmax", "pad_channels", "flip",
+    "every_other", "largest_channel",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One drawn step: an operation and numbers that choose operands and sizes, each modulo what there is.
+
+    `first` counts from the latest value backwards; `IMAGES` stands for the network's input.
+    """
+
+    operation: str
+    first: int
+    second: int = 0
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """`results = operation(operands)` with the module `module`, if the operation has one."""
+
+    operation: str
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    module: str = ""
+    settings: tuple[int, ...] = ()
+
+
+class RandomNetwork(nn.Module):
+    """The network that some steps describe; its outputs are one linear head for each of the last unused values."""
+
+    def __init__(self, steps: tuple[Step, ...], flat_heads: bool = False, most_heads: int = 3) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.shapes: list[tuple[int, int]] = [IMAGE]
+        self.flat_heads = flat_heads
+        for step in (Step("conv", 0, 0, 1), *steps):
+            self._plan(step)
+        used = {i for call in self.calls for i in call.operands}
+        self.ends = [i for i in range(len(self.shapes)) if i not in used][-most_heads:]
+        self.heads = nn.ModuleList()
+        for i in self.ends:
+            channels, side = self.shapes[i]
+            self.heads.append(nn.Linear(channels * side**2 if flat_heads else channels, 2))
+
+    def _plan(self, step: Step) -> None:
+        latest = len(self.shapes) - 1
+        operand = latest - step.first % latest if step.first < IMAGES and latest else 0
+        channels, side = self.shapes[operand]
+        width, name, number = WIDTHS[step.size % len(WIDTHS)], step.operation, f"m{len(self.calls)}"
+        operands: tuple[int, ...] = (operand,)
+        settings: tuple[int, ...] = ()
+        shapes = [(channels, side)]
+        module: nn.Module | None = None
+        match name:
+            case "conv":
+                kernel = (3, 1)[step.second % 2]
+                module = nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=bool(step.second // 2 % 2))
+                shapes = [(width, side)]
+            case "batch_norm":
+                module = nn.BatchNorm2d(channels, eps=0.01)
+            case "prelu":
+                module = nn.PReLU(channels)
+            case "group_norm":
+                module = nn.GroupNorm(1, channels)
+            case "depthwise":
+                times = 1 + step.second % 2
+                if channels < 2 or channels * times > MOST_CHANNELS:
+                    return
+                module = nn.Conv2d(channels, channels * times, 3, padding=1, groups=channels, bias=False)
+                shapes = [(channels * times, side)]
+            case "grouped":
+                groups, width = (2, 3)[step.second % 2], (2, 3, 4, 5)[step.size % 4]
+                if channels % groups or channels == groups:
+                    return
+                module = nn.Conv2d(channels, groups * width, 3, padding=1, groups=groups)
+                shapes = [(groups * width, side)]
+            case "transposed":
+                if side * 2 > LARGEST:
+                    return
+                module = nn.ConvTranspose2d(channels, width, 2, stride=2)
+                shapes = [(width, side * 2)]
+            case "gate":
+                module = nn.Sequential(nn.Conv2d(channels, width, 1), nn.ReLU(), nn.Conv2d(width, channels, 1))
+            case "strided":
+                if side % 2:
+                    return
+                module = nn.Conv2d(channels, width, 3, stride=2, padding=1)
+                shapes = [(width, side // 2)]
+            case "linear":
+                module = nn.Linear(channels, width)
+                shapes = [(width, side)]
+            case "functional_norm":
+                module = nn.BatchNorm2d(channels, eps=0.01)
+            case "mask":
+                module = nn.Conv2d(channels, 1, 1)
+            case "squash":
+                module = nn.LayerNorm(channels)
+            case "split" | "sum_of_parts":
+                if channels % 2 or channels == 2:
+                    return
+                shapes = [(channels // 2, side)] * (2 if name == "split" else 1)
+            case "pad_channels":
+                settings = (1 + step.size % 3,)
+                shapes = [(channels + settings[0], side)]
+            case "every_other":
+                shapes = [((channels + 1) // 2, side)]
+            case "repeat":
+                if channels * 2 > MOST_CHANNELS:
+                    return
+                shapes = [(channels * 2, side)]
+            case "unshuffle":
+                if side % 2 or channels * 4 > MOST_CHANNELS:
+                    return
+                shapes = [(channels * 4, side // 2)]
+            case "largest_channel":
+                shapes = [(1, side)]
+            case "add" | "cat" | "stacked_sum" | "add_in_place":
+                fits = [
+                    i
+                    for i, shape in enumerate(self.shapes)
+                    if shape[1] == side and (name == "cat" or (shape[0] == channels and i != operand))
+                ]
+                if not fits:
+                    return
+                other = fits[-1 - step.second % len(fits)]
+                operands = (operand, other)
+                total = channels + self.shapes[other][0]
+                if name == "cat" and total > MOST_CHANNELS:
+                    return
+                shapes = [(total if name == "cat" else channels, side)]
+            case "chunk" | "shuffle":
+                settings = ((2, 3)[step.second % 2],)
+                if channels % settings[0] or channels == settings[0]:
+                    return
+                if name == "chunk":
+                    shapes = [(channels // settings[0], side)] * settings[0]
+            case "first_channels":
+                settings = (1 + step.size % channels,)
+                shapes = [(settings[0], side)]
+            case "max_pool":
+                if side % 2:
+                    return
+                shapes = [(channels, side // 2)]
+            case "upsample":
+                if side * 2 > LARGEST:
+                    return
+                shapes = [(channels, side * 2)]
+            case "pixel_shuffle":
+                if channels % 4 or side * 2 > LARGEST:
+                    return
+                shapes = [(channels // 4, side * 2)]
+            case "average":
+                shapes = [(channels, 1)]
+            case "again":
+                earlier = [c for c in self.calls if c.module and self.shapes[c.operands[0]] == (channels, side)]
+                if not earlier:
+                    return
+                again = earlier[step.second % len(earlier)]
+                name, number, settings = again.operation, again.module, again.settings
+                shapes = [self.shapes[i] for i in again.results]
+        if module is not None:
+            self.add_module(number, module)
+        first = len(self.shapes)
+        self.shapes += shapes
+        has_module = module is not None or step.operation == "again"
+        results = tuple(range(first, first + len(shapes)))
+        self.calls.append(Call(name, operands, results, number if has_module else "", settings))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(N, 3, 4, 4) to a list of (N, 2)."""
+        values: list[Tensor] = [image]
+        for call in self.calls:
+            operands = [values[i] for i in call.operands]
+            values += self._run(call, operands)
+        ends = [values[i] for i in self.ends]
+        rows = [end.flatten(1) if self.flat_heads else end.mean((2, 3)) for end in ends]
+        return [head(row) for head, row in zip(self.heads, rows, strict=True)]
+
+    def _run(self, call: Call, operands: list[Tensor]) -> list[Tensor]:
+        x = operands[0]
+        match call.operation:
+            case "gate":
+                return [x * torch.sigmoid(self.get_submodule(call.module)(F.adaptive_avg_pool2d(x, 1)))]
+            case "relu":
+                return [F.relu(x)]
+            case "add":
+                return [x + operands[1]]
+            case "cat":
+                return [torch.cat(operands, dim=1)]
+            case "chunk":
+                pieces = x.chunk(call.settings[0], dim=1)
+                return [pieces[i] for i in range(call.settings[0])]
+            case "shuffle":
+                n, c, h, w = x.shape
+                groups = call.settings[0]
+                return [x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)]
+            case "first_channels":
+                return [x[:, : call.settings[0]]]
+            case "max_pool":
+                return [F.max_pool2d(x, 2)]
+            case "upsample":
+                return [F.interpolate(x, scale_factor=2)]
+            case "pixel_shuffle":
+                return [F.pixel_shuffle(x, 2)]
+            case "average":
+                return [x.flatten(2).mean(2)[:, :, None, None]]
+            case "split":
+                pieces = x.split(x.shape[1] // 2, dim=1)
+                return [pieces[0], pieces[1]]
+            case "sum_of_parts":
+                return [x.view(x.shape[0], 2, x.shape[1] // 2, x.shape[2], x.shape[3]).sum(1)]
+            case "linear":
+                return [self.get_submodule(call.module)(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
+            case "squash":
+                return [self.get_submodule(call.module)(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
+            case "stacked_sum":
+                return [torch.stack(operands).sum(0)]
+            case "add_in_place":
+                total = x.clone()
+                total += operands[1]
+                return [total]
+            case "functional_norm":
+                norm: Any = self.get_submodule(call.module)
+                statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
+                return [F.batch_norm(x, *statistics, training=norm.training, eps=0.01)]
+            case "mask":
+                return [x * torch.sigmoid(self.get_submodule(call.module)(x))]
+            case "less_mean":
+                return [x - x.mean(1, keepdim=True)]
+            case "softmax":
+                return [x.softmax(1)]
+            case "pad_channels":
+                return [F.pad(x, (0, 0, 0, 0, 0, call.settings[0]))]
+            case "flip":
+                return [x.flip(1)]
+            case "every_other":
+                return [x[:, ::2]]
+            case "repeat":
+                return [x.repeat(1, 2, 1, 1)]
+            case "unshuffle":
+                return [F.pixel_unshuffle(x, 2)]
+            case "largest_channel":
+                return [x.amax(1, keepdim=True)]
+        return [self.get_submodule(call.module)(x)]
+
+    def __repr__(self) -> str:
+        """The program."""
+        lines = [f"v0 = images (N, {IMAGE[0]}, {IMAGE[1]}, {IMAGE[1]})"]
+        for call in self.calls:
+            results = ", ".join(f"v{i}" for i in call.results)
+            arguments = [f"v{i}" for i in call.operands] + [str(n) for n in call.settings]
+            what = f"  # {call.module} = {self.get_submodule(call.module)}" if call.module else ""
+            lines.append(f"{results} = {call.operation}({', '.join(arguments)}){what}")
+        how = "flatten(1)" if self.flat_heads else "mean((2, 3))"
+        lines.append(f"return [head(v.{how}) for v in ({', '.join(f'v{i}' for i in self.ends)})]")
+        return "\n".join(lines)

@@ -27,6 +27,7 @@ Nothing here is timed or trained: networks are built, randomly initialised, and 
 `tests/zoo` prunes every one of them (some narrower or shallower): random channels zeroed, reconfigured, outputs equal,
 trained on beside a masked twin in float64, saved, loaded, and pruned a second time.
 
+* **traced by**: torch.fx, or torch.export for a network whose forward torch.fx cannot follow.
 * **layers**: convolutions and linear layers whose channels are followed, of all that the network has.
 * **spaces**: sets of channels that stay or go together; those put together from others (concatenations) not counted.
 * **channels**: how many may go, of all; a channel counts once, however many layers share it.
@@ -75,6 +76,7 @@ class Row:
         channels, all_channels: that may go; all.
         share: of the forward FLOPs, that may go.
         frozen: channels by the reason why they stay, but for those of the network's input and output.
+        tracer: "torch.fx" or "torch.export".
     """
 
     layers: int
@@ -84,6 +86,7 @@ class Row:
     all_channels: int
     share: float
     frozen: dict[str, int]
+    tracer: str
 
 
 def look_at(name: str) -> Row:
@@ -115,6 +118,7 @@ def describe_graph(graph: ChannelGraph, model: nn.Module, x: Tensor) -> Row:
         sum(space.size for space in spaces),
         prunable_share(graph, model, x),
         dict(reasons.most_common()),
+        graph.tracer,
     )
 
 
@@ -156,14 +160,14 @@ def page(rows: dict[str, Row]) -> str:
 
 def table(rows: dict[str, Row]) -> list[str]:
     """A row per network."""
-    lines = ["| network | layers | spaces | channels | FLOPs | frozen |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| network | traced by | layers | spaces | channels | FLOPs | frozen |", f"|{' --- |' * 7}"]
     return lines + [table_row(name, row) for name, row in rows.items()]
 
 
 def table_row(name: str, row: Row) -> str:
     frozen = "; ".join(f"{count:,}: {reason}" for reason, count in row.frozen.items()) or "–"
     cells = (
-        name.replace("timm:", "timm "), f"{row.layers} of {row.all_layers}", f"{row.spaces}",
+        name.replace("timm:", "timm "), row.tracer, f"{row.layers} of {row.all_layers}", f"{row.spaces}",
         f"{row.channels:,} of {row.all_channels:,}", f"{100 * row.share:.1f}%", frozen,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -49,6 +49,7 @@ DIFFERENCES: dict[str, set[str]] = {
     "timm:convnext_atto": {"frozen"},
     "timm:fastvit_t8": {"multiplier", "indices"},
     "timm:edgenext_xx_small": {"frozen"},
+    "timm:efficientvit_b0": {"frozen"},
     "timm:levit_128s": {"frozen"},
 }
 

@@ -198,10 +198,14 @@ def _twice(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Segmentation: a path down, a path up by transposed convolutions, the one's maps concatenated to the other's."""
+    """Segmentation: a path down, a path up by transposed convolutions, the one's maps concatenated to the other's.
 
-    def __init__(self, classes: int = 4, width: int = 16, depth: int = 3) -> None:
+    With `any_size` maps are padded where halving has rounded, so the forward branches on sizes.
+    """
+
+    def __init__(self, classes: int = 4, width: int = 16, depth: int = 3, any_size: bool = False) -> None:
         super().__init__()
+        self.any_size = any_size
         widths = [width * 2**i for i in range(depth + 1)]
         self.down = nn.ModuleList(
             [_twice(a, b) for a, b in zip([3, *widths[:-1]], widths, strict=True)],
@@ -211,13 +215,16 @@ class UNet(nn.Module):
         self.last = nn.Conv2d(width, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, classes, H, W), H and W multiples of 2^depth."""
+        """(N, 3, H, W) to (N, classes, H, W), H and W multiples of 2^depth unless `any_size`."""
         maps = [self.down[0](x)]
         for block in self.down[1:]:
             maps.append(block(F.max_pool2d(maps[-1], 2)))
         x = maps.pop()
         for up, merge in zip(reversed(self.up), reversed(self.merge), strict=True):
-            x = merge(torch.cat([maps.pop(), up(x)], dim=1))
+            skip, x = maps.pop(), up(x)
+            if self.any_size and x.shape[2:] != skip.shape[2:]:
+                x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]))
+            x = merge(torch.cat([skip, x], dim=1))
         return self.last(x)
 
 
@@ -366,6 +373,9 @@ ZOO: dict[str, Architecture] = {
         "torchvision", _vision("lraspp_mobilenet_v3_large", weights_backbone=None, num_classes=21)
     ),
     "unet": Architecture("own", _own(UNet), 16, _own(UNet, width=8)),
+    "unet_any_size": Architecture(
+        "own", _own(UNet, any_size=True), 18, _own(UNet, width=8, any_size=True), page_size=220
+    ),
     "dcgan_generator": Architecture("own", _own(Generator), 1, _own(Generator, width=8), channels=100, page_size=1),
     "espcn": Architecture("own", _own(ESPCN), 12, channels=1),
     "timm:resnetv2_50": Architecture(
@@ -406,5 +416,6 @@ ZOO: dict[str, Architecture] = {
     "timm:repvit_m0_9": Architecture("timm", _timm("repvit_m0_9"), slow=True),
     "timm:fastvit_t8": Architecture("timm", _timm("fastvit_t8"), slow=True),
     "timm:edgenext_xx_small": Architecture("timm", _timm("edgenext_xx_small")),
+    "timm:efficientvit_b0": Architecture("timm", _timm("efficientvit_b0"), slow=True),
     "timm:levit_128s": Architecture("timm", _timm("levit_128s"), 224, slow=True),
 }

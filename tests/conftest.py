@@ -54,6 +54,13 @@ def path(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
+def _denormals() -> Iterator[None]:
+    """PruneTrain switches denormal numbers off for the process; the next test is to find them on."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
 def _tier(request: pytest.FixtureRequest, path: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.node.get_closest_marker("t0") is None:
         yield

@@ -187,6 +187,35 @@ def test_every_group_keeps_the_same_channels(dead: list[int], round_to: int, exp
     assert net.b.out_channels == net.c.in_channels == len(outputs)
 
 
+def test_a_channel_shuffle_keeps_two_channels_in_each_group() -> None:
+    """With one, `view(n, 2, 1, h, w)` would look like a number written out, and nothing could go any more."""
+
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            n, channels, height, width = x.size()
+            x = x.view(n, 2, channels // 2, height, width).transpose(1, 2).reshape(n, channels, height, width)
+            return self.b(x)
+
+    net = Shuffled()
+    net.a.weight.data[torch.arange(12) % 6 != 2] = 0
+    net.b.weight.data.zero_()
+    net.b.weight.data[:, [4, 5]] = 1.0
+    graph = trace_channels(net, (X,))
+    keep = graph.keep(net)
+    assert keep.channels[graph.layers["a"].output].tolist() == [0, 2, 6, 8]
+    assert keep.channels[graph.layers["b"].input].tolist() == [0, 1, 4, 5]
+    before = net(X)
+    reconfigure(net, None, keep)
+    assert torch.allclose(net(X), before)
+    again = trace_channels(net, (X,))
+    assert again.spaces[again.layers["a"].output].frozen is None
+
+
 def test_another_model_is_refused() -> None:
     graph = trace_channels(Chain(), (X,))
     with pytest.raises(InputError, match="layer 'a' does not have the shape that was traced, 10 x 3 channels"):

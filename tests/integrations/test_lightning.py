@@ -487,6 +487,7 @@ second = t.trainer_of(t.Kill(), t.PruneTrainCallback(**t.OPTIONS), devices=2, st
 second.fit(again, t.data(), ckpt_path=sys.argv[1] + "/epoch=1.ckpt")
 assert t.same_tensors(module, again)
 t.torch.save(module.net.state_dict(), f"{sys.argv[1]}/rank{trainer.global_rank}.pt")
+t.torch.distributed.destroy_process_group()  # otherwise its threads may still run when the process ends
 """
 
 

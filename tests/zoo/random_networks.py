@@ -10,6 +10,7 @@ from torch import Tensor, nn
 IMAGE = (3, 4)  # channels, height and width
 LARGEST = 8  # height and width that no value exceeds
 MOST_CHANNELS = 24
+MOST_HEADS = 3
 WIDTHS = (4, 6, 8, 5, 12)
 IMAGES = 9
 # Operations whose channels are followed, and strange ones that freeze what they touch or have only one channel. An
@@ -50,17 +51,21 @@ class Call:
 
 
 class RandomNetwork(nn.Module):
-    """The network that some steps describe; its outputs are one linear head for each of the last unused values."""
+    """The network that some steps describe; its outputs are one linear head for each of the last unused values.
 
-    def __init__(self, steps: tuple[Step, ...], flat_heads: bool = False, most_heads: int = 3) -> None:
+    With `branches` the forward depends on a size, which torch.fx cannot trace, so torch.export does.
+    """
+
+    def __init__(self, steps: tuple[Step, ...], flat_heads: bool = False, branches: bool = False) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.shapes: list[tuple[int, int]] = [IMAGE]
         self.flat_heads = flat_heads
+        self.branches = branches
         for step in (Step("conv", 0, 0, 1), *steps):
             self._plan(step)
         used = {i for call in self.calls for i in call.operands}
-        self.ends = [i for i in range(len(self.shapes)) if i not in used][-most_heads:]
+        self.ends = [i for i in range(len(self.shapes)) if i not in used][-MOST_HEADS:]
         self.heads = nn.ModuleList()
         for i in self.ends:
             channels, side = self.shapes[i]
@@ -192,6 +197,8 @@ class RandomNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(N, 3, 4, 4) to a list of (N, 2)."""
+        if self.branches and image.shape[2] > LARGEST:
+            return []
         values: list[Tensor] = [image]
         for call in self.calls:
             operands = [values[i] for i in call.operands]

@@ -44,6 +44,12 @@ def test_shares_are_counted_by_multiply_adds() -> None:
     assert (row.layers, row.all_layers) == (2, 2)
     assert (row.channels, row.all_channels) == (3, 3 + 3 + 8)
     assert row.frozen == {}
+    assert row.tracer == "torch.fx"
+
+
+def test_tells_what_traced_it() -> None:
+    network = ZOO["unet_any_size"]
+    assert describe(network.for_tests(), network.images(2)).tracer == "torch.export"
 
 
 def test_reasons_are_grouped() -> None:

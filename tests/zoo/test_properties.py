@@ -49,6 +49,7 @@ OPERATIONS = FOLLOWED * 2 + STRANGE
 NEAR = [0, 0, 0, 0, 0, 1, 1, 2, 3, 5, IMAGES]  # mostly the latest values
 CHOICES: dict[str, list[Any]] = {
     "flat_heads": [False, True],
+    "branches": [False, False, False, False, False, True],
     "share": [0.3, 0.0, 0.6, 1.0],
     "policy": ["union", "gating", "auto"],
     "round_to": [1, 2, 4],
@@ -88,12 +89,13 @@ def some_cost(conv: Convolution, form: Form) -> float:
     **{name: st.sampled_from(values) for name, values in CHOICES.items()},
 )
 def test_any_network_shrinks_and_trains_on(
-    steps: list[Step], flat_heads: bool, seed: int, share: float, policy: str, round_to: int, adam: bool
+    steps: list[Step], flat_heads: bool, branches: bool, seed: int, share: float, policy: str, round_to: int, adam: bool
 ) -> None:
     torch.manual_seed(seed)
-    network = RandomNetwork(tuple(steps), flat_heads)
-    note(repr(network))
-    model = randomise(network, seed).double()
+    network = RandomNetwork(tuple(steps), flat_heads, branches)
+    note(f"{network!r}\ntraced by torch.{'export' if branches else 'fx'}")
+    model = network.double()
+    randomise(model, seed)
     optimizer = AdamW(model.parameters(), lr=1e-4) if adam else SGD(model.parameters(), lr=1e-3, momentum=0.9)
     batches = [torch.randn(5, IMAGE[0], IMAGE[1], IMAGE[1], dtype=torch.float64) for _ in range(4)]
     train(model, optimizer, batches[:1])
@@ -102,7 +104,7 @@ def test_any_network_shrinks_and_trains_on(
 
 
 def shrinks_once(
-    model: torch.nn.Module,
+    model: RandomNetwork,
     optimizer: torch.optim.Optimizer,
     batches: list[Tensor],
     seed: int,
@@ -111,6 +113,7 @@ def shrinks_once(
     round_to: int,
 ) -> None:
     graph = trace_channels(model, (batches[0],))
+    assert graph.tracer == ("torch.export" if model.branches else "torch.fx")
     dead = kill(graph, model, share, 0.2, seed)
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
     flops = count_flops(model, (batches[0],))

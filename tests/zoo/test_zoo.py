@@ -48,6 +48,7 @@ LEAST = {
     "timm:rexnet_100": (0.999, 0.85),
     "timm:convnext_atto": (0.7, 0.5),
     "timm:edgenext_xx_small": (0.7, 0.6),
+    "timm:efficientvit_b0": (0.6, 0.5),
     "timm:levit_128s": (0.15, 0.003),
 }
 

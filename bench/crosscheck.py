@@ -37,6 +37,7 @@ DIFFERENCES: dict[str, set[str]] = {
     "regnet_x_400mf": {"groups"},
     "convnext_tiny": {"frozen"},
     "espcn": {"indices"},
+    "detector": {"indices"},
     "timm:skresnet18": {"frozen", "indices"},
     "timm:resnest14d": {"groups", "indices"},
     "timm:res2net50_26w_4s": {"frozen", "indices"},

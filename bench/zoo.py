@@ -1,4 +1,4 @@
-"""The architectures that the zoo tests prune and docs/architectures.md lists: torchvision's, timm's, three of our own.
+"""The architectures that the zoo tests prune and docs/architectures.md lists: torchvision's, timm's, some of our own.
 
 Nothing is imported or built before it is asked for, and no weights are ever downloaded.
 """
@@ -267,6 +267,64 @@ class ESPCN(nn.Module):
         return self.body(x)
 
 
+def _unit(inputs: int, outputs: int, kernel: int = 1, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.SiLU(inplace=True))
+
+
+class _CrossStage(nn.Module):
+    """Half of the channels goes through residual blocks, and what each of them gives is kept."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, residual: bool = True) -> None:
+        super().__init__()
+        half = outputs // 2
+        self.first, self.last = _unit(inputs, outputs), _unit((2 + blocks) * half, outputs)
+        self.blocks = nn.ModuleList(nn.Sequential(_unit(half, half, 3), _unit(half, half, 3)) for _ in range(blocks))
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = list(self.first(x).chunk(2, 1))
+        for block in self.blocks:
+            kept.append(kept[-1] + block(kept[-1]) if self.residual else block(kept[-1]))
+        return self.last(torch.cat(kept, 1))
+
+
+class Detector(nn.Module):
+    """One-stage object detection: cross-stage backbone, pyramid pooling, paths up and down again, three heads."""
+
+    def __init__(self, classes: int = 80, width: int = 16, bins: int = 16) -> None:
+        super().__init__()
+        w = [width * 2**i for i in range(5)]
+        self.stem = nn.Sequential(_unit(3, w[0], 3, 2), _unit(w[0], w[1], 3, 2), _CrossStage(w[1], w[1], 1))
+        self.stage3 = nn.Sequential(_unit(w[1], w[2], 3, 2), _CrossStage(w[2], w[2], 2))
+        self.stage4 = nn.Sequential(_unit(w[2], w[3], 3, 2), _CrossStage(w[3], w[3], 2))
+        self.stage5 = nn.Sequential(_unit(w[3], w[4], 3, 2), _CrossStage(w[4], w[4], 1))
+        self.squeeze, self.expand = _unit(w[4], w[3]), _unit(4 * w[3], w[4])
+        self.pool, self.up = nn.MaxPool2d(5, 1, 2), nn.Upsample(scale_factor=2, mode="nearest")
+        self.up4 = _CrossStage(w[4] + w[3], w[3], 1, residual=False)
+        self.up3 = _CrossStage(w[3] + w[2], w[2], 1, residual=False)
+        self.down3, self.down4 = _unit(w[2], w[2], 3, 2), _unit(w[3], w[3], 3, 2)
+        self.out4 = _CrossStage(w[2] + w[3], w[3], 1, residual=False)
+        self.out5 = _CrossStage(w[3] + w[4], w[4], 1, residual=False)
+        self.boxes = nn.ModuleList(nn.Sequential(_unit(c, w[2], 3), nn.Conv2d(w[2], 4 * bins, 1)) for c in w[2:])
+        self.classes = nn.ModuleList(nn.Sequential(_unit(c, w[2], 3), nn.Conv2d(w[2], classes, 1)) for c in w[2:])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, 3, H, W), multiples of 32, to maps of boxes and classes at strides 8, 16 and 32."""
+        fine = self.stage3(self.stem(x))
+        middle = self.stage4(fine)
+        pooled = [self.squeeze(self.stage5(middle))]
+        for _ in range(3):
+            pooled.append(self.pool(pooled[-1]))
+        coarse = self.expand(torch.cat(pooled, 1))
+        middle = self.up4(torch.cat([self.up(coarse), middle], 1))
+        fine = self.up3(torch.cat([self.up(middle), fine], 1))
+        middle = self.out4(torch.cat([self.down3(fine), middle], 1))
+        coarse = self.out5(torch.cat([self.down4(middle), coarse], 1))
+        heads = zip((fine, middle, coarse), self.boxes, self.classes, strict=True)
+        return [torch.cat([box(x), name(x)], 1) for x, box, name in heads]
+
+
 def _own(make: Callable[..., nn.Module], **options: Any) -> Callable[[], nn.Module]:
     return lambda: make(**options)
 
@@ -378,6 +436,7 @@ ZOO: dict[str, Architecture] = {
     ),
     "dcgan_generator": Architecture("own", _own(Generator), 1, _own(Generator, width=8), channels=100, page_size=1),
     "espcn": Architecture("own", _own(ESPCN), 12, channels=1),
+    "detector": Architecture("own", _own(Detector), 32, _own(Detector, classes=5, width=8, bins=2)),
     "timm:resnetv2_50": Architecture(
         "timm", _timm("resnetv2_50"), 32, _timm("resnetv2_50", layers=_ONE_EACH, channels=(64, 128, 256, 512))
     ),

@@ -44,6 +44,23 @@ class _UntraceableError(Exception):
     """torch.fx cannot follow the model's own forward."""
 
 
+def _pieces_of(node: fx.Node) -> int | None:
+    """How many tensors a chunk or split gives, where the program says so."""
+    given = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+    if node.target in ("chunk", torch.chunk) and isinstance(given, int):
+        return given
+    if node.target in ("split", torch.split, torch.functional.split) and isinstance(given, list | tuple):
+        return len(given)
+    return None
+
+
+class _Proxy(fx.Proxy):
+    def __len__(self) -> int:
+        """Of pieces: `list(x.chunk(2, 1))` and `f(*x.chunk(2, 1))` ask for it."""
+        count = _pieces_of(self.node)
+        return super().__len__() if count is None else count
+
+
 class _Tracer(fx.Tracer):
     """fx's tracer that leaves some modules closed and remembers in which module tracing failed."""
 
@@ -56,15 +73,13 @@ class _Tracer(fx.Tracer):
         closed = module_qualified_name in self.closed
         return closed or rule_for(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def iter(self, obj: Any) -> Iterator[Any]:
         """`for piece in x.chunk(4, 1)`: a number of pieces that is written out."""
-        node = obj.node
-        given = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
-        if node.target in ("chunk", torch.chunk) and isinstance(given, int):
-            return iter([obj[i] for i in range(given)])
-        if node.target in ("split", torch.split, torch.functional.split) and isinstance(given, list | tuple):
-            return iter([obj[i] for i in range(len(given))])
-        return super().iter(obj)
+        count = _pieces_of(obj.node)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:

@@ -172,6 +172,13 @@ UNDERSTOOD: dict[str, Callable[[], nn.Module]] = {
     "chunk-unpacked": lambda: Net(
         lambda m, x: m.fc(pool(torch.cat([p.relu() for p in torch.chunk(m.b(m.a(x)), chunks=2, dim=1)], 1)))
     ),
+    "chunk-in-a-list": lambda: Net(
+        lambda m, x: m.fc(
+            pool(m.n(torch.cat([*(p := list(m.a(x).chunk(2, 1))), (lambda a, b: a * b)(*p), m.one(p[-1])], 1)))
+        ),
+        n=nn.Conv2d(16, 8, 1),
+        one=nn.Conv2d(4, 4, 1),
+    ),
     "split-by-count": lambda: Net(
         lambda m, x: m.fc(pool((y := m.b(m.a(x)), p := y.split(y.shape[1] // 4, dim=1), p[0] + p[3])[2])), features=2
     ),

@@ -32,6 +32,7 @@ def test_every_explanation_is_needed() -> None:
         ("resnext50_32x4d", "layer1.0.conv1", False),  # groups
         ("timm:fastvit_t8", "stem.0.conv_scale.conv", False),  # multiplier
         ("espcn", "body.4", False),  # indices: pixel shuffle
+        ("detector", "stem.2.first.0", False),  # indices: concatenated pieces
         ("timm:cspresnet50", "stages.0.conv_transition_b.conv", False),  # indices: concatenated pieces
         ("timm:resnest14d", "layer1.0.conv2.conv", False),  # indices: views
         ("googlenet", "inception4a.branch1.conv", True),  # training only

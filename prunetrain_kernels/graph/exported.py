@@ -51,7 +51,7 @@ METHODS = {"view", "reshape", "_unsafe_view", "expand", "expand_as"}
 def exported_program(
     model: nn.Module, examples: tuple[Tensor, ...], wrap: Callable[[Tensor], Any]
 ) -> tuple[fx.Graph, Values]:
-    """The model's program as the walk in `trace.py` takes it, with what each node gives.
+    """The model's program as the walk in `walk.py` takes it, with what each node gives.
 
     Args:
         model: in the mode that is to be traced.

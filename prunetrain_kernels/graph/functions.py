@@ -16,7 +16,7 @@ from torch import fx, nn
 from prunetrain_kernels.graph.channels import Channels, Count, reshaped, tied_columns
 
 if TYPE_CHECKING:
-    from prunetrain_kernels.graph.trace import Walk
+    from prunetrain_kernels.graph.walk import Walk
 
 Outcome = bool | str
 

@@ -1,6 +1,6 @@
 """What modules do to channels: which pass them on, which end a space and begin another.
 
-A rule is asked by the walk in `trace.py`. It says True if it understood the call, False if it did not, or a sentence
+A rule is asked by the walk in `walk.py`. It says True if it understood the call, False if it did not, or a sentence
 that says why it cannot be followed; what is not followed freezes what it touches. `functions.py` has the rules for
 functions and tensor methods.
 """
@@ -15,7 +15,7 @@ from torch import fx, nn
 from prunetrain_kernels.graph.functions import MIXES, Outcome, convolution, linear, reshape_to, shuffle, softmax
 
 if TYPE_CHECKING:
-    from prunetrain_kernels.graph.trace import Walk
+    from prunetrain_kernels.graph.walk import Walk
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -7,17 +7,19 @@ from prunetrain_kernels.cost.communication import (
     hierarchical_all_reduce_seconds,
     ring_all_reduce_bytes,
 )
-from prunetrain_kernels.cost.flops import Flops, count_flops, count_flops_by_layer
+from prunetrain_kernels.cost.flops import Flops, FlopTable, count_flops, count_flops_by_layer, flop_table
 from prunetrain_kernels.cost.memory import MemoryModel, measure_step_memory_cuda, step_memory
 from prunetrain_kernels.cost.traffic import batch_norm_bytes
 
 __all__ = [
     "Cluster",
+    "FlopTable",
     "Flops",
     "MemoryModel",
     "batch_norm_bytes",
     "count_flops",
     "count_flops_by_layer",
+    "flop_table",
     "gradient_bytes",
     "hierarchical_all_reduce_bytes",
     "hierarchical_all_reduce_seconds",

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,76 @@ def _step_flops(run: DryRun) -> int:
     return counter.get_total_flops()
 
 
+@dataclass(frozen=True)
+class FlopTable:
+    """FLOPs per weight of each layer, from which those of a pruned network follow without running it.
+
+    A convolution or linear layer makes as many multiply-adds in a pass as it has weights, times the places where it is
+    applied; pruning channels leaves the places as they are.
+
+    Attributes:
+        training, inference: FLOPs per image and weight, by module.
+    """
+
+    training: dict[str, Fraction]
+    inference: dict[str, Fraction]
+
+    def flops(self, model: nn.Module) -> Flops:
+        """What `count_flops` gives for the network, pruned since the table was made; no layer removed, none gated."""
+        weights = {name: model.get_submodule(name).weight.numel() for name in self.training | self.inference}  # type: ignore[union-attr, operator]
+        totals = (
+            sum((each * weights[name] for name, each in table.items()), Fraction(0))
+            for table in (self.training, self.inference)
+        )
+        return Flops(*map(int, totals))
+
+
+def flop_table(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple[Flops, FlopTable | None]:
+    """`count_flops`, and the table for the same network with fewer channels.
+
+    The table is None where it would not be exact: a network with FLOPs that do not belong to a layer's weight (matrix
+    products, layers called as functions), or with a layer that runs backwards at one call only.
+    """
+    training, step = dry_run(_step_flops_by_call, model, example_inputs, batch=2, training=True)
+    inference, own = dry_run(_forward_flops_by_layer, model, example_inputs, batch=1, training=False)
+    counted = Flops(training=training // 2, inference=inference)
+    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in (*step, *own)}
+    if not all(isinstance(weight, Tensor) and weight.numel() for weight in weights.values()):
+        return counted, None
+    sizes = {name: weight.numel() for name, weight in weights.items() if isinstance(weight, Tensor)}
+    table = FlopTable(
+        {name: Fraction(flops, 2 * sizes[name]) for name, flops in step.items()},
+        {name: Fraction(flops, sizes[name]) for name, flops in own.items()},
+    )
+    return counted, table if table.flops(model) == counted else None
+
+
+def _forward_flops_by_layer(run: DryRun) -> tuple[int, dict[str, int]]:
+    own = _layer_flops(run)
+    return sum(own.values()), own
+
+
+def _step_flops_by_call(run: DryRun) -> tuple[int, dict[str, int]]:
+    """FLOPs of forward and backward, and of each module if its gradients take what a forward pass takes, each."""
+    backward: dict[str, int] = {}  # gradients that a module's calls need: its weight's, its input's
+    names = {module: name for name, module in run.model.named_modules()}
+
+    def look(module: nn.Module, arguments: tuple[object, ...]) -> None:
+        weight = module._parameters.get("weight")
+        needs = [t for t in (*arguments[:1], weight) if isinstance(t, Tensor) and t.requires_grad]
+        backward[names[module]] = max(backward.get(names[module], 0), len(needs))
+
+    handles = [module.register_forward_pre_hook(look) for module in names]
+    try:
+        with _counter() as counter:
+            own, output = _flops_of_calls(run, counter)
+            parameter_gradients(run.state, scalar_of(output))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counter.get_total_flops(), {name: flops * (1 + backward[name]) for name, flops in own.items()}
+
+
 def count_flops_by_layer(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, int]:
     """Inference FLOPs per image of each module that computes some itself, by its name in `model.named_modules()`.
 
@@ -63,6 +134,12 @@ def count_flops_by_layer(model: nn.Module, example_inputs: tuple[Tensor, ...]) -
 
 
 def _layer_flops(run: DryRun) -> dict[str, int]:
+    with torch.no_grad(), _counter() as counter:
+        return _flops_of_calls(run, counter)[0]
+
+
+def _flops_of_calls(run: DryRun, counter: FlopCounterMode) -> tuple[dict[str, int], object]:
+    """FLOPs of a forward pass that each module computes itself, and what the model returns."""
     names = {module: name for name, module in run.model.named_modules()}
     own = dict.fromkeys(names.values(), 0)
     # the counter's own table by module gives each block of a ModuleList the same name, so modules are followed here
@@ -79,15 +156,14 @@ def _layer_flops(run: DryRun) -> dict[str, int]:
             caller_start, caller_submodules = running.pop()
             running.append((caller_start, caller_submodules + flops))
 
-    with torch.no_grad(), _counter() as counter:
-        handles = [module.register_forward_pre_hook(begin) for module in names]
-        handles += [module.register_forward_hook(end) for module in names]
-        try:
-            run.forward()
-        finally:
-            for handle in handles:
-                handle.remove()
-    return {name: flops for name, flops in own.items() if flops}
+    handles = [module.register_forward_pre_hook(begin) for module in names]
+    handles += [module.register_forward_hook(end) for module in names]
+    try:
+        output = run.forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: flops for name, flops in own.items() if flops}, output
 
 
 def _counter() -> FlopCounterMode:

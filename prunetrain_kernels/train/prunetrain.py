@@ -24,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import Compilations, eagerly, forget_compiled, is_compiled_module
-from prunetrain_kernels.cost import Flops, count_flops, gradient_bytes
+from prunetrain_kernels.cost import Flops, FlopTable, flop_table, gradient_bytes
 from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainError
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost, cost_of
-from prunetrain_kernels.nn import FuseReport
+from prunetrain_kernels.nn import FuseReport, GatedConv2d
 from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.ops.group_lasso import slice_max_abs
 from prunetrain_kernels.optim import SGD
@@ -244,7 +244,8 @@ class PruneTrain:
         # refuses bad arguments before any training
         self.graph.keep(model, self.threshold, self.relative, self.policy, self.round_to)
         self.lasso = GroupLasso(model, self.graph.example_inputs, graph=self.graph)
-        self.dense_flops = self.flops = count_flops(model, self.graph.example_inputs)
+        self._count_flops()
+        self.dense_flops = self.flops
         # The original numbers of each layer's present channels: for channels.csv and the sparsity map.
         self.dense_layers = {
             layer.name: (layer.kind, self.graph.spaces[layer.input].size, self.graph.spaces[layer.output].size)
@@ -367,7 +368,7 @@ class PruneTrain:
                 ins, outs = self.kept[change.name]
                 self.kept[change.name] = (ins[change.kept_in], outs[change.kept_out])
             self.removed += done.removed
-            self._look_again()
+            self._look_again(counted_anew=bool(done.removed))
             self._warn_of_layout()
         batch_before = self.batch_size
         if self.batch is not None and done.changed:
@@ -458,12 +459,27 @@ class PruneTrain:
                 return
             batch.fall_back(self.optimizer, self.scheduler)
 
-    def _look_again(self) -> None:
+    def _look_again(self, counted_anew: bool = True) -> None:
         """Traces and counts the model in its present shape."""
         with eagerly(self.model):
             self.graph = trace_channels(self.model, self.graph.example_inputs)
             self.lasso = GroupLasso(self.model, self.graph.example_inputs, graph=self.graph)
-            self.flops = count_flops(self.model, self.graph.example_inputs)
+            table = None if counted_anew or self._trained() != self._trained_then else self._flop_table
+            if table is None or any(isinstance(module, GatedConv2d) for module in self.model.modules()):
+                self._count_flops()  # a gated layer may compute more than its weight holds
+            else:
+                self.flops: Flops = table.flops(self.model)
+
+    def _count_flops(self) -> None:
+        """By running the model dry, which takes longer than all the rest; the table spares that next time."""
+        counted, table = flop_table(self.model, self.graph.example_inputs)
+        self.flops = counted
+        self._flop_table: FlopTable | None = table
+        self._trained_then: frozenset[str] = self._trained()
+
+    def _trained(self) -> frozenset[str]:
+        """Parameters that get gradients, which decides what is computed for them."""
+        return frozenset(name for name, p in self.model.named_parameters() if p.requires_grad)
 
     def _warn_if_given_up(self) -> None:
         """Whenever `torch.compile` has given up functions, which run uncompiled since."""

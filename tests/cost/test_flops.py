@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunetrain_kernels.cost import Flops, count_flops, count_flops_by_layer
+from prunetrain_kernels import PruneTrain, reconfigure, trace_channels
+from prunetrain_kernels.cost import Flops, count_flops, count_flops_by_layer, flop_table
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.models import build
 
@@ -165,3 +166,78 @@ def test_a_model_that_returns_no_tensor() -> None:
 
     with pytest.raises(InputError, match="no floating-point tensor"):
         count_flops(Empty(), (torch.randn(1, 3),))
+
+
+# -- the table, from which a pruned network's FLOPs follow -------------------------------------------------------------
+
+
+class OfAllKinds(nn.Module):
+    """Groups, depthwise, transposed, linear behind a flatten, a layer called twice, a frozen one, one for training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped, self.depthwise = nn.Conv2d(8, 12, 1, groups=2), nn.Conv2d(12, 24, 3, padding=1, groups=12)
+        self.up, self.fc, self.side = nn.ConvTranspose2d(24, 6, 2, stride=2), nn.Linear(6 * 16, 5), nn.Linear(8, 5)
+        self.grouped.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = torch.relu(self.norm(self.twice(self.twice(self.first(x)))))
+        y = torch.flatten(nn.functional.adaptive_avg_pool2d(self.up(self.depthwise(self.grouped(x))), 4), 1)
+        return (self.fc(y), self.side(x.mean((2, 3)))) if self.training else self.fc(y)
+
+
+@pytest.mark.parametrize("name", ["all kinds", "resnet20", "vgg11", "imagenet_resnet50"])
+def test_a_pruned_networks_flops_from_the_table(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = (OfAllKinds() if name == "all kinds" else build(name, 10)), (torch.randn(2, 3, 32, 32),)
+    counted, table = flop_table(model, x)
+    assert counted == count_flops(model, x)
+    assert table is not None
+    for turn in range(2):
+        graph = trace_channels(model, x)
+        with torch.no_grad():
+            for i, layer in enumerate(graph.layers.values()):
+                weight = model.get_submodule(layer.name).weight
+                assert isinstance(weight, Tensor)
+                for dim in layer.dims:
+                    weight.transpose(0, dim)[:: 2 + (i + turn) % 2].zero_()
+        reconfigure(model, None, graph.keep(model))
+        assert table.flops(model) == count_flops(model, x)
+    assert table.flops(model).training < counted.training
+
+
+def test_no_table_where_flops_do_not_follow_from_weights() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).flatten(2)
+            return x @ x.transpose(1, 2)
+
+    counted, table = flop_table(Attends(), (torch.randn(2, 3, 4, 4),))
+    assert counted == count_flops(Attends(), (torch.randn(2, 3, 4, 4),))
+    assert table is None
+
+
+@pytest.mark.parametrize("policy", ["union", "gating"])
+def test_prunetrain_counts_what_a_dry_run_counts(policy: str) -> None:
+    """Also when a layer was removed, or when the user has frozen one."""
+    torch.manual_seed(0)
+    model, x = build("resnet20", 10), torch.randn(2, 3, 16, 16)
+    prunetrain = PruneTrain(model, torch.optim.SGD(model.parameters(), lr=0.1), (x,), policy=policy, fuse=True)
+    for turn in range(4):
+        with torch.no_grad():
+            model.get_submodule(f"layer{1 + turn % 3}.1.conv1").weight[::3] = 0
+            model.get_submodule(f"layer{1 + turn % 3}.1.conv2").weight[:, ::3] = 0
+            if turn == 1:
+                model.get_submodule("layer2.2.conv2").weight.zero_()
+        if turn == 2:
+            model.get_submodule("layer3.0.conv2").requires_grad_(False)
+        report = prunetrain.reconfigure()
+        assert report.reconfiguration.changed
+        assert bool(report.reconfiguration.branches) == (turn == 1)
+        assert prunetrain.flops == count_flops(model, (x,))

@@ -2,7 +2,7 @@
 
     ours                 choosing the channels, then prunetrain_kernels.prune.reconfigure: in place, and with the output
                          measured before and after
-    ours, with retrace   all that PruneTrain.reconfigure does: also traces, counts and sets up the lasso anew
+    ours, whole          all that PruneTrain.reconfigure does: also the new graph, its FLOPs and its lasso
     rebuild              the authors' way: a new network of the new widths, the surviving weights, batch norm statistics
                          and momentum copied tensor by tensor, a new optimizer. Channels are chosen as by ours. Their
                          code writes the network into a source file first and imports it, which is left out here
@@ -37,7 +37,7 @@ from prunetrain_kernels.models.init import initialize
 from prunetrain_kernels.prune import reconfigure
 from prunetrain_kernels.train.prunetrain import PruneTrain
 
-RETRACED, REBUILT, TORCH_PRUNING = "ours, with retrace", "rebuild", "torch-pruning"
+WHOLE, REBUILT, TORCH_PRUNING = "ours, whole", "rebuild", "torch-pruning"
 SHARE = 0.6
 THRESHOLD = 1e-4
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
@@ -215,7 +215,7 @@ def torch_pruning() -> Any:
 
 def prepared_by(kind: str, given: Training, tp: Any) -> Reconfigure:
     """What a provider does with a training; what it needs only once per training is made here, outside of the time."""
-    if kind == RETRACED:
+    if kind == WHOLE:
         prunetrain = PruneTrain(
             given.model, given.optimizer, given.graph.example_inputs, penalty_ratio=0, threshold=THRESHOLD
         )
@@ -236,7 +236,7 @@ def _measure(session: Session, network: Network) -> None:
     profile = profiles.for_network(uniform, network.name, network.image, network.classes)
     original = training(network, profile)
     tp = torch_pruning()
-    kinds = [OURS, RETRACED, REBUILT, *([TORCH_PRUNING] if tp is not None else [])]
+    kinds = [OURS, WHOLE, REBUILT, *([TORCH_PRUNING] if tp is not None else [])]
     if tp is None:
         print(f"  {TORCH_PRUNING} is not installed, so not compared (pip install torch-pruning)")
 

@@ -10,6 +10,7 @@ it is (`gating.py`). Where layers are gated, the channels of a space are put int
 contiguous ranges, as far as that is possible (`order.py`): a range needs no index.
 """
 
+import dataclasses
 import math
 import operator
 from collections.abc import Iterable
@@ -117,6 +118,36 @@ class Keep:
         """Names of the modules that go with the dead branches."""
         return frozenset(name for branch in self.branches for name in branch.layers)
 
+    def graph_after(self) -> ChannelGraph:
+        """The graph of the network once this is carried out, without tracing it again: the program stays, its channels
+        are fewer.
+
+        Raises:
+            InputError: layers are removed, for which the network must be traced again.
+        """
+        if self.branches:
+            raise InputError("a network that loses layers must be traced again: trace_channels(model, example_inputs).")
+        graph, spaces = self.graph, []
+        for space, kept in zip(graph.spaces, self.channels, strict=True):
+            after = dataclasses.replace(
+                space, size=len(kept), members=None if space.members is None else space.members[kept]
+            )
+            for n, own, at in _members(after):
+                assert after.members is not None
+                places = torch.full((graph.spaces[n].size,), -1)
+                places[self.channels[n]] = torch.arange(len(self.channels[n]))
+                after.members[own, 1] = places[at]
+            spaces.append(after)
+        layers = {
+            name: dataclasses.replace(
+                layer,
+                live_in=_positions(self.live[name][0], self.channels[layer.input]),
+                live_out=_positions(self.live[name][1], self.channels[layer.output]),
+            )
+            for name, layer in graph.layers.items()
+        }
+        return dataclasses.replace(graph, spaces=spaces, layers=layers)
+
     def __str__(self) -> str:
         lines = [
             f"space {i}: keeps {len(kept)} of {space.size} channels" + (f" ({space.frozen})" if space.frozen else "")
@@ -124,6 +155,11 @@ class Keep:
         ]
         lines += [f"{name}: {choice}" for name, choice in self.choices.items()]
         return "\n".join(lines + [f"branch removed: {', '.join(branch.layers)}" for branch in self.branches])
+
+
+def _positions(chosen: Tensor, kept: Tensor) -> Tensor | None:
+    """Where the chosen channels stand among the kept ones; None for all of them."""
+    return None if len(chosen) == len(kept) else torch.isin(kept, chosen).nonzero().flatten()
 
 
 def choose(

@@ -368,7 +368,7 @@ class PruneTrain:
                 ins, outs = self.kept[change.name]
                 self.kept[change.name] = (ins[change.kept_in], outs[change.kept_out])
             self.removed += done.removed
-            self._look_again(counted_anew=bool(done.removed))
+            self._look_again(None if done.removed else keep)
             self._warn_of_layout()
         batch_before = self.batch_size
         if self.batch is not None and done.changed:
@@ -459,12 +459,16 @@ class PruneTrain:
                 return
             batch.fall_back(self.optimizer, self.scheduler)
 
-    def _look_again(self, counted_anew: bool = True) -> None:
-        """Traces and counts the model in its present shape."""
+    def _look_again(self, keep: Keep | None = None) -> None:
+        """Finds and counts the channels of the model in its present shape: what it has kept since the last look, or by
+        tracing and running it anew."""
         with eagerly(self.model):
-            self.graph = trace_channels(self.model, self.graph.example_inputs)
+            if keep is not None and keep.graph is self.graph:
+                self.graph = keep.graph_after()
+            else:
+                self.graph = trace_channels(self.model, self.graph.example_inputs)
             self.lasso = GroupLasso(self.model, self.graph.example_inputs, graph=self.graph)
-            table = None if counted_anew or self._trained() != self._trained_then else self._flop_table
+            table = None if keep is None or self._trained() != self._trained_then else self._flop_table
             if table is None or any(isinstance(module, GatedConv2d) for module in self.model.modules()):
                 self._count_flops()  # a gated layer may compute more than its weight holds
             else:

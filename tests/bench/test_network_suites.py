@@ -248,7 +248,7 @@ def test_the_papers_speedups_are_those_of_its_cells() -> None:
 def test_reconfigurations_are_timed_one_by_one(results: Results) -> None:
     found = results["reconfigure"][1]
     providers = [row["provider"] for row in found]
-    assert providers[:3] == [OURS, reconfigure.RETRACED, reconfigure.REBUILT]
+    assert providers[:3] == [OURS, reconfigure.WHOLE, reconfigure.REBUILT]
     assert set(providers[3:]) <= {reconfigure.TORCH_PRUNING}
     for row in found:
         assert row["mode"] == timing.CALLS

@@ -24,6 +24,7 @@ from zoo_kit import (
     check_attributes,
     check_kept,
     check_optimizer,
+    check_same_channels,
     distance,
     hold_masks,
     kill,
@@ -32,7 +33,7 @@ from zoo_kit import (
     train,
 )
 
-from prunetrain_kernels import reconfigure, trace_channels
+from prunetrain_kernels import ChannelGraph, reconfigure, trace_channels
 from prunetrain_kernels.cost.convolution import Convolution, Form
 from prunetrain_kernels.cost.flops import count_flops
 
@@ -99,8 +100,9 @@ def test_any_network_shrinks_and_trains_on(
     optimizer = AdamW(model.parameters(), lr=1e-4) if adam else SGD(model.parameters(), lr=1e-3, momentum=0.9)
     batches = [torch.randn(5, IMAGE[0], IMAGE[1], IMAGE[1], dtype=torch.float64) for _ in range(4)]
     train(model, optimizer, batches[:1])
+    graph = None
     for turn in range(2):
-        shrinks_once(model, optimizer, batches, seed + turn, share, policy, round_to)
+        graph = shrinks_once(model, optimizer, batches, seed + turn, share, policy, round_to, graph)
 
 
 def shrinks_once(
@@ -111,8 +113,10 @@ def shrinks_once(
     share: float,
     policy: str,
     round_to: int,
-) -> None:
-    graph = trace_channels(model, (batches[0],))
+    graph: ChannelGraph | None,
+) -> ChannelGraph | None:
+    """Prunes by the given graph, or by a traced one; returns the graph of what is left, unless layers went."""
+    graph = graph or trace_channels(model, (batches[0],))
     assert graph.tracer == ("torch.export" if model.branches else "torch.fx")
     dead = kill(graph, model, share, 0.2, seed)
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
@@ -135,11 +139,16 @@ def shrinks_once(
     mine = train(model, optimizer, batches[2:])
     pairs = [zip(keep.live[name], graph.computed(name), strict=True) for name in graph.layers]
     if not all(torch.isin(live, before).all() for pair in pairs for live, before in pair):
-        return  # a gated layer has got channels back that its twin cannot have
+        return None  # a gated layer has got channels back that its twin cannot have
     theirs = train(twin, twin_optimizer, batches[2:], masks)
     assert mine == pytest.approx(theirs, rel=1e-7)
     mine, theirs = (outputs_of(m.eval(), batches[1]) for m in (model, twin))
     assert distance(mine, theirs) <= 1e-7, "running statistics or parameters have moved differently"
+    if keep.branches:
+        return None
+    after = keep.graph_after()
+    check_same_channels(after, trace_channels(model, (batches[0],)))
+    return after
 
 
 def test_programs_are_readable() -> None:

@@ -117,14 +117,31 @@ class _Slicing:
     tensor: Tensor
     cuts: tuple[tuple[int, Tensor], ...]
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def of(self, tensor: Tensor, sent: "_Sent") -> Tensor:
         layout = memory_format(tensor)
         for dim, index in self.cuts:
-            tensor = tensor.index_select(dim, index.clamp(min=0).to(tensor.device))
-            absent = (index < 0).nonzero().flatten()
-            if len(absent):
-                tensor.index_fill_(dim, absent.to(tensor.device), 0)
+            there, absent = sent(index, tensor.device)
+            tensor = tensor.index_select(dim, there)
+            if absent is not None:
+                tensor.index_fill_(dim, absent, 0)
         return tensor.contiguous(memory_format=layout)
+
+
+class _Sent:
+    """Indices on the devices where they are used, each sent once: layers that share channels share their index."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[int, torch.device], tuple[Tensor, Tensor | None]] = {}
+        self.alive: list[Tensor] = []  # or another index might get its id
+
+    def __call__(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The index, and where in it features of zeros are, None for nowhere."""
+        key = (id(index), device)
+        if key not in self.known:
+            absent = (index < 0).nonzero().flatten()
+            self.known[key] = (index.clamp(min=0).to(device), absent.to(device) if len(absent) else None)
+            self.alive.append(index)
+        return self.known[key]
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
@@ -288,6 +305,8 @@ def _places(now: Tensor, then: Tensor, size: int) -> Tensor | None:
     """Where the channels `then` stand among those `now` computed, -1 for one that was not; None if nothing changes."""
     if torch.equal(now, then):
         return None
+    if torch.equal(now, torch.arange(size)):
+        return then  # the very tensor, which others have too
     places = torch.full((size,), -1)
     places[now] = torch.arange(len(now))
     return places[then]
@@ -390,6 +409,7 @@ def _zero_slices(model: nn.Module, keep: Keep, undo: list[Callable[[], None]]) -
 
 
 def _slice_all(slicings: list[_Slicing], optimizers: list[Optimizer], undo: list[Callable[[], None]]) -> None:
+    sent = _Sent()
     for slicing in slicings:
         tensor = slicing.tensor
         old_shape, old_data = tensor.shape, tensor.data
@@ -398,9 +418,9 @@ def _slice_all(slicings: list[_Slicing], optimizers: list[Optimizer], undo: list
                 # numel > 1: a step counter of a parameter with one element has that parameter's shape too.
                 if isinstance(value, Tensor) and value.shape == old_shape and value.dim() > 0:
                     undo.append(lambda state=state, key=key, value=value: state.__setitem__(key, value))  # type: ignore[misc]
-                    state[key] = slicing.of(value)
+                    state[key] = slicing.of(value, sent)
         undo.append(lambda tensor=tensor, old=old_data, grad=tensor.grad: _restore(tensor, old, grad))  # type: ignore[misc]
-        set_data(tensor, slicing.of(old_data))
+        set_data(tensor, slicing.of(old_data, sent))
 
 
 def _restore(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:

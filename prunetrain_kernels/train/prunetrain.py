@@ -365,6 +365,8 @@ class PruneTrain:
         done = self._reconfigure(keep)
         if done.changed:
             for change in done.layers:
+                if change.name not in self.kept:  # a depthwise convolution down to one channel looks like any other
+                    continue
                 ins, outs = self.kept[change.name]
                 self.kept[change.name] = (ins[change.kept_in], outs[change.kept_out])
             self.removed += done.removed
@@ -580,7 +582,9 @@ class PruneTrain:
         with eagerly(self.model):
             graph = trace_channels(self.model, self.graph.example_inputs)
         for layer in graph.layers.values():
-            saved = tuple(len(side) for side in state["kept"].get(layer.name, ((), ())))
+            if layer.name not in state["kept"]:  # a depthwise convolution down to one channel
+                continue
+            saved = tuple(len(side) for side in state["kept"][layer.name])
             if saved != (graph.spaces[layer.input].size, graph.spaces[layer.output].size):
                 raise CheckpointError(
                     f"the PruneTrain state has {saved[0]} x {saved[1]} channels for layer '{layer.name}', the model "

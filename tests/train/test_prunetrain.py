@@ -744,3 +744,40 @@ def test_an_unknown_policy_or_cost_is_refused_at_once() -> None:
     ):
         with pytest.raises(InputError, match=message):
             PruneTrain(model, sgd(model), EXAMPLE, **options)  # type: ignore[arg-type]
+
+
+def test_a_depthwise_convolution_may_be_down_to_one_channel(tmp_path: Path) -> None:
+    """Traced again it looks like any convolution, of which nothing was known at the start."""
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.depthwise = nn.Conv2d(3, 6, 1, bias=False), nn.Conv2d(6, 6, 3, groups=6, padding=1)
+            self.last, self.dead = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.last(self.depthwise(self.first(x)))
+            return (x + self.dead(x)).mean((2, 3))
+
+    def started() -> tuple[nn.Module, torch.optim.Optimizer, PruneTrain]:
+        torch.manual_seed(0)
+        model = Narrow()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, optimizer, PruneTrain(model, optimizer, (torch.randn(2, 3, 6, 6),), interval=1)
+
+    model, optimizer, prunetrain = started()
+    with torch.no_grad():
+        model.first.weight[1:] = 0  # type: ignore[index]
+        model.last.weight[:, 1:] = 0  # type: ignore[index]
+    assert prunetrain.reconfigure().reconfiguration.changed
+    model.dead.weight.data.zero_()  # type: ignore[union-attr, operator]
+    assert prunetrain.reconfigure().reconfiguration.removed == ("dead",)
+    assert "depthwise" in prunetrain.graph.layers
+    prunetrain.reconfigure()
+    assert prunetrain.kept["last"][0].tolist() == [0]
+    save_pruned(tmp_path / "narrow.pt", model, optimizer, prunetrain)
+    fresh, fresh_optimizer, again = started()
+    load_pruned(tmp_path / "narrow.pt", fresh, fresh_optimizer, again)
+    assert again.kept["last"][0].tolist() == [0]
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(fresh.eval()(x), model.eval()(x))

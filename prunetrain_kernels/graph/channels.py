@@ -70,10 +70,6 @@ class Count:
     of: Channels
     factor: Fraction = Fraction(1)
 
-    @property
-    def value(self) -> Fraction:
-        return self.of.features * self.factor
-
 
 def aligned(before: Sizes, after: Sizes, dims: tuple[int, ...] = ()) -> list[tuple[Sizes, Sizes]]:
     """The dimensions of two shapes of one number of elements in the smallest groups that hold the same elements.

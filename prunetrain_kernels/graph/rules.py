@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from prunetrain_kernels.graph.functions import MIXES, Outcome, convolution, linear, reshape_to, shuffle, softmax
+from prunetrain_kernels.graph.calls import Outcome
+from prunetrain_kernels.graph.functions import MIXES
+from prunetrain_kernels.graph.layers import convolution, linear
+from prunetrain_kernels.graph.shapes import reshape_to, shuffle, softmax
 
 if TYPE_CHECKING:
     from prunetrain_kernels.graph.walk import Walk

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from prunetrain_kernels.graph.calls import Outcome
 from prunetrain_kernels.graph.channels import Channels, Count
-from prunetrain_kernels.graph.functions import Outcome, counts, fixed_axes, understands_function
+from prunetrain_kernels.graph.functions import understands_function
 from prunetrain_kernels.graph.rules import rule_for
+from prunetrain_kernels.graph.shapes import counts, fixed_axes
 from prunetrain_kernels.graph.spaces import ChannelGraph, Follower, Layer, Merge, Space
 
 # Tell something of a tensor that has nothing to do with its channels.

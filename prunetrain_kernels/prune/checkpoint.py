@@ -18,17 +18,12 @@ from torch.utils._pytree import tree_map
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.files import reason, write_atomically
 from prunetrain_kernels.graph.gating import why_not_gated
-from prunetrain_kernels.nn.gated_conv import SIDES, describe_gating, restore_gating
+from prunetrain_kernels.nn.gated_conv import SIDES, restore_gating
 from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.prune.also import Copy, copies_of, unwrapped
-from prunetrain_kernels.prune.branches import describe_stand_ins, restore_stand_ins, swap_in
-from prunetrain_kernels.prune.reconfigure import (
-    memory_format,
-    parameters_that_go,
-    set_data,
-    size_without_tensor,
-    sizes_told_by,
-)
+from prunetrain_kernels.prune.branches import restore_stand_ins, swap_in
+from prunetrain_kernels.prune.reconfigure import memory_format, parameters_that_go, set_data, sizes_told_by
+from prunetrain_kernels.prune.shape import describe_shape
 
 FORMAT = "prunetrain_kernels.checkpoint/1"
 
@@ -68,13 +63,7 @@ def save_pruned(
     payload = {
         "format": FORMAT,
         "network": type(model).__name__,
-        "stand_ins": describe_stand_ins(model),
-        "gated": describe_gating(model),
-        "sizes": {
-            name: {attribute: getattr(module, attribute) for attribute in size_without_tensor(module)}
-            for name, module in model.named_modules()
-            if size_without_tensor(module)
-        },
+        **describe_shape(model),
         "model": dict(model.state_dict()),
         "also": [_state_of(copy) for copy in copies_of(model, also)],
         "optimizer": None if optimizer is None else optimizer.state_dict(),

@@ -1,88 +1,16 @@
 """Channel spaces of networks of all kinds: what is understood is shared rightly, what is not stays as it is."""
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_nets import Net, frozen, images, pool, prune_half_of_everything, simple, space_of
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from prunetrain_kernels import ChannelGraph, TraceError, reconfigure, trace_channels
-from prunetrain_kernels.graph import expand
+from prunetrain_kernels import TraceError, trace_channels
 from prunetrain_kernels.models import build
-
-Forward = Callable[..., Tensor]
-
-
-class Net(nn.Module):
-    """Two 8-channel convolutions `a` and `b`, a linear layer `fc`, further modules by name, and a forward."""
-
-    def __init__(self, forward: Forward, features: int = 8, **modules: nn.Module) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(features, 4)
-        for name, module in modules.items():
-            setattr(self, name, module)
-        self.body = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self, x)
-
-
-def pool(x: Tensor) -> Tensor:
-    return x.mean((2, 3))
-
-
-def images(batch: int = 2, size: int = 6) -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(batch, 3, size, size)
-
-
-def space_of(graph: ChannelGraph, layer: str, side: str = "output") -> int:
-    return int(getattr(graph.layers[layer], side))
-
-
-def frozen(graph: ChannelGraph, layer: str, side: str = "output") -> str | None:
-    return graph.spaces[space_of(graph, layer, side)].frozen
-
-
-def dead_half(graph: ChannelGraph, index: int) -> Tensor:
-    """Every other channel of a free space, or those of a space that is put together from such."""
-    space = graph.spaces[index]
-    if space.members is not None:
-        return torch.stack([dead_half(graph, n)[at] for n, at in space.members.tolist()])
-    dead = torch.zeros(space.size, dtype=torch.bool)
-    if not space.frozen:
-        dead[::2] = True
-    return dead
-
-
-def prune_half_of_everything(model: nn.Module, *x: Tensor) -> ChannelGraph:
-    """Zeroes half of all free spaces and prunes them; the outputs must not move, in either mode."""
-    model = model.double()
-    x = tuple(t.double() if t.is_floating_point() else t for t in x)
-    graph = trace_channels(model, x)
-    for layer in graph.layers.values():
-        weight = model.get_submodule(layer.name).weight.data
-        for dim, space, block in zip(layer.dims, (layer.input, layer.output), (layer.block, 1), strict=True):
-            weight.index_fill_(dim, expand(dead_half(graph, space).nonzero().flatten(), block), 0)
-    reference = copy.deepcopy(model)
-    keep = graph.keep(model)
-    for i, kept in enumerate(keep.channels):
-        assert torch.equal(kept, (~dead_half(graph, i)).nonzero().flatten())
-    reconfigure(model, None, keep)
-    for training in (False, True):
-        torch.manual_seed(1)
-        a = model.train(training)(*x)
-        torch.manual_seed(1)
-        b = reference.train(training)(*x)
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
-    again = trace_channels(model.train(), x)
-    assert [frozen(again, name) for name in again.layers] == [frozen(graph, name) for name in graph.layers]
-    return graph
-
 
 # -- the paper's networks ----------------------------------------------------------------------------------------------
 
@@ -321,6 +249,12 @@ def test_understood(name: str) -> None:
         assert space_of(graph, "a") == space_of(graph, "b", "input") == space_of(graph, "b")
 
 
+def test_a_functional_batch_norm_takes_one_image_of_one_pixel() -> None:
+    model = UNDERSTOOD["functional-batch-norm"]()
+    graph = trace_channels(model, (images(batch=1, size=1),))
+    assert not frozen(graph, "a")
+
+
 # -- not understood: frozen --------------------------------------------------------------------------------------------
 
 
@@ -366,10 +300,6 @@ def replaced_forward(model: Net) -> Net:
 class ReadsCount(Net):
     def __init__(self) -> None:
         super().__init__(lambda m, x: m.fc(pool(m.b((y := m.a(x)) / y.shape[1]))))
-
-
-def simple(m: Net, x: Tensor) -> Tensor:
-    return m.fc(pool(m.b(m.a(x))))
 
 
 # name -> (model, layer whose output must be frozen, words of the reason)
@@ -524,191 +454,3 @@ def test_a_forward_that_cannot_be_traced_is_an_error_that_names_the_line(capfd: 
 
     with pytest.raises(TraceError, match="the model takes 1 inputs but example_inputs has 2"):
         trace_channels(Net(simple), (images(), images()))
-
-
-class SizesDecide(Net):
-    """Its flow depends on sizes: torch.fx gives up, torch.export does not."""
-
-    def __init__(self) -> None:
-        super().__init__(simple, features=16, n=nn.BatchNorm2d(8), act=nn.PReLU(8), one=nn.PReLU())
-        self.grouped, self.up = nn.Conv2d(8, 8, 1, groups=2), nn.ConvTranspose2d(8, 8, 1)
-        self.drop = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        if y.shape[2] > 4:
-            y = self.act(self.n(y))
-            y += F.interpolate(F.avg_pool2d(y, 2), scale_factor=2)
-        y, z = self.one(self.up(y)).mul(2).chunk(2, 1)
-        y = self.drop(torch.cat([self.grouped(torch.cat([z, y], 1)), self.b(self.b(self.a(x)))], 1))
-        return self.fc(F.adaptive_avg_pool2d(y[:, :, 1:, ::2], 1).view(len(y), -1).unsqueeze(2).squeeze(-1))
-
-
-def test_what_fx_cannot_trace_is_traced_by_export() -> None:
-    model = SizesDecide()
-    graph = prune_half_of_everything(model, images())
-    assert graph.tracer == "torch.export"
-    assert set(graph.layers) == {"a", "b", "grouped", "up", "fc"}
-    assert {name: f.kind for name, f in graph.followers.items()} == {"n": "batch_norm", "act": "prelu"}
-    assert [space.frozen for space in graph.spaces if space.frozen] == [
-        "it is the network's input",
-        "it is the network's output",
-    ]
-    assert graph.layers["grouped"].groups == 2
-    assert not graph.opaque
-    # sizes are numbers by then, so nobody can tell a count that follows from one that is written out
-    model = Net(lambda m, x: m.fc(m.b(m.a(x))[:, :, 0, 0].view(2, m.b(m.a(x)).shape[1])) if x.shape[2] == 6 else x)
-    assert "written out" in (frozen(prune_half_of_everything(model, images()), "b") or "")
-
-
-def test_a_functional_batch_norm_takes_one_image_of_one_pixel() -> None:
-    model = UNDERSTOOD["functional-batch-norm"]()
-    graph = trace_channels(model, (images(batch=1, size=1),))
-    assert not frozen(graph, "a")
-
-
-def test_export_sees_assignments() -> None:
-    class Assigns(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.a(x)
-            y[:, 0] = 0
-            return self.fc(pool(self.b(y)))
-
-    graph = prune_half_of_everything(Assigns(simple), images())
-    assert graph.tracer == "torch.export"
-    assert "picks channels by number" in (frozen(graph, "a") or "")
-    assert not frozen(graph, "b")
-
-
-def test_a_closed_module_is_opened_by_export() -> None:
-    class Sized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(8, 8, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x) if x.shape[-1] > 1 else x
-
-    graph = prune_half_of_everything(Net(lambda m, x: m.fc(pool(m.b(m.n(m.a(x))))), n=Sized()), images())
-    assert graph.tracer == "torch.export"
-    assert not frozen(graph, "n.conv")
-    assert not graph.opaque
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ((torch.zeros(1, 5, 6, 6),), r"fails on the example inputs at 'a' \(call_module a\)"),
-        ((torch.zeros(1, 3, 1),), "fails on the example inputs at 'a'"),
-        ((), "must be a tuple of tensors"),
-        (None, "must be a tuple of tensors"),
-        (("x",), "must be a tuple of tensors"),
-        ({"x": 1}, "must be a tuple of tensors"),
-    ],
-    ids=["channels", "dimensions", "empty", "none", "text", "dict"],
-)
-def test_wrong_example_inputs(inputs: tuple[Tensor, ...], message: str) -> None:
-    with pytest.raises(TraceError, match=message):
-        trace_channels(Net(simple), inputs)
-
-
-# -- inputs and outputs ------------------------------------------------------------------------------------------------
-
-
-def test_two_inputs_and_a_dict_of_outputs() -> None:
-    class Two(Net):
-        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor | tuple[Tensor, ...]]:  # type: ignore[override]
-            f = self.b(self.a(x) + self.a(y))
-            return {"logits": self.fc(pool(f)), "maps": (f,)}
-
-    model = Two(simple)
-    graph = trace_channels(model, (images(), images()))
-    assert frozen(graph, "b") == frozen(graph, "fc") == "it is the network's output"
-    assert frozen(graph, "a") is None
-    assert graph.spaces[space_of(graph, "a", "input")].is_input
-    model.a.weight.data[3] = 0
-    model.b.weight.data[:, 3] = 0
-    before = model(images(), images())["logits"]
-    reconfigure(model, None, graph.keep(model))
-    assert model.a.out_channels == 7
-    assert torch.allclose(model(images(), images())["logits"], before, atol=1e-6)
-
-
-def test_ends_are_found_through_operations_that_are_not_followed() -> None:
-    class Ends(Net):
-        def __init__(self) -> None:
-            super().__init__(simple)
-            self.register_buffer("mean", torch.rand(3, 1, 1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.log_softmax(super().forward((x - self.mean) * 2), 1)
-
-    graph = trace_channels(Ends(), (images(),))
-    assert graph.spaces[space_of(graph, "a", "input")].is_input
-    assert graph.spaces[space_of(graph, "fc")].is_output
-    inner = graph.spaces[space_of(graph, "a")]
-    assert not inner.is_input
-    assert not inner.is_output
-    assert not inner.frozen
-
-
-def test_a_scalar_loss_from_the_forward() -> None:
-    class Loss(Net):
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
-            return F.cross_entropy(super().forward(x), y)
-
-    graph = trace_channels(Loss(simple), (images(), torch.tensor([1, 2])))
-    assert graph.spaces[space_of(graph, "fc")].is_output
-    assert frozen(graph, "fc")
-    assert not frozen(graph, "b")
-
-
-def test_variable_arguments() -> None:
-    class Variable(Net):
-        def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-            return super().forward(x)
-
-    assert frozen(trace_channels(Variable(simple), (images(),)), "a") is None
-
-
-# -- the model stays as it was -----------------------------------------------------------------------------------------
-
-
-def test_leaves_the_model_as_it_was() -> None:
-    class Busy(Net):
-        def __init__(self) -> None:
-            super().__init__(simple, bn=nn.BatchNorm2d(8), drop=nn.Dropout(0.5))
-            self.register_buffer("calls", torch.zeros(1))
-            self.register_buffer("running", torch.zeros(8))
-            self.register_buffer("variance", torch.ones(8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            y = self.drop(self.bn(self.a(x))) * torch.rand(())
-            F.batch_norm(y, self.running, self.variance, training=True)
-            return self.fc(pool(F.dropout(self.b(y))))
-
-    model = Busy()
-    model.bn.eval()
-    x = images()
-    loss = model(x).sum()
-    before = copy.deepcopy(model.state_dict())
-    modes = [m.training for m in model.modules()]
-    state, versions = torch.get_rng_state(), [b._version for b in model.bn.buffers()]
-    graph = trace_channels(model, (x,))
-    assert torch.equal(state, torch.get_rng_state())
-    assert modes == [m.training for m in model.modules()]
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
-    assert versions == [b._version for b in model.bn.buffers()]
-    loss.backward()  # nothing that autograd saved was written to
-    x.fill_(float("nan"))  # nor does the graph hold on to the caller's batch
-    assert graph.example_inputs[0].isfinite().all()
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_a_failure_leaves_modes_as_they_were() -> None:
-    model = Net(simple).eval()
-    model.b.train()
-    with pytest.raises(TraceError):
-        trace_channels(model, (torch.zeros(1, 4, 4, 4),))
-    assert [m.training for m in (model, model.a, model.b)] == [False, False, True]

@@ -192,7 +192,7 @@ KERNELS = ["_forward_kernel", "_input_gradient_kernel", "_weight_gradient_kernel
 
 def in_the_interpreter_without_bf16(backend: str | None, dtype: torch.dtype, device: torch.device) -> None:
     if backend == "triton" and dtype == torch.bfloat16 and device.type == "cpu":
-        pytest.skip("the interpreter's arithmetic on bf16 is wrong")
+        pytest.skip("Triton's interpreter computes bf16 wrongly; --device cuda runs this")
 
 
 def assert_close(given: Inputs, case: Case, found: Found) -> None:
@@ -550,7 +550,7 @@ def test_the_backend_that_is_chosen() -> None:
 @t0
 def test_the_backend_that_is_chosen_where_kernels_run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cuda" and not triton_serves(device, torch.float16):
-        pytest.skip("below sm_80")
+        pytest.skip("the Triton convolution is for sm_80 and later: below, tl.dot has no tensor cores")
     assert triton_serves(device, torch.float16)
     assert triton_serves(device, torch.float32, (1, 1))
     assert not triton_serves(device, torch.float16, 2)

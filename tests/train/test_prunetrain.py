@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from strangers import Block
 from torch import Tensor, nn
 
 from prunetrain_kernels.cost import count_flops
@@ -19,18 +20,6 @@ from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train.mini_batch import MiniBatch
 from prunetrain_kernels.train.prunetrain import PruneTrain, unsafe_in_channels_last
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
 
 
 class Net(nn.Module):

@@ -1,0 +1,84 @@
+"""A small network with any forward, and pruning of half of whatever in it may go."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from prunetrain_kernels import ChannelGraph, reconfigure, trace_channels
+from prunetrain_kernels.graph import expand
+
+Forward = Callable[..., Tensor]
+
+
+class Net(nn.Module):
+    """Two 8-channel convolutions `a` and `b`, a linear layer `fc`, further modules by name, and a forward."""
+
+    def __init__(self, forward: Forward, features: int = 8, **modules: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(features, 4)
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.body = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def pool(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+def images(batch: int = 2, size: int = 6) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(batch, 3, size, size)
+
+
+def space_of(graph: ChannelGraph, layer: str, side: str = "output") -> int:
+    return int(getattr(graph.layers[layer], side))
+
+
+def frozen(graph: ChannelGraph, layer: str, side: str = "output") -> str | None:
+    return graph.spaces[space_of(graph, layer, side)].frozen
+
+
+def dead_half(graph: ChannelGraph, index: int) -> Tensor:
+    """Every other channel of a free space, or those of a space that is put together from such."""
+    space = graph.spaces[index]
+    if space.members is not None:
+        return torch.stack([dead_half(graph, n)[at] for n, at in space.members.tolist()])
+    dead = torch.zeros(space.size, dtype=torch.bool)
+    if not space.frozen:
+        dead[::2] = True
+    return dead
+
+
+def prune_half_of_everything(model: nn.Module, *x: Tensor) -> ChannelGraph:
+    """Zeroes half of all free spaces and prunes them; the outputs must not move, in either mode."""
+    model = model.double()
+    x = tuple(t.double() if t.is_floating_point() else t for t in x)
+    graph = trace_channels(model, x)
+    for layer in graph.layers.values():
+        weight = model.get_submodule(layer.name).weight.data
+        for dim, space, block in zip(layer.dims, (layer.input, layer.output), (layer.block, 1), strict=True):
+            weight.index_fill_(dim, expand(dead_half(graph, space).nonzero().flatten(), block), 0)
+    reference = copy.deepcopy(model)
+    keep = graph.keep(model)
+    for i, kept in enumerate(keep.channels):
+        assert torch.equal(kept, (~dead_half(graph, i)).nonzero().flatten())
+    reconfigure(model, None, keep)
+    for training in (False, True):
+        torch.manual_seed(1)
+        a = model.train(training)(*x)
+        torch.manual_seed(1)
+        b = reference.train(training)(*x)
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    again = trace_channels(model.train(), x)
+    assert [frozen(again, name) for name in again.layers] == [frozen(graph, name) for name in graph.layers]
+    return graph
+
+
+def simple(m: Net, x: Tensor) -> Tensor:
+    return m.fc(pool(m.b(m.a(x))))

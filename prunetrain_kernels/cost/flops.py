@@ -87,10 +87,13 @@ def flop_table(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple[Fl
     training, step = dry_run(_step_flops_by_call, model, example_inputs, batch=2, training=True)
     inference, own = dry_run(_forward_flops_by_layer, model, example_inputs, batch=1, training=False)
     counted = Flops(training=training // 2, inference=inference)
-    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in (*step, *own)}
-    if not all(isinstance(weight, Tensor) and weight.numel() for weight in weights.values()):
-        return counted, None
-    sizes = {name: weight.numel() for name, weight in weights.items() if isinstance(weight, Tensor)}
+    sizes: dict[str, int] = {}
+    for name in (*step, *own):
+        layer = model.get_submodule(name)
+        # another class may well have a weight, and products that do not grow with it
+        if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear) or not layer.weight.numel():
+            return counted, None
+        sizes[name] = layer.weight.numel()
     table = FlopTable(
         {name: Fraction(flops, 2 * sizes[name]) for name, flops in step.items()},
         {name: Fraction(flops, sizes[name]) for name, flops in own.items()},

@@ -208,18 +208,32 @@ def test_a_pruned_networks_flops_from_the_table(name: str) -> None:
     assert table.flops(model).training < counted.training
 
 
-def test_no_table_where_flops_do_not_follow_from_weights() -> None:
-    class Attends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 1)
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8, 1))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.conv(x).flatten(2)
-            return x @ x.transpose(1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.weight * x.flatten(2)
+        return x @ x.transpose(1, 2)
 
-    counted, table = flop_table(Attends(), (torch.randn(2, 3, 4, 4),))
-    assert counted == count_flops(Attends(), (torch.randn(2, 3, 4, 4),))
+
+class Projects(nn.Module):
+    """Its own weight's FLOPs look like a layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) @ self.weight.t()
+
+
+@pytest.mark.parametrize("kind", [Attends, Projects])
+def test_no_table_where_flops_may_not_follow_from_weights(kind: type[nn.Module]) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), kind()), (torch.randn(2, 3, 4, 4),)
+    counted, table = flop_table(model, x)
+    assert counted == count_flops(model, x)
     assert table is None
 
 

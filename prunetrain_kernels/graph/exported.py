@@ -24,7 +24,7 @@ Values = dict[fx.Node, Any]
 POINTWISE = {
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "hardtanh",
     "hardsigmoid", "sigmoid", "log_sigmoid", "tanh", "softplus", "softshrink", "hardshrink", "threshold", "clone",
-    "abs", "neg", "square", "clamp", "exp", "sqrt", "rsqrt", "contiguous", "detach", "detach_", "alias", "to",
+    "abs", "neg", "square", "clamp", "exp", "sqrt", "rsqrt", "contiguous", "detach", "alias", "to",
     "_to_copy", "nan_to_num",
 }  # fmt: skip
 SPATIAL = {
@@ -125,9 +125,9 @@ class _Translation:
         if written == "add_":
             new = self.program.call_function(operator.iadd, args, kwargs)
         elif name in POINTWISE:
-            new = self.program.call_function(torch.clone, args[:1])
+            new = self.program.call_function(torch.clone, args, kwargs)  # with what else it reads, such as limits
         elif name in SPATIAL:
-            new = self.program.call_function(F.interpolate, args[:1])
+            new = self.program.call_function(F.interpolate, args, kwargs)
         elif name == "batch_norm":
             x, weight, bias, mean, var = args[:5]
             new = self.program.call_function(F.batch_norm, (x, mean, var, weight, bias))

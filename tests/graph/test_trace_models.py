@@ -59,6 +59,17 @@ def test_export_sees_assignments() -> None:
     assert not frozen(graph, "b")
 
 
+def test_export_sees_all_that_an_operation_reads() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        limit = m.b(x.new_ones(x.shape[0], 8, 1, 1)) if x.shape[2] > 4 else m.a(x)
+        return m.fc(pool(m.a(x).clamp(min=limit)))
+
+    graph = prune_half_of_everything(Net(forward), images())
+    assert graph.tracer == "torch.export"
+    assert frozen(graph, "a")
+    assert frozen(graph, "b")
+
+
 def test_a_closed_module_is_opened_by_export() -> None:
     class Sized(nn.Module):
         def __init__(self) -> None:

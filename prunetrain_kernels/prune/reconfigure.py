@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from prunetrain_kernels.compiled import eagerly, forget_compiled
-from prunetrain_kernels.errors import InputError, PruneTrainError
+from prunetrain_kernels.errors import PruneTrainError
 from prunetrain_kernels.graph.gating import batch_norm_behind
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.graph.spaces import expand
@@ -31,6 +30,7 @@ from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, gating_of, pair
 from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
 from prunetrain_kernels.prune.branches import ConstantConv, replacements, swap_in
+from prunetrain_kernels.prune.optimizers import as_list, check_optimizers, drop, slice_state
 
 # An output that moves by more than this share of its scale is no rounding; such a reconfiguration is undone.
 LARGEST_MOVE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2e-1}
@@ -180,7 +180,7 @@ def reconfigure(
     start = time.perf_counter()
     model, _ = unwrapped(model)
     keep.graph.check(model)
-    optimizers = _as_list(optimizer)
+    optimizers = as_list(optimizer)
     copies = [copy.network for copy in copies_of(model, also)]
     models = [model, *copies]
     slicings = [slicing for each in models for slicing in _slicings(each, keep)]
@@ -190,7 +190,7 @@ def reconfigure(
         for branch in keep.branches:
             stand_ins[-1].update(replacements(each, branch))
     gone = set().union(*(parameters_that_go(each, new) for each, new in zip(models, stand_ins, strict=True)))
-    _check_optimizers(model, optimizers, {id(s.tensor) for s in slicings if isinstance(s.tensor, nn.Parameter)} | gone)
+    check_optimizers(model, optimizers, {id(s.tensor) for s in slicings if isinstance(s.tensor, nn.Parameter)} | gone)
 
     before = _count(model)
     undo: list[Callable[[], None]] = []
@@ -211,7 +211,7 @@ def reconfigure(
             _slice_all(slicings, optimizers, undo)
             for each, new in zip(models, stand_ins, strict=True):
                 _replace(each, new, undo)
-            _drop(optimizers, gone, undo)
+            drop(optimizers, gone, undo)
             for each in models:
                 _tell_the_truth(each, keep, undo)
         if prunes or regates:
@@ -247,18 +247,6 @@ def reconfigure(
         changed=prunes or regates,
         also_max_abs_dy=tuple(_distance(a, b) for a, b in zip(also_before, also_after, strict=True)),
     )
-
-
-def _as_list(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-    for each in optimizers:
-        if not hasattr(each, "param_groups") or not hasattr(each, "state"):
-            raise InputError(
-                f"a {type(each).__name__} is no optimizer; pass a torch.optim optimizer, or a list of them."
-            )
-    return optimizers
 
 
 def _count(model: nn.Module) -> int:
@@ -318,34 +306,6 @@ def parameters_that_go(model: nn.Module, stand_ins: dict[str, nn.Module]) -> set
     remaining = [module for module in model.modules() if id(module) not in replaced]
     staying = {id(p) for module in (*stand_ins.values(), *remaining) for p in module.parameters(recurse=False)}
     return {id(p) for name in stand_ins for p in model.get_submodule(name).parameters()} - staying
-
-
-def _check_optimizers(model: nn.Module, optimizers: list[Optimizer], touched: set[int]) -> None:
-    """Everything the optimizers hold can follow, or an error before anything is changed."""
-    if not optimizers:
-        return
-    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    names = {id(p): name for name, p in model.named_parameters()}
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    if missing:
-        raise InputError(
-            f"the optimizer does not hold the model's parameter '{missing[0]}' ({len(missing)} of {len(names)} are "
-            "missing); build it from model.parameters() of this very model, or pass all optimizers as a list."
-        )
-    for optimizer in optimizers:
-        if touched.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
-            continue
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
-                    if tensor.numel() <= 1 or (tensor is value and tensor.shape == parameter.shape):
-                        continue
-                    raise InputError(
-                        f"{type(optimizer).__name__} keeps a state '{key}' of shape {tuple(tensor.shape)} for the "
-                        f"parameter '{names.get(id(parameter), '?')}' of shape {tuple(parameter.shape)}; it cannot be "
-                        "sliced with the channels, so nothing was pruned. Use an optimizer whose state has its "
-                        "parameters' shapes (SGD, Adam, AdamW, RMSprop, ...)."
-                    )
 
 
 def _changes(keep: Keep) -> tuple[LayerChange, ...]:
@@ -412,13 +372,8 @@ def _slice_all(slicings: list[_Slicing], optimizers: list[Optimizer], undo: list
     sent = _Sent()
     for slicing in slicings:
         tensor = slicing.tensor
-        old_shape, old_data = tensor.shape, tensor.data
-        for state in (o.state[tensor] for o in optimizers if tensor in o.state):
-            for key, value in state.items():
-                # numel > 1: a step counter of a parameter with one element has that parameter's shape too.
-                if isinstance(value, Tensor) and value.shape == old_shape and value.dim() > 0:
-                    undo.append(lambda state=state, key=key, value=value: state.__setitem__(key, value))  # type: ignore[misc]
-                    state[key] = slicing.of(value, sent)
+        old_data = tensor.data
+        slice_state(optimizers, tensor, lambda value, slicing=slicing: slicing.of(value, sent), undo)  # type: ignore[misc]
         undo.append(lambda tensor=tensor, old=old_data, grad=tensor.grad: _restore(tensor, old, grad))  # type: ignore[misc]
         set_data(tensor, slicing.of(old_data, sent))
 
@@ -437,22 +392,6 @@ def _replace(model: nn.Module, stand_ins: dict[str, nn.Module], undo: list[Calla
 
         undo.append(back)
         swap_in(model, stand_ins)
-
-
-def _drop(optimizers: list[Optimizer], gone: set[int], undo: list[Callable[[], None]]) -> None:
-    """Takes removed parameters and their state out of the optimizers; a group left empty stays, schedulers count it."""
-    if not gone:
-        return
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            held = list(group["params"])
-            # The list stays the same object: some optimizers keep one of their own to it.
-            undo.append(lambda group=group, held=held: group["params"].__setitem__(slice(None), held))  # type: ignore[misc]
-            group["params"][:] = [p for p in held if id(p) not in gone]
-            for parameter in held:
-                if id(parameter) in gone and parameter in optimizer.state:
-                    state = optimizer.state.pop(parameter)
-                    undo.append(lambda o=optimizer, p=parameter, s=state: o.state.__setitem__(p, s))  # type: ignore[misc]
 
 
 def _tell_the_truth(model: nn.Module, keep: Keep, undo: list[Callable[[], None]]) -> None:

@@ -39,7 +39,7 @@ def ready(
 
 @pytest.mark.parametrize(
     "step",
-    ["_zero_slices", "_slice_all", "_replace", "_drop", "_tell_the_truth", "_gate", "_outputs_after", "_distance"],
+    ["_zero_slices", "_slice_all", "_replace", "drop", "_tell_the_truth", "_gate", "_outputs_after", "_distance"],
 )
 @pytest.mark.parametrize("policy", ["union", "gating"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -1,0 +1,287 @@
+"""Looks at a model without changing it: runs it, names the tensors it returns, and says how far two runs are apart.
+
+The promise of everything here is: *the model is as it was.* Modes, buffers, plain attributes that a forward writes, the
+state of the random number generators and the gradient mode are afterwards what they were before.
+"""
+
+import dataclasses
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The largest difference that rounding explains, as a share of the output's scale. Products are summed in another order
+# when channels go, so a deep network in low precision moves by far more than one rounding.
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2e-1}
+ROUNDING_TF32 = 1e-2  # fp32 on CUDA: cuDNN multiplies in TF32 unless told otherwise
+ROUNDING_OTHER = 2e-1  # narrower types still
+
+# Objects inside an output are opened this deep; what lies deeper is no output that anyone reads.
+DEEPEST = 8
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message without a full stop at its end, or its class where there is no message.
+
+    A library's own exceptions may begin with empty lines, or have no message at all (`raise RuntimeError()`).
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+
+
+# -- running a model ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Whatever is run inside, the model is as it was afterwards, and so are the random number generators.
+
+    Restored are each module's mode, its buffers (the same objects with the same values), those of its attributes that
+    were bound to something else, and the generators of PyTorch (on the CPU and the model's devices), Python and NumPy.
+    """
+    modules = list(model.modules())
+    attributes = [(module, attributes_of(module)) for module in modules]
+    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    devices = sorted({p.get_device() for p in (*model.parameters(), *model.buffers()) if p.is_cuda})
+    put_back = random_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        put_back()
+        for module, before in attributes:
+            restore_attributes(module, before)
+        with torch.no_grad():
+            for module, name, buffer, values in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, values):  # autograd refuses a backward over a buffer written meanwhile
+                    buffer.copy_(values)
+
+
+# Tables of a module that are PyTorch's own: what a forward may write are the others.
+_OF_PYTORCH = frozenset(vars(nn.Module()))
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes, each beside its content where it is a list, dict or set: for `restore_attributes`."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_PYTORCH}
+    return {name: (value, value.copy() if type(value) in (list, dict, set) else None) for name, value in own.items()}
+
+
+def restore_attributes(module: nn.Module, before: Mapping[str, Any]) -> list[str]:
+    """Undoes what was done to a module's attributes since `attributes_of`; returns the names of those."""
+    own = vars(module)
+    changed = [name for name in own if name not in before and name not in _OF_PYTORCH]
+    for name in changed:
+        del own[name]
+    for name, (value, content) in before.items():
+        inside = content is not None and not _same_content(value, content)
+        if own.get(name, changed) is not value or inside:
+            changed.append(name)
+            own[name] = value
+            if inside and isinstance(value, list):
+                value[:] = content
+            elif inside:
+                value.clear()
+                value.update(content)
+    return changed
+
+
+def _same_content(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(_flat(a), _flat(b), strict=True))
+
+
+def _flat(container: Any) -> list[Any]:
+    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
+
+
+def random_state() -> Callable[[], None]:
+    """Puts the generators of Python and NumPy back when it is called."""
+    pythons = random.getstate()
+    numpy = sys.modules.get("numpy.random")
+    numpys = numpy.get_state() if numpy is not None else None
+
+    def put_back() -> None:
+        random.setstate(pythons)
+        if numpy is not None:
+            numpy.set_state(numpys)
+
+    return put_back
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """`model` in training or evaluation mode inside, each of its modules in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def looking(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """In a mode, without gradients and without autocast; the model is as it was afterwards (`unchanged`)."""
+    parameter = next(model.parameters(), None)
+    kind = parameter.device.type if parameter is not None else "cpu"
+    with (
+        unchanged(model),
+        in_mode(model, training=training),
+        torch.no_grad(),
+        torch.autocast(kind, enabled=False),
+    ):
+        yield
+
+
+def outputs_of(model: nn.Module, inputs: Sequence[Any], *, training: bool = False) -> dict[str, Tensor]:
+    """The tensors that `model(*inputs)` returns, by name, in evaluation (default) or training mode; detached.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    with looking(model, training=training):
+        return {name: tensor.detach() for name, tensor in named_tensors_in(model(*inputs)).items()}
+
+
+# -- what it returned --------------------------------------------------------------------------------------------------
+
+
+def named_tensors_in(value: object) -> dict[str, Tensor]:
+    """The tensors in any structure that a model may return, each named by where it is: "", "[0].logits", "['boxes']".
+
+    Opened are lists, tuples and named tuples, mappings (Hugging Face's `ModelOutput`, too), dataclasses, and
+    other objects that hold tensors in their attributes (as detectron2's `Instances`); a tensor that is held twice is
+    named once, and modules, classes and functions are not opened.
+    """
+    tensors: dict[str, Tensor] = {}
+    _collect(value, "", tensors, {}, 0)
+    return tensors
+
+
+def _collect(value: object, name: str, tensors: dict[str, Tensor], seen: dict[int, object], depth: int) -> None:
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | type | nn.Module):
+        return
+    if depth > DEEPEST or id(value) in seen or (callable(value) and not dataclasses.is_dataclass(value)):
+        return
+    seen[id(value)] = value  # held, so that no identity is given out twice
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return
+    for step, part in _parts(value):
+        _collect(part, name + step, tensors, seen, depth + 1)
+
+
+def _parts(value: object) -> Iterator[tuple[str, object]]:
+    """What a container or object holds, with how one gets there."""
+    if isinstance(value, Mapping):
+        yield from ((f"[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from ((f".{field}", getattr(value, field)) for field in value._fields)
+    elif isinstance(value, list | tuple):
+        yield from ((f"[{i}]", part) for i, part in enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from ((f".{field.name}", getattr(value, field.name, None)) for field in dataclasses.fields(value))
+    else:
+        slots = [slot for cls in type(value).__mro__ for slot in _slots(cls)]
+        names = {**dict.fromkeys(slots), **dict.fromkeys(getattr(value, "__dict__", ()))}
+        yield from ((f".{name}", getattr(value, name, None)) for name in names)
+
+
+def _slots(cls: type) -> Sequence[str]:
+    slots = cls.__dict__.get("__slots__", ())
+    return [s for s in ((slots,) if isinstance(slots, str) else tuple(slots)) if not s.startswith("__")]
+
+
+# -- how far apart -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two runs of a model are apart.
+
+    Attributes:
+        largest: largest absolute difference over what is finite in both; infinite where the structure, a shape, an
+            integer, a bool, or the pattern of what is not finite differs.
+        scale: largest finite absolute value of the floating-point outputs of the first run.
+        excess: largest difference of a tensor as a share of what rounding explains for it; above 1 it is no rounding.
+        where: the tensor that `excess` is of, by name; where nothing differs, "".
+        compared: elements that were compared; 0 means that nothing is known.
+    """
+
+    largest: float
+    scale: float
+    excess: float
+    where: str
+    compared: int
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether rounding explains it."""
+        return self.excess <= 1.0
+
+
+def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Difference:
+    """How far `after` is from `before`, tensor by tensor of the same name.
+
+    Integers and bools are compared exactly. Of floating-point tensors what is finite in both is compared, and the
+    patterns of the rest (NaN, +inf, -inf) must be equal. Each tensor is judged by its own scale, with the table of this
+    file for its dtype and device, but at least by a thousandth of the scale of all of them: next to logits of 10 an
+    auxiliary output of 1e-9 may well be rounding.
+    """
+    scale = max((_scale(t) for t in before.values()), default=0.0)
+    if before.keys() != after.keys():
+        odd = sorted(before.keys() ^ after.keys())[0]
+        return Difference(torch.inf, scale, torch.inf, odd, sum(t.numel() for t in before.values()))
+    largest = excess = 0.0
+    where, compared = "", 0
+    for name, x in before.items():
+        gap, count = _gap(x, after[name])
+        compared += count
+        largest = max(largest, gap)
+        if gap == 0:
+            continue
+        share = gap / (rounding_of(x) * max(_scale(x), 1e-3 * scale, 1e-6))
+        if share > excess:
+            excess, where = share, name
+    return Difference(largest, scale, excess, where, compared)
+
+
+def rounding_of(tensor: Tensor) -> float:
+    """The share of its scale that rounding may move an output by."""
+    if tensor.is_cuda and tensor.dtype == torch.float32:
+        return ROUNDING_TF32
+    real = tensor.real.dtype if tensor.is_complex() else tensor.dtype
+    return ROUNDING.get(real, ROUNDING_OTHER)
+
+
+def _scale(tensor: Tensor) -> float:
+    """Largest finite absolute value of a floating-point tensor, 0 of any other."""
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0
+    magnitude = tensor.detach().abs()
+    if magnitude.dtype not in ROUNDING:
+        magnitude = magnitude.float()
+    return float(magnitude.nan_to_num(nan=0.0, posinf=0.0).max())
+
+
+def _gap(x: Tensor, y: Tensor) -> tuple[float, int]:
+    """Largest difference of two tensors, and how many elements could be compared."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return torch.inf, x.numel()
+    if not x.numel():
+        return 0.0, 0
+    if x.is_complex():
+        x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
+    if not x.is_floating_point():
+        return (0.0 if torch.equal(x, y) else torch.inf), x.numel()
+    same = (x == y) | (x.isnan() & y.isnan())  # also two infinities, whose difference is NaN
+    wide = torch.float64 if x.device.type != "mps" else torch.float32
+    gaps = (x.to(wide) - y.to(wide)).abs().masked_fill_(same, 0)
+    finite = int(torch.isfinite(x).sum())
+    return float(gaps.nan_to_num_(nan=torch.inf, posinf=torch.inf).max()), finite

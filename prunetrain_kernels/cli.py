@@ -384,10 +384,11 @@ def _info(options: argparse.Namespace) -> int:
     if options.batch < 1 or options.classes < 1:
         raise InputError("--batch and --classes must be at least 1.")
     channels, height, width = options.input
-    model = build(options.model, options.classes, in_channels=channels)
+    with torch.device("cpu"):
+        model = build(options.model, options.classes, in_channels=channels)
     if min(height, width) < getattr(model, "minimum_input_size", 1):
         raise InputError(f"{options.model} needs images of at least {model.minimum_input_size} pixels a side.")
-    example = (torch.zeros(2, channels, height, width),)
+    example = (torch.zeros(2, channels, height, width, device="cpu"),)
     print(trace_channels(model, example))
     flops = count_flops(model, example)
     memory = step_memory(model, example)

@@ -7,6 +7,7 @@ A result can be no faster than max(bytes / bandwidth, FLOPs / rate).
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -165,9 +166,17 @@ def launch_latency(device: torch.device, milliseconds: float = 50.0, fastest: Fa
 
 
 def _fastest(run: Callable[[], object], device: torch.device, milliseconds: float) -> float:
-    timer = torch.utils.benchmark.Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    times = sorted(timer.blocked_autorange(min_run_time=milliseconds / 1e3).times)
+    times = sorted(seconds_of(run, milliseconds / 1e3))
     return times[len(times) // 5] * 1e6
+
+
+def seconds_of(run: Callable[[], object], seconds: float) -> list[float]:
+    """What `run()` takes by PyTorch's timer, several times within about so many seconds, on PyTorch's own threads."""
+    timer = torch.utils.benchmark.Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    # the timer computes with tensors of its own; naming the CPU where it is the default would slow every call down
+    elsewhere = torch.get_default_device().type != "cpu"
+    with torch.device("cpu") if elsewhere else nullcontext():
+        return timer.blocked_autorange(min_run_time=seconds).times
 
 
 @cache

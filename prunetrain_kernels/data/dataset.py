@@ -85,7 +85,7 @@ class ImageData:
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """A permutation of `0 .. n - 1` (int64, on the CPU) that depends only on `(seed, epoch)`."""
-    return torch.randperm(n, generator=seeded_generator("order", seed, epoch))
+    return torch.randperm(n, generator=seeded_generator("order", seed, epoch), device="cpu")
 
 
 def batch(
@@ -186,14 +186,14 @@ def _random_crop_and_flip(
     count, device = len(images), images.device
     if padding:
         images = F.pad(images, (padding, padding, padding, padding))
-    top = torch.randint(images.shape[-2] - size[0] + 1, (of,), generator=generator)[share]
-    left = torch.randint(images.shape[-1] - size[1] + 1, (of,), generator=generator)[share]
+    top = torch.randint(images.shape[-2] - size[0] + 1, (of,), generator=generator, device="cpu")[share]
+    left = torch.randint(images.shape[-1] - size[1] + 1, (of,), generator=generator, device="cpu")[share]
     top, left = _send(torch.stack([top, left]), device)
     # `unfold` is a view of every possible window; the index copies one of them per image
     windows = images.unfold(-2, size[0], 1).unfold(-2, size[1], 1)
     images = windows[torch.arange(count, device=device), :, top, left]
     if flip:
-        mirrored = _send(torch.randint(2, (of,), generator=generator)[share].bool(), device)
+        mirrored = _send(torch.randint(2, (of,), generator=generator, device="cpu")[share].bool(), device)
         images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
     return images
 
@@ -217,13 +217,15 @@ def balanced_subset(labels: Tensor, limit: int | None, seed: int, stream: str = 
     if limit is not None and limit < 1:
         raise InputError(f"a limit on the number of images must be at least 1, not {limit}")
     if limit is None or limit >= len(labels):
-        return torch.arange(len(labels))
+        return torch.arange(len(labels), device="cpu")
     by_class = _shuffled_by_class(labels, seed, stream)
     counts = torch.bincount(labels)
     # how many of its own class come before each row; taking the lowest ranks first takes from the classes in turn
-    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    rank = torch.arange(len(labels), device="cpu") - (counts.cumsum(0) - counts)[labels[by_class]]
     # classes take turns in a random order, so that a limit that does not divide evenly favours none by its number
-    turn = torch.randperm(len(counts), generator=seeded_generator(stream + " turns", seed))[labels[by_class]]
+    turn = torch.randperm(len(counts), generator=seeded_generator(stream + " turns", seed), device="cpu")[
+        labels[by_class]
+    ]
     return by_class[(rank * len(counts) + turn).argsort()[:limit]].sort().values
 
 
@@ -234,7 +236,7 @@ def stratified_split(labels: Tensor, every: int, seed: int) -> tuple[Tensor, Ten
         two int64 index tensors, ascending: training rows, validation rows.
     """
     by_class = _shuffled_by_class(labels, seed, "split")
-    held_out = torch.arange(len(labels)) % every == every - 1
+    held_out = torch.arange(len(labels), device="cpu") % every == every - 1
     if not held_out.any():  # fewer rows than `every`: hold out one all the same
         held_out[-1] = True
     return by_class[~held_out].sort().values, by_class[held_out].sort().values
@@ -251,14 +253,14 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     """
     per_image = images[0].numel()
     used = min(len(images), max(1, _STATISTICS_BYTES // per_image))
-    rows = torch.linspace(0, len(images) - 1, used, dtype=torch.float64).long()
+    rows = torch.linspace(0, len(images) - 1, used, dtype=torch.float64, device="cpu").long()
     # 256 counters per channel: exact, and several times faster than summing widened pixels
-    histogram = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    histogram = torch.zeros(images.shape[1], 256, dtype=torch.int64, device="cpu")
     for part in rows.split(max(1, _STATISTICS_CHUNK // per_image)):
         pixels = images[part].transpose(0, 1).flatten(1)
         histogram += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
     share = histogram.double() / histogram[0].sum()
-    levels = torch.arange(256, dtype=torch.float64)
+    levels = torch.arange(256, dtype=torch.float64, device="cpu")
     mean = (share * levels).sum(1)
     variance = (share * (levels - mean[:, None]).square()).sum(1)
     return tuple((mean / 255).tolist()), tuple((variance.clamp_min(1).sqrt() / 255).tolist())
@@ -268,10 +270,10 @@ def seeded_generator(stream: str, *numbers: int) -> torch.Generator:
     """A CPU generator that depends only on a name and some integers; any change of one gives an unrelated stream."""
     # a hash, because seed + epoch would make (seed 1, epoch 0) the same as (seed 0, epoch 1)
     digest = hashlib.blake2b(repr((stream, *map(int, numbers))).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little"))
 
 
 def _shuffled_by_class(labels: Tensor, seed: int, stream: str) -> Tensor:
     """All rows, class after class, in random order within each."""
-    shuffled = torch.randperm(len(labels), generator=seeded_generator(stream, seed))
+    shuffled = torch.randperm(len(labels), generator=seeded_generator(stream, seed), device="cpu")
     return shuffled[labels[shuffled].argsort(stable=True)]

@@ -223,17 +223,19 @@ def _synthetic(form: str, seed: int, classes: int) -> _Source:
     val_count = max(classes, count // 5)
     generator = seeded_generator("synthetic", seed)
     try:
-        images = [torch.empty(n, channels, height, width, dtype=torch.uint8) for n in (count, val_count)]
-        coarse = torch.randn(classes, channels, min(height, 4), min(width, 4), generator=generator)
+        images = [torch.empty(n, channels, height, width, dtype=torch.uint8, device="cpu") for n in (count, val_count)]
+        coarse = torch.randn(classes, channels, min(height, 4), min(width, 4), generator=generator, device="cpu")
         smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
     except (RuntimeError, TypeError) as error:  # what PyTorch raises for too many bytes, and for more than 2^63
         raise InputError(f"'synthetic:{form}' does not fit into memory; ask for fewer or smaller images") from error
     patterns = 128 + 40 * smooth
 
     def split(images: Tensor) -> _Split:
-        labels = (torch.arange(len(images)) % classes)[torch.randperm(len(images), generator=generator)]
-        for rows in torch.arange(len(images)).split(max(1, 2**22 // patterns[0].numel())):
-            noise = 40 * torch.randn(len(rows), channels, height, width, generator=generator)
+        labels = (torch.arange(len(images), device="cpu") % classes)[
+            torch.randperm(len(images), generator=generator, device="cpu")
+        ]
+        for rows in torch.arange(len(images), device="cpu").split(max(1, 2**22 // patterns[0].numel())):
+            noise = 40 * torch.randn(len(rows), channels, height, width, generator=generator, device="cpu")
             images[rows] = (patterns[labels[rows]] + noise).clamp_(0, 255).to(torch.uint8)
         return _in_memory(images, labels, "synthetic")
 
@@ -312,7 +314,7 @@ def _cifar_batch(content: bytes, where: str, labels_field: str) -> tuple[Tensor,
     if not labels:
         raise InputError(f"{where}: there are no images in it; download the archive again")
     images = np.ascontiguousarray(pixels).reshape(-1, 3, 32, 32)
-    return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
+    return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -382,7 +384,7 @@ def _in_memory(images: Tensor, labels: Tensor, where: str) -> _Split:
 
 def _with_fixed_size(source: _Source, image_size: int | None) -> _Source:
     if image_size is not None:
-        height, width = source.train.images(torch.tensor([0])).shape[-2:]
+        height, width = source.train.images(torch.tensor([0], device="cpu")).shape[-2:]
         if (height, width) != (image_size, image_size):
             raise InputError(
                 f"the images of {source.name} are {height}x{width} and stay so; leave --image-size {image_size} out"
@@ -613,7 +615,7 @@ def _listing(root: Path, names: Sequence[str]) -> tuple[list[Path], Tensor]:
         ]
         files += sorted(found)
         labels += [label] * len(found)
-    return files, torch.tensor(labels, dtype=torch.int64)
+    return files, torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
 def _tree_images(files: list[Path], root: Path, image_size: int | None, cache: Path, label: str) -> Tensor:

@@ -5,16 +5,16 @@ pass over memory, depending on how it is done (`cost/convolution.py`). `auto` as
 fastest: by a closed form on the device's measured roof, or by a short measurement.
 """
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils.benchmark
 from torch import Tensor, nn
 
 from prunetrain_kernels.cost.convolution import Convolution, Form, RoofCost
-from prunetrain_kernels.cost.roof import DTYPES, quick_roof
+from prunetrain_kernels.cost.roof import DTYPES, quick_roof, seconds_of
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.spaces import ChannelGraph, Layer
 from prunetrain_kernels.ops.channel_index import ChannelIndex
@@ -70,10 +70,10 @@ class MeasuredCost:
         return self._known[conv, form]
 
     def _measure(self, conv: Convolution, form: Form) -> float:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device="cpu").manual_seed(0)
 
         def some(live: int, full: int, gated: bool) -> ChannelIndex | None:
-            order = torch.randperm(full, generator=generator)[:live].sort().values
+            order = torch.randperm(full, generator=generator, device="cpu")[:live].sort().values
             return ChannelIndex(order, full, self.device) if gated else None
 
         inputs = some(conv.in_live, conv.in_full, form.gates_input)
@@ -98,8 +98,7 @@ class MeasuredCost:
             assert isinstance(y, Tensor)
             torch.autograd.grad(y, wanted, dy)
 
-        timer = torch.utils.benchmark.Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-        alone = timer.blocked_autorange(min_run_time=self.seconds_each).median
+        alone = statistics.median(seconds_of(step, self.seconds_each))
         batch_norm = 5 * made * conv.batch * conv.map_out[0] * conv.map_out[1] * conv.itemsize
         return alone + batch_norm / (quick_roof(self.device).gb_s * 1e9)
 

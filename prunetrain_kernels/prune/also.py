@@ -111,5 +111,5 @@ def _difference(model: nn.Module, copy: nn.Module) -> str:
 
 def inputs_for(copy: nn.Module, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The model's example inputs for a copy that may be on another device, or of another dtype."""
-    theirs, mine = (next(network.parameters(), torch.empty(0)) for network in (copy, model))
+    theirs, mine = (next(network.parameters(), torch.empty(0, device="cpu")) for network in (copy, model))
     return tuple(x.to(theirs.device, theirs.dtype if x.dtype == mine.dtype else x.dtype) for x in inputs)

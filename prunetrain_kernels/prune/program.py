@@ -144,8 +144,10 @@ def _dynamic(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
 
 def _write_torch(plain: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[bytes, Program, str]:
     buffer = io.BytesIO()
-    torch.export.save(torch.export.export(plain, inputs, dynamic_shapes=_dynamic(inputs)), buffer)
-    loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    exported = torch.export.export(plain, inputs, dynamic_shapes=_dynamic(inputs))
+    with torch.device("cpu"):  # PyTorch reads the file through tensors that go where new tensors go by default
+        torch.export.save(exported, buffer)
+        loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     return buffer.getvalue(), lambda x: tree_leaves(loaded(*x)), "torch.export"
 
 

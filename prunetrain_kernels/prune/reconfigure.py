@@ -259,7 +259,10 @@ def _count(model: nn.Module) -> int:
 def _slicings(model: nn.Module, keep: Keep) -> Iterable[_Slicing]:
     """Every parameter and buffer that loses channels, or has them in another order, or gets some back."""
     graph, modules = keep.graph, dict(model.named_modules())
-    moved = [not torch.equal(kept, torch.arange(s.size)) for kept, s in zip(keep.channels, graph.spaces, strict=True)]
+    moved = [
+        not torch.equal(kept, torch.arange(s.size, device="cpu"))
+        for kept, s in zip(keep.channels, graph.spaces, strict=True)
+    ]
     for layer in graph.layers.values():
         module = modules[layer.name]
         bias = module._parameters.get("bias")
@@ -293,10 +296,10 @@ def _places(now: Tensor, then: Tensor, size: int) -> Tensor | None:
     """Where the channels `then` stand among those `now` computed, -1 for one that was not; None if nothing changes."""
     if torch.equal(now, then):
         return None
-    if torch.equal(now, torch.arange(size)):
+    if torch.equal(now, torch.arange(size, device="cpu")):
         return then  # the very tensor, which others have too
-    places = torch.full((size,), -1)
-    places[now] = torch.arange(len(now))
+    places = torch.full((size,), -1, device="cpu")
+    places[now] = torch.arange(len(now), device="cpu")
     return places[then]
 
 
@@ -553,7 +556,7 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def _largest_move(outputs: list[Tensor] | None) -> float:
-    first = outputs[0] if outputs else torch.empty(0)
+    first = outputs[0] if outputs else torch.empty(0, device="cpu")
     if first.is_cuda and first.dtype == torch.float32:
         return LARGEST_MOVE_TF32
     return LARGEST_MOVE.get(first.dtype, LARGEST_MOVE_TF32)

@@ -105,7 +105,7 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.world > 1:
-            self.sum(torch.zeros(1))
+            self.sum(torch.zeros(1, device=self.device))
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, float64, on the CPU."""

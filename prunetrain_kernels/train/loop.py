@@ -129,7 +129,7 @@ class _Run:
         self.amp = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
         # the same on every rank, which then trace and measure the same
-        indices = torch.arange(min(8, len(self.data.val_labels)))
+        indices = torch.arange(min(8, len(self.data.val_labels)), device="cpu")
         self.example = (self._batch(indices, 0, 0, train=False, share=slice(0, len(indices)))[0],)
         self.prunetrain = PruneTrain(
             self.ddp or self.model,
@@ -467,7 +467,7 @@ class _Run:
         self.ranks.share_buffers(network)
         network.eval()
         correct = torch.zeros((), device=self.device)
-        for indices in torch.arange(len(self.data.val_labels)).split(VALIDATION_BATCH):
+        for indices in torch.arange(len(self.data.val_labels), device="cpu").split(VALIDATION_BATCH):
             images, labels = self._batch(indices, 0, 0, train=False)
             if len(labels):
                 with self._autocast():

@@ -252,7 +252,8 @@ class PruneTrain:
             for layer in self.graph.layers.values()
         }
         self.kept = {
-            name: (torch.arange(ins), torch.arange(outs)) for name, (_, ins, outs) in self.dense_layers.items()
+            name: (torch.arange(ins, device="cpu"), torch.arange(outs, device="cpu"))
+            for name, (_, ins, outs) in self.dense_layers.items()
         }
         if fuse:
             forget_compiled()
@@ -541,7 +542,7 @@ class PruneTrain:
         """Largest absolute weight of each *original* output channel of each layer, fp32; NaN where pruned (Fig. 4)."""
         result: dict[str, Tensor] = {}
         for name, (_, _, outs) in self.dense_layers.items():
-            values = torch.full((outs,), torch.nan, dtype=torch.float32)
+            values = torch.full((outs,), torch.nan, dtype=torch.float32, device="cpu")
             layer = self.graph.layers.get(name)
             if layer is not None:
                 weight = self.model.get_submodule(name).weight

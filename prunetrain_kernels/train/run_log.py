@@ -196,7 +196,8 @@ class RunLog:
             channels = [_channel_row(row) for row in state["channels"]]
             slice_epochs = [float(epoch) for epoch in state["slice_epochs"]]
             slices = {
-                str(layer): torch.as_tensor(rows).float().numpy().copy() for layer, rows in state["slices"].items()
+                str(layer): torch.as_tensor(rows, device="cpu").float().numpy().copy()
+                for layer, rows in state["slices"].items()
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint's run log cannot be read: {type(error).__name__} {error}") from error

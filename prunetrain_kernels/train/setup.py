@@ -220,7 +220,8 @@ def load_data(config: TrainConfig, device: torch.device) -> ImageData:
 
 def build_model(config: TrainConfig, data: ImageData, device: torch.device, ranks: Ranks) -> nn.Module:
     channels, height, width = data.image_shape
-    model = build(config.model, data.classes, in_channels=channels)
+    with torch.device("cpu"):  # the same weights on every device
+        model = build(config.model, data.classes, in_channels=channels)
     least = getattr(model, "minimum_input_size", 1)
     if min(height, width) < least:
         raise InputError(

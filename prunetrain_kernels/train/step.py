@@ -152,8 +152,8 @@ class CapturedStep:
     captured: Any = None  # the shape and settings that `graph` is of
     seen: Any = None  # those of the last step, and how many in a row had them
     in_a_row: int = 0
-    images: Tensor = field(default_factory=lambda: torch.empty(0))
-    labels: Tensor = field(default_factory=lambda: torch.empty(0))
+    images: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     outputs: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:

@@ -61,12 +61,13 @@ def load_trained(run: Path, input_shape: tuple[int, ...] | None = None, classes:
         for name, said, is_ in (("input", input_shape, shape), ("classes", classes, found)):
             if said is not None and said != is_:
                 raise InputError(f"--{name} is {said}, but in the run's data it is {is_}; leave it out.")
-        indices = torch.arange(min(EXAMPLES, len(data.val_labels)))
+        indices = torch.arange(min(EXAMPLES, len(data.val_labels)), device="cpu")
         examples = batch(data, indices, seed=config.seed, epoch=0, step=0, device="cpu", train=False)[0]
     else:
         shape, found = (input_shape[0], input_shape[1], input_shape[2]), classes
-        examples = torch.randn(EXAMPLES, *shape, generator=torch.Generator().manual_seed(0))
-    model = build(config.model, found, in_channels=shape[0])
+        examples = torch.randn(EXAMPLES, *shape, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
+    with torch.device("cpu"):
+        model = build(config.model, found, in_channels=shape[0])
     load_pruned(path, model)
     try:
         with torch.no_grad():

@@ -351,7 +351,7 @@ def _random_state() -> tuple[Any, ...]:
 
 def _set_random_state(state: tuple[Any, ...]) -> None:
     random.setstate(state[0])
-    torch.set_rng_state(torch.tensor(state[1], dtype=torch.uint8))
+    torch.set_rng_state(torch.tensor(state[1], dtype=torch.uint8, device="cpu"))
     np.random.set_state(state[2])
 
 

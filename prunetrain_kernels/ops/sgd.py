@@ -206,12 +206,12 @@ def _sgd_kernel(
 
 @lru_cache(maxsize=64)
 def _settings(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype).to(device)
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
 
 @lru_cache(maxsize=64)
 def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32).to(device)
+    return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 
 
 def _fits(params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:

@@ -359,7 +359,7 @@ class SGD(torch.optim.SGD):
             return kept
         number = float(value)
         if key not in self._rates or self._rates[key][0] != number:
-            self._rates[key] = (number, torch.tensor(number, dtype=dtype).to(device))
+            self._rates[key] = (number, torch.tensor(number, dtype=dtype, device="cpu").to(device))
         return self._rates[key][1]
 
 

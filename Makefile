@@ -1,14 +1,19 @@
 # Two commands do everything, set-up included, on Linux with Python 3.11 or later:
 #   make demo    trains a network on real images that come with the package, until it has shrunk, and draws a report
 #   make test    lint, format, types and all tests
+#   make test TORCH=2.14.1  the tests with another PyTorch, in an environment of its own (.venv-2.14.1)
 #   make bench   all benchmark suites, tiny, on the GPU or CPU that is there (bench/README.md has the real ones)
 #   make sanitize  the native library's tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make zoo     the slow half of the zoo: more networks, thousands of random ones; writes docs/architectures.md
 #   make plots   all figures from the committed results, and docs/results.md
 
 PYTHON ?= python3
-VENV := .venv
+# Empty: PyTorch as constraints.txt pins it. Else that version, with the Triton and torchvision that belong to it.
+TORCH :=
+VENV := .venv$(TORCH:%=-%)
 BIN := $(VENV)/bin
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 DEMO := runs/demo
 # The method and threshold are the paper's. Batch, ratio and decays are chosen so that a few thousand steps suffice (the
 # lasso shrinks a slice by the same amount at every step); channels are rounded to 8, which is what a CPU runs faster.
@@ -21,17 +26,24 @@ DEMO_PRUNING := --penalty-ratio 0.6 --interval 2 --round-to 8
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.py csrc/cpu/*)
+ifneq ($(TORCH),)
+$(CONSTRAINTS): constraints.txt
+	@mkdir -p $(@D)
+	sed -e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d' -e '/^torchvision==/d' $< > $@
+endif
+
+# PyTorch before the package, whose native library is then built against it; pip would fetch the newest PyTorch for that.
+$(VENV)/installed-%: pyproject.toml $(CONSTRAINTS) setup.py $(wildcard csrc/*.py csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or later is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(PIP_INSTALL) torch $(if $(TORCH),torchvision)
+	$(PIP_INSTALL) -e '.[$*]'
 	@touch $@
 
 # Networks that tests prune, and Torch-Pruning beside ours. What they ask for (CUDA's torch, downloads) is not needed.
 $(VENV)/installed-zoo: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
-	  torchvision timm torch-pruning
+	$(PIP_INSTALL) --no-deps torchvision timm torch-pruning
 	@touch $@
 
 demo: $(VENV)/installed-demo
@@ -47,7 +59,8 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(VENV)/installed-zoo lint
+# Types are checked against the pinned PyTorch alone: its stubs change from release to release.
+test: $(VENV)/installed-zoo $(if $(TORCH),,lint)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 	$(MAKE) sanitize
 
@@ -74,4 +87,4 @@ plots: $(VENV)/installed-demo
 	$(BIN)/python -m bench results
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

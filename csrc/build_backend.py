@@ -8,7 +8,7 @@ from find_torch import find_torch
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 (a build backend is a module with setuptools' functions)
 
-TORCH = "torch>=2.11,<2.14"  # as in pyproject.toml
+TORCH = "torch>=2.11"  # as in pyproject.toml
 
 
 def _more() -> list[str]:

@@ -4,6 +4,8 @@ The three lines of a trainer are `PruneTrain(...)`, `.regularize(loss)` and `.ep
 is here too.
 """
 
+import torch
+
 from prunetrain_kernels.errors import (
     CheckpointError,
     DivergedError,
@@ -21,11 +23,15 @@ from prunetrain_kernels.prune.reconfigure import Reconfiguration, reconfigure
 from prunetrain_kernels.regularizer import GroupLasso, penalty_coefficient
 from prunetrain_kernels.train.mini_batch import MiniBatch
 from prunetrain_kernels.train.prunetrain import PruneReport, PruneTrain
+from prunetrain_kernels.versions import UntriedVersionWarning, warn_if_untried
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ChannelGraph", "CheckpointError", "DivergedError", "GroupLasso", "InputError", "Keep", "MiniBatch", "PruneReport",
     "PruneTrain", "PruneTrainError", "RankLostError", "RanksDifferError", "Reconfiguration", "TraceError",
-    "export_program", "load_pruned", "penalty_coefficient", "reconfigure", "save_pruned", "to_dense", "trace_channels",
+    "UntriedVersionWarning", "export_program", "load_pruned", "penalty_coefficient", "reconfigure", "save_pruned",
+    "to_dense", "trace_channels",
 ]  # fmt: skip
+
+warn_if_untried(__version__, torch.__version__)

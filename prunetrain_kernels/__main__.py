@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import torch
 
+from prunetrain_kernels import __version__
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops import cuda_native, launch, native
 
@@ -25,8 +26,7 @@ def lines() -> list[str]:
     if launch.INTERPRET:
         kernels += ", interpreted on the CPU (TRITON_INTERPRET=1)"
     return [
-        f"prunetrain-kernels {version('prunetrain-kernels')}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}",
+        f"prunetrain-kernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"backend         {launch.backend()} (PRUNETRAIN_BACKEND={os.environ.get('PRUNETRAIN_BACKEND', '')})",
         f"on the CPU      {cpu or f'plain PyTorch: {why}'}; {torch.get_num_threads()} thread(s)",
         f"on a GPU        {kernels if launch.backend() != 'reference' else 'plain PyTorch'}",

@@ -1,13 +1,18 @@
-"""Installing: with a compiler, without one, and as a wheel that is used elsewhere."""
+"""Installing: with a compiler, without one, as a wheel that is used elsewhere, and beside which PyTorch."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import prunetrain_kernels
+from prunetrain_kernels.versions import NEWEST_TRIED, UntriedVersionWarning, warn_if_untried
 
 ROOT = Path(__file__).parents[1]
 STEP = (
@@ -51,7 +56,7 @@ def test_a_wheel_carries_the_library(source: Path, tmp_path: Path) -> None:
     done = wheel(source, tmp_path, CFLAGS="-O0")  # a tenth of the time
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = tmp_path.glob("*.whl")
-    assert "-cp311-abi3-" in built.name  # every Python from 3.11 on
+    assert built.name.startswith(f"prunetrain_kernels-{prunetrain_kernels.__version__}-cp311-abi3-")  # 3.11 and later
     assert "prunetrain_kernels/_cpu.abi3.so" in zipfile.ZipFile(built).namelist()
     found = use(built, tmp_path / "elsewhere")
     assert found.stdout.split() == [str(tmp_path / "elsewhere/prunetrain_kernels/__init__.py"), "True"], found.stderr
@@ -73,3 +78,109 @@ def test_the_library_can_be_insisted_on(source: Path, tmp_path: Path) -> None:
     done = wheel(source, tmp_path, CXX=str(tmp_path / "no-compiler"), PRUNETRAIN_NATIVE="1")
     assert done.returncode != 0
     assert "PRUNETRAIN_NATIVE=1, but the native library cannot be built" in done.stdout + done.stderr
+
+
+# -- beside which PyTorch ----------------------------------------------------------------------------------------------
+
+KNOWN = ("2.11.0", "2.13.0+cpu", "2.14.0a0+git1a2b3c", "2.14.0.dev20260801", "2.14.0rc2", "2.14.1+cu130", "2.14.9")
+NEWER = ("2.15.0", "2.15.0.dev20261001+cu130", "2.16.0a0+git", "2.20.0rc1", "3.0.0", "10.1")
+
+
+@pytest.mark.parametrize("version", [*KNOWN, "", "unknown", "main"])
+def test_versions_that_were_tried_give_no_warning(version: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_untried("0.2.0", version)
+
+
+@pytest.mark.parametrize("version", NEWER)
+def test_a_newer_version_gives_one_that_names_both(version: str) -> None:
+    with pytest.warns(UntriedVersionWarning) as given:
+        warn_if_untried("0.2.0", version)
+    (text,) = [str(warning.message) for warning in given]
+    assert text.startswith("prunetrain_kernels 0.2.0 ")
+    assert f"PyTorch {version} is newer" in text
+    assert ".".join(map(str, NEWEST_TRIED)) in text
+    assert "\n" not in text
+
+
+def imported(version: str | None, *options: str, first: str = "") -> subprocess.CompletedProcess[str]:
+    """The package imported twice in a process of its own, beside a PyTorch that says that it is `version`."""
+    said = "" if version is None else f"torch.__version__ = torch.torch_version.TorchVersion({version!r}); "
+    code = f"import warnings, torch; {said}{first}\nimport prunetrain_kernels\nfrom prunetrain_kernels import ops"
+    return subprocess.run(
+        [sys.executable, *options, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+
+
+def test_importing_warns_once_and_points_at_who_imports() -> None:
+    done = imported("2.16.0a0+git")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("UntriedVersionWarning") == 1
+    assert done.stderr.startswith("<string>:2: UntriedVersionWarning: prunetrain_kernels ")
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "first"),
+    [
+        (None, ("-W", "error::UserWarning"), ""),  # the one that is installed here
+        ("2.16.0", (), "warnings.filterwarnings('ignore', 'prunetrain_kernels ')"),
+        ("2.16.0", ("-W", "ignore:prunetrain_kernels"), ""),
+    ],
+)
+def test_no_warning_where_it_was_tried_or_is_not_wanted(
+    version: str | None, options: tuple[str, ...], first: str
+) -> None:
+    done = imported(version, *options, first=first)
+    assert done.returncode == 0, done.stderr
+    assert "prunetrain_kernels" not in done.stderr
+
+
+def test_no_version_of_pytorch_is_too_new_to_install() -> None:
+    """A cap has pip take a user's newer PyTorch away."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (needed,) = [text for text in project["dependencies"] if text.startswith("torch")]
+    assert needed == "torch>=2.11"
+    assert f'TORCH = "{needed}"' in (ROOT / "csrc" / "build_backend.py").read_text()
+    assert not any("<" in text for text in project["dependencies"])
+
+
+def make(*arguments: str) -> list[str]:
+    """The commands that make would run, the installation included; told nothing by a make that runs these tests."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "TORCH"))}
+    command = ["make", "--always-make", "--dry-run", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("version", ["2.11.0", "2.14.1", "2.99.0.dev20270101"])
+def test_make_test_with_another_pytorch(version: str, tmp_path: Path) -> None:
+    """It has an environment and pins of its own; the Triton and torchvision of that PyTorch come with it."""
+    commands = make("test", f"TORCH={version}")
+    assert f".venv-{version}/bin/python -m pytest" in "\n".join(commands)
+    assert not any(" .venv/" in command or "mypy" in command for command in commands)
+    installs = [command for command in commands if "pip install" in command]
+    assert installs
+    assert all(f" -c .venv-{version}/constraints.txt" in command for command in installs)
+    assert "torchvision" in installs[0]
+    pins, _, written = next(command for command in commands if command.startswith("sed ")).partition(" > ")
+    assert written == f".venv-{version}/constraints.txt"
+    made = tmp_path / "constraints.txt"
+    subprocess.run(f"{pins} > {made}", shell=True, cwd=ROOT, check=True)
+    before, after = ((ROOT / "constraints.txt").read_text().splitlines(), made.read_text().splitlines())
+    assert {"torch==2.13.0", "triton==3.7.1"} <= set(before)
+    own = ("torch==", "triton==", "torchvision==")
+    assert [line for line in after if line.startswith(own)] == [f"torch=={version}"]
+    assert [line for line in after if not line.startswith(own)] == [b for b in before if not b.startswith(own)]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_test_takes_the_committed_pins() -> None:
+    commands = make("test")
+    installs = [command for command in commands if "pip install" in command]
+    assert installs
+    assert all(" -c constraints.txt" in command and ".venv/bin" in command for command in installs)
+    assert any("mypy" in command for command in commands)

@@ -78,12 +78,13 @@ def _difference_of_classes(before: Sequence[str], now: Sequence[str]) -> str | N
     if not gone and not new and len(before) == len(now):
         i = next(i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
         return f"the order of the classes was another: class {i} was {before[i]!r} and is {now[i]!r}"
-    changes = [
-        f"{what} {', '.join(map(repr, names[:_NAMED]))}" + (f" and {len(names) - _NAMED} more" * (len(names) > _NAMED))
-        for what, names in (("without", gone), ("with", new))
-        if names
-    ]
-    return f"the {len(before)} classes were others: they are {len(now)} now, {' and '.join(changes)}"
+    changes = [f"{_listed(names)} {is_}" for names, is_ in ((gone, "gone"), (new, "new")) if names]
+    return f"the classes differ ({len(before)} then, {len(now)} now): {' and '.join(changes)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
 
 
 def _difference_of_images(before: Sequence[int], now: Sequence[int]) -> str | None:

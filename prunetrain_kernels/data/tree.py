@@ -103,8 +103,9 @@ def _images_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     with os.scandir(folder) as entries:
         for entry in entries:
             inside = folder / entry.name
-            if entry.is_dir():
-                if not (entry.is_symlink() and any(place.is_relative_to(inside.resolve()) for place in way)):
+            linked = entry.is_symlink()
+            if inside.is_dir() if linked else entry.is_dir():  # of a link to itself, only the former is silent
+                if not (linked and any(place.is_relative_to(inside.resolve()) for place in way)):
                     yield from _images_below(inside, way)
             # a name that starts with a dot is a desktop's own note about the file, not the file
             elif os.path.splitext(entry.name)[1].lower() in _IMAGE_SUFFIXES and not entry.name.startswith("."):

@@ -8,47 +8,22 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_DECLARED: list[torch.library.Library] = []  # a library's operators live as long as it does
+from prunetrain_kernels.models.missing_operators import with_torchvision
 
 
 def import_torchvision() -> Any:
-    """Imports torchvision beside any build of torch.
-
-    torchvision's compiled operators do not load beside a torch of another build (a CPU-only one, say), and its import
-    then fails because it registers shape functions for two of them; the networks need neither, so they are declared.
+    """Imports torchvision beside any build of torch: its compiled operators need not load.
 
     Raises:
         ImportError: torchvision is not installed.
     """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        raise ImportError("torchvision is not installed")
-    if not _DECLARED and not _compiled_operators_load(Path(spec.origin).parent):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _DECLARED.append(library)
-    import torchvision
-
-    return torchvision
-
-
-def _compiled_operators_load(folder: Path) -> bool:
-    for path in folder.glob("_C*.so"):
-        try:
-            torch.ops.load_library(str(path))
-            return True
-        except OSError:
-            pass
-    return False
+    return with_torchvision(lambda: importlib.import_module("torchvision"))
 
 
 @dataclass(frozen=True)

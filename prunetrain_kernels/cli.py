@@ -212,6 +212,12 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "of the same model; lambda is still set by the first loss of the fresh network, because a trained network's is "
         "next to nothing. With --interval EPOCHS, which reconfigures at the end only, this is SSL (paper section 5.2)",
     )
+    add(
+        "--start-from-other-data",
+        action="store_true",
+        help="with --start-from: the dense run may have been trained on other data, whose classes are as many; its "
+        "images may then be among this run's validation images",
+    )
     add = parser.add_argument_group("mini-batch growth (paper section 4.3)").add_argument
     add("--grow-batch", action="store_true", help="grow the batch, and the learning rate, into the freed memory")
     add("--batch-granularity", type=int, default=32, metavar="N", help="grow in multiples of N images")
@@ -418,7 +424,7 @@ def _export(options: argparse.Namespace) -> int:
     if trained.mean is not None and trained.std is not None:
         mean, std = (", ".join(f"{v:.6g}" for v in values) for values in (trained.mean, trained.std))
         print(f", (image / 255 - mean) / std with mean {mean} and std {std}", end="")
-    print()
+    print(f"\nchecked with random images: {trained.note}" if trained.note else "")
     return 0
 
 

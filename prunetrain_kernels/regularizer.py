@@ -1,8 +1,10 @@
 """The group lasso of a whole model, and the coefficient that sets its strength (paper section 4.1)."""
 
 import math
+import numbers
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from prunetrain_kernels.errors import InputError
@@ -114,18 +116,59 @@ def penalty_coefficient(ce_loss: float | Tensor, penalty: float | Tensor, ratio:
     ratio = lambda R / (l + lambda R), hence lambda = ratio / (1 - ratio) * l / R.
 
     Args:
-        ce_loss: classification loss l of the very first forward pass.
-        penalty: R(W_0) of the initial weights.
+        ce_loss: classification loss l of the very first forward pass: one positive number, of any shape.
+        penalty: R(W_0) of the initial weights, likewise.
         ratio: share of the penalty in the total loss, 0 <= ratio < 1; the paper uses 0.1 to 0.25.
 
     Raises:
-        InputError: a ratio outside [0, 1), or a loss or penalty that is not a positive finite number.
+        InputError: a ratio outside [0, 1), a loss or penalty that is not one number, or not positive and finite; says
+            what to do.
     """
     if not 0 <= ratio < 1:
         raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {ratio}; the paper uses 0.25.")
-    loss, total = (float(v.detach() if isinstance(v, Tensor) else v) for v in (ce_loss, penalty))
-    if not (math.isfinite(loss) and loss > 0 and math.isfinite(total) and total > 0):
-        raise InputError(
-            f"lambda cannot be set from a first loss of {loss} and a penalty of {total}; both must be positive numbers."
-        )
-    return ratio / (1 - ratio) * loss / total
+    loss, total = float(one_number(ce_loss, "the first loss")), float(one_number(penalty, "the penalty"))
+    for value, advice in ((loss, _advice_on_loss), (total, _advice_on_penalty)):
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(
+                f"lambda cannot be set from a first loss of {loss:g} and a penalty of {total:g}; both must be positive "
+                f"numbers, because the penalty is to be a share of their sum: {advice(value)}."
+            )
+    coefficient = ratio / (1 - ratio) * loss / total
+    if not math.isfinite(coefficient):
+        raise InputError(f"a first loss of {loss:g} and a penalty of {total:g} give no finite lambda; scale the loss.")
+    return coefficient
+
+
+def one_number(value: object, what: str) -> Tensor:
+    """`value` as a tensor of one real number, shape (), without a graph.
+
+    Raises:
+        InputError: it is not one number, but one per image, complex, or no number at all; says what to do.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise InputError(
+                f"{what} must be one number, but has the shape {tuple(value.shape)}; reduce it first (a loss per image "
+                "by loss.mean(), as reduction='mean' does)."
+            )
+        if value.is_complex() or value.dtype == torch.bool:
+            raise InputError(f"{what} must be a real number, not {value.dtype}; give its absolute value or real part.")
+        return value.detach().reshape(())
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+    raise InputError(f"{what} must be a tensor of one number, not {type(value).__name__}; give the loss inside it.")
+
+
+SET_IT = "set PruneTrain's `coefficient` to a lambda that you choose, before the first step"
+
+
+def _advice_on_loss(loss: float) -> str:
+    if not math.isfinite(loss):
+        return "look for images, labels or weights that are not finite, or a loss that overflows in fp16"
+    if loss == 0:
+        return f"this batch has nothing to teach, so give another one first, or {SET_IT}"
+    return f"add a constant to the loss that makes it positive, which leaves its gradient as it is, or {SET_IT}"
+
+
+def _advice_on_penalty(penalty: float) -> str:
+    return "initialise the weights, which are all 0" if penalty == 0 else "look for weights that are not finite"

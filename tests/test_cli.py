@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -65,6 +66,19 @@ def failing(num_classes):
 
 def text(num_classes):
     return "a network"
+
+
+def needs_depth(depth, num_classes):
+    return Small(num_classes, 3)
+
+
+def leaves(num_classes):
+    raise SystemExit(0)
+
+
+def talks(num_classes, in_channels):
+    print("building a network")
+    raise ValueError
 """
 
 
@@ -220,6 +234,11 @@ def test_bytes(text: str, expected: int) -> None:
         ("--model small_net_for_cli_tests:smal", "did you mean 'small'"),
         ("--model small_net_for_cli_tests:failing", "no weights for you"),
         ("--model small_net_for_cli_tests:text", "must return a torch.nn.Module"),
+        ("--model small_net_for_cli_tests:needs_depth", "name a function that needs no argument but num_classes"),
+        ("--model small_net_for_cli_tests:leaves", "failed with SystemExit: 0"),
+        ("--model small_net_for_cli_tests:talks", "failed with ValueError"),
+        ("--model small_net_for_cli_tests:Small.forward", "failed with TypeError"),
+        ("--model small_net_for_cli_tests.small", "did you mean 'small_net_for_cli_tests:small'"),
         ("--model small_net_for_cli_tests:forked", "cannot be traced"),
         ("--model small_net_for_cli_tests:stubborn", "10 classes"),
         ("--model small_net_for_cli_tests:colour_only --data digits", "conv1"),
@@ -415,6 +434,59 @@ def test_info_layer_by_layer_adds_up(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_info_refuses(options: str, names: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert names in refusal(capsys, "info", *options.split())
+
+
+# -- networks of other libraries ---------------------------------------------------------------------------------------
+
+
+def in_a_process(folder: Path, *command: str) -> "subprocess.CompletedProcess[str]":
+    """A user's process, in which nothing has imported torchvision yet."""
+    pytest.importorskip("PIL")
+    return subprocess.run(
+        [sys.executable, "-m", "prunetrain_kernels.cli", *command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+LAZY = """
+def inside(num_classes):
+    from torchvision.models import squeezenet1_1
+    return squeezenet1_1(num_classes=num_classes)
+"""
+
+
+@pytest.mark.parametrize("model", ["torchvision.models:resnet18", "timm.models:resnet18", "lazy_nets:inside"])
+def test_info_on_networks_of_other_libraries(model: str, tmp_path: Path) -> None:
+    """Also where torchvision's compiled part does not load beside this PyTorch."""
+    for package in ("torchvision", "timm"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"pip install {package}")
+    (tmp_path / "lazy_nets.py").write_text(LAZY)
+    done = in_a_process(tmp_path, "info", "--model", model, "--input", "3x64x64")
+    assert done.returncode == 0, done.stderr
+    assert "MFLOP per image" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_training_torchvisions_resnet(tmp_path: Path) -> None:
+    """README's own example of a network that is not ours, for two steps, and taken up again."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("pip install torchvision")
+    out = tmp_path / "run"
+    command = ["--model", "torchvision.models:resnet18", "--data", "synthetic:16x3x32x32", "--epochs", "1"]
+    command += ["--batch", "8", "--device", "cpu", "--threads", "1", "--lr", "0.01", "--out", str(out)]
+    done = in_a_process(tmp_path, "train", *command)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert saved["extra"]["epoch"] == 1
+    assert saved["model"]["fc.weight"].shape == (10, 512)
+    done = in_a_process(tmp_path, "export", str(out), "--out", str(tmp_path / "net.pt"))
+    assert done.returncode == 0, done.stderr
 
 
 def test_report_on_a_finished_and_an_unfinished_run(

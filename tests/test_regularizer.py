@@ -1,14 +1,17 @@
 """The lasso of a whole model: which groups count, and lambda."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunetrain_kernels import GroupLasso, InputError, penalty_coefficient, reconfigure, trace_channels
+from prunetrain_kernels import GroupLasso, InputError, PruneTrain, penalty_coefficient, reconfigure, trace_channels
 from prunetrain_kernels.models import resnet20
+from prunetrain_kernels.optim import SGD
 
 
 class Net(nn.Module):
@@ -200,8 +203,85 @@ def test_penalty_coefficient(ratio: float) -> None:
         (0.0, 1.0, 0.2, "both must be positive"),
         (1.0, 0.0, 0.2, "both must be positive"),
         (1.0, -1.0, 0.2, "both must be positive"),
+        (-0.5, 1.0, 0.2, "first loss of -0.5 .*: add a constant to the loss .* or set PruneTrain's `coefficient`"),
+        (torch.tensor([-0.5]), 1.0, 0.2, "first loss of -0.5 .*: add a constant"),
+        (0.0, 1.0, 0.2, "nothing to teach.* or set PruneTrain's `coefficient`"),
+        (float("nan"), 1.0, 0.2, "look for images, labels or weights that are not finite"),
+        (-float("inf"), 1.0, 0.2, "look for images, labels or weights that are not finite"),
+        (1.0, 0.0, 0.2, "weights, which are all 0"),
+        (1.0, float("nan"), 0.2, "look for weights that are not finite"),
+        (torch.ones(4), 1.0, 0.2, r"the first loss must be one number, but has the shape \(4,\); .*loss.mean\(\)"),
+        (torch.ones(0), 1.0, 0.2, r"has the shape \(0,\)"),
+        (torch.ones(2, 1), 1.0, 0.2, r"has the shape \(2, 1\)"),
+        (1.0, torch.ones(2), 0.2, r"the penalty must be one number, but has the shape \(2,\)"),
+        (torch.tensor(1j), 1.0, 0.2, "must be a real number, not torch.complex64"),
+        (torch.tensor(True), 1.0, 0.2, "must be a real number, not torch.bool"),
+        (True, 1.0, 0.2, "not bool"),
+        (None, 1.0, 0.2, "must be a tensor of one number, not NoneType"),
+        ({"loss": torch.ones(())}, 1.0, 0.2, "must be a tensor of one number, not dict; give the loss inside it"),
+        ((torch.ones(()), 3), 1.0, 0.2, "not tuple"),
+        ("1.0", 1.0, 0.2, "not str"),
+        (1e308, 1e-300, 0.2, "no finite lambda"),
     ],
 )
-def test_penalty_coefficient_refuses(loss: float, penalty: float, ratio: float, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_penalty_coefficient_refuses(loss: Any, penalty: Any, ratio: float, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
         penalty_coefficient(loss, penalty, ratio)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", [torch.tensor([2.3]), torch.tensor([[2.3]], dtype=torch.bfloat16), np.float32(2.3), 2])
+def test_one_number_may_have_any_form(loss: Any) -> None:
+    value = float(loss) if not isinstance(loss, torch.Tensor) else loss.item()
+    assert penalty_coefficient(loss, 571, 0.25) == pytest.approx(value / 3 / 571)
+
+
+FUSED = {"torch": torch.optim.SGD, "lasso inside": SGD}
+
+
+@pytest.mark.parametrize("optimizer", FUSED)
+@pytest.mark.parametrize("call", ["regularize", "add_gradient_"])
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda y: -y.square().mean(), "add a constant"),
+        (lambda y: y.square().mean(1), r"shape \(4,\)"),
+        (lambda y: y.sum() * 0, "nothing to teach"),
+        (lambda y: y.mean() * math.nan, "not finite"),
+        (lambda y: {"loss": y.square().mean()}, "not dict"),
+        (lambda y: 1 + y.detach().square().mean().item(), None),
+    ],
+)
+def test_prunetrain_refuses_such_a_first_loss_and_takes_the_next(
+    loss: Any, message: str | None, call: str, optimizer: str
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    x = torch.randn(4, 3, 8, 8)
+    prunetrain = PruneTrain(model, FUSED[optimizer](model.parameters(), 0.1), (x,), penalty_ratio=0.25)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    act = getattr(prunetrain, call)
+    if message is None:  # a plain number will do
+        act(loss(model(x)))
+    else:
+        with pytest.raises(InputError, match=message):
+            act(loss(model(x)))
+        assert prunetrain.coefficient is None
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        act(model(x).square().mean())
+    assert prunetrain.coefficient is not None
+    assert prunetrain.coefficient > 0
+
+
+def test_with_a_lambda_of_ones_choice_any_loss_will_do() -> None:
+    """What the refusals advise: the gradient is that of the loss, plus lambda times that of the lasso."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3)).double()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    prunetrain = PruneTrain(model, torch.optim.SGD(model.parameters(), 0.1), (x,), penalty_ratio=0.25)
+    prunetrain.coefficient = 0.125
+    total = prunetrain.regularize(-model(x).square().mean())
+    expected = -model(x).square().mean() + 0.125 * prunetrain.lasso.penalty()
+    assert torch.equal(total, expected)
+    total.backward()
+    assert torch.equal(model[0].weight.grad, torch.autograd.grad(expected, model[0].weight)[0])

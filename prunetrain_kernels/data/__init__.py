@@ -7,5 +7,15 @@ images, labels = batch(data, order[:128], seed=0, epoch=3, step=0, device="cuda"
 
 from prunetrain_kernels.data.dataset import ImageData, balanced_subset, batch, epoch_order, normalize_and_augment
 from prunetrain_kernels.data.loaders import load
+from prunetrain_kernels.data.record import difference_of_data, record_of
 
-__all__ = ["ImageData", "balanced_subset", "batch", "epoch_order", "load", "normalize_and_augment"]
+__all__ = [
+    "ImageData",
+    "balanced_subset",
+    "batch",
+    "difference_of_data",
+    "epoch_order",
+    "load",
+    "normalize_and_augment",
+    "record_of",
+]

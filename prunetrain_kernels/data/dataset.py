@@ -38,6 +38,9 @@ class ImageData:
             `dataclasses.replace` if yours are letters or road signs), False for digits and synthetic patterns.
         crop: side of the square that `batch` yields: cut at random in training, from the centre otherwise.
             None keeps the stored size. Set it with `dataclasses.replace(data, crop=224)`.
+        decoded: whether the images were decoded from files, whose pixels depend on the decoder.
+        files: digests of the names and sizes of the training and of the validation files, in the order of the images;
+            None where the images came from memory.
 
     Raises:
         InputError: `crop` does not fit into the stored images, or `padding` is negative.
@@ -55,6 +58,8 @@ class ImageData:
     padding: int
     flip: bool
     crop: int | None = None
+    decoded: bool = False
+    files: tuple[str | None, str | None] = (None, None)
 
     def __post_init__(self) -> None:
         height, width = self.train_images.shape[-2:]

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.probe import first_line
 
 _FORMAT = 1  # part of every cache key: raise it when decoding changes, and old files are no longer found
 _CHECKED_BLOCK = 2**20
@@ -58,6 +59,11 @@ def need(module: str, purpose: str) -> Any:
             f"{purpose} needs {module.partition('.')[0]}, which could not be imported ({error}); "
             "install it with pip install 'prunetrain-kernels[data]'"
         ) from error
+
+
+def pillow_version() -> str:
+    """The version of the decoder: two of them may differ in a pixel's last bit."""
+    return str(need("PIL", "reading images").__version__)
 
 
 def default_cache() -> Path:
@@ -233,11 +239,6 @@ def _write(path: Path, shape: tuple[int, ...], slabs: Iterator[np.ndarray]) -> N
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
-
-
-def first_line(error: Exception) -> str:
-    """An exception's own words, short enough to stand inside a sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(" .:")
 
 
 def in_groups(items: Iterable[Encoded], size: int = 256) -> Iterator[list[Encoded]]:

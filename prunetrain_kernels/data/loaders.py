@@ -1,4 +1,4 @@
-"""Readers of image data sets: `load` and one function per format.
+"""Readers of image data sets: `load`, and what is held in memory; Parquet and trees have files of their own.
 
 A reader finds the labels and class names at once, and the images only for the rows that are asked for afterwards: a
 subset of ImageNet decodes that subset.
@@ -6,17 +6,13 @@ subset of ImageNet decodes that subset.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import itertools
-import json
 import os
 import pickle
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +27,15 @@ from prunetrain_kernels.data.dataset import (
     seeded_generator,
     stratified_split,
 )
-from prunetrain_kernels.data.decode import Encoded, decode_cached, default_cache, first_line, in_groups, need
+from prunetrain_kernels.data.decode import default_cache, need
+from prunetrain_kernels.data.parquet import find_parquet, parquet
+from prunetrain_kernels.data.record import HASHED_BYTES
+from prunetrain_kernels.data.source import FORMS, Source, Split
+from prunetrain_kernels.data.tree import image_folder
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.probe import first_line
 
-_FORMS = (
-    "digits, synthetic:NxCxHxW, a CIFAR python archive (.tar.gz), a folder of train-*.parquet and test-*.parquet, "
-    "or a folder of images as train/<class>/*.jpg and val/<class>/*.jpg"
-)
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-_VAL_NAMES = ("validation", "valid", "val", "test")  # test last: published test sets often carry no labels
 _MOST_CLASSES = 1_000_000  # more are no class numbers, but a column of something else
-
-
-@dataclass(frozen=True)
-class _Split:
-    labels: Tensor  # int64 (N,)
-    images: Callable[[Tensor], Tensor]  # ascending rows -> uint8 (rows, C, H, W)
-    where: Callable[[int], str]  # what an error message calls a row
-
-
-@dataclass(frozen=True)
-class _Source:
-    name: str
-    train: _Split
-    val: _Split
-    class_names: tuple[str, ...] | None  # None where the data do not say: then the labels do
-    flip: bool
 
 
 def load(
@@ -79,8 +58,10 @@ def load(
             - a `cifar-10-python.tar.gz` or `cifar-100-python.tar.gz`, or the folder it unpacks to. CIFAR-100 is read
               with its fine labels;
             - a folder of Parquet files as on Hugging Face: `train-*.parquet` and `validation-*.parquet` or
-              `test-*.parquet`, with a column `img` or `image` of `{bytes, path}` and an integer column `label`,
-              `labels`, `fine_label` or `coarse_label` (the first of these that is there);
+              `test-*.parquet`, or folders `train/` and `test/` of them, or one folder that holds these
+              (`plain_text/train-00000-of-00001.parquet`, `default/train/0000.parquet`), or a snapshot in the Hub's own
+              cache; with a column `img` or `image` of `{bytes, path}` and an integer column `label`, `labels`,
+              `fine_label` or `coarse_label` (the first of these that is there);
             - a tree of images: `train/<class>/*.jpg` and `val/<class>/*.jpg` (or `valid`, `validation`, `test`). A tree
               without `val` is split by `seed`: one in ten of each class is for validation;
             - `synthetic:NxHxW` (3 channels) or `synthetic:NxCxHxW`: N training and N / 5 validation images of a smooth
@@ -92,7 +73,8 @@ def load(
             None keeps them as they are, and then all must have one size. Images read there are always RGB.
         cache: folder for the decoded images of Parquet files and trees; None is
             `$XDG_CACHE_HOME/prunetrain_kernels` (`~/.cache/prunetrain_kernels`). A cached file is used again while the
-            files' names, sizes and modification times are what they were.
+            files' names, sizes and modification times are what they were, and their content too where it is up to
+            256 MiB.
         limit_train, limit_val: at most this many images of the split: a class-balanced subset, chosen by `seed`.
         seed: chooses the subsets, the split of a tree without one, and the synthetic images. Any integer.
         classes: the number of classes that the caller expects; 10 unless given for synthetic data.
@@ -151,10 +133,20 @@ def load(
         std=std,
         padding=max(1, min(train_images.shape[-2:]) // 8),
         flip=source.flip,
+        decoded=source.decoded,
+        files=(
+            _digest_of_many(source.train, train_rows, train_images),
+            _digest_of_many(source.val, val_rows, val_images),
+        ),
     )
 
 
-def _read(spec: str, image_size: int | None, cache: Path, seed: int, classes: int | None) -> _Source:
+def _digest_of_many(split: Split, rows: Tensor, images: Tensor) -> str | None:
+    """The files' names and sizes, where a record of the data does not read all pixels."""
+    return split.files(rows) if images.numel() > HASHED_BYTES else None
+
+
+def _read(spec: str, image_size: int | None, cache: Path, seed: int, classes: int | None) -> Source:
     """Chooses the reader."""
     kind, colon, rest = spec.partition(":")
     if spec == "digits":
@@ -166,21 +158,21 @@ def _read(spec: str, image_size: int | None, cache: Path, seed: int, classes: in
     else:
         kind, rest, path = "", spec, _home(spec)
     if not rest or not path.exists():
-        raise InputError(f"there is no data at {rest!r}; give {_FORMS}")
+        raise InputError(f"there is no data at {rest!r}; give {FORMS}")
 
     if kind == "imagefolder":
-        return _image_folder(path, image_size, cache, seed)
+        return image_folder(path, image_size, cache, seed)
     archive = None if kind == "parquet" else _find_cifar(path)
     if archive is not None:
         source = _with_fixed_size(_cifar(archive), image_size)
-    elif path.is_dir() and (_parquet_folder(path) is not None or kind):
-        source = _parquet(path, image_size, cache)
+    elif path.is_dir() and (find_parquet(path) is not None or kind):
+        source = parquet(path, image_size, cache)
     elif path.is_dir():
-        return _image_folder(path, image_size, cache, seed)
+        return image_folder(path, image_size, cache, seed)
     else:
         raise InputError(
             f"{path} is a file of a kind that is not read"
-            + (" by itself; give the folder that holds it" if path.suffix == ".parquet" else f"; give {_FORMS}")
+            + (" by itself; give the folder that holds it" if path.suffix == ".parquet" else f"; give {FORMS}")
         )
     if kind.startswith("cifar"):
         expected, found = int(kind.removeprefix("cifar")), len(source.class_names or ())
@@ -193,12 +185,12 @@ def _read(spec: str, image_size: int | None, cache: Path, seed: int, classes: in
 # ---------------------------------------------------------------------------------------------- held in memory
 
 
-def _digits() -> _Source:
+def _digits() -> Source:
     bunch = need("sklearn.datasets", "the digits data set").load_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)  # 0..16 as 0..255
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     train, val = stratified_split(labels, every=5, seed=0)  # not the user's seed: accuracies of two seeds must compare
-    return _Source(
+    return Source(
         name="digits",
         train=_in_memory(images[train], labels[train], "digits"),
         val=_in_memory(images[val], labels[val], "digits"),
@@ -207,7 +199,7 @@ def _digits() -> _Source:
     )
 
 
-def _synthetic(form: str, seed: int, classes: int) -> _Source:
+def _synthetic(form: str, seed: int, classes: int) -> Source:
     numbers = re.fullmatch(r"(\d{1,12})x(?:(\d{1,12})x)?(\d{1,12})x(\d{1,12})", form)
     if numbers is None:
         raise InputError(
@@ -230,7 +222,7 @@ def _synthetic(form: str, seed: int, classes: int) -> _Source:
         raise InputError(f"'synthetic:{form}' does not fit into memory; ask for fewer or smaller images") from error
     patterns = 128 + 40 * smooth
 
-    def split(images: Tensor) -> _Split:
+    def split(images: Tensor) -> Split:
         labels = (torch.arange(len(images), device="cpu") % classes)[
             torch.randperm(len(images), generator=generator, device="cpu")
         ]
@@ -239,7 +231,7 @@ def _synthetic(form: str, seed: int, classes: int) -> _Source:
             images[rows] = (patterns[labels[rows]] + noise).clamp_(0, 255).to(torch.uint8)
         return _in_memory(images, labels, "synthetic")
 
-    return _Source(
+    return Source(
         name="synthetic",
         train=split(images[0]),
         val=split(images[1]),
@@ -258,7 +250,7 @@ def _find_cifar(path: Path) -> Path | None:
     return next((p for name in ("10", "100") if (p := path / f"cifar-{name}-python.tar.gz").is_file()), None)
 
 
-def _cifar(path: Path) -> _Source:
+def _cifar(path: Path) -> Source:
     files = _cifar_files(path)
     if "train" in files:
         name, train, val, meta, prefix = "cifar100", ["train"], ["test"], "meta", "fine_"
@@ -277,7 +269,7 @@ def _cifar(path: Path) -> _Source:
         parts = [_cifar_batch(files[m], f"{path}: {m}", prefix + "labels") for m in members]
         images, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         splits.append(_in_memory(images, labels, str(path)))
-    return _Source(name, splits[0], splits[1], tuple(str(n) for n in names), flip=True)
+    return Source(name, splits[0], splits[1], tuple(str(n) for n in names), flip=True)
 
 
 def _cifar_files(path: Path) -> dict[str, bytes]:
@@ -378,11 +370,13 @@ def _field(record: dict[Any, Any], name: str, where: str) -> Any:
     return value
 
 
-def _in_memory(images: Tensor, labels: Tensor, where: str) -> _Split:
-    return _Split(labels, lambda rows: images if len(rows) == len(images) else images[rows], lambda _: where)
+def _in_memory(images: Tensor, labels: Tensor, where: str) -> Split:
+    return Split(
+        labels, lambda rows: images if len(rows) == len(images) else images[rows], lambda _: where, lambda _: None
+    )
 
 
-def _with_fixed_size(source: _Source, image_size: int | None) -> _Source:
+def _with_fixed_size(source: Source, image_size: int | None) -> Source:
     if image_size is not None:
         height, width = source.train.images(torch.tensor([0], device="cpu")).shape[-2:]
         if (height, width) != (image_size, image_size):
@@ -392,261 +386,10 @@ def _with_fixed_size(source: _Source, image_size: int | None) -> _Source:
     return source
 
 
-# ---------------------------------------------------------------------------------------------- Parquet
-
-
-def _parquet_folder(path: Path) -> Path | None:
-    """`path`, or the one folder directly below it, that holds Parquet files."""
-    folders = {p.parent for p in [*path.glob("*.parquet"), *path.glob("*/*.parquet")]}
-    if path in folders:
-        return path
-    if len(folders) > 1:
-        found = ", ".join(sorted(f.name for f in folders)[:5])
-        raise InputError(f"{path} holds several folders of Parquet files ({found}); give one of them")
-    return folders.pop() if folders else None
-
-
-def _parquet(path: Path, image_size: int | None, cache: Path) -> _Source:
-    folder = _parquet_folder(path)
-    files = sorted(folder.glob("*.parquet")) if folder is not None else []
-    of_split = {
-        name: [f for f in files if re.match(rf"{name}[-.]", f.name)] for name in ("train", *_VAL_NAMES)
-    }  # train-00000-of-00001.parquet, train.parquet
-    val_name = next((name for name in _VAL_NAMES if of_split[name]), None)
-    if val_name is None or not of_split["train"]:
-        raise InputError(f"{path} must hold train-*.parquet and test-*.parquet (or validation-*.parquet)")
-    name = path.resolve().name
-    train, names = _parquet_split(of_split["train"], image_size, cache, f"{name}-train")
-    val, val_names = _parquet_split(of_split[val_name], image_size, cache, f"{name}-{val_name}")
-    if names and val_names and names != val_names:
-        raise InputError(f"the training and validation files in {path} name different classes; download them again")
-    return _Source(name, train, val, names or val_names, flip=True)
-
-
-def _parquet_split(
-    files: list[Path], image_size: int | None, cache: Path, label: str
-) -> tuple[_Split, tuple[str, ...] | None]:
-    shards = {int(m[1]) for f in files if (m := re.search(r"-of-(\d+)\.parquet$", f.name))}
-    if shards and shards != {len(files)}:
-        raise InputError(
-            f"{files[0].parent} has {len(files)} of the {max(shards)} files that {files[0].name} belongs to; "
-            "download them all"
-        )
-    tables = [_open_parquet(file) for file in files]
-    image_column, label_column = _columns(tables[0], files[0])
-    types = need("pyarrow", "reading Parquet files").types
-    labels = []
-    for file, table in zip(files, tables, strict=True):
-        if _columns(table, file) != (image_column, label_column):
-            raise InputError(f"{file} has other columns than {files[0].name}; keep one data set per folder")
-        kind = table.schema_arrow.field(image_column).type
-        if types.is_struct(kind):
-            kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
-        if not types.is_binary(kind) and not types.is_large_binary(kind):
-            raise InputError(
-                f"{file}: column {image_column!r} holds {kind}, not {{bytes, path}}; save the images as bytes"
-            )
-        labels.append(_parquet_labels(file, table, label_column))
-    starts = list(itertools.accumulate((len(part) for part in labels), initial=0))
-    if starts[-1] == 0:
-        raise InputError(f"{files[0]} has no rows; download it again")
-
-    def where(row: int) -> str:
-        i = max(i for i, start in enumerate(starts[:-1]) if start <= row)
-        return f"{files[i]}: row {row - starts[i]}"
-
-    def images(rows: Tensor) -> Tensor:
-        return decode_cached(
-            lambda: in_groups(_parquet_rows(files, tables, starts, image_column, rows.numpy())),
-            len(rows),
-            image_size,
-            cache=cache,
-            label=label,
-            key=[[_stamp(file, file.name) for file in files], image_column, _digest(rows)],
-        )
-
-    return _Split(torch.cat(labels), images, where), _parquet_class_names(tables[0], label_column)
-
-
-def _open_parquet(file: Path) -> Any:
-    parquet = need("pyarrow.parquet", "reading Parquet files")
-    try:
-        return parquet.ParquetFile(file, page_checksum_verification=True)
-    except Exception as error:  # pyarrow's errors are OSError, ValueError and their own
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, error: Exception) -> InputError:
-    return InputError(f"{file} is damaged or cut short ({first_line(error)}); download it again")
-
-
-def _columns(table: Any, file: Path) -> tuple[str, str]:
-    """Names of the image column and of the label column."""
-    there = table.schema_arrow.names
-    image = next((c for c in ("img", "image") if c in there), None)
-    label = next((c for c in ("label", "labels", "fine_label", "coarse_label") if c in there), None)
-    if image is None or label is None:
-        lacking = " and ".join(
-            text for column, text in ((image, "images (img or image)"), (label, "labels (label)")) if column is None
-        )
-        raise InputError(f"{file} has no column of {lacking}, only {', '.join(there)}; rename the column")
-    return image, label
-
-
-def _parquet_labels(file: Path, table: Any, column: str) -> Tensor:
-    types = need("pyarrow", "reading Parquet files").types
-    try:
-        values = table.read(columns=[column]).column(0)
-    except Exception as error:
-        raise _damaged(file, error) from error
-    if not types.is_integer(values.type) or values.null_count:
-        found = f"{values.null_count} missing values" if types.is_integer(values.type) else f"{values.type} values"
-        raise InputError(f"{file}: column {column!r} has {found}; labels must be integers from 0")
-    return torch.from_numpy(values.to_numpy().astype(np.int64))
-
-
-def _parquet_class_names(table: Any, column: str) -> tuple[str, ...] | None:
-    """The names in the metadata that Hugging Face writes, if they are there."""
-    metadata = (table.schema_arrow.metadata or {}).get(b"huggingface")
-    try:
-        names = json.loads(metadata or b"{}")["info"]["features"][column]["names"]
-        return tuple(str(name) for name in names) or None
-    except (ValueError, KeyError, TypeError):
-        return None  # optional, and not ours to judge
-
-
-def _parquet_rows(
-    files: list[Path], tables: list[Any], starts: list[int], column: str, rows: np.ndarray
-) -> Iterator[Encoded]:
-    """The compressed images of ascending `rows`, some hundreds in memory at a time."""
-    arrow = need("pyarrow", "reading Parquet files")
-    compute = need("pyarrow.compute", "reading Parquet files")
-    for file, table, start, stop in zip(files, tables, starts, starts[1:], strict=False):
-        here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)] - start
-        batches = iter(table.iter_batches(batch_size=512, columns=[column]))
-        first = 0
-        while len(here):
-            try:
-                values = next(batches).column(0)
-                chosen = here[: np.searchsorted(here, first + len(values))]
-                if arrow.types.is_struct(values.type):
-                    values = compute.struct_field(values, "bytes")
-                contents = values.take(arrow.array(chosen - first)).to_pylist()
-            except Exception as error:
-                raise _damaged(file, error) from error
-            for row, content in zip(chosen, contents, strict=True):
-                if not isinstance(content, bytes):
-                    raise InputError(f"{file}: row {row} holds no image bytes in {column!r}; save the images as bytes")
-                yield Encoded(f"{file}: row {row}", content)
-            first += len(values)
-            here = here[len(chosen) :]
-
-
-# ---------------------------------------------------------------------------------------------- trees of images
-
-
-def _image_folder(path: Path, image_size: int | None, cache: Path, seed: int) -> _Source:
-    if not path.is_dir():
-        raise InputError(f"{path} is not a folder; give {_FORMS}")
-    folders = _subfolders(path)
-    val_name = next((name for name in _VAL_NAMES if name in folders), None)
-    if "train" not in folders and val_name is not None:
-        raise InputError(f"{path} has {val_name}/ but no train/; give the folder that holds both")
-    root = path / "train" if "train" in folders else path
-    names = tuple(_subfolders(root))
-    if not names:
-        raise InputError(f"{root} holds no folders of images, one per class; give {_FORMS}")
-    files, labels = _listing(root, names)
-    for i, name in enumerate(names):
-        if not (labels == i).any():
-            raise InputError(
-                f"{root / name} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}); add some or remove the folder"
-            )
-    data_name = path.resolve().name
-    if val_name is not None:
-        val_root = path / val_name
-        unknown = [name for name in _subfolders(val_root) if name not in names]
-        if unknown:
-            raise InputError(f"{val_root / unknown[0]} is a class that {root} does not have; add it there or remove it")
-        val_files, val_labels = _listing(val_root, names)
-        if not val_files:
-            raise InputError(
-                f"{val_root} holds no images in folders named after the classes; sort them so or remove it"
-            )
-    else:
-        if len(files) < 2:
-            raise InputError(f"{root} holds a single image, which cannot be split into training and validation")
-        train_rows, val_rows = stratified_split(labels, every=10, seed=seed)
-        val_files, val_labels = [files[i] for i in val_rows], labels[val_rows]
-        files, labels = [files[i] for i in train_rows], labels[train_rows]
-
-    def split(files: list[Path], labels: Tensor, label: str) -> _Split:
-        return _Split(
-            labels,
-            lambda rows: _tree_images([files[i] for i in rows], path, image_size, cache, label),
-            lambda row: str(files[row]),
-        )
-
-    return _Source(
-        data_name,
-        split(files, labels, f"{data_name}-train"),
-        split(val_files, val_labels, f"{data_name}-val"),
-        names,
-        flip=True,
-    )
-
-
-def _subfolders(path: Path) -> list[str]:
-    """Sorted; hidden ones (.git, .ipynb_checkpoints) do not count."""
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _listing(root: Path, names: Sequence[str]) -> tuple[list[Path], Tensor]:
-    """Image files below each class's folder, however deep, and their labels."""
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        found = [
-            Path(folder, file)
-            for folder, _, inside in os.walk(root / name, followlinks=True)
-            for file in inside
-            # a name that starts with a dot is a desktop's own note about the file, not the file
-            if os.path.splitext(file)[1].lower() in _IMAGE_SUFFIXES and not file.startswith(".")
-        ]
-        files += sorted(found)
-        labels += [label] * len(found)
-    return files, torch.tensor(labels, dtype=torch.int64, device="cpu")
-
-
-def _tree_images(files: list[Path], root: Path, image_size: int | None, cache: Path, label: str) -> Tensor:
-    return decode_cached(
-        lambda: in_groups(Encoded(str(file), file) for file in files),
-        len(files),
-        image_size,
-        cache=cache,
-        label=label,
-        key=[_stamp(file, str(file.relative_to(root))) for file in files],
-    )
-
-
 # ---------------------------------------------------------------------------------------------- shared
 
 
-def _stamp(file: Path, name: str) -> list[object]:
-    """What changes when a file does, without reading it."""
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); restore it or remove it") from error
-    return [name, status.st_size, status.st_mtime_ns]
-
-
-def _digest(rows: Tensor) -> str:
-    """Stands for a list of rows in a cache's key."""
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-
-
-def _check_labels(split: _Split, classes: int) -> None:
+def _check_labels(split: Split, classes: int) -> None:
     outside = ((split.labels < 0) | (split.labels >= classes)).nonzero()
     if len(outside):
         row = int(outside[0])

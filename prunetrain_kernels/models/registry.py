@@ -1,14 +1,15 @@
 """A network by name, or by the import path of anybody's function."""
 
 import difflib
+import functools
 import importlib
 import inspect
-import operator
 from collections.abc import Callable
 
 from torch import nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.models.missing_operators import with_torchvision
 from prunetrain_kernels.models.resnet import imagenet_resnet50, resnet20, resnet32, resnet50, resnet56
 from prunetrain_kernels.models.vgg import vgg11, vgg13
 
@@ -21,6 +22,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg13": vgg13,
     "imagenet_resnet50": imagenet_resnet50,
 }
+_LONGEST = 300  # characters of somebody else's message that a sentence can hold
 
 
 def build(name_or_path: str, num_classes: int, in_channels: int = 3) -> nn.Module:
@@ -28,8 +30,9 @@ def build(name_or_path: str, num_classes: int, in_channels: int = 3) -> nn.Modul
 
     Args:
         name_or_path: a name in `MODELS`, or `package.module:function` (say `torchvision.models:resnet18`): any callable
-            that takes `num_classes=` and returns an `nn.Module`. It is given `in_channels=` only if it has a parameter
-            of that name.
+            that takes `num_classes=` and returns an `nn.Module`, nested as you like (`module:Class.method`). It is
+            given `in_channels=` only if it has a parameter of that name. torchvision may be of another build than
+            PyTorch, whose compiled operators do not load.
         num_classes: logits per image.
         in_channels: channels of the input images.
 
@@ -50,16 +53,21 @@ def build(name_or_path: str, num_classes: int, in_channels: int = 3) -> nn.Modul
         arguments["in_channels"] = in_channels
     call = f"{name_or_path}({', '.join(f'{name}={value}' for name, value in arguments.items())})"
     try:
-        model = factory(**arguments)
-    except Exception as error:
-        raise InputError(f"The call {call} failed with {_one_line(error)}.") from error
+        model = with_torchvision(lambda: factory(**arguments))
+    except (Exception, SystemExit) as error:
+        hint = "" if _takes(factory, arguments) else "; name a function that needs no argument but num_classes"
+        raise InputError(f"The call {call} failed with {_one_line(error)}{hint}.") from error
     if not isinstance(model, nn.Module):
-        raise InputError(f"The call {call} must return a torch.nn.Module, but returned {type(model).__name__}.")
+        is_ = f"the class {model.__name__} itself" if isinstance(model, type) else type(model).__name__
+        raise InputError(f"The call {call} must return a torch.nn.Module, but returned {is_}.")
     return model
 
 
 def _unknown_name(name: str) -> str:
     nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
+    module, dot, function = name.rpartition(".")
+    if dot and module and function:
+        nearest = [f"{module}:{function}"]
     guess = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     known = ", ".join(MODELS)
     return f"There is no model {name!r}{guess}: give one of {known}, or an import path such as package.module:function."
@@ -70,18 +78,39 @@ def _load(path: str) -> Callable[..., object]:
     if not module_name or not attribute:
         raise InputError(f"The import path {path!r} must have the form package.module:function.")
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a module may raise anything while it is imported
+        module = with_torchvision(lambda: importlib.import_module(module_name))
+    except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
         raise InputError(f"Cannot import {module_name!r} for the model {path!r}: {_one_line(error)}.") from error
-    try:
-        factory = operator.attrgetter(attribute)(module)
-    except AttributeError:
-        nearest = difflib.get_close_matches(attribute, dir(module), n=1)
-        guess = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        raise InputError(f"The module {module_name!r} has no attribute {attribute!r}{guess}.") from None
+    factory: object = module
+    called = f"The module {module_name!r}"
+    for part in attribute.split("."):
+        factory = _attribute(factory, part, called)
+        called = f"{part!r} in the module {module_name!r}"
     if not callable(factory):
         raise InputError(f"The model {path!r} must be a function or a class, but is a {type(factory).__name__}.")
     return factory
+
+
+def _attribute(holder: object, name: str, called: str) -> object:
+    try:
+        return with_torchvision(functools.partial(getattr, holder, name))
+    except AttributeError:
+        nearest = difflib.get_close_matches(name, dir(holder), n=1)
+        guess = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise InputError(f"{called} has no attribute {name!r}{guess}.") from None
+    except (Exception, SystemExit) as error:  # a module may load what it holds when it is asked for it
+        raise InputError(f"{called} cannot give its attribute {name!r}: {_one_line(error)}.") from error
+
+
+def _takes(factory: Callable[..., object], arguments: dict[str, int]) -> bool:
+    """Whether a function can be called with these arguments, as far as its signature says."""
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except ValueError:  # it has none that can be read
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def _has_parameter(factory: Callable[..., object], name: str) -> bool:
@@ -92,5 +121,6 @@ def _has_parameter(factory: Callable[..., object], name: str) -> bool:
         return False
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")
+def _one_line(error: BaseException) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")
+    return text if len(text) <= _LONGEST else text[:_LONGEST].rpartition(" ")[0] + " (and so on)"

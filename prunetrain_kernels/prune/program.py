@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.files import write_atomically
+from prunetrain_kernels.probe import difference, first_line, looking
 from prunetrain_kernels.prune.export import to_dense
-from prunetrain_kernels.prune.reconfigure import evaluating
 
 FORMATS = {"torch": ".pt2", "onnx": ".onnx", "torchscript": ".pt"}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # of the scale
@@ -73,8 +73,8 @@ def export_program(
             default what the file's name says.
 
     Raises:
-        InputError: an unknown format, a missing package, a model that cannot be exported or does not take batches of
-            other sizes, or a file that cannot be written.
+        InputError: an unknown format, a missing package, a model that cannot be exported, does not take batches of
+            other sizes or returns nothing finite to compare, or a file that cannot be written.
         PruneTrainError: the program computes something else than the model; nothing was written.
     """
     path = Path(path)
@@ -110,26 +110,32 @@ def _format_of(path: Path, format: str | None) -> str:
 
 def _check(model: nn.Module, program: Program, format: str, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
     """How far the program's output is from the model's, and the latter's scale; raises where that is too far."""
-    with evaluating(model):
+    with looking(model):
         expected = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
     batch = len(inputs[0])
     try:
-        found = program(inputs)
+        got = program(inputs)
     except Exception as error:
         raise InputError(f"the {format} program does not take a batch of {batch}: {_why(error)}.") from error
-    if [y.shape for y in found] != [y.shape for y in expected]:
-        shapes = [tuple(y.shape) for y in found]
+    if [y.shape for y in got] != [y.shape for y in expected]:
+        shapes = [tuple(y.shape) for y in got]
         raise InputError(
             f"the {format} program gives {shapes} for a batch of {batch}; the model computes with its batch size as a "
             "plain number, which such a program cannot follow."
         )
-    moved, scale = _distance(found, expected), _largest(expected)
-    if moved > max((TOLERANCE.get(y.dtype, 1e-5) for y in expected), default=0.0) * max(scale, 1e-6):
-        raise PruneTrainError(
-            f"the {format} program's output differs by {moved:.1e} from the model's (scale {scale:.1e}) for a batch of "
-            f"{batch}, so nothing was written; please report it with the model."
+    gap = difference(*({str(i): y.detach().cpu() for i, y in enumerate(outputs)} for outputs in (expected, got)))
+    if not gap.compared:
+        raise InputError(
+            f"nothing of {type(model).__name__}'s output is finite for a batch of {batch}, so the {format} program "
+            "cannot be checked; give example inputs for which it is."
         )
-    return moved, scale
+    if gap.largest > max((TOLERANCE.get(y.dtype, 1e-5) for y in expected), default=0.0) * max(gap.scale, 1e-6):
+        others = " or ".join(name for name in FORMATS if name != format)
+        raise PruneTrainError(
+            f"the {format} program's output differs by {gap.largest:.1e} from the model's (scale {gap.scale:.1e}) for "
+            f"a batch of {batch}, so nothing was written; export as {others}."
+        )
+    return gap.largest, gap.scale
 
 
 def _of_batch(inputs: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
@@ -192,15 +198,4 @@ def _why(error: Exception) -> str:
     """The innermost cause, in one line."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
-
-
-def _largest(tensors: list[Tensor]) -> float:
-    return max((float(t.detach().abs().max()) for t in tensors if t.numel()), default=0.0)
-
-
-def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference; infinite where only one is NaN."""
-    pairs = [(a.detach().cpu().double(), b.cpu().double()) for a, b in zip(found, expected, strict=True)]
-    gaps = [(a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0) for a, b in pairs]
-    return _largest([gap.nan_to_num(nan=float("inf"), posinf=float("inf")) for gap in gaps])
+    return first_line(error)

@@ -52,6 +52,7 @@ class TrainConfig:
     round_to: int = 1
     proximal: bool = False
     start_from: str | None = None
+    start_from_other_data: bool = False
     grow_batch: bool = False
     batch_granularity: int = 32
     memory_budget: int | None = None
@@ -114,6 +115,8 @@ class TrainConfig:
             raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
         if self.dense and self.proximal:
             raise InputError("--dense has no lasso, so it cannot go with --proximal; choose one.")
+        if self.start_from_other_data and self.start_from is None:
+            raise InputError("--start-from-other-data allows --start-from a run on other data; give --start-from too.")
         if self.schedule == "onecycle" and (self.warmup or self.epochs < 2):
             raise InputError("--schedule onecycle has a warm-up of its own and needs 2 epochs; leave --warmup out.")
         if (

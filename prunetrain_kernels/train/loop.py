@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunetrain_kernels.compiled import Compilations, compiling, eagerly
-from prunetrain_kernels.data import batch, epoch_order
+from prunetrain_kernels.data import batch, epoch_order, record_of
 from prunetrain_kernels.data.dataset import seeded_generator
 from prunetrain_kernels.errors import DivergedError, InputError
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
@@ -111,7 +111,9 @@ class _Run:
         self.say: Callable[[str], None] = tqdm.write if progress else lambda text: None
         self.log = RunLog(self.folder)
         self.data = one_after_the_other(ranks, lambda: setup.load_data(config, self.device))
-        ranks.agree("the data", self.data.image_shape, self.data.train_labels, self.data.val_labels)
+        self.data_record = record_of(self.data)
+        ranks.agree("the data", self.data.image_shape, json.dumps(self.data_record))
+        self._compare_data(saved, start)
         self.model = setup.build_model(config, self.data, self.device, ranks)
         self.channels_last = config.channels_last
         self.optimizer = setup.optimizer_class(config)(
@@ -169,7 +171,7 @@ class _Run:
             self.step = CapturedStep(self.step)
         if saved is None:
             if start is not None:
-                self._start_from(start)
+                self._start_from(start["model"])
             self.costs = self._costs()
             self.totals.dense = asdict(self.costs)
             self._begin_folder()
@@ -193,6 +195,17 @@ class _Run:
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
+    def _compare_data(self, saved: dict[str, Any] | None, start: dict[str, Any] | None) -> None:
+        """Refuses data that are not those of the run that goes on, or that this one starts from."""
+        known = [setup.check_same_data(self.config, saved, self.data_record)] if saved is not None else []
+        known += [setup.check_start_data(self.config, start, self.data_record)] if start is not None else []
+        if not all(known):
+            what = f"'{self.folder}'" if saved is not None else f"--start-from {self.config.start_from}"
+            self.say(
+                f"{what} was written by a version that kept no record of its data: they could not be compared with "
+                f"'{self.config.data}'"
+            )
+
     def _begin_folder(self) -> None:
         """Only now, when nothing in the options can fail any more."""
         if not self.ranks.first:
@@ -201,7 +214,9 @@ class _Run:
             self.checkpoint.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"cannot remove '{self.checkpoint}': {error.strerror or error}.") from error
-        self.log.write_config({**asdict(self.config), **setup.environment(self.device, self.ranks)})
+        self.log.write_config(
+            {**asdict(self.config), **setup.environment(self.device, self.ranks), "data_record": self.data_record}
+        )
 
     def _restore(self) -> None:
         extra = load_pruned(self.checkpoint, self.model, self.optimizer, self.prunetrain, self._copies())
@@ -490,6 +505,7 @@ class _Run:
             rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             config=json.dumps(asdict(self.config)),
+            data=self.data_record,
         )
 
     def finish(self) -> None:

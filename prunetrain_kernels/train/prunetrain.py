@@ -34,7 +34,7 @@ from prunetrain_kernels.ops.group_lasso import slice_max_abs
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
 from prunetrain_kernels.prune.reconfigure import Reconfiguration, reconfigure
-from prunetrain_kernels.regularizer import GroupLasso, penalty_coefficient
+from prunetrain_kernels.regularizer import GroupLasso, one_number, penalty_coefficient
 from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
 from prunetrain_kernels.train.mini_batch import MiniBatch
 
@@ -321,7 +321,8 @@ class PruneTrain:
         """lambda, set once, from the mean of all ranks' losses; waits for the device, and the ranks, that once."""
         if self.coefficient is None:
             self.ranks.agree_on_weights(self.model)
-            first = penalty_coefficient(self.ranks.mean(loss.detach()), penalty.detach(), self.penalty_ratio)
+            of_all = self.ranks.mean(one_number(loss, "the first loss"))
+            first = penalty_coefficient(of_all, penalty.detach(), self.penalty_ratio)
             self.coefficient = self.ranks.broadcast(first)  # GPUs of several kinds may round R(W) differently
             self.ranks.agree("lambda and the penalty's share", self.coefficient, self.penalty_ratio)
         return self.coefficient

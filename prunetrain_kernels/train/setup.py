@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, SequentialLR
 
 from prunetrain_kernels.compiled import eagerly
-from prunetrain_kernels.data import ImageData, load
+from prunetrain_kernels.data import ImageData, difference_of_data, load
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.machine import processor
 from prunetrain_kernels.models import build
@@ -63,6 +63,51 @@ def saved_state(config: TrainConfig, resume: bool, overwrite: bool) -> dict[str,
                 "resume with the same options, or choose another --out."
             )
     return saved
+
+
+def check_same_data(config: TrainConfig, saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the data of a run that goes on could be compared: runs of before 0.2 have no record of theirs.
+
+    Raises:
+        CheckpointError: they are not what the run was trained on; says what differs.
+    """
+    differs = difference_from(Path(config.out) / CHECKPOINT, saved, now)
+    if differs:
+        raise CheckpointError(
+            f"'{config.out}' was not trained on what '{config.data}' holds now: {differs}; restore the data, or choose "
+            "another --out."
+        )
+    return saved["extra"].get("data") is not None
+
+
+def check_start_data(config: TrainConfig, start: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the data that `--start-from` was trained on could be compared: runs of before 0.2 have no record of them.
+
+    Raises:
+        CheckpointError: they are not this run's, and nobody said that they need not be; says what differs.
+    """
+    assert config.start_from is not None
+    differs = difference_from(Path(config.start_from), start, now)
+    if differs and not config.start_from_other_data:
+        raise CheckpointError(
+            f"--start-from {config.start_from} was not trained on what '{config.data}' holds: {differs}; give the data "
+            "of that run, or add --start-from-other-data."
+        )
+    return start["extra"].get("data") is not None
+
+
+def difference_from(path: Path, payload: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What differs between the data that a checkpoint was trained on and those of the record `now`; None if nothing
+    does, or where the checkpoint has no record.
+
+    Raises:
+        CheckpointError: the checkpoint's record is damaged.
+    """
+    before = payload["extra"].get("data")
+    try:
+        return None if before is None else difference_of_data(before, now)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the record of the data in '{path}' cannot be read; choose another --out.") from error
 
 
 def device_of(config: TrainConfig) -> torch.device:
@@ -159,8 +204,8 @@ def scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> LRSchedu
     return SequentialLR(optimizer, [rising, after], [warmup])
 
 
-def dense_start(config: TrainConfig) -> dict[str, Tensor]:
-    """The tensors of the dense network that `config.start_from` names."""
+def dense_start(config: TrainConfig) -> dict[str, Any]:
+    """The checkpoint of the dense network that `config.start_from` names."""
     assert config.start_from is not None
     path = Path(config.start_from)
     if path.is_dir():
@@ -184,8 +229,7 @@ def dense_start(config: TrainConfig) -> dict[str, Tensor]:
             f"--start-from {config.start_from} is unfinished, {payload['extra']['epoch']} of {trained['epochs']} "
             "epochs; finish it first with --resume."
         )
-    state: dict[str, Tensor] = payload["model"]
-    return state
+    return payload
 
 
 def check_dense_start(config: TrainConfig, model: nn.Module, start: dict[str, Tensor]) -> None:

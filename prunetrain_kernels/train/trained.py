@@ -4,13 +4,15 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunetrain_kernels.data import ImageData, batch
+from prunetrain_kernels.data import ImageData, batch, record_of
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.models import build
+from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import TrainConfig
@@ -23,10 +25,13 @@ class Trained:
     """A trained network on the CPU, in evaluation mode.
 
     Attributes:
-        examples: images as it was trained on, fp32 (N, C, H, W): validation images, or random ones without the data.
-        mean, std: of each channel of the training images, 0..1, by which its images are normalised:
-            (image / 255 - mean) / std; None without the data.
+        examples: images as it was trained on, fp32 (N, C, H, W): validation images, or random ones where the run's data
+            are not needed, not there, or not what they were.
+        mean, std: of each channel of the images it was trained on, 0..1, by which its images are normalised:
+            (image / 255 - mean) / std; None where neither the run nor its data say.
         epoch: finished epochs.
+        class_names: in the order of the logits; None as for `mean`.
+        note: why the examples are random although the data were looked for, "" where they are not.
     """
 
     model: nn.Module
@@ -34,10 +39,26 @@ class Trained:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     epoch: int
+    class_names: tuple[str, ...] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _TrainedOn:
+    """What a network was trained on, as far as it is known."""
+
+    shape: tuple[int, ...]
+    class_names: tuple[str, ...] | None
+    classes: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def load_trained(run: Path, input_shape: tuple[int, ...] | None = None, classes: int | None = None) -> Trained:
     """Rebuilds the network of a run folder of `prunetrain train`, pruned as it was last saved.
+
+    Mean, standard deviation and classes are those that the run wrote down, whatever its data are now. A run of before
+    0.2 wrote none down: there they are measured on the data as they are.
 
     Args:
         run: the folder, or its checkpoint.pt.
@@ -46,41 +67,87 @@ def load_trained(run: Path, input_shape: tuple[int, ...] | None = None, classes:
 
     Raises:
         CheckpointError: no checkpoint there, or one that `prunetrain train` did not write.
-        InputError: the run's data or model are not where they were.
+        InputError: a run of before 0.2 whose data are not where they were, a shape or count that is not the run's, or a
+            model that cannot be built.
     """
     path = run / setup.CHECKPOINT if run.is_dir() else run
-    extra = read_checkpoint(path)["extra"]
+    payload = read_checkpoint(path)
+    extra = payload["extra"]
     if "config" not in extra:
         raise CheckpointError(f"'{path}' was not written by `prunetrain train`; use export_program on your own model.")
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     config = TrainConfig(**{name: value for name, value in json.loads(extra["config"]).items() if name in known})
-    mean = std = None
-    if input_shape is None or classes is None:
-        data = _data(config)
-        mean, std, shape, found = data.mean, data.std, data.image_shape, data.classes
-        for name, said, is_ in (("input", input_shape, shape), ("classes", classes, found)):
-            if said is not None and said != is_:
-                raise InputError(f"--{name} is {said}, but in the run's data it is {is_}; leave it out.")
+    told = input_shape is not None and classes is not None
+    data, note = (None, "") if told else _data(config, path, payload)
+    on = _trained_on(config, path, extra, data, (input_shape, classes))
+    if data is not None and not note:
+        if on.mean is not None and on.std is not None:
+            data = dataclasses.replace(data, mean=on.mean, std=on.std)
         indices = torch.arange(min(EXAMPLES, len(data.val_labels)), device="cpu")
         examples = batch(data, indices, seed=config.seed, epoch=0, step=0, device="cpu", train=False)[0]
     else:
-        shape, found = (input_shape[0], input_shape[1], input_shape[2]), classes
-        examples = torch.randn(EXAMPLES, *shape, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
+        examples = torch.randn(
+            EXAMPLES, *on.shape, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu"
+        )
     with torch.device("cpu"):
-        model = build(config.model, found, in_channels=shape[0])
+        model = build(config.model, on.classes, in_channels=on.shape[0])
     load_pruned(path, model)
     try:
         with torch.no_grad():
             model.eval()(examples)
     except (RuntimeError, ValueError) as error:  # the first layer's channels are whatever was saved
-        raise InputError(f"the network does not take images of {shape}: {str(error).splitlines()[0]}") from error
-    return Trained(model, examples, mean, std, extra["epoch"])
+        raise InputError(f"the network does not take images of {on.shape}: {first_line(error)}.") from error
+    return Trained(model, examples, on.mean, on.std, extra["epoch"], on.class_names, note)
 
 
-def _data(config: TrainConfig) -> ImageData:
+def _data(config: TrainConfig, path: Path, payload: dict[str, Any]) -> tuple[ImageData | None, str]:
+    """The run's data, and why they cannot serve as examples, "" where they can."""
+    recorded = payload["extra"].get("data") is not None
     try:
-        return setup.load_data(config, torch.device("cpu"))
+        data = setup.load_data(config, torch.device("cpu"))
     except InputError as error:
+        if recorded:
+            return None, f"the run's data cannot be read ({str(error).rstrip('.')})"
         raise InputError(
             f"the run's data cannot be read: {str(error).rstrip('.')}; give --input CxHxW and --classes N instead."
         ) from error
+    differs = setup.difference_from(path, payload, record_of(data)) if recorded else None
+    return data, "" if differs is None else f"the run's data are no longer what it was trained on ({differs})"
+
+
+def _trained_on(
+    config: TrainConfig,
+    path: Path,
+    extra: dict[str, Any],
+    data: ImageData | None,
+    said: tuple[tuple[int, ...] | None, int | None],
+) -> _TrainedOn:
+    """From the run's own record, or else its data; what the user says of the images comes first, and must agree."""
+    record = extra.get("data")
+    if record is None and data is not None:
+        record = record_of(data)
+    if record is None:
+        assert said[0] is not None
+        assert said[1] is not None
+        return _TrainedOn(said[0], None, said[1])
+    try:
+        on = _of_record(config, record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the record of the data in '{path}' cannot be read.") from error
+    both = None not in said
+    for name, value, is_ in (("input", said[0], on.shape), ("classes", said[1], on.classes)):
+        # a network may well take images of another size, if the user says all of it
+        if value is not None and value != is_ and not (both and name == "input"):
+            raise InputError(f"--{name} is {value}, but in the run's data it is {is_}; leave it out.")
+    return dataclasses.replace(on, shape=said[0]) if said[0] is not None else on
+
+
+def _of_record(config: TrainConfig, record: dict[str, Any]) -> _TrainedOn:
+    channels, height, width = record["image"]
+    return _TrainedOn(
+        (channels, config.crop or height, config.crop or width),
+        tuple(record["class_names"]),
+        len(record["class_names"]),
+        tuple(record["mean"]),
+        tuple(record["std"]),
+    )

@@ -158,6 +158,32 @@ def test_a_batch_that_was_traced_as_a_number_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+class Masked(nn.Module):
+    """One logit is masked to -inf, or all of them."""
+
+    def __init__(self, masked: int) -> None:
+        super().__init__()
+        self.fc, self.masked = nn.Linear(3, 4), masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x.mean((2, 3)))
+        return torch.cat([y[:, self.masked :], torch.full_like(y[:, : self.masked], -torch.inf)], 1)
+
+
+def test_outputs_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    done = export_program(Masked(1), (x,), tmp_path / "net.pt2")
+    assert done.max_abs_dy <= 1e-5 * done.scale
+    assert 0 < done.scale < torch.inf
+    with pytest.raises(InputError, match="nothing of Masked's output is finite for a batch of 3"):
+        export_program(Masked(4), (x,), tmp_path / "all.pt2")
+    assert not (tmp_path / "all.pt2").exists()
+    # finite in the program, but not in the model
+    monkeypatch.setattr(program, "to_dense", lambda *_: Masked(0))
+    with pytest.raises(PruneTrainError, match=r"differs by inf .*; export as onnx or torchscript\.$"):
+        export_program(Masked(1), (x,), tmp_path / "other.pt2")
+
+
 def test_what_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = pruned()
     with pytest.raises(InputError, match=r"does not say the format; let it end in .pt2, .onnx, .pt,"):

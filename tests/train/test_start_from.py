@@ -131,20 +131,34 @@ def test_starts_that_cannot_be_used_are_refused_and_nothing_is_lost(dense: Path,
     save_pruned(stranger, nn.Linear(2, 2))
     shutil.copytree(ssl, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    other = {"start_from_other_data": True}
     for start, more, says in (
         (tmp_path / "nowhere", {}, "there is no checkpoint"),
         (tmp_path, {}, "there is no checkpoint"),
         (ssl, {}, "was pruned while it trained; give a run trained with --dense"),
         (dense, {"model": "resnet32"}, "is a resnet20, not a resnet32"),
-        (dense, {"classes": 7}, r"'fc.weight' is \(10, 64\) there and \(7, 64\) in this network"),
-        (dense, {"data": "synthetic:48x1x8x8"}, r"'conv1.weight' is \(16, 3, 3, 3\) there"),
+        (dense, {"classes": 7}, r"the classes differ \(10 then, 7 now\): 'pattern 7', 'pattern 8', 'pattern 9' are"),
+        (dense, {"classes": 7, **other}, r"'fc.weight' is \(10, 64\) there and \(7, 64\) in this network"),
+        (dense, {"data": "synthetic:48x1x8x8"}, r"channels x height x width\) were 3x8x8 and are 1x8x8; give the data"),
+        (dense, {"data": "synthetic:48x1x8x8", **other}, r"'conv1.weight' is \(16, 3, 3, 3\) there"),
+        (dense, {"seed": 1}, "the training images have other labels, or another order"),
+        (None, other, "give --start-from too"),
         (edited(dense, tmp_path / "unfinished", epochs=5), {}, "unfinished, 2 of 5 epochs"),
         (stranger, {}, "was not written by"),
         (tmp_path / "run", {}, "is the run folder itself"),
     ):
         with pytest.raises((InputError, CheckpointError), match=says):
-            train(config(tmp_path / "run", start_from=str(start), **more), overwrite=True, progress=False)
+            train(config(tmp_path / "run", start_from=start and str(start), **more), overwrite=True, progress=False)
         assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before, says
+
+
+def test_other_data_are_a_start_if_the_user_says_so(dense: Path, tmp_path: Path) -> None:
+    other = config(tmp_path / "run", data="synthetic:60x8x8", epochs=1, interval=1, start_from=str(dense))
+    with pytest.raises(CheckpointError, match=r"had \d images? and has|had 5 training images and has 6"):
+        train(other, progress=False)
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    train(replace(other, start_from_other_data=True), progress=False)
+    assert len(read_run(tmp_path / "run").log) == 1
 
 
 def test_a_dense_run_may_start_from_one_too(dense: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`prunetrain export`: from a run folder to a program that gives what the run's validation saw."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from prunetrain_kernels import cli
-from prunetrain_kernels.data import batch, load
+from prunetrain_kernels.data import ImageData, batch, load
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.loop import train
@@ -63,7 +64,9 @@ def test_export_without_the_data(run: Path, tmp_path: Path, capsys: pytest.Captu
     path = tmp_path / "net.pt"
     checkpoint = str(run / "checkpoint.pt")
     assert cli.main(["export", checkpoint, "--input", "1x8x8", "--classes", "10", "--out", str(path)]) == 0
-    assert capsys.readouterr().out.endswith("input: float32 images (N, 1, 8, 8)\n")
+    said = capsys.readouterr().out
+    mean, std = (f"{value[0]:.6g}" for value in (load(DATA).mean, load(DATA).std))  # which the run wrote down
+    assert said.endswith(f"images (N, 1, 8, 8), (image / 255 - mean) / std with mean {mean} and std {std}\n")
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,45 @@ def test_export_refuses(
     assert not list(tmp_path.iterdir())
 
 
+def forget_the_data(run: Path) -> None:
+    """Makes it a run of a version that did not write its data down."""
+    payload = torch.load(run / "checkpoint.pt", weights_only=True)
+    del payload["extra"]["data"]
+    torch.save(payload, run / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("now", ["others", "gone"])
+def test_a_run_whose_data_have_changed_keeps_its_mean(
+    now: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Today's mean, applied to the images, would be another than the network was trained with."""
+
+    def today(*_: object, **__: object) -> ImageData:
+        if now == "gone":
+            raise setup.InputError("there is no data at 'images'")
+        return dataclasses.replace(load(DATA), mean=(0.1,), std=(0.9,), class_names=tuple("abcdefghij"))
+
+    then = load(DATA)
+    monkeypatch.setattr(setup, "load", today)
+    trained = load_trained(run)
+    assert (trained.mean, trained.std, trained.class_names) == (then.mean, then.std, then.class_names)
+    assert trained.examples.shape == (8, 1, 8, 8)
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "net.pt")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].endswith(f"mean {then.mean[0]:.6g} and std {then.std[0]:.6g}")
+    why = {"others": "are no longer what it was trained on (the classes differ", "gone": "cannot be read"}[now]
+    assert why in said[2]
+
+
+def test_a_run_without_a_record_is_exported_with_its_data_as_they_are(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    forget_the_data(copy)
+    trained, data = load_trained(copy), load(DATA)
+    assert (trained.mean, trained.std, trained.class_names, trained.note) == (data.mean, data.std, data.class_names, "")
+    assert load_trained(copy, (1, 8, 8), 10).mean is None
+
+
 def test_export_refuses_what_is_no_run(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +147,7 @@ def test_export_refuses_what_is_no_run(
         raise setup.InputError("'images' is not there.")
 
     monkeypatch.setattr(setup, "load", gone)
+    forget_the_data(copy)
     assert cli.main(["export", str(copy), "--out", str(tmp_path / "net.pt")]) == 2
     said = capsys.readouterr().err
     assert "the run's data cannot be read: 'images' is not there; give --input CxHxW and --classes N instead" in said

@@ -1,0 +1,138 @@
+"""What a run writes down about its data, and what differs from it later.
+
+A class folder that is renamed, an edited label column or another archive give a run other data under the same options.
+A record is small and quick to make, also of ImageNet: class names, counts, labels and the pixels themselves up to
+256 MiB a split; of more pixels evenly spaced images, and the names and sizes of all files that they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunetrain_kernels.data.dataset import ImageData
+from prunetrain_kernels.data.decode import pillow_version
+
+HASHED_BYTES = 256 * 2**20  # of the pixels of one split: 0.3 s
+_HASHED_CHUNK = 16 * 2**20  # this many at a time
+_NAMED = 3  # classes that a sentence names; the rest are counted
+_SAME_STATISTICS = 1e-6  # of mean and std, 0..1: sums in another order
+SPLITS = {"train": "training", "val": "validation"}
+
+Record = dict[str, Any]
+
+
+def record_of(data: ImageData) -> Record:
+    """What identifies `data`, as plain values that JSON and `torch.load(weights_only=True)` can hold.
+
+    Returns:
+        `class_names`; `image`, the stored (C, H, W) before any crop; `mean` and `std` per channel, 0..1; `pillow`, the
+        version that decoded the images, None where nothing was decoded; for each of `train` and `val`: `counts` of
+        images per class, and digests of the `labels` in their order, of the `pixels`, and of the `files` (names, sizes)
+        where pixels are too many to be read, None elsewhere.
+    """
+    splits = {
+        "train": (data.train_images, data.train_labels, data.files[0]),
+        "val": (data.val_images, data.val_labels, data.files[1]),
+    }
+    return {
+        "class_names": list(data.class_names),
+        "image": list(data.train_images.shape[1:]),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "pillow": pillow_version() if data.decoded else None,
+        **{
+            split: {
+                "counts": torch.bincount(labels.cpu(), minlength=data.classes).tolist(),
+                "labels": _digest_of(labels),
+                "pixels": _digest_of_pixels(images),
+                "files": files if images.numel() > HASHED_BYTES else None,
+            }
+            for split, (images, labels, files) in splits.items()
+        },
+    }
+
+
+def difference_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What differs between two records, as a clause that says how it was and is; None where nothing does.
+
+    The first difference that explains the others is named: classes, image size, counts, labels, pixels, mean and std.
+    """
+    return (
+        _difference_of_classes(before["class_names"], now["class_names"])
+        or _difference_of_images(before["image"], now["image"])
+        or _difference_of_splits(before, now)
+        or _difference_of_statistics(before, now)
+    )
+
+
+def _difference_of_classes(before: Sequence[str], now: Sequence[str]) -> str | None:
+    if list(before) == list(now):
+        return None
+    gone, new = ([name for name in one if name not in set(other)] for one, other in ((before, now), (now, before)))
+    if not gone and not new and len(before) == len(now):
+        i = next(i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
+        return f"the order of the classes was another: class {i} was {before[i]!r} and is {now[i]!r}"
+    changes = [f"{_listed(names)} {is_}" for names, is_ in ((gone, "gone"), (new, "new")) if names]
+    return f"the classes differ ({len(before)} then, {len(now)} now): {' and '.join(changes)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
+
+
+def _difference_of_images(before: Sequence[int], now: Sequence[int]) -> str | None:
+    if list(before) == list(now):
+        return None
+    was, is_ = ("x".join(map(str, shape)) for shape in (before, now))
+    return f"the images (channels x height x width) were {was} and are {is_}"
+
+
+def _difference_of_splits(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    for split, called in SPLITS.items():
+        was, is_ = before[split], now[split]
+        for name, a, b in zip(before["class_names"], was["counts"], is_["counts"], strict=True):
+            if a != b:
+                return f"class {name!r} had {a} {called} images and has {b}"
+        if was["labels"] != is_["labels"]:
+            return f"the {called} images have other labels, or another order, though as many of each class"
+        if was["files"] is not None and is_["files"] is not None and was["files"] != is_["files"]:
+            return f"the files of the {called} images have other names or sizes"
+        if was["pixels"] != is_["pixels"]:
+            decoders = [record["pillow"] for record in (before, now)]
+            by = f" (decoded by Pillow {decoders[0]} then, {decoders[1]} now)" if decoders[0] != decoders[1] else ""
+            return f"the {called} images have other pixels{by}"
+    return None
+
+
+def _difference_of_statistics(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    for name in ("mean", "std"):
+        was, is_ = before[name], now[name]
+        same = len(was) == len(is_) and all(
+            math.isclose(a, b, abs_tol=_SAME_STATISTICS) for a, b in zip(was, is_, strict=True)
+        )
+        if not same:
+            values = [", ".join(f"{value:.6g}" for value in record) for record in (was, is_)]
+            return f"the {name} of the training images was {values[0]} and is {values[1]}"
+    return None
+
+
+def _digest_of(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.cpu().contiguous().numpy().data, digest_size=16).hexdigest()
+
+
+def _digest_of_pixels(images: Tensor) -> str:
+    """Of all pixels, or of evenly spaced images of 256 MiB together."""
+    per_image = max(1, images[0].numel())
+    used = min(len(images), max(1, HASHED_BYTES // per_image))
+    rows = torch.linspace(0, len(images) - 1, used, dtype=torch.float64, device="cpu").long()
+    digest = hashlib.blake2b(digest_size=16)
+    for part in rows.split(max(1, _HASHED_CHUNK // per_image)):
+        digest.update(images[part.to(images.device)].cpu().contiguous().numpy().data)
+    return digest.hexdigest()

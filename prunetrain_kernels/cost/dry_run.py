@@ -219,6 +219,13 @@ def training_autocast(model: nn.Module, amp: torch.dtype | None) -> AbstractCont
     return torch.autocast(kind, dtype=amp, enabled=amp is not None)
 
 
+def autocast_around(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the autocast that the caller is inside of, for the model's device; None outside of any."""
+    kind = next((tensor.device.type for _, tensor in named_tensors(model)), "cpu")
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """What a model, or a fake tensor, says while it is only counted is not said: the training will say it."""

@@ -118,16 +118,19 @@ def _first_that_runs(
     raise first
 
 
-def batches_near(model: nn.Module, example_inputs: tuple[Tensor, ...], size: int) -> tuple[int, int] | None:
-    """Two sizes for `step_memory` close to a batch of `size` images, in whole copies of the example inputs if these are
-    fewer: a batch may be of pairs, or of frames, that are no examples by themselves. None where any two will do."""
-    if not any(tensor.is_cuda for _, tensor in named_tensors(model)):
-        return None
+def batches_near(model: nn.Module, example_inputs: tuple[Tensor, ...], size: int) -> tuple[int, int]:
+    """Two sizes for `step_memory` close to a batch of `size` images.
+
+    Whole copies of the example inputs, where these are fewer: a batch may be of pairs, or of the frames of clips, which
+    are no examples by themselves. On CUDA never more than `size`: a step of more images may not fit.
+    """
     images = example_inputs[0].shape[0]
     copies = size // images
-    if copies < 2:
+    if images > 1 and copies > 1:
+        return copies // 2 * images, copies * images
+    if images == 1 or any(tensor.is_cuda for _, tensor in named_tensors(model)):
         return max(2, size // 2), max(3, size)
-    return max(2, copies // 2 * images), max(3, copies * images)
+    return images, 2 * images
 
 
 def measure_step_memory_cuda(

@@ -5,7 +5,7 @@ NaN, so that whatever is computed from them is unknown as well.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,6 +36,15 @@ def or_unknown(count: Callable[..., Result], *arguments: Any, **options: Any) ->
         return Unknown("counting it did not fit the device's memory")
     except Exception as error:
         return Unknown(first_line(error))
+
+
+def reasons(why: Mapping[str, str]) -> str:
+    """ "FLOPs, memory: why; BN bytes: why", from the reason of each cost by its name; known ones have an empty one."""
+    names: dict[str, list[str]] = {}
+    for name, reason in why.items():
+        if reason:
+            names.setdefault(reason.rstrip("."), []).append(name)
+    return "; ".join(f"{', '.join(some)}: {reason}" for reason, some in names.items())
 
 
 def is_unknown(number: float | None) -> bool:

@@ -108,7 +108,8 @@ class EpochSums:
         self.batch_norm += costs.batch_norm * images
         self.gradient += costs.gradient
         memory = costs.memory_fixed + costs.memory_per_image * math.ceil(images / parts)
-        self.memory = memory if math.isnan(memory) else max(memory, self.memory)  # of two the first, if that is NaN
+        # max() would take whichever comes first of NaN and a number
+        self.memory = UNKNOWN if math.isnan(memory) or math.isnan(self.memory) else max(memory, self.memory)
         self.unknown = costs.unknown or self.unknown
 
     def stop(self) -> None:

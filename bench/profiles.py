@@ -291,8 +291,8 @@ def conv_shapes(model: nn.Module, image: int, in_channels: int = 3) -> list[Conv
 
     handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     try:
-        image_like = torch.zeros(1, in_channels, image, image, device=next(model.parameters()).device)
-        dry_run(lambda run: run.forward(), model, (image_like,), batch=2, training=model.training)
+        image_like = torch.zeros(2, in_channels, image, image, device=next(model.parameters()).device)
+        dry_run(lambda run: run.forward(), model, (image_like,), training=model.training)
     finally:
         for handle in handles:
             handle.remove()

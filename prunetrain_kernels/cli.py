@@ -8,13 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from prunetrain_kernels.cost import batch_norm_bytes, count_flops, count_flops_by_layer, gradient_bytes, step_memory
+from prunetrain_kernels.cost import (
+    Unknown,
+    batch_norm_bytes,
+    count_flops_by_layer,
+    flop_table,
+    gradient_bytes,
+    is_unknown,
+    or_unknown,
+    step_memory,
+)
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.graph import trace_channels
 from prunetrain_kernels.models import MODELS, build
 from prunetrain_kernels.prune.program import FORMATS, export_program
-from prunetrain_kernels.train.config import SCHEDULES, TrainConfig
+from prunetrain_kernels.train.config import AMP_DTYPES, SCHEDULES, TrainConfig
 from prunetrain_kernels.train.distributed import explain, speak_when_terminated
 from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.trained import load_trained
@@ -237,7 +247,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     running = parser.add_argument_group("running")
     add = running.add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    add("--amp", choices=("off", "fp16", "bf16"), default="off", help="automatic mixed precision")
+    add("--amp", choices=tuple(AMP_DTYPES), default="off", help="automatic mixed precision")
     add("--channels-last", action="store_true", help="NHWC memory layout")
     add(
         "--fuse",
@@ -297,6 +307,7 @@ def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--input", type=_shape, default="3x32x32", metavar="CxHxW", help="shape of one image")
     parser.add_argument("--classes", type=int, default=10, help="number of classes")
     parser.add_argument("--batch", type=int, default=128, help="images per step, for memory and traffic")
+    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision of memory and traffic")
     parser.add_argument("--layers", action="store_true", help="inference FLOPs layer by layer")
     parser.set_defaults(run=_info)
 
@@ -396,24 +407,39 @@ def _info(options: argparse.Namespace) -> int:
         raise InputError(f"{options.model} needs images of at least {model.minimum_input_size} pixels a side.")
     example = (torch.zeros(2, channels, height, width, device="cpu"),)
     print(trace_channels(model, example))
-    flops = count_flops(model, example)
-    memory = step_memory(model, example)
-    traffic = batch_norm_bytes(model, example, options.batch)
-    rows = [
-        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
-        ("inference", f"{flops.inference / 1e6:,.1f} MFLOP per image ({flops.inference / 2e6:,.1f} M multiply-adds)"),
-        ("training", f"{flops.training / 1e6:,.1f} MFLOP per image"),
-        ("batch norm", f"{traffic / 2**20:,.1f} MiB per step of {options.batch} images"),
-        ("memory", f"{memory.bytes(options.batch) / 2**20:,.1f} MiB per step of {options.batch} images"),
-        ("", f"= {memory.fixed / 2**20:,.1f} MiB + {memory.per_image / 2**20:,.3f} MiB per image"),
-        ("gradients", f"{gradient_bytes(model) / 2**20:,.1f} MiB to all-reduce per step"),
-    ]
-    print("\n" + "\n".join(f"{name:<11} {value}" for name, value in rows))
+    print("\n" + "\n".join(f"{name:<11} {value}" for name, value in _costs(model, example, options)))
     if options.layers:
         print("\ninference MFLOP per image")
-        for name, count in count_flops_by_layer(model, example).items():
-            print(f"  {count / 1e6:>10,.3f}  {name}")
+        by_layer = or_unknown(count_flops_by_layer, model, example)
+        if isinstance(by_layer, Unknown):
+            print(f"  {by_layer}")
+        else:
+            print("\n".join(f"  {count / 1e6:>10,.3f}  {name}" for name, count in by_layer.items()))
     return 0
+
+
+def _costs(model: nn.Module, example: tuple[Tensor, ...], options: argparse.Namespace) -> list[tuple[str, str]]:
+    """The lines of what a network costs; one that cannot be counted says so, and why."""
+    step, amp = f"per step of {options.batch} images", AMP_DTYPES[options.amp]
+    flops, _ = flop_table(model, example, amp=amp)
+    memory = or_unknown(step_memory, model, example, amp=amp)
+    traffic = or_unknown(batch_norm_bytes, model, example, options.batch, amp=amp)
+
+    def mflop(count: float, more: str = "") -> str:
+        return f"unknown: {flops.unknown}" if is_unknown(count) else f"{count / 1e6:,.1f} MFLOP per image{more}"
+
+    rows = [
+        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+        ("inference", mflop(flops.inference, f" ({flops.inference / 2e6:,.1f} M multiply-adds)")),
+        ("training", mflop(flops.training)),
+        ("batch norm", str(traffic) if isinstance(traffic, Unknown) else f"{traffic / 2**20:,.1f} MiB {step}"),
+    ]
+    if isinstance(memory, Unknown):
+        rows.append(("memory", str(memory)))
+    else:
+        rows.append(("memory", f"{memory.bytes(options.batch) / 2**20:,.1f} MiB {step}"))
+        rows.append(("", f"= {memory.fixed / 2**20:,.1f} MiB + {memory.per_image / 2**20:,.3f} MiB per image"))
+    return [*rows, ("gradients", f"{gradient_bytes(model) / 2**20:,.1f} MiB to all-reduce per step")]
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from bench.paper.networks import densities, final_network, gating_flops
 from bench.paper.runner import configuration, differences, recorded_options
 from prunetrain_kernels.cost import count_flops, hierarchical_all_reduce_bytes
 from prunetrain_kernels.train.run_log import Run, read_run
-from prunetrain_kernels.train.run_numbers import column_of, sum_of, summary_value
+from prunetrain_kernels.train.run_numbers import as_number, column_of, sum_of, summary_value
 
 Row = dict[str, Any]
 
@@ -290,7 +290,7 @@ def _left_after(run: Run) -> np.ndarray:
     dense = column_of(run, "train_flops_per_image")[0]
     left = np.ones(len(run.log) + 1)
     for done in (run.summary or {})["reconfigurations"]:
-        left[math.ceil(done["epoch"] - 1e-6) :] = done["train_flops"] / dense
+        left[math.ceil(done["epoch"] - 1e-6) :] = as_number(done["train_flops"]) / dense  # None where it is unknown
     return left
 
 

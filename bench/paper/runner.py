@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ from typing import IO, Any
 
 from bench.paper.experiments import DATASETS, Training
 from prunetrain_kernels.cli import train_config
+from prunetrain_kernels.cost import share_text
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.files import reason
 from prunetrain_kernels.train.config import TrainConfig
@@ -364,11 +366,13 @@ def _written(path: Path) -> int:
 
 
 def _last_epoch(folder: Path) -> tuple[int, float, float]:
-    """Finished epochs, validation accuracy and share of the training FLOPs, from log.csv; zeros before the first."""
+    """Finished epochs, validation accuracy and share of the training FLOPs (NaN where they are unknown), from log.csv;
+    zeros before the first."""
     try:
         with (folder / "log.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        share = float(rows[-1]["train_flops_per_image"]) / float(rows[0]["train_flops_per_image"])
+        last, first = (float(rows[row]["train_flops_per_image"] or math.nan) for row in (-1, 0))
+        share = last / first
         return int(rows[-1]["epoch"]), float(rows[-1]["val_accuracy"]), share
     except (OSError, IndexError, KeyError, ValueError, ZeroDivisionError):
         return 0, 0.0, 0.0
@@ -381,7 +385,9 @@ def _show_epochs(child: _Child, progress: Callable[[Job, str], None]) -> None:
     if epoch > child.epoch:
         child.epoch = epoch
         total = child.job.config.epochs + child.job.config.fine_tune_epochs
-        progress(child.job, f"epoch {epoch} of {total}, accuracy {accuracy:.1%}, training FLOPs {share:.0%} of dense")
+        progress(
+            child.job, f"epoch {epoch} of {total}, accuracy {accuracy:.1%}, training FLOPs {share_text(share)} of dense"
+        )
 
 
 def _tail(log: Path) -> str:

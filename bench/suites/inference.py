@@ -103,7 +103,7 @@ def run(session: Session) -> None:
 class Dense:
     """The dense network's inference FLOPs per image, and its microseconds by (provider, batch)."""
 
-    flops: int = 0
+    flops: float = 0
     p50: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
@@ -166,7 +166,7 @@ def _provider(model: Any, x: Tensor) -> Provider:
     return Provider(run, lambda: [run().float()])
 
 
-def _print(p50: Mapping[str, float], batch: int, dense: Dense, flops: int | None, row: str | None) -> None:
+def _print(p50: Mapping[str, float], batch: int, dense: Dense, flops: float | None, row: str | None) -> None:
     for kind, time in p50.items():
         text = f"    {kind}: {batch / time * 1e6:.4g} images/s"
         if flops is not None and (kind, batch) in dense.p50:

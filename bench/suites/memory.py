@@ -75,7 +75,7 @@ def run(session: Session) -> None:
 class Dense:
     """The dense network's training FLOPs per image, and the bytes that it needs at the first batch."""
 
-    flops: int = 0
+    flops: float = 0
     needs: int = 0
 
 

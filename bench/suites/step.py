@@ -113,7 +113,7 @@ def run(session: Session) -> None:
 class Dense:
     """The dense network's training FLOPs per image, and its microseconds per step by provider."""
 
-    flops: int = 0
+    flops: float = 0
     p50: dict[str, float] = field(default_factory=dict)
 
 

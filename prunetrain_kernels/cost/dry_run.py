@@ -1,16 +1,17 @@
 """Running a model without running it: shapes, layouts and autograd for real, numbers and memory for none.
 
-Every cost in this folder comes from such a run. The model works on fake copies of its parameters and buffers
-(`FakeTensorMode`), so its running statistics, its gradients and the random number generators stay as they are, and
-ImageNet ResNet-50 takes a fraction of a second on any device. A model that decides by a tensor's values cannot run so;
-it is run on true copies.
+Every cost in this folder comes from such a run. The model works on fake copies of its parameters, buffers and tensor
+attributes (`FakeTensorMode`), so its running statistics, its gradients and the random number generators stay as they
+are, and ImageNet ResNet-50 takes a fraction of a second on any device. A model that decides by a tensor's values cannot
+run so; it is run on true copies.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.probe import (
+    attributes_of,
+    first_line,
+    in_mode,
+    named_tensors_in,
+    random_state,
+    restore_attributes,
+)
 
 Result = TypeVar("Result")
 
@@ -30,83 +39,224 @@ class DryRun:
     state: dict[str, Tensor]
     inputs: tuple[Tensor, ...]
 
+    @property
+    def images(self) -> int:
+        """Size of dimension 0 of the first input."""
+        return self.inputs[0].shape[0]
+
     def forward(self) -> object:
-        """What the model returns on `inputs`.
+        """What the model returns on `inputs`."""
+        return self.model(*self.inputs)
 
-        Raises:
-            _Failed: the model failed; the message says how.
-        """
-        log = logging.getLogger("torch._subclasses.fake_tensor")
-        was_disabled, log.disabled = log.disabled, True  # it would print what is raised below anyway
-        try:
-            return functional_call(self.model, self.state, self.inputs)
-        except Exception as error:
-            shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
-            what = " ".join(f"{type(error).__name__}: {error}".split())
-            raise _Failed(
-                f"{type(self.model).__name__} does not run on example inputs of shape {shapes}: {what}"
-            ) from error
-        finally:
-            log.disabled = was_disabled
-
-
-class _Failed(InputError):
-    """The model's own forward failed."""
+    def backward(self, outputs: object) -> None:
+        """Computes what the gradients of every floating-point tensor in `outputs` need; they stay in the copies."""
+        backward(scalar_of(outputs), self.state.values())
 
 
 def dry_run(
     measure: Callable[[DryRun], Result],
     model: nn.Module,
     example_inputs: tuple[Tensor, ...],
-    batch: int,
+    *,
     training: bool,
+    amp: torch.dtype | None = None,
 ) -> Result:
-    """What `measure` makes of a run of `model` in train or eval mode on `batch` images shaped like the first example.
+    """What `measure` makes of a run of `model` in train or eval mode on inputs like `example_inputs`, all of them.
 
-    All tensors are fake; if the model cannot run so, `measure` is called anew with true copies of them. The inputs must
-    have the dtype the model takes: fake convolutions do not notice a wrong one. Gradients are recorded, whatever the
-    caller's grad mode. Everything about the model is as before on return.
+    All tensors are fake; if `measure` fails so, it is called anew with true copies of them. The inputs must have the
+    dtype the model takes: fake convolutions do not notice a wrong one. Gradients are recorded, and operations are cast
+    to `amp` (None: not at all), whatever the caller's modes. Everything about the model is as before on return.
 
     Raises:
-        InputError: `example_inputs` is no non-empty tuple of tensors whose dimension 0 is the batch, or the model does
-            not run on them.
+        InputError: `example_inputs` is no non-empty tuple of tensors whose first has the batch as dimension 0, or
+            `measure` does not get through, on true copies either.
     """
     check_example_inputs(example_inputs)
-    with torch.inference_mode(False), torch.enable_grad(), in_mode(model, training):
-        with suppress(_Failed), FakeTensorMode(allow_non_fake_inputs=True) as fake:  # not all tensors are buffers
-            fakes: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in named_tensors(model)}
-            return measure(DryRun(model, fakes, tuple(repeated(fake.from_tensor(x), batch) for x in example_inputs)))
-        devices = sorted({x.get_device() for x in example_inputs if x.is_cuda})
-        with torch.random.fork_rng(devices=devices):
-            copies = {
-                name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
-                for name, tensor in named_tensors(model)
-            }
-            return measure(DryRun(model, copies, tuple(repeated(x, batch) for x in example_inputs)))
+    with ExitStack() as stack:
+        for context in (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            in_mode(model, training=training),
+            training_autocast(model, amp),
+            quiet(),
+        ):
+            stack.enter_context(context)
+        for copied in (_fakes, _true_copies):
+            try:
+                with copied(model, example_inputs) as run:
+                    return run_on(run, measure)
+            except Exception as error:
+                failed = error
+    raise refusal(model, example_inputs, failed, training=training) from failed
+
+
+def refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception, *, training: bool) -> InputError:
+    """What a user is told where a model fails; errors that say it themselves stay as they are."""
+    if isinstance(error, InputError):
+        return error
+    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+    mode = "training" if training else "evaluation"
+    return InputError(
+        f"{type(model).__name__} does not run on example inputs of shape {shapes} in {mode} mode: "
+        f"{type(error).__name__}: {first_line(error)}."
+    )
+
+
+def training_run(
+    measure: Callable[[DryRun], Result],
+    model: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    *,
+    amp: torch.dtype | None = None,
+) -> Result:
+    """`dry_run` in training mode; where one image is refused, of two of it: batch norm refuses one value per channel.
+
+    Raises:
+        InputError: as for `dry_run`.
+    """
+    check_example_inputs(example_inputs)
+    try:
+        return dry_run(measure, model, example_inputs, training=True, amp=amp)
+    except InputError:
+        if len(example_inputs[0]) != 1:
+            raise
+        return dry_run(measure, model, of_batch(example_inputs, 2), training=True, amp=amp)
+
+
+class _Whole(nn.Module):
+    """A forward pass that is all of a measurement: gradients, too, are computed while the model has its copies.
+
+    What `torch.utils.checkpoint` computes anew in the backward pass would otherwise read the true parameters.
+    """
+
+    def __init__(self, run: DryRun, measure: Callable[[DryRun], Any]) -> None:
+        super().__init__()
+        self.model = run.model
+        self.measure = lambda: measure(run)
+
+    def forward(self) -> Any:
+        return self.measure()
+
+
+def run_on(run: DryRun, measure: Callable[[DryRun], Result]) -> Result:
+    """What `measure` makes of the run, while the model has the tensors in `run.state` for its own."""
+    state = {f"model.{name}": tensor for name, tensor in run.state.items()}
+    return functional_call(_Whole(run, measure), state, ())
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """`model` in train or eval mode inside, each of its modules in its own mode again after."""
-    modes = [(module, module.training) for module in model.modules()]
+def _fakes(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Iterator[DryRun]:
+    inputs = [x.detach() for x in example_inputs]
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # not all tensors of a model are known to it
+
+        def copy(tensor: Tensor) -> Tensor:
+            if tensor.requires_grad and not tensor.is_leaf:
+                return torch.empty_like(tensor, requires_grad=True)
+            one: Tensor = fake.from_tensor(tensor)
+            one.grad = None
+            return one
+
+        with on_copies(model, copy) as state:
+            yield DryRun(model, state, tuple(fake.from_tensor(x) for x in inputs))
+
+
+@contextmanager
+def _true_copies(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Iterator[DryRun]:
+    def copy(tensor: Tensor) -> Tensor:
+        values = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(values, requires_grad=tensor.requires_grad)
+        return values.requires_grad_(tensor.requires_grad)
+
+    put_back = random_state()
+    devices = sorted({t.get_device() for t in (*example_inputs, *model.parameters()) if t.is_cuda})
     try:
-        model.train(training)
-        yield
+        with torch.random.fork_rng(devices=devices), on_copies(model, copy) as state:
+            yield DryRun(model, state, tuple(x.detach().clone() for x in example_inputs))
     finally:
-        for module, mode in modes:
-            module.training = mode
+        put_back()
+
+
+@contextmanager
+def on_copies(model: nn.Module, copy: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Copies of parameters and buffers by name, for `functional_call`; tensors in other attributes are swapped here.
+
+    Parameters that the model also holds outside of its tables, in a list for example, keep their `.grad` as well.
+    """
+    modules = list(model.modules())
+    attributes = [(module, attributes_of(module)) for module in modules]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    state = {name: copy(tensor) for name, tensor in named_tensors(model)}
+    copies = {id(tensor): state[name] for name, tensor in named_tensors(model)}
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        for module, before in attributes:
+            for name, (value, _) in before.items():
+                if isinstance(value, Tensor):
+                    if id(value) not in copies:
+                        copies[id(value)] = copy(value)
+                    vars(module)[name] = copies[id(value)]
+        yield state
+    finally:
+        for module, before in attributes:
+            restore_attributes(module, before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def training_autocast(model: nn.Module, amp: torch.dtype | None) -> AbstractContextManager[Any]:
+    """The autocast that the model is trained under, on its device: to `amp`, or none whatever the caller's.
+
+    Raises:
+        InputError: the device's kind has no autocast to `amp`.
+    """
+    kind = next((tensor.device.type for _, tensor in named_tensors(model)), "cpu")
+    if not torch.amp.is_autocast_available(kind):
+        if amp is None:
+            return nullcontext()
+        raise InputError(f"PyTorch has no automatic mixed precision on the device '{kind}'; leave amp out.")
+    return torch.autocast(kind, dtype=amp, enabled=amp is not None)
+
+
+def autocast_around(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the autocast that the caller is inside of, for the model's device; None outside of any."""
+    kind = next((tensor.device.type for _, tensor in named_tensors(model)), "cpu")
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What a model, or a fake tensor, says while it is only counted is not said: the training will say it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True  # it would print what is raised anyway
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = was_disabled
 
 
 def check_example_inputs(example_inputs: tuple[Tensor, ...]) -> None:
-    """Raises InputError unless `example_inputs` is a non-empty tuple of tensors with at least one example each."""
+    """Raises InputError unless `example_inputs` is a non-empty tuple of tensors, the first with at least one example.
+
+    What the others are is the model's affair: they may be a number, prototypes, or a batch of another size.
+    """
     if not isinstance(example_inputs, tuple) or not example_inputs:
         raise InputError(
             f"example_inputs must be a tuple of tensors such as (x,), got {type(example_inputs).__name__}."
         )
     for x in example_inputs:
-        if not isinstance(x, Tensor) or x.ndim == 0 or x.shape[0] == 0:
-            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(f"Every example input must be a tensor with the batch as dimension 0, got {got}.")
+        if not isinstance(x, Tensor):
+            raise InputError(f"Every example input must be a tensor, got {type(x).__name__}.")
+    first = example_inputs[0]
+    if first.ndim == 0 or first.shape[0] == 0:
+        raise InputError(
+            f"The first example input must have the batch as dimension 0, got shape {tuple(first.shape)}: costs are "
+            "counted per image."
+        )
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -114,43 +264,69 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def repeated(x: Tensor, batch: int) -> Tensor:
-    """`batch` copies of the first example of `x`, (N, ...) -> (batch, ...), in the layout of `x`."""
+def of_batch(example_inputs: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
+    """The inputs with `batch` images: the given ones over and over, in order.
+
+    Resized is what has as many entries along dimension 0 as the first input has images; the rest stays as it is.
+    """
+    images = example_inputs[0].shape[0]
+    return tuple(_repeated(x, batch) if x.ndim and x.shape[0] == images else x.detach() for x in example_inputs)
+
+
+def _repeated(x: Tensor, batch: int) -> Tensor:
+    """(N, ...) -> (batch, ...), in the layout of `x`."""
     memory_format = torch.contiguous_format
     for rank, channels_last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.ndim == rank and x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
             memory_format = channels_last
     out = torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=memory_format)
-    return out.copy_(x[:1].detach())
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in a tensor, or in any nesting of mappings, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
+    return out.copy_(torch.cat([x.detach()] * -(-batch // x.shape[0]))[:batch])
 
 
 def scalar_of(outputs: object) -> Tensor:
-    """A scalar that every floating-point tensor in `outputs` enters: something to differentiate.
+    """A scalar that every floating-point (or complex) tensor in `outputs` enters: something to differentiate.
 
     Raises:
         InputError: there is no floating-point tensor in `outputs`.
     """
-    sums = [tensor.sum() for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+    sums = []
+    for tensor in named_tensors_in(outputs).values():
+        if tensor.is_complex():
+            sums.append(torch.view_as_real(tensor.resolve_conj()).sum())
+        elif tensor.is_floating_point():
+            sums.append(tensor.sum())
     if not sums:
         raise InputError(f"The model returned no floating-point tensor, but {type(outputs).__name__}.")
-    return sum(sums[1:], start=sums[0])
+    return sum((one.to(sums[0].device) for one in sums[1:]), start=sums[0])
 
 
-def parameter_gradients(state: dict[str, Tensor], loss: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of `loss` by the trainable tensors in `state`, in order (none if none); sets no `.grad`."""
-    trainable = [tensor for tensor in state.values() if tensor.requires_grad]
-    if not trainable or not loss.requires_grad:
-        return ()
-    return torch.autograd.grad(loss, trainable, allow_unused=True)
+def backward(loss: Tensor, copies: Iterable[Tensor]) -> None:
+    """`loss.backward()`, if there is anything to differentiate; sets `.grad` of `copies` alone.
+
+    `torch.autograd.grad` would set none, but torch.utils.checkpoint in its reentrant form refuses it.
+    """
+    if not loss.requires_grad:
+        return
+    own = {id(tensor) for tensor in copies}
+    others = [(leaf, leaf.grad) for leaf in _leaves(loss) if id(leaf) not in own]
+    try:
+        for leaf, _ in others:
+            leaf.grad = None
+        loss.backward()
+    finally:
+        for leaf, gradient in others:
+            leaf.grad = gradient
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The tensors whose `.grad` a backward pass of `loss` sets."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            yield leaf
+        waiting += [following for following, _ in node.next_functions]

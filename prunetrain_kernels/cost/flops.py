@@ -9,49 +9,66 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunetrain_kernels.cost.dry_run import DryRun, dry_run, parameter_gradients, scalar_of
+from prunetrain_kernels.cost.dry_run import DryRun, dry_run, training_run
+from prunetrain_kernels.cost.unknown import UNKNOWN, Unknown, or_unknown, share
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs per image; one multiply-add is two."""
+    """FLOPs per image, whole numbers; one multiply-add is two.
 
-    training: int
-    inference: int
+    Attributes:
+        training: of one training step; NaN where it is unknown.
+        inference: of one inference; NaN where it is unknown.
+        unknown: why a number is unknown; empty where both are known.
+    """
+
+    training: float
+    inference: float
+    unknown: str = ""
+
+    def of(self, dense: "Flops") -> tuple[float, float]:
+        """Training and inference FLOPs as shares of another network's; NaN where either is unknown."""
+        return share(self.training, dense.training), share(self.inference, dense.inference)
 
 
-def count_flops(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Flops:
+def count_flops(model: nn.Module, example_inputs: tuple[Tensor, ...], *, amp: torch.dtype | None = None) -> Flops:
     """FLOPs per image of one training step and of one inference (paper Sec. 5, Tab. 1).
 
     Counted are the operators `torch.utils.flop_counter` knows: convolutions, linear layers, matrix products, attention,
     and custom operators given a formula by `register_flop_formula`; element-wise work and batch norm count nothing.
     Inference is the forward pass in eval mode. Training is forward and backward in train mode, that is, for each layer
     the output, the weight's gradient if it is trainable, and the input's gradient if anything before it needs one (the
-    first convolution does not); the optimizer's update is left out.
+    first convolution does not); what `torch.utils.checkpoint` computes anew counts again; the optimizer's update is
+    left out.
+
+    The model runs on the inputs as they are given, and what that takes is divided by the size of dimension 0 of the
+    first one. One image that the model refuses in training mode (batch norm refuses one value per channel) is given
+    twice.
 
     Args:
         model: any module on any device; nothing about it changes.
-        example_inputs: the model's positional arguments, dimension 0 the batch (only the first example is used).
+        example_inputs: the model's positional arguments; dimension 0 of the first counts images.
+        amp: dtype of the training's autocast, or None.
 
     Raises:
         InputError: the model cannot be run on these inputs.
     """
-    # two images in training: batch norm in train mode refuses one value per channel
-    training = dry_run(_step_flops, model, example_inputs, batch=2, training=True)
-    inference = dry_run(_forward_flops, model, example_inputs, batch=1, training=False)
-    return Flops(training=training // 2, inference=inference)
+    training = training_run(_step_flops, model, example_inputs, amp=amp)
+    inference = dry_run(_forward_flops, model, example_inputs, training=False, amp=amp)
+    return Flops(training=round(training), inference=round(inference))
 
 
-def _forward_flops(run: DryRun) -> int:
-    with torch.no_grad(), _counter() as counter:
+def _forward_flops(run: DryRun) -> Fraction:
+    with torch.no_grad(), _Counter() as counter:
         run.forward()
-    return counter.get_total_flops()
+    return Fraction(counter.get_total_flops(), run.images)
 
 
-def _step_flops(run: DryRun) -> int:
-    with _counter() as counter:
-        parameter_gradients(run.state, scalar_of(run.forward()))
-    return counter.get_total_flops()
+def _step_flops(run: DryRun) -> Fraction:
+    with _Counter() as counter:
+        run.backward(run.forward())
+    return Fraction(counter.get_total_flops(), run.images)
 
 
 @dataclass(frozen=True)
@@ -75,41 +92,55 @@ class FlopTable:
             sum((each * weights[name] for name, each in table.items()), Fraction(0))
             for table in (self.training, self.inference)
         )
-        return Flops(*map(int, totals))
+        return Flops(*map(round, totals))
 
 
-def flop_table(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple[Flops, FlopTable | None]:
-    """`count_flops`, and the table for the same network with fewer channels.
+def flop_table(
+    model: nn.Module, example_inputs: tuple[Tensor, ...], *, amp: torch.dtype | None = None
+) -> tuple[Flops, FlopTable | None]:
+    """`count_flops`, where a number that cannot be counted is unknown, and the table for fewer channels. Never fails.
 
     The table is None where it would not be exact: a network with FLOPs that do not belong to a layer's weight (matrix
     products, layers called as functions), or with a layer that runs backwards at one call only.
     """
-    training, step = dry_run(_step_flops_by_call, model, example_inputs, batch=2, training=True)
-    inference, own = dry_run(_forward_flops_by_layer, model, example_inputs, batch=1, training=False)
-    counted = Flops(training=training // 2, inference=inference)
+    step = or_unknown(training_run, _step_flops_by_call, model, example_inputs, amp=amp)
+    forward = or_unknown(dry_run, _forward_flops_by_layer, model, example_inputs, training=False, amp=amp)
+    if isinstance(step, Unknown) or isinstance(forward, Unknown):
+        return Flops(
+            UNKNOWN if isinstance(step, Unknown) else round(step[0]),
+            UNKNOWN if isinstance(forward, Unknown) else round(forward[0]),
+            "; ".join(dict.fromkeys(each.why for each in (step, forward) if isinstance(each, Unknown))),
+        ), None
+    counted = Flops(training=round(step[0]), inference=round(forward[0]))
+    table = or_unknown(_table, model, step[1], forward[1])
+    exact = isinstance(table, FlopTable) and table.flops(model) == counted
+    return counted, table if exact and isinstance(table, FlopTable) else None
+
+
+def _table(model: nn.Module, step: dict[str, Fraction], forward: dict[str, Fraction]) -> FlopTable | None:
+    """FLOPs per image and weight from FLOPs per image, if all of them are of convolutions and linear layers."""
     sizes: dict[str, int] = {}
-    for name in (*step, *own):
+    for name in (*step, *forward):
         layer = model.get_submodule(name)
         # another class may well have a weight, and products that do not grow with it
         if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear) or not layer.weight.numel():
-            return counted, None
+            return None
         sizes[name] = layer.weight.numel()
-    table = FlopTable(
-        {name: Fraction(flops, 2 * sizes[name]) for name, flops in step.items()},
-        {name: Fraction(flops, sizes[name]) for name, flops in own.items()},
+    return FlopTable(
+        {name: flops / sizes[name] for name, flops in step.items()},
+        {name: flops / sizes[name] for name, flops in forward.items()},
     )
-    return counted, table if table.flops(model) == counted else None
 
 
-def _forward_flops_by_layer(run: DryRun) -> tuple[int, dict[str, int]]:
+def _forward_flops_by_layer(run: DryRun) -> tuple[Fraction, dict[str, Fraction]]:
     own = _layer_flops(run)
-    return sum(own.values()), own
+    return sum(own.values(), Fraction(0)), own
 
 
-def _step_flops_by_call(run: DryRun) -> tuple[int, dict[str, int]]:
+def _step_flops_by_call(run: DryRun) -> tuple[Fraction, dict[str, Fraction]]:
     """FLOPs of forward and backward, and of each module if its gradients take what a forward pass takes, each."""
     backward: dict[str, int] = {}  # gradients that a module's calls need: its weight's, its input's
-    names = {module: name for name, module in run.model.named_modules()}
+    names = _hookable(run.model)
 
     def look(module: nn.Module, arguments: tuple[object, ...]) -> None:
         weight = module._parameters.get("weight")
@@ -118,46 +149,54 @@ def _step_flops_by_call(run: DryRun) -> tuple[int, dict[str, int]]:
 
     handles = [module.register_forward_pre_hook(look) for module in names]
     try:
-        with _counter() as counter:
+        with _Counter() as counter:
             own, output = _flops_of_calls(run, counter)
-            parameter_gradients(run.state, scalar_of(output))
+            run.backward(output)
     finally:
         for handle in handles:
             handle.remove()
-    return counter.get_total_flops(), {name: flops * (1 + backward[name]) for name, flops in own.items()}
+    whole = Fraction(counter.get_total_flops(), run.images)
+    return whole, {name: Fraction(flops, run.images) * (1 + backward.get(name, 0)) for name, flops in own.items()}
 
 
-def count_flops_by_layer(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, int]:
+def count_flops_by_layer(
+    model: nn.Module, example_inputs: tuple[Tensor, ...], *, amp: torch.dtype | None = None
+) -> dict[str, int]:
     """Inference FLOPs per image of each module that computes some itself, by its name in `model.named_modules()`.
 
-    What a module computes outside its submodules is booked under its own name (the root's is `""`), so that the values
-    add up to `count_flops(...).inference`. Arguments and errors are those of `count_flops`.
+    What a module computes outside its submodules is booked under its own name (the root's is `""`; inside a part that
+    `torch.jit.script` made, under the part's), so that the values add up to `count_flops(...).inference`, but for the
+    rounding of what is no whole number of FLOPs per image. Arguments and errors are those of `count_flops`.
     """
-    return dry_run(_layer_flops, model, example_inputs, batch=1, training=False)
+    own = dry_run(_layer_flops, model, example_inputs, training=False, amp=amp)
+    return {name: round(flops) for name, flops in own.items()}
 
 
-def _layer_flops(run: DryRun) -> dict[str, int]:
-    with torch.no_grad(), _counter() as counter:
-        return _flops_of_calls(run, counter)[0]
+def _layer_flops(run: DryRun) -> dict[str, Fraction]:
+    with torch.no_grad(), _Counter() as counter:
+        own = _flops_of_calls(run, counter)[0]
+    return {name: Fraction(flops, run.images) for name, flops in own.items()}
 
 
 def _flops_of_calls(run: DryRun, counter: FlopCounterMode) -> tuple[dict[str, int], object]:
     """FLOPs of a forward pass that each module computes itself, and what the model returns."""
-    names = {module: name for name, module in run.model.named_modules()}
-    own = dict.fromkeys(names.values(), 0)
+    names = _hookable(run.model)
+    own = dict.fromkeys(["", *names.values()], 0)
     # the counter's own table by module gives each block of a ModuleList the same name, so modules are followed here
-    running: list[tuple[int, int]] = []  # per module being run: FLOPs when it began; of them, already in submodules
+    running: list[tuple[nn.Module, int, int]] = []  # being run: FLOPs when it began; of them, already in submodules
 
     def begin(module: nn.Module, arguments: object) -> None:
-        running.append((counter.get_total_flops(), 0))
+        running.append((module, counter.get_total_flops(), 0))
 
     def end(module: nn.Module, arguments: object, output: object) -> None:
-        start, in_submodules = running.pop()
+        while running[-1][0] is not module:  # an exception left it, and its caller went on
+            running.pop()
+        _, start, in_submodules = running.pop()
         flops = counter.get_total_flops() - start
         own[names[module]] += flops - in_submodules
         if running:
-            caller_start, caller_submodules = running.pop()
-            running.append((caller_start, caller_submodules + flops))
+            caller, caller_start, caller_submodules = running.pop()
+            running.append((caller, caller_start, caller_submodules + flops))
 
     handles = [module.register_forward_pre_hook(begin) for module in names]
     handles += [module.register_forward_hook(end) for module in names]
@@ -166,11 +205,34 @@ def _flops_of_calls(run: DryRun, counter: FlopCounterMode) -> tuple[dict[str, in
     finally:
         for handle in handles:
             handle.remove()
+    own[""] += counter.get_total_flops() - sum(own.values())  # what no hook saw
     return {name: flops for name, flops in own.items() if flops}, output
 
 
-def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+def _hookable(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules and their names, but for the inside of what `torch.jit.script` made, which takes no hooks."""
+    return {module: name for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
+
+
+class _Nobody:
+    """For `FlopCounterMode`, in place of its tracker of modules: that sets hooks on the gradients of every module's
+    inputs and outputs, and fails where an output is a parameter, or a view of one made without gradients."""
+
+    parents = frozenset(["Global"])
+
+    def __enter__(self) -> "_Nobody":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """There is nothing to end."""
+
+
+class _Counter(FlopCounterMode):
+    """Counts operators, without a look at modules."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+        self.mod_tracker = _Nobody()  # type: ignore[assignment]
 
 
 def _convolution_backward(

@@ -1,25 +1,30 @@
 """Bytes one training iteration needs, as a straight line over the batch (paper Sec. 4.3, Fig. 9)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 
 from prunetrain_kernels.cost.dry_run import (
     DryRun,
+    backward,
     check_example_inputs,
     dry_run,
-    in_mode,
     named_tensors,
-    parameter_gradients,
-    repeated,
+    of_batch,
+    on_copies,
+    quiet,
+    refusal,
+    run_on,
     scalar_of,
-    tensors_in,
+    training_autocast,
 )
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.probe import in_mode, named_tensors_in
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,10 @@ class MemoryModel:
 def step_memory(
     model: nn.Module,
     example_inputs: tuple[Tensor, ...],
-    optimizer: torch.optim.Optimizer | None = None,
-    batches: tuple[int, int] = (16, 32),
+    optimizer: Optimizers = None,
+    batches: tuple[int, int] | None = None,
+    *,
+    amp: torch.dtype | None = None,
 ) -> MemoryModel:
     """Bytes that one training iteration of `model` needs, measured at two batch sizes.
 
@@ -53,31 +60,87 @@ def step_memory(
 
     Args:
         model: any module on any device; nothing about it changes.
-        example_inputs: the model's positional arguments, dimension 0 the batch (only the first example is used).
-        optimizer: the one that trains the model.
-        batches: two batch sizes of 2 or more. On CUDA choose them close to the batch in use: the peak of a small batch
-            lies at the end of the backward pass, that of a large one at its beginning. Elsewhere any will do.
+        example_inputs: the model's positional arguments; dimension 0 of the first counts images. Another size is made
+            of the given images over and over, in every input with as many entries along dimension 0.
+        optimizer: the one that trains the model, or a list of several.
+        batches: two batch sizes of 2 or more; by default, and where a model refuses them, as many images as are given
+            and twice as many (or half). On CUDA choose them close to the batch in use (`batches_near`): the peak of a
+            small batch lies at the end of the backward pass, that of a large one at its beginning.
+        amp: dtype of the training's autocast, or None: under it most of what is saved is of that dtype.
 
     Raises:
         InputError: the model cannot be run on these inputs.
         torch.OutOfMemoryError: on CUDA, if a step does not fit.
     """
+    check_example_inputs(example_inputs)
     if any(tensor.is_cuda for _, tensor in named_tensors(model)):
-        return measure_step_memory_cuda(model, example_inputs, optimizer=optimizer, batches=batches)
-    _check_batches(batches)
+        return _first_that_runs(
+            lambda pair: measure_step_memory_cuda(model, example_inputs, optimizer=optimizer, batches=pair, amp=amp),
+            example_inputs,
+            batches,
+        )
     resident = _state_bytes(model) + _optimizer_bytes(model, optimizer)
     trainable = _bytes(p for p in model.parameters() if p.requires_grad)
-    saved = [dry_run(_activation_bytes, model, example_inputs, batch, training=True) for batch in batches]
-    needed = [resident + trainable + activations for activations in saved]
-    return _line(batches, needed)
+
+    def line(pair: tuple[int, int]) -> MemoryModel:
+        saved = [
+            dry_run(_activation_bytes, model, of_batch(example_inputs, batch), training=True, amp=amp) for batch in pair
+        ]
+        return _line(pair, [resident + trainable + activations for activations in saved])
+
+    return _first_that_runs(line, example_inputs, batches)
+
+
+def _first_that_runs(
+    line: Callable[[tuple[int, int]], MemoryModel],
+    example_inputs: tuple[Tensor, ...],
+    batches: tuple[int, int] | None,
+) -> MemoryModel:
+    """What `line` makes of the wanted pair of batch sizes, or else of the first pair that the model runs on.
+
+    Raises:
+        InputError: the model runs on none of them; of the first.
+    """
+    images = example_inputs[0].shape[0]
+    pairs = [(images, 2 * images), (2 * images, 4 * images)]
+    if images > 1:
+        pairs[1] = (images // 2, images)
+    if batches is not None:
+        _check_batches(batches)
+        pairs = [batches, *(pair for pair in pairs if pair != batches)]
+    first: InputError | None = None
+    for pair in pairs:
+        try:
+            return line(pair)
+        except InputError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def batches_near(model: nn.Module, example_inputs: tuple[Tensor, ...], size: int) -> tuple[int, int]:
+    """Two sizes for `step_memory` close to a batch of `size` images.
+
+    Whole copies of the example inputs, where these are fewer: a batch may be of pairs, or of the frames of clips, which
+    are no examples by themselves. On CUDA never more than `size`: a step of more images may not fit.
+    """
+    images = example_inputs[0].shape[0]
+    copies = size // images
+    if images > 1 and copies > 1:
+        return copies // 2 * images, copies * images
+    if images == 1 or any(tensor.is_cuda for _, tensor in named_tensors(model)):
+        return max(2, size // 2), max(3, size)
+    return images, 2 * images
 
 
 def measure_step_memory_cuda(
     model: nn.Module,
     example_inputs: tuple[Tensor, ...],
     loss_fn: Callable[[object], Tensor] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     batches: tuple[int, int] = (16, 32),
+    *,
+    amp: torch.dtype | None = None,
 ) -> MemoryModel:
     """Bytes one training iteration needs, from the CUDA allocator's peak in real forward and backward passes.
 
@@ -91,13 +154,15 @@ def measure_step_memory_cuda(
         example_inputs: as for `step_memory`; on the model's device.
         loss_fn: from the model's output to a scalar; default, the sum of the output.
         optimizer: as for `step_memory`.
-        batches: two batch sizes of 2 or more, close to the batch in use.
+        batches: two batch sizes of 1 or more, close to the batch in use.
+        amp: as for `step_memory`.
 
     Raises:
-        InputError: bad `batches` or `example_inputs`, or a model that is not on one CUDA device.
+        InputError: bad `batches` or `example_inputs`, a model that is not on one CUDA device, or that does not run.
         torch.OutOfMemoryError: a step does not fit.
     """
-    _check_batches(batches)
+    if len(batches) != 2 or min(batches) < 1 or batches[0] == batches[1]:
+        raise InputError(f"batches must be two different batch sizes, got {batches}.")
     check_example_inputs(example_inputs)
     device = _cuda_device(model)
     resident = _state_bytes(model) + _optimizer_bytes(model, optimizer)
@@ -106,10 +171,11 @@ def measure_step_memory_cuda(
         torch.inference_mode(False),
         torch.enable_grad(),
         in_mode(model, training=True),
+        training_autocast(model, amp),
+        quiet(),
         torch.random.fork_rng(devices=[device], device_type="cuda"),
+        on_copies(model, _in_place_of) as state,
     ):
-        # parameters themselves, but copies of buffers: nothing in a forward and backward pass writes to a parameter
-        state = dict(model.named_parameters()) | {name: buffer.clone() for name, buffer in model.named_buffers()}
         for batch in batches:
             _real_step(model, state, example_inputs, batch, loss_fn)
             torch.cuda.synchronize(device)
@@ -119,6 +185,13 @@ def measure_step_memory_cuda(
             torch.cuda.synchronize(device)
             peaks.append(resident + torch.cuda.max_memory_allocated(device) - before)
     return _line(batches, peaks)
+
+
+def _in_place_of(tensor: Tensor) -> Tensor:
+    """The memory of a parameter, to which nothing in a forward and backward pass writes; copies of all else."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _cuda_device(model: nn.Module) -> torch.device:
@@ -135,22 +208,34 @@ def _real_step(
     batch: int,
     loss_fn: Callable[[object], Tensor] | None,
 ) -> None:
-    inputs = tuple(repeated(x, batch) for x in example_inputs)
-    parameter_gradients(state, (loss_fn or scalar_of)(functional_call(model, state, inputs)))
+    def step(run: DryRun) -> None:
+        backward((loss_fn or scalar_of)(run.forward()), ())
+
+    inputs = of_batch(example_inputs, batch)
+    try:
+        run_on(DryRun(model, state, inputs), step)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise refusal(model, inputs, error, training=True) from error
+    finally:
+        for tensor in state.values():
+            tensor.grad = None
 
 
 def _activation_bytes(run: DryRun) -> int:
     """Bytes of the inputs and of everything that autograd saves in a forward pass, each storage once."""
-    counted = {_identity(tensor) for tensor in run.state.values()}
-    storages = []  # held, so that no identity is given out twice
+    counted = {_storage(tensor)[0] for tensor in run.state.values()}
+    held = []  # so that no identity is given out twice
     total = 0
 
     def count(tensor: Tensor) -> Tensor:
         nonlocal total
-        if _identity(tensor) not in counted:
-            counted.add(_identity(tensor))
-            storages.append(tensor.untyped_storage())
-            total += storages[-1].nbytes()
+        identity, size, holder = _storage(tensor)
+        if identity not in counted:
+            counted.add(identity)
+            held.append(holder)
+            total += size
         return tensor
 
     for x in run.inputs:
@@ -160,26 +245,32 @@ def _activation_bytes(run: DryRun) -> int:
     return total
 
 
-def _identity(tensor: Tensor) -> int:
+def _storage(tensor: Tensor) -> tuple[int, int, object]:
+    """Identity and bytes of a tensor's storage, and what to hold for the identity to stay."""
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have none of their own
+        return id(tensor), tensor.numel() * tensor.element_size(), tensor
     # the address of the storage object: fake tensors have no data pointer to go by
-    return tensor.untyped_storage()._cdata
+    return storage._cdata, storage.nbytes(), storage
 
 
 def _state_bytes(model: nn.Module) -> int:
     return _bytes(tensor for _, tensor in named_tensors(model))
 
 
-def _optimizer_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+def _optimizer_bytes(model: nn.Module, optimizer: Optimizers) -> int:
     if optimizer is None:
         return _bytes(p for p in model.parameters() if p.requires_grad)
     total = 0
-    for group in optimizer.param_groups:
-        copies = 2 + bool(group.get("amsgrad")) if "betas" in group else int(bool(group.get("momentum", 0)))
-        for p in group["params"]:
-            if optimizer.state.get(p):
-                total += _bytes(tensors_in(optimizer.state[p]))
-            elif p.requires_grad:
-                total += copies * _bytes([p])
+    for one in optimizer if isinstance(optimizer, list | tuple) else (optimizer,):
+        for group in one.param_groups:
+            copies = 2 + bool(group.get("amsgrad")) if "betas" in group else int(bool(group.get("momentum", 0)))
+            for p in group["params"]:
+                if one.state.get(p):
+                    total += _bytes(named_tensors_in(one.state[p]).values())
+                elif p.requires_grad:
+                    total += copies * _bytes([p])
     return total
 
 

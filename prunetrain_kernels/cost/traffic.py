@@ -1,15 +1,20 @@
 """Bytes that batch norm moves through memory: the layers whose time is bandwidth, not FLOPs."""
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunetrain_kernels.cost.dry_run import DryRun, dry_run
+from prunetrain_kernels.cost.dry_run import DryRun, training_run
+from prunetrain_kernels.errors import InputError
 
 PASSES_PER_STEP = 8  # forward: read x twice, write y; backward: read x and dy twice, write dx
 
 
-def batch_norm_bytes(model: nn.Module, example_inputs: tuple[Tensor, ...], batch: int = 1) -> int:
+def batch_norm_bytes(
+    model: nn.Module, example_inputs: tuple[Tensor, ...], batch: int = 1, *, amp: torch.dtype | None = None
+) -> int:
     """Bytes that the model's batch norms must move in one training step of `batch` images (paper Fig. 8 b, d).
 
     8 E per layer, E the bytes of its input activation for that batch, in the dtype it has there. Forward 3 E: x is read
@@ -20,26 +25,30 @@ def batch_norm_bytes(model: nn.Module, example_inputs: tuple[Tensor, ...], batch
     of a removed branch, and moves nothing.
 
     Args:
-        model: any module on any device; nothing about it changes.
-        example_inputs: the model's positional arguments, dimension 0 the batch (only the first example is used).
+        model: any module on any device; nothing about it changes. It runs on the inputs as they are given; one image
+            that it refuses in training mode is given twice.
+        example_inputs: the model's positional arguments; dimension 0 of the first counts images.
         batch: images per step.
+        amp: dtype of the training's autocast, or None: under it activations are of that dtype, and half the bytes.
 
     Raises:
         InputError: the model cannot be run on these inputs.
     """
-    # two images: batch norm in train mode refuses one value per channel
-    return dry_run(_bytes_per_image, model, example_inputs, batch=2, training=True) * batch
+    return round(training_run(_bytes_per_image, model, example_inputs, amp=amp) * batch)
 
 
-def _bytes_per_image(run: DryRun) -> int:
-    per_image = 0
+def _bytes_per_image(run: DryRun) -> Fraction:
+    total = 0
 
     def add(module: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object], output: object) -> None:
-        nonlocal per_image
+        nonlocal total
         x = arguments[0] if arguments else keywords["input"]
         assert isinstance(x, Tensor)
-        per_image += PASSES_PER_STEP * x.numel() // run.inputs[0].shape[0] * x.element_size()
+        total += PASSES_PER_STEP * x.numel() * x.element_size()
 
+    for name, module in run.model.named_modules():
+        if "BatchNorm" in getattr(module, "original_name", ""):
+            raise InputError(f"what torch.jit.script made of '{name}' does not say what it normalises.")
     layers = [module for module in run.model.modules() if isinstance(module, _BatchNorm)]
     moving = [layer for layer in layers if not getattr(layer, "constant_over_pixels", False)]
     handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in moving]
@@ -49,4 +58,4 @@ def _bytes_per_image(run: DryRun) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    return per_image
+    return Fraction(total, run.images)

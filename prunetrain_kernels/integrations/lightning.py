@@ -32,6 +32,7 @@ else:
         except ModuleNotFoundError:
             raise ImportError("PruneTrainCallback needs PyTorch Lightning: pip install lightning.") from missing
 
+AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}  # of Trainer(precision=...)
 EXAMPLES = 4  # of a batch: enough to trace and to check by
 NOT_HERE = {"model": "the LightningModule", "optimizer": "configure_optimizers' one", "batch": "the dataloader's",
             "scheduler": "configure_optimizers' one"}  # fmt: skip
@@ -95,7 +96,8 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
         model = wrapped if isinstance(wrapped, DistributedDataParallel) else module
         if trainer.world_size > 1 and model is module:
             raise InputError('PruneTrainCallback can follow several processes with Trainer(strategy="ddp") only.')
-        prunetrain = PruneTrain(model, optimizer, self._examples(module, batch), **self.options)
+        options = {"amp": AUTOCAST.get(trainer.precision), **self.options}
+        prunetrain = PruneTrain(model, optimizer, self._examples(module, batch), **options)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         unscales = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         if unscales and not prunetrain.lasso_inside:
@@ -162,8 +164,9 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
             self.reports.append(report)
             self._empty_removed(pl_module)
         now, dense = prunetrain.flops, prunetrain.dense_flops
-        pl_module.log("prunetrain/training_flops", now.training / max(dense.training, 1))
-        pl_module.log("prunetrain/inference_flops", now.inference / max(dense.inference, 1))
+        training, inference = now.of(dense)
+        pl_module.log("prunetrain/training_flops", training)
+        pl_module.log("prunetrain/inference_flops", inference)
         if prunetrain.last_penalty is not None:
             pl_module.log("prunetrain/penalty", prunetrain.last_penalty)
 

@@ -12,6 +12,7 @@ import numpy as np
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.train.run_log import Run
 from prunetrain_kernels.train.run_numbers import (
+    as_cost,
     as_duration,
     as_number,
     as_percent,
@@ -26,6 +27,7 @@ from prunetrain_kernels.train.run_numbers import (
     on_one_line,
     run_labels,
     sum_of,
+    unknown_of,
 )
 
 if TYPE_CHECKING:
@@ -133,13 +135,14 @@ def _draw_flops(lines: Sequence[Line]) -> "tuple[Figure, str] | None":
     figure.axes[0].set_ylabel("FLOPs, % of the dense start")
     _legend(figure, shown)
     ends = [
-        f"{line.label} {as_percent(of_first(line.run, 'train_flops_per_image')[-1])} for training and "
-        f"{as_percent(of_first(line.run, 'inference_flops')[-1])} for inference"
+        f"{line.label} {as_cost(line.run, as_percent(of_first(line.run, 'train_flops_per_image')[-1]))} for training "
+        f"and {as_cost(line.run, as_percent(of_first(line.run, 'inference_flops')[-1]))} for inference"
         for line in shown
     ]
     return figure, (
         f"FLOPs per image over epochs, as a share of each run's own first epoch. At the end: {'; '.join(ends)}. "
         "The area under a training curve per image is what the run computed, as a share of training the dense network."
+        + _unknown(lines, shown)
     )
 
 
@@ -241,12 +244,22 @@ def _draw_memory(lines: Sequence[Line]) -> "tuple[Figure, str] | None":
         ax.grid(axis="y")
         _label_ends(ax, lambda value: f"{value:.3g}" if value < 100 else f"{value:.0f}")
     _legend(figure, shown)
-    ends = [
-        f"{line.label} starts at {as_si(first_value(line.run, 'memory_bytes'), 'B')}, ends at "
-        f"{as_si(last_value(line.run, 'memory_bytes'), 'B')}, batch {' → '.join(batches_of(line.run))}"
-        for line in shown
-    ]
-    return figure, f"Memory that one training step needs, and images in it, over epochs: {'; '.join(ends)}."
+    ends = []
+    for line in shown:
+        first, last = (as_cost(line.run, as_si(of(line.run, "memory_bytes"), "B")) for of in (first_value, last_value))
+        batches = " → ".join(batches_of(line.run))
+        ends.append(f"{line.label} starts at {first}, ends at {last}, batch {batches}")
+    return figure, (
+        f"Memory that one training step needs, and images in it, over epochs: {'; '.join(ends)}."
+        + _unknown(lines, shown)
+    )
+
+
+def _unknown(lines: Sequence[Line], shown: Sequence[Line]) -> str:
+    """What a caption says of runs whose costs could not be counted, and which are not drawn for that."""
+    missing = [line for line in lines if line not in shown and unknown_of(line.run)]
+    told = "; ".join(f"{line.label} ({unknown_of(line.run)})" for line in missing)
+    return f" Not shown, unknown: {told}." if missing else ""
 
 
 def _draw_sparsity(lines: Sequence[Line]) -> "tuple[Figure, str] | None":

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunetrain_kernels.compiled import Compilations, compiling, eagerly
+from prunetrain_kernels.cost import share, share_text
 from prunetrain_kernels.data import batch, epoch_order, record_of
 from prunetrain_kernels.data.dataset import seeded_generator
 from prunetrain_kernels.errors import DivergedError, InputError
@@ -148,6 +149,7 @@ class _Run:
             fuse=config.fuse,
             cost=config.policy_cost,
             also=self._copies(),
+            amp=self.amp,
         )
         setup.check_logits(config, self.model, self.example, self.data.classes)
         self.epoch = 0
@@ -189,6 +191,8 @@ class _Run:
             disable=None if progress else True,
             dynamic_ncols=True,
         )
+        if self.costs.unknown:
+            self.say(f"costs that stay unknown, here and in the log: {self.costs.unknown}")
         if saved is not None:
             self.say(f"resuming after epoch {self.epoch} of {total}")
         self.mark = time.perf_counter()
@@ -382,9 +386,9 @@ class _Run:
         self.loss, self.accuracy = loss_sum / max(self.sums.images, 1), correct / max(self.sums.images, 1)
         if not math.isfinite(self.loss):
             raise self._diverged(epoch, f"the loss became {self.loss}")
-        left = self.prunetrain.flops.training / max(self.prunetrain.dense_flops.training, 1)
+        left = share_text(self.prunetrain.flops.of(self.prunetrain.dense_flops)[0])
         self.bar.set_postfix_str(
-            f"loss {self.loss:.3f}, accuracy {self.accuracy:.1%}, FLOPs {left:.0%}, batch {self.batch_size}"
+            f"loss {self.loss:.3f}, accuracy {self.accuracy:.1%}, FLOPs {left}, batch {self.batch_size}"
         )
 
     def _diverged(self, epoch: int, what: str) -> DivergedError:
@@ -472,7 +476,7 @@ class _Run:
             self.say(
                 f"epoch {finished}: loss {self.loss:.4f}, accuracy {accuracy:.1%}"
                 f"{'' if ema_accuracy is None else f' (average {ema_accuracy:.1%})'}, "
-                f"training FLOPs {self.costs.training_flops / self.totals.dense['training_flops']:.1%}, "
+                f"training FLOPs {share_text(share(self.costs.training_flops, self.totals.dense['training_flops']))}, "
                 f"batch {self.batch_size}, {self.sums.seconds:.1f} s"
             )
 

@@ -6,6 +6,7 @@ rate grows with it, in the optimizer and in the scheduler's base rates, so that 
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunetrain_kernels.cost import MemoryModel, step_memory
+from prunetrain_kernels.cost import MemoryModel, Unknown, batches_near, or_unknown, step_memory
 from prunetrain_kernels.errors import CheckpointError, InputError
+from prunetrain_kernels.probe import first_line
 
 LEARNING_RATE_RULES = ("linear", "sqrt", "none")
 
@@ -43,6 +45,9 @@ class MiniBatch:
     Attributes:
         ranks: processes that train together, each on `size` images; `PruneTrain` sets it.
         beside: bytes of what trains with the model without being part of it (copies, DDP's buckets); likewise.
+        amp: dtype of the training's autocast, under which the memory is measured, or None; likewise.
+        memory: bytes of a step of the network as it was last measured; None before, and where they are unknown.
+        unknown: why they are; empty where they are known.
 
     Raises:
         InputError: an argument out of range.
@@ -72,24 +77,59 @@ class MiniBatch:
         self.maximum = maximum
         self.learning_rate = learning_rate
         self.memory: MemoryModel | None = None
+        self.unknown = ""
         self.ranks = 1
         self.beside: Callable[[], int] = int
+        self.amp: torch.dtype | None = None
 
     def start(self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None) -> None:
-        """Measures the dense network; sets the budget to its need unless one was given."""
-        self.memory = self.measure(model, example_inputs, optimizer)
+        """Measures the dense network; sets the budget to its need unless one was given.
+
+        Raises:
+            InputError: the memory of a step cannot be counted, so the batch could never grow.
+        """
+        try:
+            memory = self.measure(model, example_inputs, optimizer)
+        except InputError as error:
+            raise InputError(
+                f"the mini-batch cannot grow, because the memory of a step is unknown ({first_line(error)}); leave "
+                "`batch` (--grow-batch) out."
+            ) from error
         if self.budget_bytes is None:
-            self.budget_bytes = math.ceil(self.memory.bytes(self.size))
+            self.budget_bytes = math.ceil(memory.bytes(self.size))
 
     def measure(
         self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None
     ) -> MemoryModel:
-        """Bytes of one iteration of the network as it is now, fitted close to the present batch; kept in `memory`."""
+        """Bytes of one iteration of the network as it is now, fitted close to the present batch; kept in `memory`.
+
+        Raises:
+            InputError: they cannot be counted.
+            torch.OutOfMemoryError: on CUDA, if a step does not fit.
+        """
         # near the present size, because on CUDA a small batch peaks in another place than a large one
-        batches = max(2, self.size // 2), max(3, self.size)
-        memory = step_memory(model, example_inputs, optimizer, batches)
+        batches = batches_near(model, example_inputs, self.size)
+        memory = step_memory(model, example_inputs, optimizer, batches, amp=self.amp)
         self.memory = replace(memory, fixed=memory.fixed + self.beside())
+        self.unknown = ""
         return self.memory
+
+    def look(
+        self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None
+    ) -> MemoryModel | None:
+        """`measure`, where bytes that cannot be counted are unknown: None, `unknown` says why, and so does a warning
+        whenever that is new. Never fails."""
+        before = self.unknown
+        measured = or_unknown(self.measure, model, example_inputs, optimizer)
+        if not isinstance(measured, Unknown):
+            return measured
+        self.memory, self.unknown = None, measured.why
+        if not before:
+            warnings.warn(
+                f"the mini-batch stays at {self.size} images: the memory of a step is unknown ({measured.why}).",
+                stacklevel=3,
+            )
+        return None
 
     def adjust(
         self,
@@ -101,18 +141,25 @@ class MiniBatch:
     ) -> int:
         """Measures the network as it is now and grows the batch, and the learning rate with it; returns the size.
 
+        Where the memory of a step is unknown the batch stays as it is (`look`).
+
         least: from the images that fit here to those that fit everywhere (`Ranks.least`).
         """
         if self.budget_bytes is None:
             raise InputError("MiniBatch has no budget yet; call start(model, example_inputs) before adjust(...).")
-        memory = self.measure(model, example_inputs, optimizer)
-        fits = int((self.budget_bytes - memory.fixed) // max(memory.per_image, 1e-9))
-        if self.maximum is not None:
-            fits = min(fits, self.maximum)
-        target = least(fits) // self.granularity * self.granularity
+        target = least(self._fits(self.look(model, example_inputs, optimizer))) // self.granularity * self.granularity
         if target > self.size:
             self._resize(target, optimizer, scheduler)
         return self.size
+
+    def _fits(self, memory: MemoryModel | None) -> int:
+        """Images that fit the budget, of those allowed."""
+        if memory is None or self.budget_bytes is None:
+            return self.size
+        if memory.per_image <= 0:  # any number, or none: nothing says where to stop but the maximum
+            return self.size if self.maximum is None or memory.fixed > self.budget_bytes else self.maximum
+        fits = int((self.budget_bytes - memory.fixed) // memory.per_image)
+        return fits if self.maximum is None else min(fits, self.maximum)
 
     def fall_back(self, optimizer: Optimizer | None = None, scheduler: Any = None) -> int:
         """After a step that ran out of memory: one granule less; returns the size.

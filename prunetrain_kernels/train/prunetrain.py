@@ -24,7 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import Compilations, eagerly, forget_compiled, is_compiled_module
-from prunetrain_kernels.cost import Flops, FlopTable, flop_table, gradient_bytes
+from prunetrain_kernels.cost import (
+    Flops,
+    FlopTable,
+    autocast_around,
+    flop_table,
+    gradient_bytes,
+    known_or_none,
+    reasons,
+    share_text,
+)
 from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainError
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost, cost_of
@@ -46,13 +55,14 @@ class PruneReport:
     Attributes:
         epoch: epochs trained so far.
         reconfiguration: layer by layer, with max|dy| and seconds.
-        flops: FLOPs per image, now.
-        training_ratio, inference_ratio: those FLOPs as a share of the dense network's.
+        flops: FLOPs per image, now; NaN where they cannot be counted.
+        training_ratio, inference_ratio: those FLOPs as a share of the dense network's; NaN where either is unknown.
         batch_before, batch: images per step of one rank, if PruneTrain manages the batch, else None.
         seconds: wall time of all of it: choosing, rewriting, tracing and counting anew, fitting the batch.
         ranks: processes that train together.
         compilations, compile_seconds: graphs that `torch.compile` has compiled in this process since the last
             reconfiguration, which made it forget the ones before, and the time that took; 0 where it is not in use.
+        unknown: which costs cannot be counted, and why; empty where all are known.
     """
 
     epoch: float
@@ -66,13 +76,14 @@ class PruneReport:
     ranks: int = 1
     compilations: int = 0
     compile_seconds: float = 0.0
+    unknown: str = ""
 
     def __str__(self) -> str:
         """One line for a log."""
         done = self.reconfiguration
         text = (
-            f"epoch {self.epoch:g}: training FLOPs {self.training_ratio:.1%} of dense, inference "
-            f"{self.inference_ratio:.1%}, parameters {done.parameters_before:,} -> {done.parameters_after:,}, "
+            f"epoch {self.epoch:g}: training FLOPs {share_text(self.training_ratio)} of dense, inference "
+            f"{share_text(self.inference_ratio)}, parameters {done.parameters_before:,} -> {done.parameters_after:,}, "
             f"max|dy| {done.max_abs_dy:.1e}, {self.seconds:.2f} s"
         )
         if done.removed:
@@ -83,6 +94,8 @@ class PruneReport:
         if self.compilations:
             graphs = "1 graph" if self.compilations == 1 else f"{self.compilations} graphs"
             text += f", {graphs} compiled in {self.compile_seconds:.1f} s since the last"
+        if self.unknown:
+            text += f", unknown {self.unknown}"
         return text
 
 
@@ -143,6 +156,9 @@ class PruneTrain:
         also: copies of the model that follow it, such as an EMA: `AveragedModel(model)` or deep copies, wrapped or not,
             on any device. They lose the same channels, in the same transaction; save and load them with
             `save_pruned(..., also=[ema])` and `load_pruned(..., also=[ema])`. With `fuse` they are fused too.
+        amp: the dtype of the training's autocast, torch.bfloat16 or torch.float16, under which memory is measured; by
+            default that of the autocast around this call, or none. Without it a batch that grows stays half of what
+            fits.
 
     Attributes:
         coefficient: lambda, or None before the first step.
@@ -154,10 +170,13 @@ class PruneTrain:
         history: one entry per reconfiguration: epoch, seconds, max_abs_dy, train_flops, ...
         removed: names of the layers that went with dead branches.
         also: the networks inside the copies.
+        flops, dense_flops: FLOPs per image, now and at first. Costs are information: where one cannot be counted it is
+            NaN, `flops.unknown` says why, and all else goes on.
 
     Raises:
         TraceError: the model cannot be traced.
-        InputError: an argument out of range, an optimizer that does not hold the model's parameters, a copy that is not
+        InputError: an argument out of range, a `batch` that could never grow because the memory of a step cannot be
+            counted, an optimizer that does not hold the model's parameters, a copy that is not
             like the model, a part that `torch.compile` wraps, or a `DistributedDataParallel` with an option that cannot
             be pruned.
         RanksDifferError: the ranks were given other networks or other arguments.
@@ -179,11 +198,14 @@ class PruneTrain:
         fuse: bool = False,
         cost: ConvolutionCost | str = "roof",
         also: Sequence[nn.Module] = (),
+        amp: torch.dtype | None = None,
     ) -> None:
         if not 0 <= penalty_ratio < 1:
             raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
         if not interval > 0:
             raise InputError(f"interval must be a positive number of epochs, not {interval}.")
+        if amp not in (None, torch.float16, torch.bfloat16):
+            raise InputError(f"amp must be torch.bfloat16, torch.float16 or None, not {amp!r}.")
         self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
         self.ranks = Ranks()
         if self.ddp is not None:
@@ -211,6 +233,7 @@ class PruneTrain:
         self.relative = relative
         self.policy = policy
         self.cost = cost
+        self.amp = amp or autocast_around(model)
         self.round_to = round_to
         self.coefficient: float | None = None
         self._last_penalty: Tensor | None = None
@@ -229,6 +252,7 @@ class PruneTrain:
         if self.batch is not None:
             self.batch.ranks = self.ranks.world
             self.batch.beside = self._bytes_beside
+            self.batch.amp = self.amp
             with eagerly(model):
                 self.batch.start(model, self.graph.example_inputs, optimizer)
 
@@ -385,8 +409,8 @@ class PruneTrain:
                 "max_abs_dy": done.max_abs_dy,
                 "max_abs_dy_zeroing": done.max_abs_dy_zeroing,
                 "scale": done.scale,
-                "train_flops": self.flops.training,
-                "inference_flops": self.flops.inference,
+                "train_flops": known_or_none(self.flops.training),
+                "inference_flops": known_or_none(self.flops.inference),
                 "parameters": done.parameters_after,
                 "batch": self.batch_size,
                 "compilations": compilations,
@@ -397,15 +421,20 @@ class PruneTrain:
             round(self.epochs, 9),
             done,
             self.flops,
-            self.flops.training / max(self.dense_flops.training, 1),
-            self.flops.inference / max(self.dense_flops.inference, 1),
+            *self.flops.of(self.dense_flops),
             batch_before,
             self.batch_size,
             seconds,
             self.ranks.world,
             compilations,
             compile_seconds,
+            self.unknown_costs(),
         )
+
+    def unknown_costs(self) -> str:
+        """Which costs cannot be counted, and why; empty where all are known."""
+        memory = "" if self.batch is None else self.batch.unknown
+        return reasons({"FLOPs": self.flops.unknown or self.dense_flops.unknown, "memory": memory})
 
     def _agreed_keep(self) -> Keep:
         """What to keep: the same on all ranks, or an error on all of them."""
@@ -457,7 +486,7 @@ class PruneTrain:
             try:
                 batch.measure(self.model, self.graph.example_inputs, self.optimizer)
                 fits = True
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, InputError):
                 fits = False
             if self.ranks.least(int(fits)):
                 return
@@ -480,7 +509,7 @@ class PruneTrain:
 
     def _count_flops(self) -> None:
         """By running the model dry, which takes longer than all the rest; the table spares that next time."""
-        counted, table = flop_table(self.model, self.graph.example_inputs)
+        counted, table = flop_table(self.model, self.graph.example_inputs, amp=self.amp)
         self.flops = counted
         self._flop_table: FlopTable | None = table
         self._trained_then: frozenset[str] = self._trained()
@@ -605,7 +634,7 @@ class PruneTrain:
         if self.batch is not None:
             self.batch.load_state_dict(state["batch"])
             with eagerly(self.model):
-                self.batch.measure(self.model, self.graph.example_inputs, self.optimizer)
+                self.batch.look(self.model, self.graph.example_inputs, self.optimizer)
         forget_compiled()
         self.ranks.agree("the states of PruneTrain", self.coefficient, self.epochs, sorted(self.removed))
         if self.ddp is not None:

@@ -17,6 +17,7 @@ from prunetrain_kernels.train.figures import DPI, FIGURES, STYLE, Line, lines_of
 from prunetrain_kernels.train.run_log import Run, read_run
 from prunetrain_kernels.train.run_numbers import (
     accuracy_of,
+    as_cost,
     as_duration,
     as_percent,
     as_si,
@@ -34,6 +35,7 @@ from prunetrain_kernels.train.run_numbers import (
     sum_of,
     summary_value,
     total_flops_of,
+    unknown_of,
     wall_seconds_of,
 )
 
@@ -68,7 +70,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
             drawn = draw(lines)
             if drawn is None:
                 _remove(path)
-                sections.append(_section(title, nothing))
+                sections.append(_section(title, _why_nothing(name, runs) or nothing))
                 continue
             figure, caption = drawn
             png = io.BytesIO()
@@ -78,6 +80,12 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     page = out / "index.html"
     write_atomically(page, _page(lines, sections).encode())
     return page
+
+
+def _why_nothing(figure: str, runs: Sequence[Run]) -> str:
+    """Why a figure of costs is not drawn, where that is because none of the runs could count them."""
+    whys = list(dict.fromkeys(filter(None, map(unknown_of, runs))))
+    return f"Unknown: {'; '.join(whys)}." if whys and figure in ("flops", "memory") else ""
 
 
 def _remove(path: Path) -> None:
@@ -91,6 +99,8 @@ def _has_average(run: Run) -> bool:
     return math.isfinite(last_value(run, "ema_accuracy"))
 
 
+# what may be unknown of a network
+COSTS = ("training FLOPs, whole run", "inference FLOPs per image", "BN bytes per step", "memory per step")
 DENSE_HAS_NONE = ("group lasso time", "reconfiguration time")  # so there is nothing to take a share of
 
 
@@ -130,12 +140,12 @@ def comparison_table(runs: Sequence[Run]) -> str:
     rows.append(["validation accuracy", *(as_percent(accuracy_of(run), 2) for run in runs)])
     if any(_has_average(run) for run in runs):
         rows.append(["… of the average", *(as_percent(last_value(run, "ema_accuracy"), 2) for run in runs)])
-    rows.append(["training FLOPs, of dense", *(as_percent(ratio_of(run, "train_flops_ratio")) for run in runs)])
+    rows.append(["training FLOPs, of dense", *(_ratio(run, "train_flops_ratio") for run in runs)])
     for name, measure, form, grows in quantities:
         row = [name]
         for run in runs:
             value = measure(run)
-            text = form(value)
+            text = as_cost(run, form(value)) if name in COSTS else form(value)
             dense = dense_counterpart(run, runs)
             comparable = dense is not None and not (grows and last_value(dense, "epoch") != last_value(run, "epoch"))
             reference = measure(dense) if dense is not None and comparable else math.nan
@@ -146,6 +156,8 @@ def comparison_table(runs: Sequence[Run]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(runs) + 1)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     lines.insert(1, "-" * (sum(widths) + 2 * len(runs)))
+    unknown = zip(labels, map(unknown_of, runs), strict=True)
+    lines += [f"unknown in {label}: {why}" for label, why in unknown if why]
     return "\n".join(lines) + "\n"
 
 
@@ -201,10 +213,13 @@ def _table(lines: Sequence[Line]) -> str:
             if any(_has_average(run) for run in runs)
             else []
         ),
-        ("training FLOPs, of dense", [as_percent(ratio_of(run, "train_flops_ratio")) for run in runs]),
-        ("inference FLOPs, of dense", [as_percent(ratio_of(run, "inference_flops_ratio")) for run in runs]),
+        ("training FLOPs, of dense", [_ratio(run, "train_flops_ratio") for run in runs]),
+        (
+            "inference FLOPs, of dense",
+            [_ratio(run, "inference_flops_ratio") for run in runs],
+        ),
         ("parameters, of dense", [as_percent(ratio_of(run, "params_ratio")) for run in runs]),
-        ("BN bytes, of dense", [as_percent(ratio_of(run, "bn_bytes_ratio")) for run in runs]),
+        ("BN bytes, of dense", [_ratio(run, "bn_bytes_ratio") for run in runs]),
         ("gradient bytes sent, of dense", [as_percent(ratio_of(run, "comm_bytes_ratio")) for run in runs]),
         ("time per step, start → end", [" → ".join(map(as_duration, step_seconds_of(run))) for run in runs]),
         ("penalty coefficient λ", [as_significant(summary_value(run, "lambda")) for run in runs]),
@@ -212,13 +227,14 @@ def _table(lines: Sequence[Line]) -> str:
         ("reconfiguration time", [as_duration(sum_of(run, "reconfigure_seconds")) for run in runs]),
         ("wall time", [as_duration(wall_seconds_of(run)) for run in runs]),
         *_compilations(runs),
+        *([("unknown costs", [unknown_of(run) or "none" for run in runs])] if any(map(unknown_of, runs)) else []),
         ("mini-batch", [" → ".join(batches_of(run)) or "–" for run in runs]),
         ("removed layers", [_names(removed_layers_of(run)) for run in runs]),
         ("folder", [on_one_line(run.directory) for run in runs]),
     ]
     body = ""
     for name, cells in rows:
-        kind = ' class="names"' if name in ("removed layers", "folder", "mini-batch") else ""
+        kind = ' class="names"' if name in ("removed layers", "folder", "mini-batch", "unknown costs") else ""
         marks = [' class="unfinished"' if name == "state" and run.summary is None else kind for run in runs]
         columns = "".join(f"<td{mark}>{html.escape(cell)}</td>" for mark, cell in zip(marks, cells, strict=True))
         body += f'<tr><th scope="row">{name}</th>{columns}</tr>\n'
@@ -226,6 +242,10 @@ def _table(lines: Sequence[Line]) -> str:
         f'<div class="wide"><table>\n<thead><tr><th scope="col">run</th>{head}</tr></thead>\n'
         f"<tbody>\n{body}</tbody>\n</table></div>"
     )
+
+
+def _ratio(run: Run, name: str) -> str:
+    return as_cost(run, as_percent(ratio_of(run, name)))
 
 
 def _compilations(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -57,6 +57,7 @@ LOG_COLUMNS = (
     "compilations",  # graphs that torch.compile compiled in this epoch
     "compile_seconds",  # in this epoch, inside the other times
     "wall_seconds",  # since the start of the run, time before a resume included
+    "unknown_costs",  # text: which cannot be counted, and why; their cells are empty
 )
 CHANNEL_COLUMNS = (
     "reconfiguration",  # 0: the network before training
@@ -72,9 +73,15 @@ CHANNEL_COLUMNS = (
     "out_live",
 )
 # columns that older runs lack, and what held there
-LATER_LOG_COLUMNS = {"all_reduced_bytes": 0, "ema_accuracy": None, "compilations": 0, "compile_seconds": 0.0}
+LATER_LOG_COLUMNS = {
+    "all_reduced_bytes": 0,
+    "ema_accuracy": None,
+    "compilations": 0,
+    "compile_seconds": 0.0,
+    "unknown_costs": None,
+}
 COMPUTED = {"in_kept": "in_live", "out_kept": "out_live"}  # the latter came later: runs before gating have none
-TEXT_COLUMNS = frozenset({"phase", "layer", "kind"})
+TEXT_COLUMNS = frozenset({"phase", "layer", "kind", "unknown_costs"})
 
 # a layer may be called anything, "epochs" too: so its array's name in slices.npz starts with this
 SLICE_PREFIX = "layer/"
@@ -313,7 +320,10 @@ def _read_log(path: Path) -> dict[str, Any]:
     table = _read_csv(path, [column for column in LOG_COLUMNS if column not in LATER_LOG_COLUMNS])
     for column, value in LATER_LOG_COLUMNS.items():
         cells, absent = table.pop(column, None), math.nan if value is None else value
-        table[column] = np.full(len(table["epoch"]), absent) if cells is None else _numbers(path, column, cells)
+        if column in TEXT_COLUMNS:
+            table[column] = [""] * len(table["epoch"]) if cells is None else cells
+        else:
+            table[column] = np.full(len(table["epoch"]), absent) if cells is None else _numbers(path, column, cells)
     return {column: table.pop(column) for column in LOG_COLUMNS} | table
 
 

@@ -102,8 +102,21 @@ def sum_of(run: Run, name: str) -> float:
 
 
 def total_flops_of(run: Run) -> float:
+    """Of the whole run; NaN where an epoch's are unknown: what is left would be no total."""
     total = column_of(run, "train_flops") * column_of(run, "steps")
-    return float(np.nansum(total)) if np.isfinite(total).any() else math.nan
+    return float(np.sum(total)) if len(total) else math.nan
+
+
+def unknown_of(run: Run) -> str:
+    """Which of the run's costs cannot be counted, and why; empty where all are known."""
+    told = [*run.log["unknown_costs"], (run.summary or {}).get("unknown_costs")]
+    reasons = [on_one_line(text) for text in told if isinstance(text, str) and text.strip()]
+    return reasons[-1] if reasons else ""
+
+
+def as_cost(run: Run, text: str) -> str:
+    """A cost as text, "unknown" where it is missing from a run that could not count one."""
+    return "unknown" if text == MISSING and unknown_of(run) else text
 
 
 def summary_value(run: Run, name: str) -> float:
@@ -133,7 +146,7 @@ def ratio_of(run: Run, name: str) -> float:
     # per step of the first epoch's batch, for as many images: a larger batch takes fewer steps
     steps, batch = column_of(run, "steps"), column_of(run, "batch")
     dense = first_value(run, column) * float(np.nansum(steps * batch)) / batch[0] if batch[0] > 0 else math.nan
-    return float(np.nansum(column_of(run, column) * steps)) / dense if dense > 0 else math.nan
+    return float(np.sum(column_of(run, column) * steps)) / dense if dense > 0 else math.nan
 
 
 def step_seconds_of(run: Run) -> tuple[float, float]:
@@ -191,19 +204,21 @@ def state_of(run: Run) -> str:
 
 # --- numbers as text -------------------------------------------------------------------------------------------------
 
+MISSING = "–"
+
 
 def as_percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "–"
+    return f"{100 * value:.{digits}f}%" if math.isfinite(value) else MISSING
 
 
 def as_significant(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "–"
+    return f"{value:.3g}" if math.isfinite(value) else MISSING
 
 
 def as_si(value: float, unit: str) -> str:
     """Three digits and a decimal prefix: 1.23 GFLOP."""
     if not math.isfinite(value):
-        return "–"
+        return MISSING
     prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
     step = 0
     while abs(value) >= 999.5 and step < len(prefixes) - 1:
@@ -214,7 +229,7 @@ def as_si(value: float, unit: str) -> str:
 
 def as_duration(seconds: float) -> str:
     if not math.isfinite(seconds):
-        return "–"
+        return MISSING
     if seconds < 0.0995:
         return f"{1000 * seconds:.3g} ms"
     if seconds < 1:

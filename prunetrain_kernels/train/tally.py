@@ -13,30 +13,45 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import eagerly
-from prunetrain_kernels.cost import batch_norm_bytes, gradient_bytes, step_memory
+from prunetrain_kernels.cost import (
+    UNKNOWN,
+    Unknown,
+    batch_norm_bytes,
+    batches_near,
+    gradient_bytes,
+    known_or_none,
+    or_unknown,
+    reasons,
+    share,
+    step_memory,
+)
 from prunetrain_kernels.train.prunetrain import PruneTrain
 
 
 @dataclass
 class Costs:
-    """What the network costs in its present shape."""
+    """What the network costs in its present shape; NaN what cannot be counted, and in `unknown` why."""
 
-    training_flops: int
-    inference_flops: int
-    batch_norm: int
+    training_flops: float
+    inference_flops: float
+    batch_norm: float
     gradient: int
-    memory_fixed: int
+    memory_fixed: float
     memory_per_image: float
     parameters: int
+    unknown: str = ""
 
 
 @dataclass
 class Totals:
-    """Sums over the whole run, in every checkpoint; of several ranks, over all of them but for what is sent."""
+    """Sums over the whole run, in every checkpoint; of several ranks, over all of them but for what is sent.
+
+    A sum with something unknown in it is NaN.
+    """
 
     images: int = 0
-    flops: int = 0
-    batch_norm: int = 0
+    flops: float = 0
+    batch_norm: float = 0
     communication: int = 0
     all_reduced: int = 0
     wall: float = 0.0
@@ -46,7 +61,7 @@ class Totals:
     compile: float = 0.0
     batch_sizes: list[int] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    dense: dict[str, float] = field(default_factory=dict)
+    dense: dict[str, Any] = field(default_factory=dict)
 
     def add(self, epoch: "EpochSums", lasso: float, wall: float, all_reduced: int) -> None:
         """Adds an epoch: its seconds in the lasso, since the last epoch's end, and the bytes that it sent."""
@@ -75,8 +90,12 @@ class EpochSums:
         self.loss = torch.zeros((), device=device)
         self.correct = torch.zeros((), device=device)
         self.steps = self.images = 0
-        self.flops = self.batch_norm = self.gradient = 0  # whole numbers: a dense run's ratios are exactly 1
+        # whole numbers where they are known: a dense run's ratios are exactly 1
+        self.flops: float = 0
+        self.batch_norm: float = 0
+        self.gradient = 0
         self.memory = 0.0
+        self.unknown = ""
         self.reconfigure_seconds = self.measure_seconds = self.seconds = 0.0
         self.step_times: list[float] = []
         self.start = time.perf_counter()
@@ -88,22 +107,25 @@ class EpochSums:
         self.flops += costs.training_flops * images
         self.batch_norm += costs.batch_norm * images
         self.gradient += costs.gradient
-        self.memory = max(self.memory, costs.memory_fixed + costs.memory_per_image * math.ceil(images / parts))
+        memory = costs.memory_fixed + costs.memory_per_image * math.ceil(images / parts)
+        # max() would take whichever comes first of NaN and a number
+        self.memory = UNKNOWN if math.isnan(memory) or math.isnan(self.memory) else max(memory, self.memory)
+        self.unknown = costs.unknown or self.unknown
 
     def stop(self) -> None:
         """After the last step: its seconds, without those of reconfigurations."""
         elapsed = time.perf_counter() - self.start
         self.seconds = elapsed - self.reconfigure_seconds - self.measure_seconds
 
-    def row(self, costs: Costs, lasso: float, all_reduced: int) -> dict[str, float]:
-        """Its cells in log.csv, but for loss and accuracies."""
+    def row(self, costs: Costs, lasso: float, all_reduced: int) -> dict[str, Any]:
+        """Its cells in log.csv, but for loss and accuracies; what is unknown is empty."""
         return {
-            "train_flops": self.flops / self.steps,
-            "train_flops_per_image": self.flops / self.images,
-            "inference_flops": costs.inference_flops,
+            "train_flops": known_or_none(self.flops / self.steps),
+            "train_flops_per_image": known_or_none(self.flops / self.images),
+            "inference_flops": known_or_none(costs.inference_flops),
             "params": costs.parameters,
-            "bn_bytes": self.batch_norm / self.steps,
-            "memory_bytes": self.memory,
+            "bn_bytes": known_or_none(self.batch_norm / self.steps),
+            "memory_bytes": known_or_none(self.memory),
             "gradient_bytes": self.gradient / self.steps,
             "all_reduced_bytes": all_reduced / self.steps,
             "steps": self.steps,
@@ -112,6 +134,7 @@ class EpochSums:
             "train_seconds": self.seconds - lasso,
             "lasso_seconds": lasso,
             "reconfigure_seconds": self.reconfigure_seconds,
+            "unknown_costs": costs.unknown or self.unknown or None,
         }
 
 
@@ -146,26 +169,34 @@ class Stopwatch:
         return seconds
 
 
-def costs_now(prunetrain: PruneTrain, example: tuple[Tensor, ...], optimizer: Optimizer, share: int) -> Costs:
-    """Measures the network as it is; `share` is how many images go through it at once in one rank."""
-    with eagerly(prunetrain.model):
-        return _costs_now(prunetrain, example, optimizer, share)
+def costs_now(prunetrain: PruneTrain, example: tuple[Tensor, ...], optimizer: Optimizer, images: int) -> Costs:
+    """Measures the network as it is, under the training's autocast; `images` go through it at once in one rank.
 
-
-def _costs_now(prunetrain: PruneTrain, example: tuple[Tensor, ...], optimizer: Optimizer, share: int) -> Costs:
-    model = prunetrain.model
-    memory = prunetrain.batch.memory if prunetrain.batch is not None else None
-    if memory is None:
-        # near the batch in use, because on CUDA a small batch peaks in another place than a large one
-        memory = step_memory(model, example, optimizer, (max(2, share // 2), max(3, share)))
+    What cannot be counted is unknown.
+    """
+    model, amp, flops = prunetrain.model, prunetrain.amp, prunetrain.flops
+    with eagerly(model):
+        batch_norm = or_unknown(batch_norm_bytes, model, example, amp=amp)
+        if prunetrain.batch is not None:
+            memory = prunetrain.batch.memory or Unknown(prunetrain.batch.unknown or "it has not been measured")
+        else:
+            # near the batch in use, because on CUDA a small batch peaks in another place than a large one
+            batches = batches_near(model, example, images)
+            memory = or_unknown(step_memory, model, example, optimizer, batches, amp=amp)
+    why = {
+        "FLOPs": flops.unknown or prunetrain.dense_flops.unknown,
+        "BN bytes": batch_norm.why if isinstance(batch_norm, Unknown) else "",
+        "memory": memory.why if isinstance(memory, Unknown) else "",
+    }
     return Costs(
-        training_flops=prunetrain.flops.training,
-        inference_flops=prunetrain.flops.inference,
-        batch_norm=batch_norm_bytes(model, example),
+        training_flops=flops.training,
+        inference_flops=flops.inference,
+        batch_norm=UNKNOWN if isinstance(batch_norm, Unknown) else batch_norm,
         gradient=gradient_bytes(model),
-        memory_fixed=memory.fixed,
-        memory_per_image=memory.per_image,
+        memory_fixed=UNKNOWN if isinstance(memory, Unknown) else memory.fixed,
+        memory_per_image=UNKNOWN if isinstance(memory, Unknown) else memory.per_image,
         parameters=sum(p.numel() for p in model.parameters()),
+        unknown=reasons(why),
     )
 
 
@@ -185,11 +216,11 @@ def summary_of(totals: Totals, last: Costs, dense_steps: int, epochs: list[dict[
         "val_accuracy": epochs[-1]["val_accuracy"],
         "best_val_accuracy": max(row["val_accuracy"] for row in epochs),
         **({"ema_accuracy": epochs[-1]["ema_accuracy"]} if epochs[-1]["ema_accuracy"] is not None else {}),
-        "train_flops_ratio": _ratio(totals.flops, dense["training_flops"] * totals.images),
-        "inference_flops_ratio": _ratio(last.inference_flops, dense["inference_flops"]),
-        "params_ratio": _ratio(last.parameters, dense["parameters"]),
-        "bn_bytes_ratio": _ratio(totals.batch_norm, dense["batch_norm"] * totals.images),
-        "comm_bytes_ratio": _ratio(totals.communication, dense["gradient"] * dense_steps),
+        "train_flops_ratio": share(totals.flops, dense["training_flops"] * totals.images),
+        "inference_flops_ratio": share(last.inference_flops, dense["inference_flops"]),
+        "params_ratio": share(last.parameters, dense["parameters"]),
+        "bn_bytes_ratio": share(totals.batch_norm, dense["batch_norm"] * totals.images),
+        "comm_bytes_ratio": share(totals.communication, dense["gradient"] * dense_steps),
         "wall_seconds": totals.wall,
         "lasso_seconds": totals.lasso,
         "reconfigure_seconds": totals.reconfigure,
@@ -203,9 +234,5 @@ def summary_of(totals: Totals, last: Costs, dense_steps: int, epochs: list[dict[
         "params": last.parameters,
         "images": totals.images,
         "all_reduced_bytes": totals.all_reduced,
+        "unknown_costs": last.unknown or dense.get("unknown", ""),
     }
-
-
-def _ratio(part: float, whole: float) -> float:
-    """part / whole; 1 where there is nothing of either (a network without batch norm)."""
-    return part / whole if whole else 1.0

@@ -1,12 +1,15 @@
 """Counting changes nothing: not the model, not its gradients, not the random numbers, not the caller's modes."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
+from odd_models import ODD, UNCOUNTED, images
 from torch import Tensor, nn
 
 from prunetrain_kernels.cost import batch_norm_bytes, count_flops, count_flops_by_layer, step_memory
+from prunetrain_kernels.cost.dry_run import scalar_of
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.models import build
 
@@ -32,6 +35,10 @@ class Model(nn.Module):
         return self.fc((h * self.scale.to(h.dtype)).mean((2, 3)))
 
 
+def flat(value: object) -> list[object]:
+    return [*value] if isinstance(value, list | tuple) else [value]
+
+
 def snapshot(model: nn.Module) -> dict[str, object]:
     return {
         "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
@@ -42,6 +49,12 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         "modes": [module.training for module in model.modules()],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
         "attributes": [sorted(vars(m)) for m in model.modules()],
+        "values": [
+            (id(value), [(id(x), x.clone(), x.grad) if isinstance(x, Tensor) else id(x) for x in flat(value)])
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if not name.startswith("_") and isinstance(value, list | tuple | Tensor)
+        ],
         "random": torch.get_rng_state(),
     }
 
@@ -111,3 +124,35 @@ def test_a_model_without_memory_can_be_counted(cost: Callable[..., object]) -> N
     with torch.device("meta"):
         meta, x = build("resnet20", 10), torch.randn(1, 3, 8, 8)
     assert cost(meta, (x,)) == cost(build("resnet20", 10), (torch.randn(1, 3, 8, 8),))
+
+
+@pytest.mark.parametrize("name", [*ODD, *UNCOUNTED])
+@pytest.mark.parametrize("cost", COSTS)
+def test_nothing_changes_about_odd_models(cost: Callable[..., object], name: str) -> None:
+    """Counted or not: their attributes, tensors outside of the tables, and all gradients are as they were."""
+    torch.manual_seed(0)
+    kind, inputs = ODD[name] if name in ODD else (UNCOUNTED[name][0], images)
+    model, x = kind(), inputs()
+    model.fc.bias.grad = torch.randn(3)
+    before, x_before = snapshot(model), [one.clone() for one in x]
+    with contextlib.suppress(InputError):
+        cost(model, x)
+    assert_unchanged(before, snapshot(model))
+    assert all(map(torch.equal, x, x_before))
+    if name in ODD:
+        scalar_of(model(*x)).backward()  # and it still learns
+        assert type(model.a.weight.grad) is Tensor
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_hooks_on_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlopCounterMode's tracker of modules sets them, and fails on views of parameters."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a hook on a gradient")
+
+    monkeypatch.setattr("torch.utils.module_tracker.register_multi_grad_hook", refuse)
+    monkeypatch.setattr(Tensor, "register_hook", refuse)
+    kind, inputs = ODD[name]
+    for cost in COSTS:
+        cost(kind(), inputs())

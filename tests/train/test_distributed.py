@@ -726,7 +726,7 @@ def _does_not_fit(rank: int) -> tuple[int, float]:
     ddp = DistributedDataParallel(_net(), gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
 
-    def memory(model: nn.Module, example: Any, optimizer: Any, batches: tuple[int, int]) -> MemoryModel:
+    def memory(model: nn.Module, example: Any, optimizer: Any, batches: tuple[int, int], **_: Any) -> MemoryModel:
         if rank == 1 and max(batches) > 30:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return MemoryModel(0, 100)

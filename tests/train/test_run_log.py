@@ -22,6 +22,7 @@ LAYERS = {"conv1": 8, "epochs": 5, "block.0.conv": 3}  # "epochs": a layer may b
 def epoch_row(epoch: int) -> dict[str, Any]:
     row: dict[str, Any] = {name: 10 * epoch + position for position, name in enumerate(LOG_COLUMNS)}
     row.update(epoch=epoch, phase="train" if epoch < 3 else "fine-tune", loss=1 / 3 / epoch, train_flops=10**15 + epoch)
+    row["unknown_costs"] = "memory: the model has moods, and none is good" if epoch == 3 else ""
     return row
 
 

@@ -123,6 +123,7 @@ def _maker_of(value: Any) -> Callable[..., Any]:
         return made
 
     make.__name__ = make.__qualname__ = cls.__name__
+    make.makes = cls  # type: ignore[attr-defined]
     return make
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-Values = dict[fx.Node, Any]
+from prunetrain_kernels.graph.traced import Shape, Values
 
 POINTWISE = {
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "hardtanh",
@@ -48,15 +48,13 @@ SAME_ARGUMENTS: dict[str, Any] = {
 METHODS = {"view", "reshape", "_unsafe_view", "expand", "expand_as"}
 
 
-def exported_program(
-    model: nn.Module, examples: tuple[Tensor, ...], wrap: Callable[[Tensor], Any]
-) -> tuple[fx.Graph, Values]:
-    """The model's program as the walk in `walk.py` takes it, with what each node gives.
+def exported_program(model: nn.Module, examples: tuple[Tensor, ...]) -> tuple[fx.Graph, Values, Callable[..., Any]]:
+    """The model's program as the walk in `walk.py` takes it, what each node gives, and a function that runs what
+    torch.export recorded.
 
     Args:
         model: in the mode that is to be traced.
         examples: its positional arguments.
-        wrap: makes the walk's record of a tensor from a tensor that has its shape.
 
     Raises:
         Exception: whatever torch.export finds wrong with the model.
@@ -65,7 +63,7 @@ def exported_program(
         exported = torch.export.export(model, examples, strict=False)
     names = exported.graph_signature.inputs_to_parameters | exported.graph_signature.inputs_to_buffers
     inputs = set(exported.graph_signature.user_inputs)
-    translation = _Translation(wrap)
+    translation = _Translation()
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             translation.begin(node, names.get(node.name), node.name in inputs)
@@ -73,7 +71,7 @@ def exported_program(
             translation.program.output(translation.of(node.args[0]))
         else:
             translation.call(node)
-    return translation.program, translation.values
+    return translation.program, translation.values, exported.module()
 
 
 @contextmanager
@@ -90,8 +88,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _Translation:
-    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
-        self.wrap = wrap
+    def __init__(self) -> None:
         self.program = fx.Graph()
         self.nodes: dict[fx.Node, fx.Node] = {}
         self.values: Values = {}
@@ -103,9 +100,9 @@ class _Translation:
     def _keep(self, old: fx.Node, new: fx.Node) -> None:
         value = old.meta.get("val")
         if isinstance(value, Tensor):
-            value = self.wrap(value)
+            value = Shape(value.shape)
         elif isinstance(value, list | tuple):
-            value = tuple(self.wrap(v) if isinstance(v, Tensor) else v for v in value)
+            value = tuple(Shape(v.shape) if isinstance(v, Tensor) else v for v in value)
         self.nodes[old] = new
         self.values[new] = value
 

@@ -173,7 +173,7 @@ def batch_norm_behind(graph: ChannelGraph, modules: dict[str, nn.Module], name: 
     if len(graph.calls.get(name, ())) != 1:
         return None
     (node,) = graph.calls[name]
-    if len(node.users) != 1:
+    if node in graph.not_followed or len(node.users) != 1:
         return None
     (user,) = node.users
     if user.op != "call_module" or user in graph.not_followed or user.args[:1] != (node,):

@@ -113,11 +113,16 @@ class ChannelGraph:
     Made by `trace_channels`. It describes the model's shape at that moment: trace again after a reconfiguration.
 
     Attributes:
-        calls: for each called module its calls in `program`.
+        calls: for each called module its calls in `program`, and those in the model's other programs, as of the other
+            mode, that are different ones.
         opaque: submodules that tracing could not enter, and why.
-        not_followed: the calls in `program` that froze what they touch.
+        not_followed: the calls that froze what they touch, or whose value is read by others in another program.
         pinned: layers and followers that are also used where tracing does not look, and why: they are never removed.
         tracer: "torch.fx" or "torch.export".
+        uncalled: modules with layers that the forward calls in no mode: a projector that the training loop calls, a
+            head for later. They stay whole; but what they read of the network, other than its outputs, is not known,
+            and may lose channels.
+        doubts: where tracing was found wrong when it was held beside the model; what they touch is frozen.
     """
 
     spaces: list[Space]
@@ -131,6 +136,8 @@ class ChannelGraph:
     not_followed: frozenset[fx.Node] = frozenset()
     pinned: dict[str, str] = field(default_factory=dict)
     tracer: str = "torch.fx"
+    uncalled: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     @property
     def free_channels(self) -> int:
@@ -204,6 +211,11 @@ class ChannelGraph:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         lines += [f"not looked into: {name} ({reason})" for name, reason in self.opaque.items()]
+        if self.uncalled:
+            lines.append(
+                f"never called by the forward: {', '.join(self.uncalled)} (they stay whole; what they read inside the "
+                "network may lose channels)"
+            )
         return "\n".join(lines)
 
 

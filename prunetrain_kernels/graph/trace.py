@@ -1,148 +1,103 @@
 """Finds a model's channel spaces by tracing it, with torch.fx or else with torch.export.
 
-Tracing gives a program, the calls that the forward makes; running it on the example inputs gives the shapes of its
-values. `walk.py` then follows the channels through it.
+Tracing gives programs, the calls that the forward makes in either mode (`programs.py`), which are held beside the
+model; `walk.py` follows the channels through them; a trial cut (`trial.py`) shows that the model can do without what is
+then said to be free.
 """
 
-import inspect
-import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.parametrize import is_parametrized
 
 from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import TraceError
-from prunetrain_kernels.graph.exported import exported_program
-from prunetrain_kernels.graph.rules import expand_calls, rule_for
+from prunetrain_kernels.graph.programs import programs_of
+from prunetrain_kernels.graph.runs import Runs, buffers_aside, runs_of
 from prunetrain_kernels.graph.spaces import ChannelGraph
-from prunetrain_kernels.graph.walk import Shape, Walk
-
-# More examples than this only cost time: shapes are the same, and max|dy| is measured at every reconfiguration.
-MOST_EXAMPLES = 8
+from prunetrain_kernels.graph.traced import different
+from prunetrain_kernels.graph.tracer import UntraceableError, tracing
+from prunetrain_kernels.graph.trial import freeze_what_fails
+from prunetrain_kernels.graph.walk import Walk
+from prunetrain_kernels.probe import first_line, unchanged
 
 HOW_TO_TRACE = "Move the part that depends on data into a submodule of its own, whose channels then stay as they are."
-
-
-class _UntraceableError(Exception):
-    """torch.fx cannot follow the model's own forward."""
-
-
-def _pieces_of(node: fx.Node) -> int | None:
-    """How many tensors a chunk or split gives, where the program says so."""
-    given = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
-    if node.target in ("chunk", torch.chunk) and isinstance(given, int):
-        return given
-    if node.target in ("split", torch.split, torch.functional.split) and isinstance(given, list | tuple):
-        return len(given)
-    return None
-
-
-class _Proxy(fx.Proxy):
-    def __len__(self) -> int:
-        """Of pieces: `list(x.chunk(2, 1))` and `f(*x.chunk(2, 1))` ask for it."""
-        count = _pieces_of(self.node)
-        return super().__len__() if count is None else count
-
-
-class _Tracer(fx.Tracer):
-    """fx's tracer that leaves some modules closed and remembers in which module tracing failed."""
-
-    def __init__(self, closed: set[str]) -> None:
-        super().__init__()
-        self.closed = closed
-        self.failed_in: str | None = None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        closed = module_qualified_name in self.closed
-        return closed or rule_for(m) is not None or super().is_leaf_module(m, module_qualified_name)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def iter(self, obj: Any) -> Iterator[Any]:
-        """`for piece in x.chunk(4, 1)`: a number of pieces that is written out."""
-        count = _pieces_of(obj.node)
-        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            # The innermost module sees the exception first.
-            self.failed_in = self.failed_in or self.path_of_module(m)
-            raise
+TRIED = 4  # programs of a mode whose draws of random numbers the trial cut repeats
 
 
 def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> ChannelGraph:
     """Finds every channel space of `model`.
 
+    The forward is traced in training and in evaluation mode, and several times where it draws random numbers or counts
+    its calls; what any of these programs reads, joins or returns counts. Each is run beside the model and must give
+    what the model gives. At last a quarter of the free channels is cut from copies of the model's tensors: spaces
+    without which the model fails, or computes something else, stay as they are, and say why.
+
     A submodule that torch.fx cannot trace (its control flow depends on data, say) is left closed: the channels of what
     goes into it and comes out of it stay as they are, and the graph's `opaque` says why. Then, or where the model's own
-    forward cannot be traced, torch.export is tried, and its program is taken if more channels are free in it. The model
-    is run once, on the first few examples, in evaluation mode and without gradients; it is left as it was.
+    forward cannot be traced or what was traced is not what the model computes, torch.export is tried, and its programs
+    are taken if more channels are free in them. The model is run on as few of the examples as it takes, without
+    gradients; it is left as it was, and so are the random number generators.
+
+    Layers that the forward never calls (a projector that the training loop calls, a head for later) stay as they are;
+    the graph's `uncalled` names them. What they read is not known: let the forward return it, as one of its outputs,
+    and its channels stay too.
+
+    While torch.fx traces, `nn.Module.__call__` and `__getattr__` are patched for the whole process. Two threads that
+    trace wait for each other, and modules that other threads call meanwhile run as they are. But the model itself is
+    put into other modes and onto copies of its buffers, so no other thread may use this very model meanwhile.
 
     Args:
         model: any module; `example_inputs` are its positional arguments.
-        example_inputs: tensors with the batch in dim 0 and channels in dim 1.
+        example_inputs: tensors with the batch in dim 0 and channels in dim 1; more than 8 examples are cut to 8, if the
+            model takes a part of them.
 
     Raises:
-        TraceError: the model's own forward cannot be traced, or fails on the example inputs; a module's weight is
-            computed by `torch.nn.utils.parametrize`.
+        TraceError: the model's own forward cannot be traced, or fails on the example inputs.
     """
-    examples = _few(example_inputs)
     _refuse_wrapped(model)
-    _refuse_parametrized(model)
-    with _as_it_was(model, examples):
+    with tracing(), unchanged(model), buffers_aside(model):
+        runs = runs_of(model, example_inputs)
         graph, failed = None, None
         try:
-            graph = _by_fx(model, examples)
-        except _UntraceableError as error:
+            graph = _graph(runs, "torch.fx")
+        except UntraceableError as error:
             failed = error
-        if graph is None or graph.opaque:
+        if graph is None or _is_amiss(graph):
             try:
-                exported = _by_export(model, examples)
+                exported = _graph(runs, "torch.export")
             except Exception as error:
                 if graph is None:
-                    why = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
-                    raise TraceError(f"{failed}; torch.export says: {why}. {HOW_TO_TRACE}") from failed
+                    raise TraceError(_why_not(runs, failed, error)) from failed
             else:
                 if graph is None or exported.free_channels > graph.free_channels:
                     return exported
     return graph
 
 
-@contextmanager
-def _as_it_was(model: nn.Module, examples: tuple[Tensor, ...]) -> Iterator[None]:
-    """Modes, buffers and random state are afterwards what they were: tracing runs a forward's own writes for real."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.random.fork_rng(devices=_cuda_devices(examples)), buffers_restored(model):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _by_fx(model: nn.Module, examples: tuple[Tensor, ...]) -> ChannelGraph:
-    model.train()  # auxiliary heads and the like exist in training mode only, and training is what shrinks
-    program, opaque = _trace(model, len(examples))
-    expand_calls(program, dict(model.named_modules()))
-    model.eval()
-    return Walk(model, program, _run(model, program, examples), opaque).graph(examples)
-
-
-def _by_export(model: nn.Module, examples: tuple[Tensor, ...]) -> ChannelGraph:
-    model.train()
-    program, values = exported_program(model, examples, lambda tensor: Shape(tensor.shape))
-    graph = Walk(model, program, values, {}).graph(examples)
-    graph.tracer = "torch.export"
+def _graph(runs: Runs, by: str) -> ChannelGraph:
+    programs = programs_of(runs, by)
+    wired = different(programs)
+    graph = Walk(runs.model, wired).graph(runs.examples)
+    graph.tracer = by
+    distrusted = tuple(dict.fromkeys(each.distrusted for each in programs if each.distrusted))
+    one = len(wired) == 1 and not distrusted
+    modes = [False] if one and False in runs.modes else list(runs.modes)
+    ways = [way for mode in modes for way in [w for w in runs.known if w[0] == mode][:TRIED]]
+    graph.doubts = distrusted + freeze_what_fails(graph, runs, ways)
     return graph
+
+
+def _is_amiss(graph: ChannelGraph) -> bool:
+    return bool(graph.opaque or graph.doubts)
+
+
+def _why_not(runs: Runs, failed: Exception | None, error: Exception) -> str:
+    if runs.failed:
+        return f"the model fails on the example inputs: {runs.failed}; pass example_inputs that the model accepts."
+    return f"{failed}; torch.export says: {first_line(error)}. {HOW_TO_TRACE}"
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -154,108 +109,6 @@ def _refuse_wrapped(model: nn.Module) -> None:
         raise TraceError(
             f"a {type(model).__name__} is a wrapper; pass the network inside, model.{inside} (PruneTrain takes both)."
         )
-
-
-def _refuse_parametrized(model: nn.Module) -> None:
-    """A weight that is computed anew from others has no slices that could be cut."""
-    for name, module in model.named_modules():
-        if is_parametrized(module):
-            tensor = next(iter(module.parametrizations))  # type: ignore[arg-type]
-            raise TraceError(
-                f"the {tensor} of '{name}' is computed by torch.nn.utils.parametrize, so none of its channels can go; "
-                f"make it a plain one with torch.nn.utils.parametrize.remove_parametrizations(module, '{tensor}')."
-            )
-
-
-def _few(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copies of the first examples of a batch, if all inputs agree on what the batch is."""
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, tuple | list) or not example_inputs:
-        raise TraceError("example_inputs must be a tuple of tensors, the model's positional arguments, such as (x,).")
-    if not all(isinstance(x, Tensor) for x in example_inputs):
-        raise TraceError("example_inputs must be a tuple of tensors, the model's positional arguments, such as (x,).")
-    one_batch = len({x.shape[0] if x.dim() else None for x in example_inputs}) == 1 and example_inputs[0].dim() > 0
-    # Copies: a caller's buffer that is filled anew, or a whole batch kept alive, is no concern of the graph.
-    return tuple((x[:MOST_EXAMPLES] if one_batch else x).detach().clone() for x in example_inputs)
-
-
-def _trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
-    closed: dict[str, str] = {}
-    settings = _settings(model, inputs)
-    while True:
-        tracer = _Tracer(set(closed))
-        try:
-            return tracer.trace(model, settings), closed
-        except Exception as error:
-            reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".") + _where(error)
-            if not tracer.failed_in or tracer.failed_in in closed:
-                raise _UntraceableError(
-                    f"the forward of {type(model).__name__} cannot be traced by torch.fx: {reason}"
-                ) from error
-            closed[tracer.failed_in] = reason
-
-
-def _settings(model: nn.Module, inputs: int) -> dict[str, Any] | None:
-    """Plain defaults of the forward's further arguments (`return_features=False`): flow may depend on them."""
-    parameters = list(inspect.signature(model.forward).parameters.values())[inputs:]
-    plain = {
-        p.name: p.default
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and (p.default is None or isinstance(p.default, bool | int | float | str))
-    }
-    return plain or None
-
-
-def _where(error: Exception) -> str:
-    """The user's line of code in which an exception came up."""
-    here, found = error.__traceback__, ""
-    while here is not None:
-        file, line = here.tb_frame.f_code.co_filename, here.tb_lineno
-        # torch's own frames and those of this file are not what the user wrote
-        if not str(here.tb_frame.f_globals.get("__name__", "")).startswith(("torch.", __name__)):
-            found = f" in '{linecache.getline(file, line).strip()}' ({file}:{line})"
-        here = here.tb_next
-    return found
-
-
-class _Recorder(fx.Interpreter):
-    """Runs the traced program and keeps what each node gave: a tensor's shape, or something that is no tensor."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            result = super().run_node(n)
-        except Exception as error:
-            raise TraceError(
-                f"the model fails on the example inputs at '{n.name}' ({n.op} {n.target}): "
-                f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}; pass example_inputs that "
-                "the model accepts."
-            ) from error
-        self.values[n] = Shape(result.shape) if isinstance(result, Tensor) else result
-        return result
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A functional batch norm was traced in training mode, in which it refuses a single value per channel."""
-        if target is F.batch_norm and len(args) > 2 and args[1] is not None:
-            args, kwargs = args[:5], kwargs | {"training": False}
-        return super().call_function(target, args, kwargs)
-
-
-def _run(model: nn.Module, program: fx.Graph, examples: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
-    inputs = [node for node in program.nodes if node.op == "placeholder"]
-    named = [node for node in inputs if not str(node.target).startswith("*")]  # *args and **kwargs may stay empty
-    needed = sum(1 for node in named if not node.args)
-    if len(examples) < needed or (len(named) == len(inputs) and len(examples) > len(inputs)):
-        raise TraceError(f"the model takes {needed} inputs but example_inputs has {len(examples)}; give one each.")
-    recorder = _Recorder(fx.GraphModule(model, program))
-    with torch.no_grad():
-        recorder.run(*examples)
-    return recorder.values
 
 
 @contextmanager
@@ -270,7 +123,3 @@ def buffers_restored(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, before):  # autograd refuses a backward over a buffer written meanwhile
                     buffer.copy_(before)
-
-
-def _cuda_devices(tensors: tuple[Tensor, ...]) -> list[int]:
-    return sorted({t.get_device() for t in tensors if t.is_cuda})

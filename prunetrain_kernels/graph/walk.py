@@ -7,11 +7,12 @@ as they are, which is never wrong.
 """
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from prunetrain_kernels.graph.calls import Outcome
 from prunetrain_kernels.graph.channels import Channels, Count
@@ -19,6 +20,7 @@ from prunetrain_kernels.graph.functions import understands_function
 from prunetrain_kernels.graph.rules import rule_for
 from prunetrain_kernels.graph.shapes import counts, fixed_axes
 from prunetrain_kernels.graph.spaces import ChannelGraph, Follower, Layer, Merge, Space
+from prunetrain_kernels.graph.traced import Shape, Traced, joined_calls
 
 # Tell something of a tensor that has nothing to do with its channels.
 PLAIN_READERS = {"dim", "ndimension", "is_floating_point", "is_contiguous", "type", "element_size", "get_device"}
@@ -26,21 +28,18 @@ PLAIN_ATTRIBUTES = {"dtype", "device", "ndim", "is_cuda", "layout", "requires_gr
 COUNT_IS_READ = "its number of channels is read by the forward"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Of a tensor; a `torch.Size` among the values is one that the program itself asked for."""
-
-    sizes: torch.Size
-
-
 class Walk:
-    """One walk over the traced program, from inputs to output."""
+    """One walk over the traced programs of a model, each from inputs to output.
 
-    def __init__(self, model: nn.Module, program: fx.Graph, values: dict[fx.Node, Any], opaque: dict[str, str]) -> None:
+    Layers and followers of one name are one in all of them, so that what any of them joins is joined, and what any of
+    them freezes is frozen.
+    """
+
+    def __init__(self, model: nn.Module, programs: Sequence[Traced]) -> None:
         self.modules = dict(model.named_modules())
-        self.program = program
-        self.values = values
-        self.opaque = opaque
+        self.programs = [each.program for each in programs]
+        self.values = {node: value for each in programs for node, value in each.values.items()}
+        self.opaque = {name: reason for each in programs for name, reason in each.opaque.items()}
         self.channels: dict[fx.Node, Channels] = {}
         self.parts: dict[fx.Node, list[Channels]] = {}  # of values that are tuples of tensors
         self.counts: dict[fx.Node, Count] = {}  # of values that are numbers of channels
@@ -62,8 +61,11 @@ class Walk:
         self.calls: dict[str, list[fx.Node]] = {}
         self.not_followed: set[fx.Node] = set()
         self.pinned: dict[str, str] = {}
-        for node in program.nodes:
-            self._visit(node)
+        for each in programs:
+            for node in each.program.nodes:
+                self._visit(node)
+            if each.distrusted:
+                self._distrust(each)
         self._mark_inputs()
         self._mark_outputs()
         self._pin()
@@ -133,7 +135,9 @@ class Walk:
             name = str(node.target)
             self.calls.setdefault(name, []).append(node)
             rule = None if name in self.opaque else rule_for(self.modules[name])
-            outcome = rule is not None and rule(self, node, name, self.modules[name])
+            outcome = _why_computed(self.modules[name], name) or (
+                rule is not None and rule(self, node, name, self.modules[name])
+            )
         elif node.op != "get_attr" and not self._reads_size(node) and not counts(self, node):
             outcome = understands_function(self, node)
         if outcome is not True:
@@ -141,6 +145,13 @@ class Walk:
         for number in node.all_input_nodes:
             if number in self.counts and (node, number) not in self.understood:
                 self.freeze(self.counts[number].of, COUNT_IS_READ)
+
+    def _distrust(self, traced: Traced) -> None:
+        """Freezes whatever leads to an output: it is computed in some other way."""
+        self.not_followed.update(traced.program.nodes)
+        for node in traced.program.nodes:
+            for value in [*([self.channels[node]] if node in self.channels else []), *self.parts.get(node, ())]:
+                self.freeze(value, traced.distrusted)
 
     def _reads_size(self, node: fx.Node) -> bool:
         """Sizes and the like; a number of channels, which changes, is followed to where it is used."""
@@ -313,6 +324,9 @@ class Walk:
 
     # -- result ---------------------------------------------------------------------------------------------------
 
+    def _nodes(self) -> list[fx.Node]:
+        return [node for program in self.programs for node in program.nodes]
+
     def _is_closed(self, node: fx.Node) -> bool:
         """A layer, or a module with parameters that may be one inside."""
         name = str(node.target)
@@ -325,7 +339,7 @@ class Walk:
     def _mark_inputs(self) -> None:
         """Channels that the network's input brings: no layer stands between."""
         raw: set[fx.Node] = set()
-        for node in self.program.nodes:
+        for node in self._nodes():
             read = self.tensors(node)
             if node.op == "placeholder" or (
                 not self._is_closed(node)
@@ -338,7 +352,7 @@ class Walk:
 
     def _mark_outputs(self) -> None:
         """Channels that make the network's output: no layer stands between."""
-        waiting = [n for node in self.program.nodes if node.op == "output" for n in self.tensors(node)]
+        waiting = [n for node in self._nodes() if node.op == "output" for n in self.tensors(node)]
         seen: set[fx.Node] = set()
         while waiting:
             node = waiting.pop()
@@ -360,7 +374,7 @@ class Walk:
                 for module in self.modules[name].modules():
                     inside.setdefault(id(module), f"it also works inside '{name}', which is not followed")
         elsewhere: dict[int, str] = {}
-        for node in self.program.nodes:
+        for node in self._nodes():
             if node.op != "get_attr" or all((node, user) in self.reads for user in node.users):
                 continue
             found = _attribute(self.modules[""], str(node.target))
@@ -390,7 +404,28 @@ class Walk:
         else:
             self.freeze(Channels(self.followed[name]), reason)
 
+    def _uncalled(self) -> tuple[str, ...]:
+        """Modules with a convolution or linear layer that no program calls, the outermost of each."""
+        tensors: set[int] = set()
+        for node in self._nodes():
+            if node.op == "call_module":
+                tensors.update(map(id, self.modules[str(node.target)].parameters()))
+            elif node.op == "get_attr" and node.users:
+                tensors.add(id(_attribute(self.modules[""], str(node.target))))
+        inside = {name: list(module.parameters()) for name, module in self.modules.items() if name}
+        idle = [
+            name
+            for name, parameters in inside.items()
+            if any(p.dim() > 1 for p in parameters) and tensors.isdisjoint(map(id, parameters))
+        ]
+        return tuple(name for name in idle if name.rpartition(".")[0] not in idle)
+
     def graph(self, examples: tuple[Tensor, ...]) -> ChannelGraph:
+        repeated, varied = joined_calls(self.programs)
+        first = self.programs[0]
+        calls = {
+            name: [n for n in nodes if n.graph is first or n not in repeated] for name, nodes in self.calls.items()
+        }
         spaces, place = self._spaces()
         known: dict[tuple[int, ...], int] = {}
 
@@ -417,13 +452,14 @@ class Walk:
             spaces,
             self.layers,
             self.followers,
-            self.merges,
-            self.calls,
-            self.program,
+            [merge for merge in self.merges if merge.node.graph is first],
+            calls,
+            first,
             examples,
             self.opaque,
-            frozenset(self.not_followed),
+            frozenset(self.not_followed | varied),
             self.pinned,
+            uncalled=self._uncalled(),
         )
 
     def _spaces(self) -> tuple[list[Space], dict[int, tuple[int, int]]]:
@@ -467,11 +503,20 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
+def _why_computed(module: nn.Module, name: str) -> str:
+    """Why nothing of a module's weight can be cut: it is computed anew from others."""
+    if not is_parametrized(module):
+        return ""
+    tensor = next(iter(module.parametrizations))  # type: ignore[arg-type]
+    return f"the {tensor} of '{name}' is computed by torch.nn.utils.parametrize"
+
+
 def _attribute(root: nn.Module, path: str) -> Any:
-    found: Any = root
+    """None for a constant that tracing has put there for a time."""
+    held: Any = root
     for part in path.split("."):
-        found = getattr(found, part)
-    return found
+        held = getattr(held, part, None)
+    return held
 
 
 def _entries(index: Any, ndim: int) -> set[int]:

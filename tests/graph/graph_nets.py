@@ -1,13 +1,16 @@
 """A small network with any forward, and pruning of half of whatever in it may go."""
 
 import copy
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prunetrain_kernels import ChannelGraph, reconfigure, trace_channels
 from prunetrain_kernels.graph import expand
+from prunetrain_kernels.probe import difference, named_tensors_in
 
 Forward = Callable[..., Tensor]
 
@@ -55,15 +58,50 @@ def dead_half(graph: ChannelGraph, index: int) -> Tensor:
     return dead
 
 
+def zero_half(graph: ChannelGraph, model: nn.Module) -> None:
+    """Zeroes half of the channels of all free spaces in every layer."""
+    for layer in graph.layers.values():
+        weight = model.get_submodule(layer.name).weight.data
+        for dim, space, block in zip(layer.dims, (layer.input, layer.output), (layer.block, 1), strict=True):
+            weight.index_fill_(dim, expand(dead_half(graph, space).nonzero().flatten(), block), 0)
+
+
+def seeded(seed: int) -> None:
+    """All global random number generators."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def shrinks(model: nn.Module, *x: Tensor, seeds: Iterable[int] = range(3)) -> ChannelGraph:
+    """As `prune_half_of_everything`, for outputs of any structure and forwards that draw random numbers; and the next
+    training step runs."""
+    model = model.double()
+    x = tuple(t.double() if t.is_floating_point() else t for t in x)
+    graph = trace_channels(model, x)
+    zero_half(graph, model)
+    twin = copy.deepcopy(model)
+    keep = graph.keep(model)
+    reconfigure(model, None, keep)
+    for training in (False, True):
+        for seed in seeds:
+            seeded(seed)
+            mine = named_tensors_in(model.train(training)(*x))
+            seeded(seed)
+            theirs = named_tensors_in(twin.train(training)(*x))
+            gap = difference(*({name: t.detach() for name, t in each.items()} for each in (theirs, mine)))
+            assert gap.compared
+            assert gap.largest <= 1e-10 * max(gap.scale, 1), (training, seed, gap)
+            sum(t.sum() for t in mine.values() if t.requires_grad).backward()  # type: ignore[union-attr]
+    return graph
+
+
 def prune_half_of_everything(model: nn.Module, *x: Tensor) -> ChannelGraph:
     """Zeroes half of all free spaces and prunes them; the outputs must not move, in either mode."""
     model = model.double()
     x = tuple(t.double() if t.is_floating_point() else t for t in x)
     graph = trace_channels(model, x)
-    for layer in graph.layers.values():
-        weight = model.get_submodule(layer.name).weight.data
-        for dim, space, block in zip(layer.dims, (layer.input, layer.output), (layer.block, 1), strict=True):
-            weight.index_fill_(dim, expand(dead_half(graph, space).nonzero().flatten(), block), 0)
+    zero_half(graph, model)
     reference = copy.deepcopy(model)
     keep = graph.keep(model)
     for i, kept in enumerate(keep.channels):

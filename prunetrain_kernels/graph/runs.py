@@ -1,0 +1,215 @@
+"""Runs of the model itself, beside which a traced program and a cut network are held."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from prunetrain_kernels.errors import TraceError
+from prunetrain_kernels.graph.draws import drawing, seed_global
+from prunetrain_kernels.probe import Difference, difference, first_line, looking, named_tensors_in
+
+# More examples than this only cost time: shapes are the same, and max|dy| is measured at every reconfiguration.
+MOST_EXAMPLES = 8
+FEWEST_EXAMPLES = 2  # of which batch norm in training mode can make something
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: the seed of its random numbers, and how many calls come before it: a forward may count them."""
+
+    seed: int = 0
+    calls_before: int = 0
+
+
+@dataclass
+class Runs:
+    """What the model gives on the example inputs.
+
+    Attributes:
+        model: as it was given.
+        inputs: the few examples that it is run on here.
+        examples: those that a graph keeps.
+        modes: training and evaluation mode, where it runs in them.
+        failed: what it said where it runs in neither; empty otherwise.
+        known: outputs so far, by mode and start.
+    """
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    examples: tuple[Tensor, ...]
+    modes: tuple[bool, ...] = ()
+    failed: str = ""
+    known: dict[tuple[bool, Start], dict[str, Tensor]] = field(default_factory=dict)
+
+    def outputs(self, *, training: bool, start: Start) -> dict[str, Tensor]:
+        """The model's named outputs in a mode."""
+        if (training, start) not in self.known:
+            self.known[training, start] = run(self.model, self.inputs, training=training, start=start)
+        return self.known[training, start]
+
+    def repeats_itself(self, *, training: bool, start: Start) -> bool:
+        """Whether a second run from the same start gives the same: else nothing can be compared with it."""
+        again = run(self.model, self.inputs, training=training, start=start)
+        return difference(self.outputs(training=training, start=start), again).is_rounding
+
+
+def run(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    training: bool,
+    start: Start,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """The named outputs of a model; `tensors` stand in for parameters and buffers: by module's name, then by their own.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    with looking(model, training=training), replaced(model, tensors or {}), drawing(model, start.seed) as draws:
+        for _ in range(start.calls_before):
+            model(*copies(inputs))
+            seed_global(start.seed)
+            draws.asked.clear()
+        return {name: t.detach().clone() for name, t in named_tensors_in(model(*copies(inputs))).items()}
+
+
+@contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Other tensors in place of a model's parameters and buffers, whose objects are back afterwards."""
+    before: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
+    try:
+        for name, own in tensors.items():
+            module = model.get_submodule(name)
+            for key, tensor in own.items():
+                table = module._parameters if key in module._parameters else module._buffers
+                before.append((table, key, table[key]))  # type: ignore[arg-type]
+                if table is module._parameters:
+                    tensor = nn.Parameter(tensor, requires_grad=False)
+                table[key] = tensor  # type: ignore[assignment]
+        yield
+    finally:
+        for table, key, old in reversed(before):
+            table[key] = old
+
+
+@contextmanager
+def buffers_aside(model: nn.Module) -> Iterator[None]:
+    """Inside, the model works on copies of its buffers: autograd may hold the real ones for a backward to come."""
+    copied: dict[int, Tensor] = {}
+    before = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        for module, name, buffer in before:
+            module._buffers[name] = copied.setdefault(id(buffer), buffer.detach().clone())
+        yield
+    finally:
+        for module, name, buffer in before:
+            module._buffers[name] = buffer
+
+
+def in_double(
+    model: nn.Module, inputs: Sequence[Tensor], tensors: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> tuple[tuple[Tensor, ...], dict[str, dict[str, Tensor]]]:
+    """Inputs and tensors for a run in float64, in which hardly anything is rounding."""
+    wide = {
+        name: {key: t.double() for key, t in own_tensors(m).items() if t.is_floating_point()}
+        for name, m in model.named_modules()
+    }
+    for name, own in (tensors or {}).items():
+        wide[name].update({key: t.double() for key, t in own.items() if t.is_floating_point()})
+    return tuple(x.double() if x.is_floating_point() else x for x in inputs), wide
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers without those of its parts."""
+    return {k: t for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+
+
+def copies(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A forward may write into its inputs."""
+    return tuple(x.clone() for x in inputs)
+
+
+def how_different(gap: Difference) -> str:
+    """In words."""
+    if gap.largest == torch.inf:
+        return f"in the structure or shape of output '{gap.where}'" if gap.where else "in the structure of its outputs"
+    return f"by {gap.largest:.1e} at a scale of {gap.scale:.1e}" + (f" in output '{gap.where}'" if gap.where else "")
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+def runs_of(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Runs:
+    """The fewest of the example inputs that the model takes in both modes: what it is given need not be a batch, of
+    which any part will do (frames, pairs, shots of a class).
+
+    Raises:
+        TraceError: they are no tensors, or the model takes them in training mode only.
+    """
+    given = checked(example_inputs)
+    batch = {len(x) for x in given if x.dim()}
+    sizes = sorted({min(most, *batch) for most in (FEWEST_EXAMPLES, MOST_EXAMPLES)}) if len(batch) == 1 else []
+    tries = [cut(given, size) for size in sizes if size not in batch] + [given]
+    first: dict[bool, tuple[Tensor, ...]] = {}
+    why: dict[bool, str] = {}
+    for inputs in tries:
+        runs = Runs(model, inputs, cut(given, MOST_EXAMPLES) if inputs is not given and len(batch) == 1 else given)
+        for training in (False, True):
+            try:
+                runs.outputs(training=training, start=Start())
+            except Exception as error:
+                why[training] = first_line(error)
+                continue
+            runs.modes = (*runs.modes, training)
+            first.setdefault(training, inputs)
+        if len(runs.modes) == 2:
+            return runs
+    return _in_one_mode(model, given, batch, first, why)
+
+
+def _in_one_mode(
+    model: nn.Module,
+    given: tuple[Tensor, ...],
+    batch: set[int],
+    first: dict[bool, tuple[Tensor, ...]],
+    why: dict[bool, str],
+) -> Runs:
+    """One image of one pixel is too little for batch norm in training mode; two of them are not."""
+    if True in first and False not in first:
+        raise TraceError(
+            f"the model fails on the example inputs in evaluation mode: {why[False]}; pass example_inputs that it "
+            "accepts in both modes."
+        )
+    if batch == {1}:
+        twice = tuple(torch.cat([x, x]) if x.dim() else x for x in given)
+        runs = Runs(model, twice, given, modes=(False, True))
+        try:
+            for training in runs.modes:
+                runs.outputs(training=training, start=Start())
+            return runs
+        except Exception as error:
+            why.setdefault(True, first_line(error))
+    inputs = first.get(False, given)
+    return Runs(model, inputs, given, (False,) if first else (), "" if first else why[False])
+
+
+def checked(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copies: a caller's buffer that is filled anew is no concern of the graph."""
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if (
+        not isinstance(example_inputs, tuple | list)
+        or not example_inputs
+        or not all(isinstance(x, Tensor) for x in example_inputs)
+    ):
+        raise TraceError("example_inputs must be a tuple of tensors, the model's positional arguments, such as (x,).")
+    return tuple(x.detach().clone() for x in example_inputs)
+
+
+def cut(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
+    """The first examples of a batch, in memory of their own; a single number is for all of them."""
+    return tuple(x[:size].clone() if x.dim() else x for x in inputs)

@@ -1,0 +1,205 @@
+"""A trial: some channels of every space are cut from copies of the tensors, and the model must compute as before.
+
+Tracing sees operations, not what numbers mean. A forward that divides by its number of channels, or asserts it, may
+look like any other by the time it is traced. So a graph is believed when the model itself, given tensors without a
+quarter of the free channels, computes what it computes with their weights at zero, in each mode in which it runs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunetrain_kernels.graph.runs import Runs, Start, how_different, in_double, own_tensors, run
+from prunetrain_kernels.graph.spaces import ChannelGraph, expand
+from prunetrain_kernels.probe import difference, first_line
+
+# Cuts that are tried to find out which spaces a forward depends on; then what is in doubt stays.
+MOST_CUTS = 120
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def freeze_what_fails(graph: ChannelGraph, runs: Runs, ways: Sequence[tuple[bool, Start]]) -> tuple[str, ...]:
+    """Freezes the spaces whose channels cannot be cut, each with the reason; returns the reasons.
+
+    Args:
+        graph: of `runs.model`; its spaces are changed in place.
+        ways: modes and starts in which the model is to be run.
+    """
+    gated = any(layer.live_in is not None or layer.live_out is not None for layer in graph.layers.values())
+    if gated or any(follower.kind == "constant" for follower in graph.followers.values()):
+        return ()  # made so by a reconfiguration, before which this was tried
+    trial = _Trial(graph, runs, ways)
+    spaces = [
+        i
+        for i, space in enumerate(graph.spaces)
+        if space.members is None and not space.frozen and len(_dead(space.size, space.least))
+    ]
+    reasons: dict[str, None] = {}
+    while spaces and trial.why_not(spaces):
+        stay = trial.culprits(spaces)
+        reasons |= dict.fromkeys(stay.values())
+        for i, reason in stay.items():
+            graph.spaces[i].frozen = reason
+        spaces = [i for i in spaces if i not in stay]
+    for whole in graph.spaces:
+        if whole.members is not None and not whole.frozen:
+            frozen = [graph.spaces[n].frozen for n in whole.members[:, 0].unique().tolist()]
+            whole.frozen = frozen[0] if all(frozen) else None
+    return tuple(reasons)
+
+
+def _dead(size: int, least: int) -> Tensor:
+    """The channels of a space that are cut: every fourth, from the second."""
+    dead = torch.arange(1, size, 4)
+    return dead[: max(0, size - least)]
+
+
+class _Trial:
+    def __init__(self, graph: ChannelGraph, runs: Runs, ways: Sequence[tuple[bool, Start]]) -> None:
+        self.graph = graph
+        self.model = runs.model
+        self.modules = dict(runs.model.named_modules())
+        self.given = runs.inputs
+        self.inputs = tuple(map(_varied, runs.inputs))
+        self.ways = [way for way in ways if self._runs(*way)]
+        self.cuts = 0
+
+    def _runs(self, training: bool, start: Start) -> bool:
+        """Whether the model takes the inputs, where they are not the given ones."""
+        try:
+            if any(a is not b for a, b in zip(self.inputs, self.given, strict=True)):
+                run(self.model, self.inputs, training=training, start=start)
+        except Exception:
+            return False
+        return True
+
+    def why_not(self, spaces: Sequence[int]) -> str:
+        """Why the channels of these spaces cannot be cut; empty if they can."""
+        self.cuts += 1
+        zeroed, smaller = self._tensors(spaces)
+        for training, start in self.ways:
+            reason = self._compare(zeroed, smaller, training, start)
+            if reason:
+                return reason
+        return ""
+
+    def _compare(self, zeroed: Tensors, smaller: Tensors, training: bool, start: Start) -> str:
+        try:
+            expected = run(self.model, self.inputs, training=training, start=start, tensors=zeroed)
+        except Exception:
+            return ""  # weights of zero are no trial of it
+        try:
+            with truthful(self.modules, smaller):
+                got = run(self.model, self.inputs, training=training, start=start, tensors=smaller)
+        except Exception as error:
+            return f"without some of its channels the forward fails: {first_line(error)}"
+        gap = difference(expected, got)
+        if gap.is_rounding or (gap.largest != torch.inf and self._equal_in_double(zeroed, smaller, training, start)):
+            return ""
+        again = run(self.model, self.inputs, training=training, start=start, tensors=zeroed)
+        if gap.largest != torch.inf and not difference(expected, again).is_rounding:
+            return ""  # it gives something else each time
+        return f"without some of its channels the forward computes something else, {how_different(gap)}"
+
+    def _equal_in_double(self, zeroed: Tensors, smaller: Tensors, training: bool, start: Start) -> bool:
+        outputs = []
+        try:
+            for tensors in (zeroed, smaller):
+                inputs, wide = in_double(self.model, self.inputs, tensors)
+                with truthful(self.modules, tensors):
+                    outputs.append(run(self.model, inputs, training=training, start=start, tensors=wide))
+        except Exception:
+            return False
+        return difference(*outputs).is_rounding
+
+    def culprits(self, spaces: Sequence[int]) -> dict[int, str]:
+        """Of spaces that cannot be cut together: those that cannot be by themselves, or else all of them."""
+        reason = self.why_not(spaces)
+        if not reason:
+            return {}
+        if len(spaces) == 1 or self.cuts > MOST_CUTS:
+            return dict.fromkeys(spaces, reason)
+        half = len(spaces) // 2
+        stay = self.culprits(spaces[:half]) | self.culprits(spaces[half:])
+        return stay or dict.fromkeys(spaces, reason)
+
+    def _tensors(self, spaces: Sequence[int]) -> tuple[Tensors, Tensors]:
+        """The tensors of the network with these spaces' channels at zero, and without them."""
+        dead = [torch.zeros(space.size, dtype=torch.bool) for space in self.graph.spaces]
+        for i in spaces:
+            dead[i][_dead(self.graph.spaces[i].size, self.graph.spaces[i].least)] = True
+        for i, space in enumerate(self.graph.spaces):
+            if space.members is not None and space.size:
+                dead[i] = torch.stack([dead[n][at] for n, at in space.members.tolist()])
+        zeroed: Tensors = {}
+        smaller: Tensors = {}
+        for name, key, dim, block, at in _sides(self.graph, self.modules):
+            if not dead[at].any():
+                continue
+            old = own_tensors(self.modules[name])[key].detach()
+            gone, stays = (expand(mask.nonzero().flatten(), block).to(old.device) for mask in (dead[at], ~dead[at]))
+            if key == "weight" and name in self.graph.layers:
+                own = zeroed.setdefault(name, {})
+                own[key] = own.get(key, old).index_fill(dim, gone, 0)
+            own = smaller.setdefault(name, {})
+            own[key] = own.get(key, old).index_select(dim, stays)
+        return zeroed, smaller
+
+
+def _varied(x: Tensor) -> Tensor:
+    """Noise for inputs that are all one number, of which every convolution makes the same."""
+    if not x.is_floating_point() or x.numel() < 2 or not bool((x == x.flatten()[0]).all()):
+        return x
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(x)
+
+
+def _sides(graph: ChannelGraph, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, int, int, int]]:
+    """Every dimension of every tensor in which channels lie: module, tensor, dimension, features a channel, space."""
+    for layer in graph.layers.values():
+        for dim, block, space in zip(layer.dims, (layer.block, 1), (layer.input, layer.output), strict=True):
+            yield layer.name, "weight", dim, block, space
+        if modules[layer.name]._parameters.get("bias") is not None:
+            yield layer.name, "bias", 0, 1, layer.output
+    for follower in graph.followers.values():
+        for key, tensor in own_tensors(modules[follower.name]).items():
+            if tensor.dim() > 0:
+                yield follower.name, key, follower.dim, follower.block, follower.space
+
+
+@contextmanager
+def truthful(modules: dict[str, nn.Module], tensors: Tensors) -> Iterator[None]:
+    """Inside, the attributes of modules (`out_channels`, `groups`, ...) fit the tensors that stand in for theirs."""
+    before: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for name, own in tensors.items():
+            for attribute, value in _attributes(modules[name], own).items():
+                before.append((modules[name], attribute, getattr(modules[name], attribute)))
+                setattr(modules[name], attribute, value)
+        yield
+    finally:
+        for module, attribute, value in before:
+            setattr(module, attribute, value)
+
+
+def _attributes(module: nn.Module, own: dict[str, Tensor]) -> dict[str, int]:
+    weight, old = own.get("weight"), module._parameters.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None and old is not None:
+        depthwise = 1 < module.groups == module.in_channels
+        groups = module.groups * weight.shape[0] // old.shape[0] if depthwise else module.groups
+        first, second = weight.shape[0], weight.shape[1] * groups
+        ins, outs = (first, second) if module.transposed else (second, first)
+        return {"in_channels": ins, "out_channels": outs, "groups": groups}
+    if isinstance(module, nn.Linear) and weight is not None:
+        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    size = next((len(t) for t in own.values() if t.dim()), None)
+    if size is None:
+        return {}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": size, "num_groups": size}
+    names = ("num_features", "num_parameters")
+    return {name: size for name in names if isinstance(vars(module).get(name), int)}

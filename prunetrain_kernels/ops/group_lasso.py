@@ -471,7 +471,7 @@ def counted(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int
 @lru_cache(maxsize=64)
 def _counted(layers: tuple[tuple[int, int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     parts = [
-        torch.full((n,), float(bool(used & side)))
+        torch.full((n,), float(bool(used & side)), device="cpu")
         for *sizes, used in layers
         for n, side in zip(sizes, (1, 2), strict=True)
     ]

@@ -122,7 +122,7 @@ def table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
         tile_tensor += [i] * (across * down)
 
     def to_device(values: list[Any], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
+        return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
     return Table(
         to_device(rows, torch.int64),
@@ -135,7 +135,7 @@ def table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
 
 @lru_cache(maxsize=64)
 def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
-    host = torch.tensor(pointers, dtype=torch.int64)
+    host = torch.tensor(pointers, dtype=torch.int64, device="cpu")
     # from pinned memory the copy does not wait, and a CUDA graph may record it
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 

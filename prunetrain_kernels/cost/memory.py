@@ -1,6 +1,6 @@
 """Bytes one training iteration needs, as a straight line over the batch (paper Sec. 4.3, Fig. 9)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ class MemoryModel:
 def step_memory(
     model: nn.Module,
     example_inputs: tuple[Tensor, ...],
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     batches: tuple[int, int] = (16, 32),
 ) -> MemoryModel:
     """Bytes that one training iteration of `model` needs, measured at two batch sizes.
@@ -54,7 +54,7 @@ def step_memory(
     Args:
         model: any module on any device; nothing about it changes.
         example_inputs: the model's positional arguments, dimension 0 the batch (only the first example is used).
-        optimizer: the one that trains the model.
+        optimizer: the one that trains the model, or several in a list.
         batches: two batch sizes of 2 or more. On CUDA choose them close to the batch in use: the peak of a small batch
             lies at the end of the backward pass, that of a large one at its beginning. Elsewhere any will do.
 
@@ -76,7 +76,7 @@ def measure_step_memory_cuda(
     model: nn.Module,
     example_inputs: tuple[Tensor, ...],
     loss_fn: Callable[[object], Tensor] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     batches: tuple[int, int] = (16, 32),
 ) -> MemoryModel:
     """Bytes one training iteration needs, from the CUDA allocator's peak in real forward and backward passes.
@@ -169,17 +169,23 @@ def _state_bytes(model: nn.Module) -> int:
     return _bytes(tensor for _, tensor in named_tensors(model))
 
 
-def _optimizer_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+def _optimizer_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+) -> int:
     if optimizer is None:
         return _bytes(p for p in model.parameters() if p.requires_grad)
-    total = 0
-    for group in optimizer.param_groups:
-        copies = 2 + bool(group.get("amsgrad")) if "betas" in group else int(bool(group.get("momentum", 0)))
-        for p in group["params"]:
-            if optimizer.state.get(p):
-                total += _bytes(tensors_in(optimizer.state[p]))
-            elif p.requires_grad:
-                total += copies * _bytes([p])
+    total, counted = 0, set()
+    for one in optimizer if isinstance(optimizer, list | tuple) else (optimizer,):
+        state = getattr(one, "state", {})
+        for group in getattr(one, "param_groups", ()):  # a wrapper may have none but those inside
+            copies = 2 + bool(group.get("amsgrad")) if "betas" in group else int(bool(group.get("momentum", 0)))
+            for p in group["params"]:
+                if state.get(p):
+                    tensors = [t for t in tensors_in(state[p]) if id(t) not in counted]
+                    counted |= {id(t) for t in tensors}
+                    total += _bytes(tensors)
+                elif p.requires_grad:
+                    total += copies * _bytes([p])
     return total
 
 

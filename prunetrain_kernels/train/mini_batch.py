@@ -6,7 +6,7 @@ rate grows with it, in the optimizer and in the scheduler's base rates, so that 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.cost import MemoryModel, step_memory
 from prunetrain_kernels.errors import CheckpointError, InputError
+from prunetrain_kernels.prune.optimizers import groups_to_schedule
 
 LEARNING_RATE_RULES = ("linear", "sqrt", "none")
 
@@ -75,14 +76,22 @@ class MiniBatch:
         self.ranks = 1
         self.beside: Callable[[], int] = int
 
-    def start(self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None) -> None:
+    def start(
+        self,
+        model: nn.Module,
+        example_inputs: tuple[Tensor, ...],
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    ) -> None:
         """Measures the dense network; sets the budget to its need unless one was given."""
         self.memory = self.measure(model, example_inputs, optimizer)
         if self.budget_bytes is None:
             self.budget_bytes = math.ceil(self.memory.bytes(self.size))
 
     def measure(
-        self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None
+        self,
+        model: nn.Module,
+        example_inputs: tuple[Tensor, ...],
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> MemoryModel:
         """Bytes of one iteration of the network as it is now, fitted close to the present batch; kept in `memory`."""
         # near the present size, because on CUDA a small batch peaks in another place than a large one
@@ -95,7 +104,7 @@ class MiniBatch:
         self,
         model: nn.Module,
         example_inputs: tuple[Tensor, ...],
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         scheduler: Any = None,
         least: Callable[[int], int] = int,
     ) -> int:
@@ -114,7 +123,7 @@ class MiniBatch:
             self._resize(target, optimizer, scheduler)
         return self.size
 
-    def fall_back(self, optimizer: Optimizer | None = None, scheduler: Any = None) -> int:
+    def fall_back(self, optimizer: Optimizer | Sequence[Optimizer] | None = None, scheduler: Any = None) -> int:
         """After a step that ran out of memory: one granule less; returns the size.
 
         The budget falls to what that takes, so the batch grows again only when the network has shrunk further.
@@ -132,7 +141,7 @@ class MiniBatch:
         self._resize(target, optimizer, scheduler)
         return self.size
 
-    def _resize(self, size: int, optimizer: Optimizer | None, scheduler: Any) -> None:
+    def _resize(self, size: int, optimizer: Optimizer | Sequence[Optimizer] | None, scheduler: Any) -> None:
         ratio = size / self.size
         self.size = size
         if optimizer is not None and self.learning_rate != "none":
@@ -167,17 +176,20 @@ class MiniBatch:
         self.size = together // self.ranks
 
 
-def scale_learning_rate(optimizer: Optimizer, scheduler: Any, factor: float) -> None:
+def scale_learning_rate(optimizer: Optimizer | Sequence[Optimizer], scheduler: Any, factor: float) -> None:
     """Multiplies the learning rate by `factor`, now and for the rest of the schedule.
 
     Touches each group's `lr` (a number or a tensor, in place) and the rates that schedulers keep: `initial_lr`,
     `max_lr` and `min_lr` in the groups, base, largest and smallest rates in the scheduler and in those that it chains;
-    PyTorch's schedulers and timm's. Several schedulers of one optimizer are given in a list.
+    PyTorch's schedulers and timm's. Several optimizers, or schedulers, are given in a list; of optimizers around
+    optimizers, each group is scaled once.
     """
-    for group in optimizer.param_groups:
+    scaled: set[int] = set()  # groups may share the tensor that is their rate
+    for group in groups_to_schedule(optimizer):
         if isinstance(group["lr"], Tensor):
             with torch.no_grad():
-                group["lr"].mul_(factor)
+                group["lr"].mul_(1.0 if id(group["lr"]) in scaled else factor)
+            scaled.add(id(group["lr"]))
         else:
             group["lr"] *= factor
         for key in _GROUP_RATES:

@@ -7,6 +7,7 @@ renamed: a full disk or a killed process leaves the previous checkpoint as it wa
 import errno
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from prunetrain_kernels.nn.gated_conv import SIDES, restore_gating
 from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.prune.also import Copy, copies_of, unwrapped
 from prunetrain_kernels.prune.branches import restore_stand_ins, swap_in
-from prunetrain_kernels.prune.optimizer_holdings import groups_of, holdings_of
+from prunetrain_kernels.prune.optimizer_holdings import Kept, groups_of, holdings_of
 from prunetrain_kernels.prune.optimizers import all_optimizers, as_list, drop
 from prunetrain_kernels.prune.reconfigure import memory_format, parameters_that_go, set_data, sizes_told_by
 from prunetrain_kernels.prune.shape import describe_shape
@@ -101,7 +102,7 @@ def load_pruned(
     Raises:
         CheckpointError: the file is missing, damaged, of another network, or without the optimizer or PruneTrain state
             that is asked for, or of an optimizer with other groups; model and optimizer are untouched in these cases.
-            Or the PruneTrain state does not fit what was passed.
+            Or the PruneTrain state does not fit what was passed, or an optimizer keeps what its state does not restore.
         InputError: a copy is not like the model.
     """
     payload = read_checkpoint(path)
@@ -121,12 +122,14 @@ def load_pruned(
     if prunetrain is not None and payload["prunetrain"] is None:
         raise CheckpointError(f"'{path}' holds no PruneTrain state; it was saved without one.")
 
+    drop(optimizers, gone, [])
+    built_with = holdings_of(optimizers, model).kept if optimizers else []
     _rebuild(model, payload["model"], stand_ins, payload)
     for copy, one, new in zip(copies, saved, theirs, strict=False):
         _rebuild(copy.network, one["network"], new, payload)
         copy.given.load_state_dict(one["wrapper"], strict=False)
-    drop(optimizers, gone, [])
     _load_optimizers(path, optimizers, payload)
+    _check_restored(path, optimizers, built_with)
     if prunetrain is not None:
         _load_into(path, "PruneTrain", prunetrain, payload["prunetrain"])
     return dict(payload["extra"])
@@ -257,8 +260,8 @@ def _check_optimizers(
         raise CheckpointError(f"'{path}' holds no optimizer state; it was saved without one.")
     if len(saved) != len(optimizers):
         raise CheckpointError(
-            f"'{path}' holds the states of {len(saved)} optimizers, and {len(optimizers)} were passed; pass as many, in "
-            "the same order."
+            f"'{path}' holds the states of {len(saved)} optimizers, and {len(optimizers)} were passed; pass as many, "
+            "in the same order."
         )
     for optimizer, state in zip(optimizers, saved, strict=True):
         _check_groups(path, optimizer, state, gone)
@@ -274,7 +277,7 @@ def _check_optimizers(
 
 
 def _check_groups(path: str | Path, optimizer: Optimizer, saved: dict[str, Any], gone: set[int]) -> None:
-    if "param_groups" not in saved:  # a wrapper that has a form of its own
+    if "param_groups" not in saved or not groups_of(optimizer):  # a wrapper that has a form of its own
         return
     mine = [sum(id(p) not in gone for p in group["params"]) for group in groups_of(optimizer)]
     theirs = [len(group["params"]) for group in saved["param_groups"]]
@@ -286,39 +289,56 @@ def _check_groups(path: str | Path, optimizer: Optimizer, saved: dict[str, Any],
 
 
 def _load_optimizers(path: str | Path, optimizers: Sequence[Optimizer], payload: dict[str, Any]) -> None:
-    """Loads each optimizer's state and then that of those inside it, which keep sharing what they shared."""
+    """Loads each optimizer's state and then that of those inside it; what they share they share afterwards."""
     saved = _saved_states(payload)
     inside = payload.get("wrapped_optimizers") or [[] for _ in optimizers]
     for outer, wrapped, state, states in zip(optimizers, _wrapped(optimizers), saved, inside, strict=bool(optimizers)):
+        before = [(one, groups_of(one), getattr(one, "param_groups", []), getattr(one, "state", {})) for one in wrapped]
+        before.insert(0, (outer, groups_of(outer), getattr(outer, "param_groups", []), getattr(outer, "state", {})))
         _load_into(path, "optimizer", outer, state)
         for one, its in zip(wrapped, states, strict=False):
-            groups, kept = one.param_groups, one.state
             _load_into(path, "optimizer", one, its)
-            _put_back(one, groups, kept)
-    for kept in holdings_of(optimizers).kept if optimizers else ():
+        for one, groups, group_list, kept in before:
+            _put_back(one, groups, group_list, kept)
+
+
+def _check_restored(path: str | Path, optimizers: Sequence[Optimizer], built_with: list[Kept]) -> None:
+    """Nothing is left that an optimizer kept for the freshly built model's larger parameters."""
+    left = {id(kept.tensor) for kept in holdings_of(optimizers).kept} if built_with else set()
+    for kept in built_with:
         p, tensor = kept.parameter, kept.tensor
-        if p is not None and tensor is not None and tensor.dim() == p.dim() > 0 and tensor.shape != p.shape:
+        if (
+            id(tensor) in left
+            and p is not None
+            and tensor is not None
+            and tensor.numel() > 1
+            and tensor.shape != p.shape
+        ):
             raise CheckpointError(
-                f"{kept.optimizer} keeps a {kept.where} of shape {tuple(tensor.shape)} for a parameter that '{path}' "
-                f"has in the shape {tuple(p.shape)}, and its state_dict() does not restore it; build the optimizer "
-                "anew from the loaded model."
+                f"{kept.optimizer} keeps something of shape {tuple(tensor.shape)} ({kept.where}) for a parameter that "
+                f"'{path}' has in the shape {tuple(p.shape)}, and its state_dict() does not restore it; build the "
+                "optimizer anew from the loaded model."
             )
 
 
-def _put_back(optimizer: Any, groups: list[dict[str, Any]], state: Any) -> None:
-    """Has an optimizer that was loaded keep its groups and its state in the objects that others share with it."""
-    loaded_groups, loaded = list(optimizer.param_groups), optimizer.state
-    if groups is not optimizer.param_groups:
-        for old, new in zip(groups, loaded_groups, strict=True):
+def _put_back(optimizer: Any, groups: list[dict[str, Any]], group_list: list[dict[str, Any]], state: Any) -> None:
+    """Has a loaded optimizer keep its groups and its state in the objects that it had, which others may share."""
+    loaded_groups, loaded = groups_of(optimizer), getattr(optimizer, "state", state)
+    for old, new in zip(groups, loaded_groups, strict=False):
+        if old is not new:
             params = old["params"]
             params[:] = new["params"]
+            entries = {**new, "params": params}
             old.clear()
-            old.update({**new, "params": params})
-        optimizer.param_groups = groups
+            old.update(entries)
     if state is not loaded:
+        entries = dict(loaded)
         state.clear()
-        state.update(loaded)
-        optimizer.state = state
+        state.update(entries)
+    for name, value in (("param_groups", group_list), ("state", state)):
+        if getattr(optimizer, name, value) is not value:
+            with suppress(AttributeError):  # a property that asks the optimizer inside
+                setattr(optimizer, name, value)
 
 
 def _check_plain(payload: dict[str, Any]) -> None:

@@ -102,16 +102,14 @@ def check_at_construction(
     """
     optimizers = as_list(list(optimizers))
     check_optimizers(model, optimizers, {id(p) for p in model.parameters()}, also)
-    assert optimizers.holdings is not None
-    for optimizer in optimizers.holdings.optimizers:
+    for optimizer in _holdings(optimizers).optimizers:
         trial = _trial(optimizer)
         for kept in trial.kept if trial is not None else ():
             if _misfit(kept, set(), 0):
                 assert kept.parameter is not None
                 raise InputError(
-                    f"{kept.optimizer} keeps a {kept.where} {_shape_of(kept)} for a parameter of shape, say, "
-                    f"{tuple(kept.parameter.shape)}; it cannot be sliced with the channels, so this optimizer cannot "
-                    f"be used. {WAY_OUT}"
+                    f"{_said(kept)} for a parameter of shape, say, {tuple(kept.parameter.shape)}; it cannot be sliced "
+                    f"with the channels, so this optimizer cannot be used. {WAY_OUT}"
                 )
     return optimizers
 
@@ -157,9 +155,7 @@ def check_optimizers(
             if kept.parameter is not None:
                 name, shape = names.get(id(kept.parameter), "?"), tuple(kept.parameter.shape)
                 of = f" for the parameter '{name}' of shape {shape}"
-            raise InputError(
-                f"{kept.optimizer} keeps a {kept.where} {_shape_of(kept)}{of}; {why}, so nothing was pruned. {WAY_OUT}"
-            )
+            raise InputError(f"{_said(kept)}{of}; {why}, so nothing was pruned. {WAY_OUT}")
 
 
 def _check_held(model: nn.Module, holdings: Holdings, names: dict[int, str]) -> None:
@@ -220,10 +216,13 @@ def _misfit(kept: Kept, shapes: set[tuple[int, ...]], smallest: int) -> str:
     return ""
 
 
-def _shape_of(kept: Kept) -> str:
-    if kept.tensor is None:
-        return f"that notes the shape {tuple(kept.parameter.shape) if kept.parameter is not None else ''}"
-    return f"of shape {tuple(kept.tensor.shape)}"
+def _said(kept: Kept) -> str:
+    article = "an" if kept.where.startswith("a") else "a"
+    if kept.tensor is not None:
+        what = f"of shape {tuple(kept.tensor.shape)}"
+    else:
+        what = f"that notes the shape {tuple(kept.parameter.shape) if kept.parameter is not None else ()}"
+    return f"{kept.optimizer} keeps {article} {kept.where} {what}"
 
 
 # -- a trial -----------------------------------------------------------------------------------------------------------
@@ -342,18 +341,22 @@ def drop(optimizers: Sequence[Optimizer], gone: set[int], undo: Undo) -> None:
             # The list stays the same object: some optimizers keep one of their own to it.
             _later(undo, lambda each=each, held=held: each.__setitem__(slice(None), held))  # type: ignore[misc]
             each[:] = left
-    for optimizer in holdings.optimizers:
-        state = getattr(optimizer, "state", {})
-        for parameter in [p for p in state if id(p) in gone]:
-            _pop(state, parameter, undo)
+    mappings = {id(mapping): mapping for mapping, _, parameter in holdings.keyed if id(parameter) in gone}
+    keys = {id(mapping): [] for mapping in mappings.values()}  # type: dict[int, list[Any]]
     for mapping, key, parameter in holdings.keyed:
-        if id(parameter) in gone and key in mapping:
-            _pop(mapping, key, undo)
+        if id(parameter) in gone:
+            keys[id(mapping)].append(key)
+    for mapping in mappings.values():
+        entries = dict(mapping)
+        # All of it, so that the order of entries is as before too.
+        _later(undo, lambda mapping=mapping, entries=entries: _refill(mapping, entries))  # type: ignore[misc]
+        for key in keys[id(mapping)]:
+            mapping.pop(key, None)
 
 
-def _pop(mapping: Any, key: Any, undo: Undo) -> None:
-    value = mapping.pop(key)
-    _later(undo, lambda: mapping.__setitem__(key, value))
+def _refill(mapping: Any, entries: dict[Any, Any]) -> None:
+    mapping.clear()
+    mapping.update(entries)
 
 
 def _holdings(optimizers: Sequence[Optimizer]) -> Holdings:

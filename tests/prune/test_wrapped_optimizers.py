@@ -96,8 +96,8 @@ def steps(model: nn.Module, optimizer: Any, batches: Sequence[Tensor], masks: di
                 one.step(closure)
             else:
                 one.step()
-        for name, mask in (masks or {}).items():
-            rest_of(model, name).mul_(mask)
+            for name, mask in (masks or {}).items():
+                rest_of(model, name).mul_(mask)
 
 
 def chain(optimizer: Any) -> list[Any]:
@@ -137,8 +137,9 @@ def test_trains_on_like_a_masked_twin(name: str) -> None:
         assert torch.allclose(model(batch), twin(batch), rtol=1e-9, atol=1e-10)
 
 
-def test_muon_and_adamw_train_on_like_a_masked_twin() -> None:
-    """Muon's own arithmetic is in bf16: what differs is its rounding."""
+def test_muon_and_adamw_train_on_like_a_masked_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Muon orthogonalises in bf16, whose rounding would hide everything: here in the matrix's own dtype."""
+    monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor)
 
     def make(model: nn.Module) -> list[optim.Optimizer]:
         matrices, others = split(model)
@@ -147,10 +148,11 @@ def test_muon_and_adamw_train_on_like_a_masked_twin() -> None:
     model, optimizer, twin, other, masks, x = pruned_beside_its_twin(make)
     buffers = [optimizer[0].state[p]["momentum_buffer"].shape for p in optimizer[0].param_groups[0]["params"]]
     assert buffers == [p.shape for p in optimizer[0].param_groups[0]["params"]]
+    other[0].state[twin.get_submodule("fc").weight]["momentum_buffer"].mul_(masks["fc"])  # it mixes all of a matrix
     for batch in batches(x, 4, seed=1):
         steps(model, optimizer, [batch])
         steps(twin, other, [batch], masks)
-        assert torch.allclose(model(batch), twin(batch), rtol=0.02, atol=0.02)
+        assert torch.allclose(model(batch), twin(batch), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", FOLLOW)
@@ -189,7 +191,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "factors-inside-sam": (lambda m: Sam(m.parameters(), Factored, in_object=True), "keeps a state 'preconditioner"),
     "notes-of-shapes": (lambda m: Noting(m.parameters()), "Noting keeps a state 'note.original_shape' that notes"),
-    "flat": (lambda m: Flat(m.parameters()), "Flat keeps a attribute 'flat' of shape|Flat keeps an attribute 'flat'"),
+    "flat": (lambda m: Flat(m.parameters()), "Flat keeps an attribute 'flat' of shape"),
     "unkeyed": (lambda m: Unkeyed(m.parameters()), "nothing says which parameter it belongs to"),
     "masters": (lambda m: Masters(m.parameters(), show=True), "SGD inside another optimizer updates copies"),
     "hidden-masters": (lambda m: Masters(m.parameters(), show=False), "SGD inside another optimizer updates copies"),
@@ -324,14 +326,16 @@ def test_the_rate_of_each_group_grows_once() -> None:
 
 
 def test_several_optimizers_through_prunetrain() -> None:
-    """The lasso is inside the update only where one optimizer holds all weights that have one; the result is the same."""
+    """The lasso is inside an update where one optimizer holds all weights that have one; the result is the same."""
     results = []
     for kinds in ((optim.SGD, optim.SGD), (SGD, optim.SGD), (optim.SGD, SGD), (SGD, SGD)):
         model, x = small_net("out-of-place")
         weights = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
         optimizers = [cls(g, lr=0.05, momentum=0.9) for cls, g in zip(kinds, (weights, others), strict=True)]
-        prunetrain = PruneTrain(model, optimizers, (x,), interval=1, batch=MiniBatch(4, granularity=2))
+        prunetrain = PruneTrain(
+            model, optimizers, (x,), interval=1, batch=MiniBatch(4, granularity=4, maximum=8, budget_bytes=10**9)
+        )
         assert prunetrain.lasso_inside == (kinds[0] is SGD)
         for batch in batches(x, 4):
             for optimizer in optimizers:
@@ -344,8 +348,8 @@ def test_several_optimizers_through_prunetrain() -> None:
         report = prunetrain.epoch_end()
         assert report is not None
         assert report.batch is not None
-        assert report.batch > 4  # and every rate has grown with it
-        assert {g["lr"] for o in optimizers for g in o.param_groups} == {0.05 * report.batch / 4}
+        assert report.batch == 8  # and every rate has grown with it
+        assert {g["lr"] for o in optimizers for g in o.param_groups} == {0.1}
         for optimizer in optimizers:
             optimizer.zero_grad()
         prunetrain.regularize((model(x) - 1).square().mean()).backward()
@@ -395,7 +399,7 @@ def test_saved_and_loaded_it_trains_on_alike(name: str, tmp_path: Path) -> None:
 
 
 def test_files_of_other_optimizers(tmp_path: Path) -> None:
-    model, x = small_net("out-of-place")
+    model, _ = small_net("out-of-place")
     save_pruned(tmp_path / "two.pt", model, [momentum(g) for g in split(model)])
     save_pruned(tmp_path / "one.pt", model, momentum(model.parameters()))
     save_pruned(tmp_path / "sam.pt", model, Sam(model.parameters(), optim.SGD, lr=0.1))
@@ -414,7 +418,6 @@ def test_files_of_other_optimizers(tmp_path: Path) -> None:
 
 def test_what_no_state_dict_restores_is_said(tmp_path: Path) -> None:
     model, optimizer, _, _, _, _ = pruned_beside_its_twin(FOLLOW["lookahead-lists"])
-    optimizer.state_dict = optimizer.optimizer.state_dict
     save_pruned(tmp_path / "a.pt", model, optimizer)
     fresh, _ = small_net("in-place-bottleneck")
     other = FOLLOW["lookahead-lists"](fresh)

@@ -1,5 +1,5 @@
-"""Optimizers around optimizers, and optimizers that keep what they keep in other places than `state`: as libraries write
-them, in a few lines each."""
+"""Optimizers around optimizers, and optimizers that keep things in other places than `state`: as libraries write them,
+in a few lines each."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -133,6 +133,13 @@ class SlowInLists(optim.Optimizer):
             for p, slow in zip(group["params"], slows, strict=True):
                 slow.add_(p - slow, alpha=0.5)
                 p.copy_(slow)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+        self.param_groups = self.optimizer.param_groups
 
 
 class Prepared(optim.Optimizer):

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Container
 from typing import NamedTuple
 
 import torch
@@ -91,10 +92,15 @@ class GroupLasso:
         weights, groups = self.weights()
         return group_lasso(weights, groups, self.eps)
 
-    def add_gradient_(self, coefficient: float | Tensor) -> Tensor:
-        """Adds coefficient * dR/dW into every weight's `.grad` and returns R(W); records no graph."""
-        weights, groups = self.weights()
-        return add_group_lasso_gradient_(weights, groups, coefficient, self.eps)
+    def add_gradient_(self, coefficient: float | Tensor, only: Container[int] | None = None) -> Tensor:
+        """Adds coefficient * dR/dW into every weight's `.grad` and returns R(W); records no graph.
+
+        Args:
+            coefficient: lambda.
+            only: the weights to do so for, by `id`, of which there must be one; R(W) is then theirs.
+        """
+        pairs = [(w, g) for w, g in zip(*self.weights(), strict=True) if only is None or id(w) in only]
+        return add_group_lasso_gradient_([w for w, _ in pairs], [g for _, g in pairs], coefficient, self.eps)
 
     def groups(self) -> list[Group]:
         """Every penalised group, in the order of the layers; `pandas.DataFrame(lasso.groups())` makes a table of it."""

@@ -263,12 +263,16 @@ def _optimizer_bytes(model: nn.Module, optimizer: Optimizers) -> int:
     if optimizer is None:
         return _bytes(p for p in model.parameters() if p.requires_grad)
     total = 0
+    counted: set[int] = set()
     for one in optimizer if isinstance(optimizer, list | tuple) else (optimizer,):
-        for group in one.param_groups:
+        state = getattr(one, "state", {})
+        for group in getattr(one, "param_groups", ()):  # a wrapper may have none but those inside
             copies = 2 + bool(group.get("amsgrad")) if "betas" in group else int(bool(group.get("momentum", 0)))
             for p in group["params"]:
-                if one.state.get(p):
-                    total += _bytes(named_tensors_in(one.state[p]).values())
+                if state.get(p):
+                    tensors = [t for t in named_tensors_in(state[p]).values() if id(t) not in counted]
+                    counted |= {id(t) for t in tensors}
+                    total += _bytes(tensors)
                 elif p.requires_grad:
                     total += copies * _bytes([p])
     return total

@@ -41,9 +41,10 @@ NOT_HERE = {"model": "the LightningModule", "optimizer": "configure_optimizers' 
 class PruneTrainCallback(Callback):  # type: ignore[misc]
     """Group lasso in every step, a reconfiguration every `interval` epochs, both in Lightning's checkpoints.
 
-    The network is the LightningModule itself, by its `forward`; its `configure_optimizers` must return one optimizer
-    over its own parameters. The lasso's gradient comes after gradient clipping, once for each update, whatever
-    `accumulate_grad_batches` is, and after unscaling under `precision="16-mixed"`.
+    The network is the LightningModule itself, by its `forward`; its `configure_optimizers` must return an optimizer
+    over its own parameters, or several (then with manual optimization). The lasso's gradient comes after gradient
+    clipping, once for each update, whatever `accumulate_grad_batches` is, and after unscaling under
+    `precision="16-mixed"`.
 
     Checkpoints, but those with `save_weights_only`, hold the shape too: `Trainer.fit`, `validate`, `test` and `predict`
     with `ckpt_path` bring the module to it before Lightning loads the weights, be it smaller or larger than now.
@@ -61,7 +62,7 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
 
     Raises:
         InputError: an option that `PruneTrain` does not have, or that is Lightning's to say; when training starts, a
-            module without exactly one optimizer, or a batch that is no tensor and does not begin with one.
+            module without an optimizer, or a batch that is no tensor and does not begin with one.
         CheckpointError: a checkpoint of another network, or one that does not tell the shape.
     """
 
@@ -78,7 +79,7 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
         self._saved: dict[str, Any] | None = None
         self._built: tuple[nn.Module, dict[str, nn.Module]] | None = None
         self._first_loss: Tensor | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._epochs_before = 0.0
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -89,20 +90,21 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
 
     def _begin(self, trainer: Any, module: Any, batch: Any) -> PruneTrain:
         """PruneTrain on the module as it is now, with what a checkpoint or an earlier `fit` said."""
-        if len(trainer.optimizers) != 1:
-            raise InputError(f"PruneTrainCallback needs one optimizer, and the module has {len(trainer.optimizers)}.")
-        optimizer, saved = trainer.optimizers[0], self._saved
+        optimizers, saved = list(trainer.optimizers), self._saved
+        if not optimizers:
+            raise InputError("PruneTrainCallback needs an optimizer, and the module's configure_optimizers gives none.")
         wrapped = trainer.strategy.model
         model = wrapped if isinstance(wrapped, DistributedDataParallel) else module
         if trainer.world_size > 1 and model is module:
             raise InputError('PruneTrainCallback can follow several processes with Trainer(strategy="ddp") only.')
         options = {"amp": AUTOCAST.get(trainer.precision), **self.options}
-        prunetrain = PruneTrain(model, optimizer, self._examples(module, batch), **options)
+        given = optimizers if len(optimizers) > 1 else optimizers[0]
+        prunetrain = PruneTrain(model, given, self._examples(module, batch), **options)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        unscales = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        unscales = [o for o in optimizers if scaler is not None and getattr(o, "_step_supports_amp_scaling", False)]
         if unscales and not prunetrain.lasso_inside:
             raise InputError(
-                f"this {type(optimizer).__name__} unscales gradients inside its step, where the lasso's cannot be "
+                f"this {type(unscales[0]).__name__} unscales gradients inside its step, where the lasso's cannot be "
                 "added; build it without fused=True, or use prunetrain_kernels.optim.SGD."
             )
         if saved is not None:  # the model has its smaller shape by now
@@ -111,7 +113,7 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
             prunetrain.load_state_dict(saved["prunetrain"])
         # counted with another Trainer; this one begins at 0
         self._epochs_before = max(0.0, prunetrain.epochs - trainer.current_epoch)
-        self._hook = optimizer.register_step_pre_hook(self._add_lasso)
+        self._hooks = [optimizer.register_step_pre_hook(self._add_lasso) for optimizer in optimizers]
         return prunetrain
 
     def _examples(self, module: Any, batch: Any) -> tuple[Tensor, ...]:
@@ -145,7 +147,8 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
         def with_lasso() -> Any:
             result = closure() if closure is not None else None
             if self.prunetrain is not None and self._first_loss is not None:
-                self.prunetrain.add_gradient_(self._first_loss)
+                several = len(self.prunetrain.optimizers) > 1
+                self.prunetrain.add_gradient_(self._first_loss, optimizer if several else None)
             return result
 
         if closure is None:
@@ -202,7 +205,8 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
             vars(self._built[0]).pop("on_load_checkpoint", None)
         if self.prunetrain is not None:
             self._saved = self.state_dict()
-            self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
             self.prunetrain = None
 
     def state_dict(self) -> dict[str, Any]:

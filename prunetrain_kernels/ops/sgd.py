@@ -22,6 +22,7 @@ channel slices, everything else as rows of 128 numbers. Hyperparameters differ b
 are read from tensors, so that a captured CUDA graph follows them. No atomics: the same bits every time.
 """
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -73,6 +74,14 @@ from prunetrain_kernels.ops.tables import (
     tile_of,
 )
 
+NARROW = (torch.float16, torch.bfloat16)
+
+
+def widest(param: Tensor, grad: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: the wider of a parameter's and its gradient's, and at least fp32."""
+    return torch.promote_types(torch.promote_types(param.dtype, grad.dtype), torch.float32)
+
+
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
@@ -90,8 +99,14 @@ def _reference(
     group: Sequence[int],
     first: Sequence[bool],
 ) -> None:
-    """The update in torch's own order of operations; `gradients` are the lasso's, already scaled."""
+    """The update in torch's own order of operations; `gradients` are the lasso's, already scaled.
+
+    Gradients in fp16 and bf16 are widened, so that results are rounded once, when they are stored, as in the kernels.
+    """
     for p, g, b, lasso, i, begins in zip(params, grads, buffers, gradients, group, first, strict=True):
+        stored = b
+        if g.dtype in NARROW:
+            g, b = g.to(widest(p, g)), b.to(widest(p, g))
         if maximize[i]:
             g = -g
         if lasso is not None:
@@ -103,6 +118,8 @@ def _reference(
                 b.copy_(g)
             else:
                 b.mul_(momentum[i]).add_(g, alpha=1 - dampening[i])
+            if b is not stored:
+                stored.copy_(b)
             g = g.add(b, alpha=momentum[i]) if nesterov[i] else b
         p.add_(g, alpha=-float(learning_rates[i]))
 
@@ -255,6 +272,18 @@ class _Plan(NamedTuple):
 
 
 _plans: deque[_Plan] = deque(maxlen=8)
+_plans_lock = threading.Lock()  # models may be trained in several threads
+
+
+def _known_plans() -> list[_Plan]:
+    """The plans as they are now: another thread may add one while they are compared."""
+    with _plans_lock:
+        return list(_plans)
+
+
+def _remember(plan: _Plan) -> None:
+    with _plans_lock:
+        _plans.appendleft(plan)
 
 
 def _facts(
@@ -285,7 +314,7 @@ def _plan(
 ) -> _Plan | None:
     """The plan of these tensors; None if neither kernels nor the native library can update them."""
     facts = _facts(params, grads, buffers, group, first, blocks, used)
-    for plan in _plans:
+    for plan in _known_plans():
         if plan.facts == facts:
             return plan
     _check(params, grads, buffers, group, first, blocks, used)
@@ -314,7 +343,7 @@ def _plan(
         )
     plan = _Plan(facts, parts)
     if params and params[0].device.type in ("cpu", "cuda"):  # elsewhere an address says nothing
-        _plans.appendleft(plan)
+        _remember(plan)
     return plan
 
 
@@ -419,12 +448,14 @@ def sgd_update_(
     """One step of SGD for all parameters, in place; see the module's docstring for the maths.
 
     Args:
-        params, grads: parameters and gradients, same shapes, dtypes and devices.
+        params, grads: parameters and gradients, same shapes and devices. The arithmetic is in the wider of their dtypes
+            and at least fp32; where the two differ, plain PyTorch computes instead of kernels and the native library.
         buffers: momentum buffers of the parameters' shapes; one without elements where momentum is 0.
         norms: flat norms of the weights with a lasso, as `slice_statistics` gives them, in the order of `params`; read
             if there is a coefficient, and overwritten by those of the new weights.
         max_abs: largest |w| beside the norms, overwritten; without elements if not wanted.
-        learning_rates: one scalar tensor per hyperparameter group, fp32 on the parameters' device (fp64 for fp64).
+        learning_rates: one scalar tensor per hyperparameter group, fp32 on the parameters' device (fp64 where a
+            parameter or gradient is fp64 or complex128).
         coefficient: lambda, a scalar tensor; None for no lasso.
         grad_scale: what the gradients were multiplied by; they are divided by it, in place. None for 1.
         found_inf: a 1 in it skips the step.
@@ -461,7 +492,7 @@ def sgd_update_(
     if coefficient is not None and lasso:
         for i, pair in zip(lasso, split_by_layer(norms, weights, their_blocks), strict=True):
             sides = Groups(blocks[i], bool(used[i] & 1), bool(used[i] & 2))
-            gradients[i] = reference_gradient(params[i], pair, sides, coefficient)
+            gradients[i] = reference_gradient(params[i].to(widest(params[i], grads[i])), pair, sides, coefficient)
     _reference(
         params, grads, buffers, gradients, learning_rates, momentum, dampening, weight_decay, nesterov, maximize, group,
         first,

@@ -84,10 +84,21 @@ class _Step:
 class SGD(torch.optim.SGD):
     """`torch.optim.SGD` as one kernel for all parameters, with the gradient of a group lasso inside the update.
 
-    Same arguments, same `state_dict` and, without a lasso, the same results as `torch.optim.SGD` (bit for bit on a
-    CPU). On CUDA all parameters of one dtype are updated by one launch; `foreach` and `fused` are accepted and change
-    nothing. `lr` may be a tensor: a captured CUDA graph then follows it. While capturing, keep gradients where they are
-    (`zero_grad(set_to_none=False)`).
+    Same arguments, same `state_dict` and, without a lasso, the results of `torch.optim.SGD`:
+
+    * gradients in fp32 or fp64 (complex64, complex128), whatever the parameters' dtype: bit for bit on a CPU;
+    * gradients in fp16 or bf16: computed in fp32, or in the parameter's dtype if that is wider, and rounded once, when
+      parameter and momentum are stored. PyTorch on a CPU rounds after every operation, so some elements differ from its
+      in the last bit, and the mean error against exact arithmetic is not larger than PyTorch's;
+    * on a GPU: to rounding, with no more error than PyTorch's.
+
+    The momentum buffer's dtype is PyTorch's: the gradient's (`grad_dtype`), with weight decay the wider of the
+    parameter's and the gradient's. A learning rate, a number or a tensor of any dtype, is read in fp64 where parameters
+    or gradients are fp64 or complex128, else in fp32.
+
+    On CUDA all parameters of one dtype are updated by one launch, where gradients have their dtype; `foreach` and
+    `fused` are accepted and change nothing. `lr` may be a tensor: a captured CUDA graph then follows it. While
+    capturing, keep gradients where they are (`zero_grad(set_to_none=False)`).
 
     The lasso's gradient always pulls towards zero, also under `maximize`, as weight decay does. It is added once per
     step, after all gradients have been accumulated and, in data-parallel training, all-reduced. With a
@@ -99,9 +110,12 @@ class SGD(torch.optim.SGD):
         differentiable: must be False.
 
     Raises:
-        InputError: `differentiable=True`.
+        InputError: `differentiable=True`, or `foreach=True` and `fused=True` together, as `torch.optim.SGD` has it.
+        ValueError: a learning rate, momentum or weight decay below 0; Nesterov momentum without momentum.
     """
 
+    # What is made anew by itself when parameters change their shape: `prune/optimizers.py` leaves it alone.
+    follows_by_itself = ("_lasso", "_coefficient", "_norms", "_rates")
     _step_supports_amp_scaling = True  # read by GradScaler: it then hands over grad_scale and found_inf
 
     def __init__(
@@ -121,6 +135,10 @@ class SGD(torch.optim.SGD):
         if differentiable:
             raise InputError(
                 "this SGD updates in place and has no derivative; use torch.optim.SGD(differentiable=True)."
+            )
+        if foreach and fused:
+            raise InputError(
+                "`foreach` and `fused` cannot be True together; leave one out, here neither changes anything."
             )
         self._lasso: GroupLasso | None = None
         self._coefficient: float | Tensor = 0.0
@@ -252,6 +270,7 @@ class SGD(torch.optim.SGD):
         Raises:
             RuntimeError: a sparse gradient.
         """
+        self._check_settings()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -274,6 +293,9 @@ class SGD(torch.optim.SGD):
             )
         return loss
 
+    def _check_settings(self) -> None:
+        """Raises InputError where a schedule has brought the settings out of range, before anything is changed."""
+
     def _gather(self, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[int], list[bool]]:
         """Parameters with a gradient, their momentum buffers, groups, and whether the buffer is to be begun."""
         params: list[Tensor] = []
@@ -292,7 +314,7 @@ class SGD(torch.optim.SGD):
                 else:
                     kept = self.state[p].get("momentum_buffer") if p in self.state else None
                     begins = kept is None
-                    buffer = torch.empty_like(p) if kept is None else kept
+                    buffer = torch.empty_like(p, dtype=_momentum_dtype(p, group)) if kept is None else kept
                 params.append(p)
                 buffers.append(buffer)
                 group_of.append(i)
@@ -319,7 +341,8 @@ class SGD(torch.optim.SGD):
 
     def _launch(self, step: "_Step", coefficient: Tensor | None, eps: float) -> None:
         settings = self.param_groups
-        wide = torch.float64 if any(p.dtype == torch.float64 for p in step.params) else torch.float32
+        dtypes = {t.dtype for p in step.params for t in (p, p.grad) if t is not None}
+        wide = torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
         sides = {} if step.lasso is None else dict(zip(map(id, step.lasso.weights), step.lasso.groups, strict=True))
         empty = torch.empty(0, dtype=wide, device=step.device)
         eager = is_eager(step.params[0])
@@ -363,6 +386,13 @@ class SGD(torch.optim.SGD):
         return self._rates[key][1]
 
 
+def _momentum_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """That of the first step's gradient with weight decay, which is what the buffer begins with."""
+    assert param.grad is not None
+    dtype = param.grad.dtype
+    return torch.promote_types(dtype, param.dtype) if group["weight_decay"] else dtype
+
+
 class ProximalSGD(SGD):
     """SGD whose lasso acts by a proximal step: after the update every channel slice is shrunk by a soft-threshold.
 
@@ -371,11 +401,23 @@ class ProximalSGD(SGD):
     The soft-threshold ends at zero exactly, so channels go earlier, and each channel that goes makes the rest of the
     training cheaper.
 
-    The threshold is lr * lambda / (1 - momentum), the length that the subgradient moves a slice per step once momentum
-    has built up, so the same lambda means the same strength. Weight decay and momentum are those of SGD; the lasso is
-    in neither. What is exact and what is approximate where a weight lies in an input and an output group: see
-    `ops/group_soft_threshold.py`.
+    The threshold is lr * lambda * (1 - dampening) / (1 - momentum), the length that the subgradient moves a slice per
+    step once momentum has built up, so the same lambda means the same strength; dampening counts with momentum only.
+    Weight decay and momentum are those of SGD; the lasso is in neither. What is exact and what is approximate where a
+    weight lies in an input and an output group: see `ops/group_soft_threshold.py`.
+
+    Raises:
+        InputError: as `SGD`; or a momentum of 1 or more, also one that a schedule sets (then when `step` is called):
+            under it a constant pull grows without a bound, and no threshold is as strong.
     """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_momentum(param_group.get("momentum", self.defaults["momentum"]))
+        super().add_param_group(param_group)
+
+    def _check_settings(self) -> None:
+        for group in self.param_groups:  # schedules may write it
+            _check_momentum(group["momentum"])
 
     def _eps(self) -> float:
         return 0.0  # bare norms: the threshold is compared with them
@@ -404,9 +446,18 @@ class ProximalSGD(SGD):
 
     def _threshold(self, group: int, coefficient: Tensor) -> Tensor:
         settings = self.param_groups[group]
-        scale = 1 / (1 - float(settings["momentum"]))
+        momentum = float(settings["momentum"])
+        scale = (1 - float(settings["dampening"])) / (1 - momentum) if momentum else 1.0
         if isinstance(settings["lr"], Tensor) or isinstance(self._coefficient, Tensor):
             rate = self._number(group, "lr", settings["lr"], coefficient.dtype, coefficient.device)
             return rate * coefficient * scale
         value = settings["lr"] * self._coefficient * scale
         return self._number(group, "threshold", value, coefficient.dtype, coefficient.device)
+
+
+def _check_momentum(momentum: float) -> None:
+    if not momentum < 1:
+        raise InputError(
+            f"ProximalSGD needs a momentum below 1, not {momentum}, for its threshold is lr * lambda / (1 - momentum); "
+            "choose 0.9, say, or use SGD."
+        )

@@ -7,6 +7,7 @@ renamed: a full disk or a killed process leaves the previous checkpoint as it wa
 import errno
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ from prunetrain_kernels.nn.gated_conv import SIDES, restore_gating
 from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.prune.also import Copy, copies_of, unwrapped
 from prunetrain_kernels.prune.branches import restore_stand_ins, swap_in
+from prunetrain_kernels.prune.optimizer_holdings import Kept, groups_of, holdings_of
+from prunetrain_kernels.prune.optimizers import all_optimizers, as_list, drop
 from prunetrain_kernels.prune.reconfigure import memory_format, parameters_that_go, set_data, sizes_told_by
 from prunetrain_kernels.prune.shape import describe_shape
 
@@ -39,7 +42,7 @@ class HasState(Protocol):
 def save_pruned(
     path: str | Path,
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     prunetrain: HasState | None = None,
     also: Sequence[nn.Module] = (),
     **extra: Any,
@@ -49,7 +52,8 @@ def save_pruned(
     Args:
         path: the file; replaced only once the new one is complete.
         model, optimizer, prunetrain: whose `state_dict()` is saved; of a model in DistributedDataParallel or compiled,
-            the network inside.
+            the network inside. Several optimizers are given in a list. Of an optimizer around another (SAM, Lookahead)
+            both are saved, since its own `state_dict()` may leave out the one inside.
         also: copies of the model that were pruned with it, such as an EMA; their `state_dict()`s are saved, with what
             a wrapper adds (the count of `AveragedModel`).
         extra: plain values, tensors, and lists or dicts of them (a scheduler's `state_dict()`, an epoch number).
@@ -66,7 +70,8 @@ def save_pruned(
         **describe_shape(model),
         "model": dict(model.state_dict()),
         "also": [_state_of(copy) for copy in copies_of(model, also)],
-        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "optimizer": _optimizer_state(optimizer),
+        "wrapped_optimizers": [[one.state_dict() for one in wrapped] for wrapped in _wrapped(as_list(optimizer))],
         "prunetrain": None if prunetrain is None else prunetrain.state_dict(),
         "extra": extra,
     }
@@ -77,7 +82,7 @@ def save_pruned(
 def load_pruned(
     path: str | Path,
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     prunetrain: HasState | None = None,
     also: Sequence[nn.Module] = (),
 ) -> dict[str, Any]:
@@ -86,7 +91,8 @@ def load_pruned(
     Args:
         path: a file that `save_pruned` wrote.
         model: the network as it was first built, on any device.
-        optimizer: holds `model`'s parameters; loses those of removed layers and takes up the saved state.
+        optimizer: holds `model`'s parameters; loses those of removed layers and takes up the saved state. As many, and
+            wrapped alike, as were saved.
         prunetrain: takes up its saved state.
         also: freshly made copies of `model`, as many as were saved and in the same order; shrunk and filled too.
 
@@ -96,7 +102,7 @@ def load_pruned(
     Raises:
         CheckpointError: the file is missing, damaged, of another network, or without the optimizer or PruneTrain state
             that is asked for, or of an optimizer with other groups; model and optimizer are untouched in these cases.
-            Or the PruneTrain state does not fit what was passed.
+            Or the PruneTrain state does not fit what was passed, or an optimizer keeps what its state does not restore.
         InputError: a copy is not like the model.
     """
     payload = read_checkpoint(path)
@@ -111,21 +117,19 @@ def load_pruned(
         _checked_stand_ins(path, copy.network, one["network"], payload)
         for copy, one in zip(copies, saved, strict=False)  # copies that nobody asks for stay in the file
     ]
-    if optimizer is not None:
-        _check_groups(path, optimizer, payload["optimizer"], gone)
+    optimizers = as_list(optimizer)
+    _check_optimizers(path, optimizers, payload, gone)
     if prunetrain is not None and payload["prunetrain"] is None:
         raise CheckpointError(f"'{path}' holds no PruneTrain state; it was saved without one.")
 
+    drop(optimizers, gone, [])
+    built_with = holdings_of(optimizers, model).kept if optimizers else []
     _rebuild(model, payload["model"], stand_ins, payload)
     for copy, one, new in zip(copies, saved, theirs, strict=False):
         _rebuild(copy.network, one["network"], new, payload)
         copy.given.load_state_dict(one["wrapper"], strict=False)
-    if optimizer is not None:
-        for group in optimizer.param_groups:
-            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
-        for parameter in [p for p in optimizer.state if id(p) in gone]:
-            del optimizer.state[parameter]
-        _load_into(path, "optimizer", optimizer, payload["optimizer"])
+    _load_optimizers(path, optimizers, payload)
+    _check_restored(path, optimizers, built_with)
     if prunetrain is not None:
         _load_into(path, "PruneTrain", prunetrain, payload["prunetrain"])
     return dict(payload["extra"])
@@ -226,17 +230,115 @@ def _check_gated(path: str | Path, model: nn.Module, payload: dict[str, Any], ga
             )
 
 
-def _check_groups(path: str | Path, optimizer: Optimizer, saved: dict[str, Any] | None, gone: set[int]) -> None:
-    """The saved optimizer state belongs to as many parameters, in as many groups, as will be left."""
-    if saved is None:
+# -- optimizers --------------------------------------------------------------------------------------------------------
+
+
+def _optimizer_state(optimizer: Optimizer | Sequence[Optimizer] | None) -> Any:
+    """One optimizer's `state_dict()`, or a list of several's."""
+    states = [one.state_dict() for one in as_list(optimizer)]
+    return None if optimizer is None else states if isinstance(optimizer, list | tuple) else states[0]
+
+
+def _saved_states(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    saved = payload["optimizer"]
+    return saved if isinstance(saved, list) else [] if saved is None else [saved]
+
+
+def _wrapped(optimizers: Sequence[Optimizer]) -> list[list[Any]]:
+    """Those inside each optimizer, from the outermost inwards."""
+    return [[one for one in all_optimizers(outer) if one is not outer] for outer in optimizers]
+
+
+def _check_optimizers(
+    path: str | Path, optimizers: Sequence[Optimizer], payload: dict[str, Any], gone: set[int]
+) -> None:
+    """The saved optimizer states belong to as many parameters, in as many groups, as will be left."""
+    if not optimizers:
+        return
+    saved = _saved_states(payload)
+    if not saved:
         raise CheckpointError(f"'{path}' holds no optimizer state; it was saved without one.")
-    mine = [sum(id(p) not in gone for p in group["params"]) for group in optimizer.param_groups]
+    if len(saved) != len(optimizers):
+        raise CheckpointError(
+            f"'{path}' holds the states of {len(saved)} optimizers, and {len(optimizers)} were passed; pass as many, "
+            "in the same order."
+        )
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        _check_groups(path, optimizer, state, gone)
+    inside = payload.get("wrapped_optimizers")  # older files have none
+    for here, there in zip(_wrapped(optimizers), inside, strict=True) if inside is not None else ():
+        if len(here) != len(there):
+            raise CheckpointError(
+                f"an optimizer in '{path}' wraps {len(there)} others, and here it wraps {len(here)}; build it as "
+                "before."
+            )
+        for optimizer, state in zip(here, there, strict=True):
+            _check_groups(path, optimizer, state, gone)
+
+
+def _check_groups(path: str | Path, optimizer: Optimizer, saved: dict[str, Any], gone: set[int]) -> None:
+    if "param_groups" not in saved or not groups_of(optimizer):  # a wrapper that has a form of its own
+        return
+    mine = [sum(id(p) not in gone for p in group["params"]) for group in groups_of(optimizer)]
     theirs = [len(group["params"]) for group in saved["param_groups"]]
     if mine != theirs:
         raise CheckpointError(
             f"the optimizer state in '{path}' is of groups of {theirs} parameters, but the optimizer here would have "
             f"{mine}; build it from the freshly built model's parameters, grouped as before."
         )
+
+
+def _load_optimizers(path: str | Path, optimizers: Sequence[Optimizer], payload: dict[str, Any]) -> None:
+    """Loads each optimizer's state and then that of those inside it; what they share they share afterwards."""
+    saved = _saved_states(payload)
+    inside = payload.get("wrapped_optimizers") or [[] for _ in optimizers]
+    for outer, wrapped, state, states in zip(optimizers, _wrapped(optimizers), saved, inside, strict=bool(optimizers)):
+        before = [(one, groups_of(one), getattr(one, "param_groups", []), getattr(one, "state", {})) for one in wrapped]
+        before.insert(0, (outer, groups_of(outer), getattr(outer, "param_groups", []), getattr(outer, "state", {})))
+        _load_into(path, "optimizer", outer, state)
+        for one, its in zip(wrapped, states, strict=False):
+            _load_into(path, "optimizer", one, its)
+        for one, groups, group_list, kept in before:
+            _put_back(one, groups, group_list, kept)
+
+
+def _check_restored(path: str | Path, optimizers: Sequence[Optimizer], built_with: list[Kept]) -> None:
+    """Nothing is left that an optimizer kept for the freshly built model's larger parameters."""
+    left = {id(kept.tensor) for kept in holdings_of(optimizers).kept} if built_with else set()
+    for kept in built_with:
+        p, tensor = kept.parameter, kept.tensor
+        if (
+            id(tensor) in left
+            and p is not None
+            and tensor is not None
+            and tensor.numel() > 1
+            and tensor.shape != p.shape
+        ):
+            raise CheckpointError(
+                f"{kept.optimizer} keeps something of shape {tuple(tensor.shape)} ({kept.where}) for a parameter that "
+                f"'{path}' has in the shape {tuple(p.shape)}, and its state_dict() does not restore it; build the "
+                "optimizer anew from the loaded model."
+            )
+
+
+def _put_back(optimizer: Any, groups: list[dict[str, Any]], group_list: list[dict[str, Any]], state: Any) -> None:
+    """Has a loaded optimizer keep its groups and its state in the objects that it had, which others may share."""
+    loaded_groups, loaded = groups_of(optimizer), getattr(optimizer, "state", state)
+    for old, new in zip(groups, loaded_groups, strict=False):
+        if old is not new:
+            params = old["params"]
+            params[:] = new["params"]
+            entries = {**new, "params": params}
+            old.clear()
+            old.update(entries)
+    if state is not loaded:
+        entries = dict(loaded)
+        state.clear()
+        state.update(entries)
+    for name, value in (("param_groups", group_list), ("state", state)):
+        if getattr(optimizer, name, value) is not value:
+            with suppress(AttributeError):  # a property that asks the optimizer inside
+                setattr(optimizer, name, value)
 
 
 def _check_plain(payload: dict[str, Any]) -> None:

@@ -1,78 +1,371 @@
-"""Optimizers that follow a pruned model: what they hold is checked before anything is touched, then cut with it."""
+"""Optimizers that follow a pruned model: what they hold is checked before anything is touched, then cut with it.
 
-from collections.abc import Callable, Sequence
+One optimizer, several in a list, and optimizers around optimizers (SAM, Lookahead, Accelerate's): each tensor that is
+kept for a parameter and has its shape is cut once, wherever it is kept. What cannot follow is refused in words: at the
+construction of `PruneTrain` as far as it can be known there, and before every reconfiguration.
+"""
+
+import copy
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.probe import random_state
+from prunetrain_kernels.prune.optimizer_holdings import (
+    NOT_OPENED,
+    OF_PYTORCH,
+    Holdings,
+    Kept,
+    groups_of,
+    holdings_of,
+    is_optimizer,
+    params_of,
+)
+
+Undo = list[Callable[[], None]] | ExitStack
+
+# Optimizers that cannot follow, by the name of their class or of one that they inherit from, and why.
+SHARDED = "keeps its state in shards over processes, whose sizes are fixed when it is built"
+MASTERS = "updates copies of the parameters in fp32 and writes them back"
+NO_FOLLOWERS = {
+    "ZeroRedundancyOptimizer": SHARDED,
+    "OSS": SHARDED,
+    "DistributedFusedAdam": SHARDED,
+    "DeepSpeedZeroOptimizer": SHARDED,
+    "DeepSpeedZeroOptimizer_Stage3": SHARDED,
+    "FP16_Optimizer": MASTERS,
+    "FP16_UnfusedOptimizer": MASTERS,
+    "BF16_Optimizer": MASTERS,
+    "SafeFP16Optimizer": MASTERS,
+}
+WAY_OUT = "Use an optimizer whose state has its parameters' shapes (SGD, Adam, AdamW, RMSprop, ...)."
+# Of a parameter with as many dimensions; all sizes differ, so that no shape is another's by chance.
+TRIAL_SHAPES = {0: (), 1: (11,), 2: (7, 5), 3: (7, 5, 3), 4: (7, 5, 3, 2), 5: (7, 5, 3, 2, 13)}
 
 
-def as_list(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+class OptimizerList(list[Optimizer]):
+    """Optimizers, and in `holdings` what they keep, once `check_optimizers` has looked."""
+
+    holdings: Holdings | None = None
+
+
+def as_list(optimizer: Optimizer | Sequence[Optimizer] | None) -> OptimizerList:
+    """One optimizer, several, or none, as a list.
+
+    Raises:
+        InputError: one that is no optimizer.
+    """
     if optimizer is None:
-        return []
+        return OptimizerList()
     optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
     for each in optimizers:
-        if not hasattr(each, "param_groups") or not hasattr(each, "state"):
+        wraps = hasattr(each, "zero_grad") and any(map(is_optimizer, getattr(each, "__dict__", {}).values()))
+        if not is_optimizer(each) and (isinstance(each, nn.Module) or not wraps):
             raise InputError(
                 f"a {type(each).__name__} is no optimizer; pass a torch.optim optimizer, or a list of them."
             )
+    return OptimizerList(optimizers)
+
+
+def all_optimizers(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[Any]:
+    """The optimizers and those that they wrap, each once."""
+    return holdings_of(as_list(optimizers)).optimizers
+
+
+def groups_to_schedule(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[dict[str, Any]]:
+    """Every parameter group of the optimizers and of those that they wrap, each once: wrappers share them, mostly."""
+    return list({id(g): g for o in all_optimizers(optimizers) for g in groups_of(o)}.values())
+
+
+# -- what cannot follow ------------------------------------------------------------------------------------------------
+
+
+def check_at_construction(
+    model: nn.Module, optimizers: Sequence[Optimizer], also: Sequence[nn.Module] = ()
+) -> OptimizerList:
+    """Refuses, before any training, optimizers that could not follow a pruned model; returns the others.
+
+    Most have no state yet. So each that is a plain optimizer takes a trial step on a copy of itself with tiny
+    parameters of its own, after which the copy's state is looked at; optimizer, model and random numbers stay as they
+    are. An optimizer that cannot be tried so is looked at again before each reconfiguration.
+
+    Raises:
+        InputError: as `check_optimizers`.
+    """
+    optimizers = as_list(list(optimizers))
+    check_optimizers(model, optimizers, {id(p) for p in model.parameters()}, also)
+    for optimizer in _holdings(optimizers).optimizers:
+        trial = _trial(optimizer)
+        for kept in trial.kept if trial is not None else ():
+            if _misfit(kept, set(), 0):
+                assert kept.parameter is not None
+                raise InputError(
+                    f"{_said(kept)} for a parameter of shape, say, {tuple(kept.parameter.shape)}; it cannot be sliced "
+                    f"with the channels, so this optimizer cannot be used. {WAY_OUT}"
+                )
     return optimizers
 
 
-def check_optimizers(model: nn.Module, optimizers: list[Optimizer], touched: set[int]) -> None:
-    """Everything the optimizers hold can follow, or an error before anything is changed."""
+def check_optimizers(
+    model: nn.Module, optimizers: Sequence[Optimizer], touched: set[int], also: Sequence[nn.Module] = ()
+) -> None:
+    """Everything the optimizers hold can follow, or an error before anything is changed.
+
+    Args:
+        model: the network, whose trained parameters they must hold.
+        optimizers: from `as_list`; what is found out is kept there for `slice_state` and `drop`.
+        touched: parameters that will be cut or go, by `id`.
+        also: copies of the model that are pruned with it: an optimizer may hold them.
+
+    Raises:
+        InputError: a parameter that none of them holds, or one of them keeps what cannot be cut.
+    """
     if not optimizers:
         return
-    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    holdings = holdings_of(optimizers, model)
+    if isinstance(optimizers, OptimizerList):
+        optimizers.holdings = holdings
+    for optimizer in holdings.optimizers:
+        for base in type(optimizer).__mro__:
+            if base.__name__ in NO_FOLLOWERS:
+                raise InputError(
+                    f"{type(optimizer).__name__} {NO_FOLLOWERS[base.__name__]}, so it cannot follow channels that are "
+                    "pruned; use the optimizer inside it by itself (and torch.autocast for mixed precision)."
+                )
     names = {id(p): name for name, p in model.named_parameters()}
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    _check_held(model, holdings, names)
+    if touched.isdisjoint(id(p) for o in holdings.optimizers for p in params_of(o)):
+        return
+    _check_copies(model, holdings, also)
+    parameters = [p for o in holdings.optimizers for p in params_of(o) if id(p) in touched]
+    shapes = {tuple(p.shape) for p in parameters}
+    smallest = min((p.numel() for p in parameters if p.dim() > 1), default=0)
+    for kept in holdings.kept:
+        why = _misfit(kept, shapes, smallest)
+        if why:
+            of = ""
+            if kept.parameter is not None:
+                name, shape = names.get(id(kept.parameter), "?"), tuple(kept.parameter.shape)
+                of = f" for the parameter '{name}' of shape {shape}"
+            raise InputError(f"{_said(kept)}{of}; {why}, so nothing was pruned. {WAY_OUT}")
+
+
+def _check_held(model: nn.Module, holdings: Holdings, names: dict[int, str]) -> None:
+    """The optimizers hold every parameter that is trained, and wrapped ones no others than those around them."""
+    outside = {id(p) for o in holdings.optimizers if id(o) not in holdings.wrapped for p in params_of(o)}
+    held = outside | {id(p) for o in holdings.optimizers for p in params_of(o)}
+    missing = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+    strangers = [(o, p) for o in holdings.optimizers for p in params_of(o) if id(p) not in names]
+    writes_back = any(id(p) in holdings.mentioned for p in missing)
+    wrapped = [o for o, p in strangers if id(o) in holdings.wrapped and (id(p) not in outside or writes_back)]
+    if wrapped:
+        raise InputError(
+            f"the {type(wrapped[0]).__name__} inside another optimizer updates copies of the parameters (master "
+            "weights in fp32, say), which cannot follow channels that are pruned; use it by itself, with "
+            "torch.autocast for mixed precision."
+        )
     if missing:
         raise InputError(
-            f"the optimizer does not hold the model's parameter '{missing[0]}' ({len(missing)} of {len(names)} are "
-            "missing); build it from model.parameters() of this very model, or pass all optimizers as a list."
+            f"the optimizer does not hold the model's parameter '{names[id(missing[0])]}' ({len(missing)} of "
+            f"{len(names)} are missing); build it from model.parameters() of this very model, or pass all optimizers "
+            "as a list."
         )
-    for optimizer in optimizers:
-        if touched.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
-            continue
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
-                    if tensor.numel() <= 1 or (tensor is value and tensor.shape == parameter.shape):
-                        continue
-                    raise InputError(
-                        f"{type(optimizer).__name__} keeps a state '{key}' of shape {tuple(tensor.shape)} for the "
-                        f"parameter '{names.get(id(parameter), '?')}' of shape {tuple(parameter.shape)}; it cannot be "
-                        "sliced with the channels, so nothing was pruned. Use an optimizer whose state has its "
-                        "parameters' shapes (SGD, Adam, AdamW, RMSprop, ...)."
-                    )
 
 
-def slice_state(
-    optimizers: Sequence[Optimizer], tensor: Tensor, cut: Callable[[Tensor], Tensor], undo: list[Callable[[], None]]
-) -> None:
-    """Cuts every state tensor of a parameter's shape as the parameter; to be called while that has its old shape."""
-    for state in (o.state[tensor] for o in optimizers if tensor in o.state):
-        for key, value in state.items():
-            # numel > 1: a step counter of a parameter with one element has that parameter's shape too.
-            if isinstance(value, Tensor) and value.shape == tensor.shape and value.dim() > 0:
-                undo.append(lambda state=state, key=key, value=value: state.__setitem__(key, value))  # type: ignore[misc]
-                state[key] = cut(value)
+def _check_copies(model: nn.Module, holdings: Holdings, also: Sequence[nn.Module]) -> None:
+    """An optimizer holds no copy of the model that would stay as it is."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    follow = {id(p) for network in (model, *also) for p in network.parameters()}
+    for module, optimizer, where in holdings.modules:
+        inside = [m for m in module.modules() if {name: p.shape for name, p in m.named_parameters()} == shapes]
+        if any(id(p) not in follow for m in inside for p in m.parameters()):
+            raise InputError(
+                f"{optimizer} keeps a copy of the model in its attribute '{where}', which would not follow channels "
+                "that are pruned; pass that copy in `also=[...]`."
+            )
 
 
-def drop(optimizers: list[Optimizer], gone: set[int], undo: list[Callable[[], None]]) -> None:
-    """Takes removed parameters and their state out of the optimizers; a group left empty stays, schedulers count it."""
+def _misfit(kept: Kept, shapes: set[tuple[int, ...]], smallest: int) -> str:
+    """Why a tensor cannot follow, in words; nothing if it can, or need not.
+
+    shapes, smallest: of the parameters that change their shape, and the fewest elements of one with two dimensions:
+    a tensor as large that nothing ties to a parameter may be many of them in one.
+    """
+    tensor, parameter = kept.tensor, kept.parameter
+    if tensor is None:
+        return "a note of a shape that changes cannot be rewritten"
+    if tensor.numel() <= 1:
+        return ""
+    if parameter is None:
+        large = 0 < smallest <= tensor.numel() and (tensor.is_floating_point() or tensor.is_complex())
+        if tuple(tensor.shape) in shapes or large:
+            return "nothing says which parameter it belongs to, so it cannot be sliced with the channels"
+        return ""
+    if tensor.shape != parameter.shape:
+        return "it cannot be sliced with the channels"
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__} cannot be sliced with the channels"
+    return ""
+
+
+def _said(kept: Kept) -> str:
+    article = "an" if kept.where.startswith("a") else "a"
+    if kept.tensor is not None:
+        what = f"of shape {tuple(kept.tensor.shape)}"
+    else:
+        what = f"that notes the shape {tuple(kept.parameter.shape) if kept.parameter is not None else ()}"
+    return f"{kept.optimizer} keeps {article} {kept.where} {what}"
+
+
+# -- a trial -----------------------------------------------------------------------------------------------------------
+
+
+def _trial(optimizer: Any) -> Holdings | None:
+    """What a copy of an optimizer keeps after a step on tiny parameters; None if it cannot be tried."""
+    if hasattr(type(optimizer), "follows_by_itself") or not isinstance(optimizer, Optimizer):
+        return None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return None  # a step may wait for other processes
+    devices = sorted({p.get_device() for p in params_of(optimizer) if p.is_cuda})
+    put_back = random_state()
+    try:
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            copied = _tiny_copy(optimizer)
+            return None if copied is None else _stepped(copied)
+    except Exception:  # it does not work so: whatever it says is about the trial, not about the user's network
+        return None
+    finally:
+        put_back()
+
+
+def _tiny_copy(optimizer: Optimizer) -> Any | None:
+    """A copy with groups of tiny parameters and without state; None where more than plain values makes an optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    groups: list[dict[str, Any]] = []
+    lists: dict[int, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        like = {p.dim(): p for p in group["params"] if p.dim() in TRIAL_SHAPES}
+        params: list[Tensor] = []
+        for dims, p in sorted(like.items()):
+            values = torch.randn(TRIAL_SHAPES[dims], generator=generator, device="cpu")
+            params.append(nn.Parameter(values.to(p.device, p.dtype)))
+            params[-1].grad = torch.ones_like(params[-1])
+        lists[id(group["params"])] = params
+        options = {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
+        groups.append({**options, "params": params})
+    attributes: dict[str, Any] = {}
+    for name, value in vars(optimizer).items():
+        if id(value) in lists:
+            attributes[name] = lists[id(value)]
+        elif name not in OF_PYTORCH:
+            if not _is_plain(value):
+                return None
+            attributes[name] = copy.deepcopy(value)
+        elif name.endswith("_hooks"):
+            attributes[name] = OrderedDict()
+        elif name != "step":
+            attributes[name] = value
+    copied = object.__new__(type(optimizer))
+    copied.__dict__.update(attributes | {"state": defaultdict(dict), "param_groups": groups})
+    return copied
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_plain, value))
+    return isinstance(value, NOT_OPENED) and not isinstance(value, MethodType)
+
+
+def _stepped(optimizer: Any) -> Holdings:
+    """After a step, with a closure where it needs one."""
+
+    def closure() -> Tensor:
+        return sum((p.detach().square().sum() for p in params_of(optimizer)), torch.zeros((), device="cpu"))
+
+    step = type(optimizer).step
+    try:
+        step(optimizer)
+    except TypeError:
+        step(optimizer, closure)
+    return holdings_of([optimizer])
+
+
+# -- cutting -----------------------------------------------------------------------------------------------------------
+
+
+def slice_state(optimizers: Sequence[Optimizer], tensor: Tensor, cut: Callable[[Tensor], Tensor], undo: Undo) -> None:
+    """Cuts every tensor that is kept for a parameter and has its shape; to be called while that has its old shape.
+
+    The tensors stay the same objects, as parameters do: whoever holds one holds the right one.
+    """
+    for kept in _holdings(optimizers).of(tensor):
+        before = kept.data
+        _later(undo, lambda kept=kept, before=before: setattr(kept, "data", before))  # type: ignore[misc]
+        kept.data = cut(before)
+
+
+def drop(optimizers: Sequence[Optimizer], gone: set[int], undo: Undo) -> None:
+    """Takes removed parameters and what is kept for them out of the optimizers; a group left empty stays, schedulers
+    count it.
+
+    Raises:
+        InputError: an optimizer keeps something for them in a tuple.
+    """
     if not gone:
         return
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            held = list(group["params"])
+    holdings = _holdings(optimizers)
+    for each, parameters in holdings.beside:
+        paired = any(one is not p for one, p in zip(each, parameters, strict=True))
+        if not isinstance(each, list) and paired and not gone.isdisjoint(map(id, parameters)):
+            raise InputError(
+                f"an optimizer keeps tensors for its parameters in a {type(each).__name__}, from which those of "
+                "removed layers cannot be taken; keep them in a list or in `state`."
+            )
+    lists = {id(g["params"]): (g["params"], g["params"]) for o in holdings.optimizers for g in groups_of(o)}
+    lists |= {id(each): (each, of) for each, of in holdings.beside if isinstance(each, list) and id(each) not in lists}
+    for each, parameters in lists.values():
+        held = list(each)
+        left = [one for one, p in zip(held, list(parameters), strict=True) if id(p) not in gone]
+        if len(left) < len(held):
             # The list stays the same object: some optimizers keep one of their own to it.
-            undo.append(lambda group=group, held=held: group["params"].__setitem__(slice(None), held))  # type: ignore[misc]
-            group["params"][:] = [p for p in held if id(p) not in gone]
-            for parameter in held:
-                if id(parameter) in gone and parameter in optimizer.state:
-                    state = optimizer.state.pop(parameter)
-                    undo.append(lambda o=optimizer, p=parameter, s=state: o.state.__setitem__(p, s))  # type: ignore[misc]
+            _later(undo, lambda each=each, held=held: each.__setitem__(slice(None), held))  # type: ignore[misc]
+            each[:] = left
+    mappings = {id(mapping): mapping for mapping, _, parameter in holdings.keyed if id(parameter) in gone}
+    keys = {id(mapping): [] for mapping in mappings.values()}  # type: dict[int, list[Any]]
+    for mapping, key, parameter in holdings.keyed:
+        if id(parameter) in gone:
+            keys[id(mapping)].append(key)
+    for mapping in mappings.values():
+        entries = dict(mapping)
+        # All of it, so that the order of entries is as before too.
+        _later(undo, lambda mapping=mapping, entries=entries: _refill(mapping, entries))  # type: ignore[misc]
+        for key in keys[id(mapping)]:
+            mapping.pop(key, None)
+
+
+def _refill(mapping: Any, entries: dict[Any, Any]) -> None:
+    mapping.clear()
+    mapping.update(entries)
+
+
+def _holdings(optimizers: Sequence[Optimizer]) -> Holdings:
+    known = optimizers.holdings if isinstance(optimizers, OptimizerList) else None
+    return holdings_of(optimizers) if known is None else known
+
+
+def _later(undo: Undo, step: Callable[[], Any]) -> None:
+    if isinstance(undo, ExitStack):
+        undo.callback(step)
+    else:
+        undo.append(step)

@@ -7,7 +7,7 @@ rate grows with it, in the optimizer and in the scheduler's base rates, so that 
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from prunetrain_kernels.cost import MemoryModel, Unknown, batches_near, or_unknown, step_memory
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.probe import first_line
+from prunetrain_kernels.prune.optimizers import groups_to_schedule
 
 LEARNING_RATE_RULES = ("linear", "sqrt", "none")
 
@@ -82,7 +83,12 @@ class MiniBatch:
         self.beside: Callable[[], int] = int
         self.amp: torch.dtype | None = None
 
-    def start(self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None) -> None:
+    def start(
+        self,
+        model: nn.Module,
+        example_inputs: tuple[Tensor, ...],
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    ) -> None:
         """Measures the dense network; sets the budget to its need unless one was given.
 
         Raises:
@@ -99,7 +105,10 @@ class MiniBatch:
             self.budget_bytes = math.ceil(memory.bytes(self.size))
 
     def measure(
-        self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None
+        self,
+        model: nn.Module,
+        example_inputs: tuple[Tensor, ...],
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> MemoryModel:
         """Bytes of one iteration of the network as it is now, fitted close to the present batch; kept in `memory`.
 
@@ -115,7 +124,10 @@ class MiniBatch:
         return self.memory
 
     def look(
-        self, model: nn.Module, example_inputs: tuple[Tensor, ...], optimizer: Optimizer | None = None
+        self,
+        model: nn.Module,
+        example_inputs: tuple[Tensor, ...],
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> MemoryModel | None:
         """`measure`, where bytes that cannot be counted are unknown: None, `unknown` says why, and so does a warning
         whenever that is new. Never fails."""
@@ -135,7 +147,7 @@ class MiniBatch:
         self,
         model: nn.Module,
         example_inputs: tuple[Tensor, ...],
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         scheduler: Any = None,
         least: Callable[[int], int] = int,
     ) -> int:
@@ -161,7 +173,7 @@ class MiniBatch:
         fits = int((self.budget_bytes - memory.fixed) // memory.per_image)
         return fits if self.maximum is None else min(fits, self.maximum)
 
-    def fall_back(self, optimizer: Optimizer | None = None, scheduler: Any = None) -> int:
+    def fall_back(self, optimizer: Optimizer | Sequence[Optimizer] | None = None, scheduler: Any = None) -> int:
         """After a step that ran out of memory: one granule less; returns the size.
 
         The budget falls to what that takes, so the batch grows again only when the network has shrunk further.
@@ -179,7 +191,7 @@ class MiniBatch:
         self._resize(target, optimizer, scheduler)
         return self.size
 
-    def _resize(self, size: int, optimizer: Optimizer | None, scheduler: Any) -> None:
+    def _resize(self, size: int, optimizer: Optimizer | Sequence[Optimizer] | None, scheduler: Any) -> None:
         ratio = size / self.size
         self.size = size
         if optimizer is not None and self.learning_rate != "none":
@@ -214,17 +226,20 @@ class MiniBatch:
         self.size = together // self.ranks
 
 
-def scale_learning_rate(optimizer: Optimizer, scheduler: Any, factor: float) -> None:
+def scale_learning_rate(optimizer: Optimizer | Sequence[Optimizer], scheduler: Any, factor: float) -> None:
     """Multiplies the learning rate by `factor`, now and for the rest of the schedule.
 
     Touches each group's `lr` (a number or a tensor, in place) and the rates that schedulers keep: `initial_lr`,
     `max_lr` and `min_lr` in the groups, base, largest and smallest rates in the scheduler and in those that it chains;
-    PyTorch's schedulers and timm's. Several schedulers of one optimizer are given in a list.
+    PyTorch's schedulers and timm's. Several optimizers, or schedulers, are given in a list; of optimizers around
+    optimizers, each group is scaled once.
     """
-    for group in optimizer.param_groups:
+    scaled: set[int] = set()  # groups may share the tensor that is their rate
+    for group in groups_to_schedule(optimizer):
         if isinstance(group["lr"], Tensor):
             with torch.no_grad():
-                group["lr"].mul_(factor)
+                group["lr"].mul_(1.0 if id(group["lr"]) in scaled else factor)
+            scaled.add(id(group["lr"]))
         else:
             group["lr"] *= factor
         for key in _GROUP_RATES:

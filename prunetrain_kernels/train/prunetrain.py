@@ -42,6 +42,8 @@ from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.ops.group_lasso import slice_max_abs
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
+from prunetrain_kernels.prune.optimizer_holdings import params_of
+from prunetrain_kernels.prune.optimizers import as_list, check_at_construction
 from prunetrain_kernels.prune.reconfigure import Reconfiguration, reconfigure
 from prunetrain_kernels.regularizer import GroupLasso, one_number, penalty_coefficient
 from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
@@ -125,9 +127,9 @@ class PruneTrain:
     The model and the optimizer are changed in place; parameter objects stay the same. On a CPU the constructor switches
     denormal numbers off (`torch.set_flush_denormal`): dying weights decay into them and slow a step down severalfold.
 
-    With `prunetrain_kernels.optim.SGD` (or `ProximalSGD`) as the optimizer, the lasso acts inside its update, for no
-    pass over the weights of its own: `regularize` then only adds the penalty's value to the loss, and `add_gradient_`
-    adds no gradient.
+    With `prunetrain_kernels.optim.SGD` (or `ProximalSGD`) as the optimizer that holds all weights with a lasso, the
+    lasso acts inside its update, for no pass over the weights of its own: `regularize` then only adds the penalty's
+    value to the loss, and `add_gradient_` adds no gradient.
 
     In distributed training every rank makes the same calls. Lambda comes from the mean of the first losses, and before
     a reconfiguration the ranks compare weights, sparse slices and kept channels: where they differ, all of them raise
@@ -143,7 +145,9 @@ class PruneTrain:
     Args:
         model: any CNN that `trace_channels` can follow, before its first training step; plain, compiled, or wrapped in
             `DistributedDataParallel`.
-        optimizer: any torch.optim optimizer that holds the model's parameters.
+        optimizer: any torch.optim optimizer that holds the model's parameters, or several in a list that hold them
+            together; also one around another, such as SAM, Lookahead or Accelerate's. docs/optimizers.md says which
+            can follow.
         example_inputs: the model's positional arguments, a few examples, on the model's device.
         penalty_ratio: share of the lasso in the first total loss, which sets lambda (Eq. 3); 0 means no lasso.
         interval: epochs between reconfigurations, whole or a fraction (paper: 10 for CIFAR, 5 for ImageNet).
@@ -163,6 +167,7 @@ class PruneTrain:
     Attributes:
         coefficient: lambda, or None before the first step.
         model: the network itself, uncompiled; `ddp`: its `DistributedDataParallel`, or None.
+        optimizer: as it was given; `optimizers`: a list of it, or of them.
         ranks: the processes that train together.
         fused: what `fuse=True` swapped, or None.
         regularizing: set it to False for fine-tuning epochs without the lasso.
@@ -176,16 +181,16 @@ class PruneTrain:
     Raises:
         TraceError: the model cannot be traced.
         InputError: an argument out of range, a `batch` that could never grow because the memory of a step cannot be
-            counted, an optimizer that does not hold the model's parameters, a copy that is not
-            like the model, a part that `torch.compile` wraps, or a `DistributedDataParallel` with an option that cannot
-            be pruned.
+            counted, an optimizer that does not hold the model's parameters or keeps what cannot be sliced with them, a
+            copy that is not like the model, a part that `torch.compile` wraps, or a `DistributedDataParallel` with an
+            option that cannot be pruned.
         RanksDifferError: the ranks were given other networks or other arguments.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         example_inputs: tuple[Tensor, ...],
         penalty_ratio: float = 0.25,
         interval: float = 10,
@@ -214,14 +219,10 @@ class PruneTrain:
         self.is_compiled = is_compiled_module(model) or any("_compiled_call_impl" in vars(m) for m in model.modules())
         model, _ = unwrapped(model)
         _check_parts(model)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-        if missing:
-            raise InputError(
-                f"the optimizer does not hold the model's parameter '{missing[0]}' ({len(missing)} are missing); build "
-                "it from model.parameters() of this very model."
-            )
         self.also = [copy.network for copy in copies_of(model, also)]
+        self.optimizers = check_at_construction(model, as_list(optimizer), self.also)
+        if not self.optimizers:
+            raise InputError("PruneTrain needs the optimizer that trains the model, or a list of several.")
         if not any(p.is_cuda for p in model.parameters()):
             torch.set_flush_denormal(True)
         self.model = model
@@ -302,44 +303,66 @@ class PruneTrain:
     @property
     def lasso_inside(self) -> bool:
         """Whether the optimizer adds the lasso by itself, inside its update."""
-        return isinstance(self.optimizer, SGD)
+        return self._inside is not None
+
+    @property
+    def _inside(self) -> SGD | None:
+        """The optimizer whose update can add the lasso: it holds every weight that has one."""
+        for one in self.optimizers:
+            if isinstance(one, SGD) and (len(self.optimizers) == 1 or self._holds_the_lasso(one)):
+                return one
+        return None
+
+    def _holds_the_lasso(self, optimizer: Optimizer) -> bool:
+        held = {id(p) for p in params_of(optimizer)}
+        return all(id(weight) in held for weight in self.lasso.weights()[0])
 
     @property
     def last_penalty(self) -> Tensor | None:
         """R(W) for a log, a scalar tensor without a graph: of the last step's weights, or of the present ones where the
         lasso is inside the update; None before the first step."""
-        if isinstance(self.optimizer, SGD) and self.optimizer.lasso is self.lasso:
-            return self.optimizer.penalty()
+        inside = self._inside
+        if inside is not None and inside.lasso is self.lasso:
+            return inside.penalty()
         return self._last_penalty
 
     # -- in every step --------------------------------------------------------------------------------------------
 
     def regularize(self, loss: Tensor) -> Tensor:
         """loss + lambda * R(W); sets lambda from this very loss on the first call (Eq. 3)."""
-        if isinstance(self.optimizer, SGD):
+        inside = self._inside
+        if inside is not None:
             self.add_gradient_(loss)
-            return loss + (self.coefficient or 0.0) * self.optimizer.penalty() if self.active else loss
+            return loss + (self.coefficient or 0.0) * inside.penalty() if self.active else loss
         if not self.active:
             return loss
         penalty = self.lasso.penalty()
         self._last_penalty = penalty.detach()
         return loss + self.set_coefficient(loss, penalty) * penalty
 
-    def add_gradient_(self, loss: Tensor) -> None:
+    def add_gradient_(self, loss: Tensor, optimizer: Optimizer | None = None) -> None:
         """Adds the gradient of lambda * R(W) into every `.grad`: what `regularize` does, but after backward and free of
         a graph. With a gradient scaler call it after `scaler.unscale_(optimizer)`.
 
         Where the lasso is inside the optimizer's update, only sees to it that the update has it; nothing needs to be
-        unscaled for its sake then."""
+        unscaled for its sake then. Of several optimizers that step at different times, give the one that is about to:
+        the gradient is then added to the weights that it holds."""
         if self.active and self.coefficient is None:
             self.set_coefficient(loss, self.lasso.penalty())
-        if isinstance(self.optimizer, SGD):
+        inside = self._inside
+        if inside is not None:
             wanted, coefficient = (self.lasso, self.coefficient or 0.0) if self.active else (None, 0.0)
-            if self.optimizer.lasso is not wanted or self.optimizer.lasso_coefficient != coefficient:
-                self.optimizer.regularize_with(wanted, coefficient)
+            if inside.lasso is not wanted or inside.lasso_coefficient != coefficient:
+                inside.regularize_with(wanted, coefficient)
         elif self.active:
             assert self.coefficient is not None
-            self._last_penalty = self.lasso.add_gradient_(self.coefficient)
+            if optimizer is None:
+                self._last_penalty = self.lasso.add_gradient_(self.coefficient)
+                return
+            held = {id(p) for p in params_of(optimizer)}
+            if any(id(weight) in held for weight in self.lasso.weights()[0]):
+                self.lasso.add_gradient_(self.coefficient, held)
+            self._last_penalty = self.lasso.penalty().detach()
 
     def set_coefficient(self, loss: Tensor, penalty: Tensor) -> float:
         """lambda, set once, from the mean of all ranks' losses; waits for the device, and the ranks, that once."""

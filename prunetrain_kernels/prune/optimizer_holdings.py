@@ -1,0 +1,264 @@
+"""What optimizers keep, and for which parameter: found in their state, in their attributes, and in the optimizers that
+they wrap.
+
+A tensor belongs to a parameter if it is kept under it: in `state`, or in any other mapping whose key is the parameter,
+its `id`, or its name; or if it stands in a list beside the parameters of a group, or of all groups, with their shapes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Attributes that every optimizer of PyTorch has; what is in them is looked at by itself, or is no state.
+OF_PYTORCH = frozenset(vars(Optimizer([torch.zeros(1, device="cpu")], {}))) | {"step"}  # schedulers wrap `step`
+NOT_OPENED = (
+    type(None), bool, int, float, complex, str, bytes, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType,
+    partial, torch.dtype, torch.device, torch.Generator, torch.layout,
+)  # fmt: skip
+# Containers in containers, and objects in objects, are opened this deep.
+DEEPEST = 8
+DEEPEST_OBJECT = 2
+
+
+@dataclass
+class Kept:
+    """A tensor that an optimizer keeps.
+
+    Attributes:
+        optimizer: the optimizer's class, by name.
+        where: how one gets to it: "state 'exp_avg'", "attribute 'slow_weights[0][2]'".
+        tensor: None for a note of a parameter's shape.
+        parameter: the parameter that it belongs to, or None.
+    """
+
+    optimizer: str
+    where: str
+    tensor: Tensor | None
+    parameter: Tensor | None
+
+
+@dataclass
+class Holdings:
+    """All that some optimizers keep.
+
+    Attributes:
+        optimizers: the optimizers, and those that they wrap, each once.
+        wrapped: those of them that were found inside another, by `id`.
+        kept: every tensor once, but parameters.
+        modules: modules that optimizers hold, with the optimizer's class and the attribute.
+        mentioned: parameters, by `id`, that attributes of optimizers hold.
+        keyed: (mapping, key, parameter): entries under a parameter, outside groups.
+        beside: (list, its parameters): lists in which entry i is of parameter i, outside groups.
+    """
+
+    optimizers: list[Any] = field(default_factory=list)
+    wrapped: set[int] = field(default_factory=set)
+    kept: list[Kept] = field(default_factory=list)
+    modules: list[tuple[nn.Module, str, str]] = field(default_factory=list)
+    mentioned: set[int] = field(default_factory=set)
+    keyed: list[tuple[Any, Any, Tensor]] = field(default_factory=list)
+    beside: list[tuple[Any, list[Tensor]]] = field(default_factory=list)
+
+    def of(self, parameter: Tensor) -> list[Tensor]:
+        """The tensors of a parameter that have its shape."""
+        if self._by_parameter is None:
+            self._by_parameter = {}
+            for one in self.kept:
+                if one.parameter is not None and one.tensor is not None:
+                    self._by_parameter.setdefault(id(one.parameter), []).append(one.tensor)
+        # A step counter of a parameter with one element may have no dimensions, as such a parameter.
+        tensors = self._by_parameter.get(id(parameter), [])
+        return [t for t in tensors if t.shape == parameter.shape and t.dim() > 0]
+
+    _by_parameter: dict[int, list[Tensor]] | None = None
+
+
+def is_optimizer(thing: object) -> bool:
+    """Whether a thing holds parameters in groups, and state for them."""
+    try:
+        return isinstance(thing, Optimizer) or (
+            not isinstance(thing, nn.Module | type) and hasattr(thing, "param_groups") and hasattr(thing, "state")
+        )
+    except Exception:  # a property that asks for more than is there
+        return False
+
+
+def groups_of(optimizer: Any) -> list[dict[str, Any]]:
+    """An optimizer's parameter groups; a wrapper may have none but the wrapped one's."""
+    return list(getattr(optimizer, "param_groups", ()))
+
+
+def params_of(optimizer: Any) -> list[Tensor]:
+    """The parameters of all groups, in their order."""
+    return [p for group in groups_of(optimizer) for p in group["params"]]
+
+
+def holdings_of(optimizers: Sequence[Any], model: nn.Module | None = None) -> Holdings:
+    """Looks into optimizers and all that they wrap.
+
+    Args:
+        optimizers: one or more; an optimizer that is reached twice is looked into once.
+        model: whose parameters' names may be keys.
+    """
+    look = _Look(Holdings(), model)
+    for optimizer in optimizers:
+        look.into_optimizer(optimizer)
+    return look.holdings
+
+
+class _Look:
+    """One look into optimizers."""
+
+    def __init__(self, holdings: Holdings, model: nn.Module | None) -> None:
+        self.holdings = holdings
+        self.names: dict[str, Tensor] = {} if model is None else dict(model.named_parameters())
+        self.parameters: dict[int, Tensor] = {id(p): p for p in self.names.values()}
+        self.seen: dict[int, object] = {}  # held, so that no identity is given out twice
+        self.known: dict[int, Kept] = {}
+        self.optimizer: Any = None
+        self.group: list[Tensor] | None = None  # the parameters of the group whose entries are looked at
+        self.kind = "state"
+
+    def into_optimizer(self, optimizer: Any) -> None:
+        if id(optimizer) in self.seen:
+            return
+        self.seen[id(optimizer)] = optimizer
+        self.holdings.optimizers.append(optimizer)
+        self.parameters.update((id(p), p) for p in params_of(optimizer))
+        around, self.optimizer = (self.optimizer, self.kind), optimizer
+        itself = getattr(type(optimizer), "follows_by_itself", ())
+        attributes = {n: v for n, v in vars(optimizer).items() if n not in OF_PYTORCH and n not in itself}
+        for value in attributes.values():  # first, so that what they keep in their state is found there
+            if is_optimizer(value):
+                self.visit(value, "", None, 0, 0)
+        self.kind = "state"
+        state = getattr(optimizer, "state", None)
+        if isinstance(state, Mapping) and id(state) not in self.seen:
+            self.open(state, "", None, 0, 0)
+        self.kind = "group entry"
+        for group in groups_of(optimizer):
+            self.group = list(group["params"])
+            for key, value in group.items():
+                if key != "params":
+                    self.visit(value, f"{key}", None, 0, 1)
+            self.group = None
+        self.kind = "attribute"
+        for name, value in attributes.items():
+            self.visit(value, name, None, 0, 1)
+        self.optimizer, self.kind = around
+
+    def parameter_of(self, key: object) -> Tensor | None:
+        """The parameter that a key stands for: itself, its `id`, or its name with or without a wrapper's prefix."""
+        if isinstance(key, Tensor):
+            return key
+        if isinstance(key, int) and not isinstance(key, bool):
+            return self.parameters.get(key)
+        if isinstance(key, str):
+            return self.names.get(key.removeprefix("_orig_mod.").removeprefix("module."))
+        return None
+
+    def visit(self, value: Any, where: str, parameter: Tensor | None, depth: int, objects: int) -> None:
+        if isinstance(value, NOT_OPENED) or depth > DEEPEST:
+            return
+        if isinstance(value, Tensor):
+            self.tensor(value, where, parameter)
+        elif isinstance(value, nn.Module):
+            self.holdings.modules.append((value, type(self.optimizer).__name__, where))
+        elif is_optimizer(value):
+            self.holdings.wrapped.add(id(value))
+            self.into_optimizer(value)
+        elif id(value) not in self.seen:
+            self.seen[id(value)] = value
+            self.open(value, where, parameter, depth, objects)
+
+    def open(self, value: Any, where: str, parameter: Tensor | None, depth: int, objects: int) -> None:
+        if isinstance(value, Mapping):
+            self.seen[id(value)] = value
+            for key, part in list(value.items()):
+                of = self.parameter_of(key)
+                if of is not None:
+                    self.holdings.keyed.append((value, key, of))
+                name = where if isinstance(key, Tensor) else f"{where}[{key!r}]" if where else f"{key}"
+                self.visit(part, name, parameter if of is None else of, depth + 1, objects)
+        elif isinstance(value, Sequence | AbstractSet) or hasattr(value, "popleft"):
+            self.sequence(list(value), value, where, parameter, depth, objects)
+        elif objects < DEEPEST_OBJECT:
+            for name, part in _attributes(value):
+                self.visit(part, f"{where}.{name}", parameter, depth + 1, objects + 1)
+
+    def sequence(
+        self, parts: list[Any], value: Any, where: str, parameter: Tensor | None, depth: int, objects: int
+    ) -> None:
+        if parameter is not None and parts and all(type(n) is int for n in parts) and parts == list(parameter.shape):
+            self.holdings.kept.append(Kept(type(self.optimizer).__name__, self.place(where), None, parameter))
+            return
+        groups = [list(group["params"]) for group in groups_of(self.optimizer)]
+        by_group = parameter is None and len(parts) == len(groups) and all(isinstance(p, list | tuple) for p in parts)
+        beside = None if parameter is not None else self.beside(parts, groups)
+        if beside is not None:
+            self.holdings.beside.append((value, beside))
+        for i, part in enumerate(parts):
+            mine = beside[i] if beside is not None else parameter
+            if by_group and self.beside(list(part), groups[i : i + 1]) is not None:
+                # two groups may have the same shapes: the list's place says which is meant
+                self.seen[id(part)] = part
+                self.holdings.beside.append((part, groups[i]))
+                for j, tensor in enumerate(part):
+                    self.visit(tensor, f"{where}[{i}][{j}]", groups[i][j], depth + 2, objects)
+            else:
+                self.visit(part, f"{where}[{i}]", mine, depth + 1, objects)
+
+    def beside(self, parts: list[Any], groups: list[list[Tensor]]) -> list[Tensor] | None:
+        """The parameters that a list's entries are of, where it can be one way only."""
+        if not parts:
+            return None
+        if all(isinstance(part, Tensor) and id(part) in self.parameters for part in parts):
+            return parts
+        flat = [p for group in groups for p in group]
+        candidates = [flat, [p for p in flat if p.requires_grad], *groups] if self.group is None else [self.group]
+        fitting: list[list[Tensor]] = []
+        for candidate in candidates:
+            if len(candidate) != len(parts) or any(_same_list(candidate, one) for one in fitting):
+                continue
+            tensors = all(isinstance(t, Tensor) and t.shape == p.shape for t, p in zip(parts, candidate, strict=True))
+            if tensors or (candidate is flat and all(isinstance(part, Mapping) for part in parts)):
+                fitting.append(candidate)
+        return fitting[0] if len(fitting) == 1 else None
+
+    def place(self, where: str) -> str:
+        return f"{self.kind} '{where}'" if where else self.kind
+
+    def tensor(self, tensor: Tensor, where: str, parameter: Tensor | None) -> None:
+        if id(tensor) in self.parameters:
+            if self.kind == "attribute":
+                self.holdings.mentioned.add(id(tensor))
+            return
+        if id(tensor) not in self.known:
+            self.seen[id(tensor)] = tensor
+            self.known[id(tensor)] = Kept(type(self.optimizer).__name__, self.place(where), tensor, parameter)
+            self.holdings.kept.append(self.known[id(tensor)])
+        elif self.known[id(tensor)].parameter is None and parameter is not None:
+            self.known[id(tensor)].parameter = parameter  # reached by another way before
+
+
+def _same_list(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
+    """An object's attributes, those in slots too."""
+    slots = [slot for cls in type(thing).__mro__ for slot in _slots(cls)]
+    for name in dict.fromkeys([*slots, *getattr(thing, "__dict__", ())]):
+        yield name, getattr(thing, name, None)
+
+
+def _slots(cls: type) -> Sequence[str]:
+    slots = cls.__dict__.get("__slots__", ())
+    return [slots] if isinstance(slots, str) else [slot for slot in slots if not slot.startswith("__")]

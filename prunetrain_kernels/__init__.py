@@ -12,6 +12,7 @@ from prunetrain_kernels.errors import (
     RankLostError,
     RanksDifferError,
     TraceError,
+    ZeroingError,
 )
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
@@ -27,5 +28,6 @@ __version__ = "0.1.0"
 __all__ = [
     "ChannelGraph", "CheckpointError", "DivergedError", "GroupLasso", "InputError", "Keep", "MiniBatch", "PruneReport",
     "PruneTrain", "PruneTrainError", "RankLostError", "RanksDifferError", "Reconfiguration", "TraceError",
-    "export_program", "load_pruned", "penalty_coefficient", "reconfigure", "save_pruned", "to_dense", "trace_channels",
+    "ZeroingError", "export_program", "load_pruned", "penalty_coefficient", "reconfigure", "save_pruned", "to_dense",
+    "trace_channels",
 ]  # fmt: skip

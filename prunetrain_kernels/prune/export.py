@@ -26,8 +26,8 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, unpair
 from prunetrain_kernels.nn.sync_batch_norm import SyncBatchNorm, make_plain
+from prunetrain_kernels.probe import looking
 from prunetrain_kernels.prune.branches import ConstantBatchNorm, ConstantConv, RemovedLayer, swap_in
-from prunetrain_kernels.prune.reconfigure import evaluating
 
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 BATCH_NORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -104,7 +104,7 @@ def _inputs_of(
         for name, module in modules.items()
     ]
     try:
-        with evaluating(model):
+        with looking(model):
             model(*example_inputs)
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

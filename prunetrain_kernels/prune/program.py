@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.files import write_atomically
+from prunetrain_kernels.probe import looking
 from prunetrain_kernels.prune.export import to_dense
-from prunetrain_kernels.prune.reconfigure import evaluating
 
 FORMATS = {"torch": ".pt2", "onnx": ".onnx", "torchscript": ".pt"}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # of the scale
@@ -110,7 +110,7 @@ def _format_of(path: Path, format: str | None) -> str:
 
 def _check(model: nn.Module, program: Program, format: str, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
     """How far the program's output is from the model's, and the latter's scale; raises where that is too far."""
-    with evaluating(model):
+    with looking(model):
         expected = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
     batch = len(inputs[0])
     try:

@@ -543,7 +543,7 @@ class PruneTrain:
     def _take_up(self, seen: "_Seen") -> None:
         """From now on this is what is known of the model."""
         self._seen = seen
-        self.graph: ChannelGraph = seen.graph
+        self.graph = seen.graph
         self.lasso: GroupLasso = seen.lasso
         self.flops: Flops = seen.flops
 
@@ -569,13 +569,13 @@ class PruneTrain:
         weights = [m.weight for m in self.model.modules() if isinstance(m, nn.Conv2d)]
         in_use = any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
         if unsafe and in_use and not self._warned_of_layout:
-            self._warned_of_layout = True
             warnings.warn(
                 f"'{unsafe[0]}' is left with fewer than {SAFE_CHANNELS} input channels: on a CPU PyTorch's gradient of "
                 "such a strided 1x1 convolution in channels_last writes beyond its memory; go on in contiguous format: "
                 "model.to(memory_format=torch.contiguous_format), and the images likewise.",
                 stacklevel=3,
             )
+            self._warned_of_layout = True
 
     # -- what the logs show ---------------------------------------------------------------------------------------
 

@@ -5,7 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import DYING, NETS, forget_momentum, hold_masks, kill, rest_of, same, small_net, snapshot, traced, train, twin_of, warm_up
+from nets import (
+    DYING,
+    NETS,
+    forget_momentum,
+    hold_masks,
+    kill,
+    rest_of,
+    same,
+    small_net,
+    snapshot,
+    traced,
+    train,
+    twin_of,
+    warm_up,
+)
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 

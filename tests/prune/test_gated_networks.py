@@ -6,7 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import DYING, NETS, forget_momentum, hold_masks, kill, rest_of, same, small_net, traced, train, twin_of, warm_up, zero_slice
+from nets import (
+    DYING,
+    NETS,
+    forget_momentum,
+    hold_masks,
+    kill,
+    rest_of,
+    same,
+    small_net,
+    traced,
+    train,
+    twin_of,
+    warm_up,
+    zero_slice,
+)
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 

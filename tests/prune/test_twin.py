@@ -4,7 +4,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from nets import DYING, NETS, forget_momentum, hold_masks, kill, randomise, rest_of, small_net, traced, train, twin_of, warm_up
+from nets import (
+    DYING,
+    NETS,
+    forget_momentum,
+    hold_masks,
+    kill,
+    randomise,
+    rest_of,
+    small_net,
+    traced,
+    train,
+    twin_of,
+    warm_up,
+)
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 

@@ -14,6 +14,7 @@ from prunetrain_kernels.errors import (
     RankLostError,
     RanksDifferError,
     TraceError,
+    ZeroingError,
 )
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
@@ -30,8 +31,8 @@ __version__ = "0.2.0"
 __all__ = [
     "ChannelGraph", "CheckpointError", "DivergedError", "GroupLasso", "InputError", "Keep", "MiniBatch", "PruneReport",
     "PruneTrain", "PruneTrainError", "RankLostError", "RanksDifferError", "Reconfiguration", "TraceError",
-    "UntriedVersionWarning", "export_program", "load_pruned", "penalty_coefficient", "reconfigure", "save_pruned",
-    "to_dense", "trace_channels",
+    "UntriedVersionWarning", "ZeroingError", "export_program", "load_pruned", "penalty_coefficient", "reconfigure",
+    "save_pruned", "to_dense", "trace_channels",
 ]  # fmt: skip
 
 warn_if_untried(__version__, torch.__version__)

@@ -192,6 +192,20 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add("--relative", action="store_true", help="the threshold is a share of the layer's largest slice")
     add(
+        "--zeroing-tolerance",
+        type=float,
+        default=defaults["zeroing_tolerance"],
+        metavar="SHARE",
+        help="stop where setting the sparse slices to zero would move an output by more than this share of its scale: "
+        "the threshold is too high then (inf: never; may be changed with --resume)",
+    )
+    add(
+        "--keep-momentum",
+        action="store_true",
+        help="keep the momentum of slices that are zeroed but stay, because other layers need their channels; without "
+        "it they revive less",
+    )
+    add(
         "--policy",
         default="union",
         help="how layers that share channels agree on them: union (all keep the same), gating (each convolution "

@@ -25,6 +25,11 @@ class DivergedError(PruneTrainError, ArithmeticError):
     """Training met a loss that is not a number; the last good checkpoint is kept."""
 
 
+class ZeroingError(PruneTrainError, ArithmeticError):
+    """Setting the sparse slices to zero would move the model's output too far; the reconfiguration was undone, and
+    training can go on."""
+
+
 class RanksDifferError(PruneTrainError, RuntimeError):
     """Processes of a distributed training hold different values where they must agree; the message names which."""
 

@@ -139,14 +139,31 @@ def looking(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         yield
 
 
-def outputs_of(model: nn.Module, inputs: Sequence[Any], *, training: bool = False) -> dict[str, Tensor]:
+def outputs_of(
+    model: nn.Module, inputs: Sequence[Any], *, training: bool = False, other_chance: bool = False
+) -> dict[str, Tensor]:
     """The tensors that `model(*inputs)` returns, by name, in evaluation (default) or training mode; detached.
+
+    Every call starts from the same state of the random number generators, so that two calls draw the same numbers;
+    with `other_chance` others, which whether the outputs depend on chance.
 
     Raises:
         Exception: whatever the model raises.
     """
     with looking(model, training=training):
+        if other_chance:
+            _draw(model)
         return {name: tensor.detach() for name, tensor in named_tensors_in(model(*inputs)).items()}
+
+
+def _draw(model: nn.Module) -> None:
+    """Moves every generator that a forward may draw from on: by odd counts, for those drawn in pairs."""
+    for device in {torch.device("cpu"), *(p.device for p in model.parameters())}:
+        torch.rand(1001, device=device)
+    for _ in range(101):
+        random.random()
+    if (numpy := sys.modules.get("numpy.random")) is not None:
+        numpy.random(101)
 
 
 # -- what it returned --------------------------------------------------------------------------------------------------
@@ -212,6 +229,7 @@ class Difference:
         excess: largest difference of a tensor as a share of what rounding explains for it; above 1 it is no rounding.
         where: the tensor that `excess` is of, by name; where nothing differs, "".
         compared: elements that were compared; 0 means that nothing is known.
+        share: largest difference of a tensor as a share of its scale.
     """
 
     largest: float
@@ -219,6 +237,7 @@ class Difference:
     excess: float
     where: str
     compared: int
+    share: float = 0.0
 
     @property
     def is_rounding(self) -> bool:
@@ -226,19 +245,21 @@ class Difference:
         return self.excess <= 1.0
 
 
-def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Difference:
+def difference(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, smallest_scale: float = 1e-6
+) -> Difference:
     """How far `after` is from `before`, tensor by tensor of the same name.
 
     Integers and bools are compared exactly. Of floating-point tensors what is finite in both is compared, and the
     patterns of the rest (NaN, +inf, -inf) must be equal. Each tensor is judged by its own scale, with the table of this
     file for its dtype and device, but at least by a thousandth of the scale of all of them: next to logits of 10 an
-    auxiliary output of 1e-9 may well be rounding.
+    auxiliary output of 1e-9 may well be rounding. No scale counts as smaller than `smallest_scale`.
     """
     scale = max((_scale(t) for t in before.values()), default=0.0)
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())[0]
-        return Difference(torch.inf, scale, torch.inf, odd, sum(t.numel() for t in before.values()))
-    largest = excess = 0.0
+        return Difference(torch.inf, scale, torch.inf, odd, sum(t.numel() for t in before.values()), torch.inf)
+    largest = excess = share = 0.0
     where, compared = "", 0
     for name, x in before.items():
         gap, count = _gap(x, after[name])
@@ -246,10 +267,11 @@ def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Dif
         largest = max(largest, gap)
         if gap == 0:
             continue
-        share = gap / (rounding_of(x) * max(_scale(x), 1e-3 * scale, 1e-6))
-        if share > excess:
-            excess, where = share, name
-    return Difference(largest, scale, excess, where, compared)
+        of_scale = gap / max(_scale(x), 1e-3 * scale, smallest_scale)
+        share = max(share, of_scale)
+        if of_scale / rounding_of(x) > excess:
+            excess, where = of_scale / rounding_of(x), name
+    return Difference(largest, scale, excess, where, compared, share)
 
 
 def rounding_of(tensor: Tensor) -> float:

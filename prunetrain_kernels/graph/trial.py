@@ -54,7 +54,7 @@ def freeze_what_fails(graph: ChannelGraph, runs: Runs, ways: Sequence[tuple[bool
 
 def _dead(size: int, least: int) -> Tensor:
     """The channels of a space that are cut: every fourth, from the second."""
-    dead = torch.arange(1, size, 4)
+    dead = torch.arange(1, size, 4, device="cpu")
     return dead[: max(0, size - least)]
 
 
@@ -129,7 +129,7 @@ class _Trial:
 
     def _tensors(self, spaces: Sequence[int]) -> tuple[Tensors, Tensors]:
         """The tensors of the network with these spaces' channels at zero, and without them."""
-        dead = [torch.zeros(space.size, dtype=torch.bool) for space in self.graph.spaces]
+        dead = [torch.zeros(space.size, dtype=torch.bool, device="cpu") for space in self.graph.spaces]
         for i in spaces:
             dead[i][_dead(self.graph.spaces[i].size, self.graph.spaces[i].least)] = True
         for i, space in enumerate(self.graph.spaces):
@@ -154,7 +154,7 @@ def _varied(x: Tensor) -> Tensor:
     """Noise for inputs that are all one number, of which every convolution makes the same."""
     if not x.is_floating_point() or x.numel() < 2 or not bool((x == x.flatten()[0]).all()):
         return x
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(x.shape, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
     return noise.to(x)
 
 

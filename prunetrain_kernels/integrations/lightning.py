@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prunetrain_kernels.errors import CheckpointError, InputError
-from prunetrain_kernels.prune.reconfigure import set_data
 from prunetrain_kernels.prune.shape import describe_shape, restore_shape
+from prunetrain_kernels.prune.slices import set_data
 from prunetrain_kernels.train.prunetrain import PruneReport, PruneTrain
 
 if TYPE_CHECKING:

@@ -100,13 +100,15 @@ class ConstantConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size = _map_size(x.shape[2:], self.geometry)
         ones = [1] * len(size)
-        value = x.new_zeros(1, self.out_channels, *ones) if self.bias is None else self.bias.view(1, -1, *ones)
+        # A copy of the bias: a view of a parameter that was made without gradients has no gradient function, on which
+        # the hooks of those who count or watch modules (FlopCounterMode) insist.
+        value = x.new_zeros(1, self.out_channels, *ones) if self.bias is None else self.bias.clone().view(1, -1, *ones)
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             value = value.to(torch.get_autocast_dtype(kind))  # as the convolution would
         if self.full:
             return value.expand(x.shape[0], -1, *size).clone()
-        return value.clone() if self.collapse else value.expand(x.shape[0], -1, *size)
+        return value if self.collapse else value.expand(x.shape[0], -1, *size)
 
     def extra_repr(self) -> str:
         return f"{self.out_channels} channels, the same on every pixel"
@@ -220,6 +222,14 @@ def replacements(model: nn.Module, branch: DeadBranch) -> dict[str, nn.Module]:
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
         result[branch.batch_norm] = _constant_batch_norm(norm, branch.in_place)
     return result
+
+
+def parameters_that_go(model: nn.Module, stand_ins: dict[str, nn.Module]) -> set[int]:
+    """Ids of the parameters of the modules that are replaced, but those that some module goes on holding."""
+    replaced = {id(model.get_submodule(name)) for name in stand_ins}
+    remaining = [module for module in model.modules() if id(module) not in replaced]
+    staying = {id(p) for module in (*stand_ins.values(), *remaining) for p in module.parameters(recurse=False)}
+    return {id(p) for name in stand_ins for p in model.get_submodule(name).parameters()} - staying
 
 
 def swap_in(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

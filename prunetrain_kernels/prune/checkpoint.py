@@ -22,11 +22,11 @@ from prunetrain_kernels.graph.gating import why_not_gated
 from prunetrain_kernels.nn.gated_conv import SIDES, restore_gating
 from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.prune.also import Copy, copies_of, unwrapped
-from prunetrain_kernels.prune.branches import restore_stand_ins, swap_in
+from prunetrain_kernels.prune.branches import parameters_that_go, restore_stand_ins, swap_in
 from prunetrain_kernels.prune.optimizer_holdings import Kept, groups_of, holdings_of
 from prunetrain_kernels.prune.optimizers import all_optimizers, as_list, drop
-from prunetrain_kernels.prune.reconfigure import memory_format, parameters_that_go, set_data, sizes_told_by
 from prunetrain_kernels.prune.shape import describe_shape
+from prunetrain_kernels.prune.slices import memory_format, set_data, sizes_told_by
 
 FORMAT = "prunetrain_kernels.checkpoint/1"
 

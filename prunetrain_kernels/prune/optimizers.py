@@ -249,7 +249,7 @@ def _trial(optimizer: Any) -> Holdings | None:
 
 def _tiny_copy(optimizer: Optimizer) -> Any | None:
     """A copy with groups of tiny parameters and without state; None where more than plain values makes an optimizer."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     groups: list[dict[str, Any]] = []
     lists: dict[int, list[Tensor]] = {}
     for group in optimizer.param_groups:

@@ -14,7 +14,7 @@ from prunetrain_kernels.graph.gating import why_not_gated
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import SIDES, GatedConv2d, describe_gating, gate_, restore_gating, unpair
 from prunetrain_kernels.prune.branches import describe_stand_ins, restore_stand_ins, swap_in
-from prunetrain_kernels.prune.reconfigure import memory_format, set_data, size_without_tensor, sizes_told_by
+from prunetrain_kernels.prune.slices import memory_format, set_data, size_without_tensor, sizes_told_by
 
 Shape = dict[str, Any]
 INDICES = tuple(f".{side}_{what}" for side in SIDES for what in ("index", "inverse"))  # of gated convolutions

@@ -47,6 +47,8 @@ class TrainConfig:
     reconfigure_once: int | None = None
     threshold: float = 1e-4
     relative: bool = False
+    zeroing_tolerance: float = 0.01
+    keep_momentum: bool = False
     policy: str = "union"
     policy_cost: str = "roof"
     round_to: int = 1
@@ -88,6 +90,11 @@ class TrainConfig:
             ("penalty-ratio", 0 <= self.penalty_ratio < 1, "be from 0 up to, but not including, 1"),
             ("interval", 0 < self.interval < math.inf, "be a positive number of epochs"),
             ("threshold", 0 <= self.threshold < math.inf, "be 0 or more (paper: 1e-4)"),
+            (
+                "zeroing-tolerance",
+                self.zeroing_tolerance >= 0,
+                "be a share of the output's scale, 0 or more (inf: any)",
+            ),
             ("policy", self.policy in POLICIES, f"be one of {', '.join(POLICIES)}"),
             ("policy-cost", self.policy_cost in COSTS, f"be one of {', '.join(COSTS)}"),
             ("round-to", self.round_to >= 1, "be at least 1"),

@@ -150,6 +150,8 @@ class _Run:
             cost=config.policy_cost,
             also=self._copies(),
             amp=self.amp,
+            zeroing_tolerance=config.zeroing_tolerance,
+            keep_momentum=config.keep_momentum,
         )
         setup.check_logits(config, self.model, self.example, self.data.classes)
         self.epoch = 0

@@ -157,9 +157,25 @@ class MiniBatch:
 
         least: from the images that fit here to those that fit everywhere (`Ranks.least`).
         """
+        return self.grow_to(least(self.fitting(model, example_inputs, optimizer)), optimizer, scheduler)
+
+    def fitting(
+        self,
+        model: nn.Module,
+        example_inputs: tuple[Tensor, ...],
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    ) -> int:
+        """Measures the network as it is now; returns the images that fit the budget, at most `maximum`."""
         if self.budget_bytes is None:
             raise InputError("MiniBatch has no budget yet; call start(model, example_inputs) before adjust(...).")
-        target = least(self._fits(self.look(model, example_inputs, optimizer))) // self.granularity * self.granularity
+        return self._fits(self.look(model, example_inputs, optimizer))
+
+    def grow_to(
+        self, images: int, optimizer: Optimizer | Sequence[Optimizer] | None = None, scheduler: Any = None
+    ) -> int:
+        """Grows the batch to the multiple of the granularity below `images`, and the learning rate with it; returns the
+        size."""
+        target = images // self.granularity * self.granularity
         if target > self.size:
             self._resize(target, optimizer, scheduler)
         return self.size
@@ -245,12 +261,7 @@ def scale_learning_rate(optimizer: Optimizer | Sequence[Optimizer], scheduler: A
         for key in _GROUP_RATES:
             if key in group:
                 group[key] = group[key] * factor
-    seen: set[int] = set()
-
-    def scale(one: Any) -> None:
-        if one is None or id(one) in seen:
-            return
-        seen.add(id(one))
+    for one in _schedulers(scheduler):
         for name in _RATE_LISTS:
             rates = getattr(one, name, None)
             if isinstance(rates, list):
@@ -261,8 +272,33 @@ def scale_learning_rate(optimizer: Optimizer | Sequence[Optimizer], scheduler: A
         for name in _TIMM_RATES if hasattr(one, "base_values") else ():
             value: Any = getattr(one, name, 0.0)
             setattr(one, name, [rate * factor for rate in value] if isinstance(value, list) else value * factor)
-        for inner in (*getattr(one, "_schedulers", ()), getattr(one, "lr_scheduler", None)):
-            scale(inner)
 
-    for one in scheduler if isinstance(scheduler, list | tuple) else (scheduler,):
-        scale(one)
+
+def rates_put_back(optimizer: Optimizer | Sequence[Optimizer], scheduler: Any) -> Callable[[], None]:
+    """Puts every rate that `scale_learning_rate` changes back to what it is now, when it is called: the same objects
+    with the same values."""
+    names = ("lr", *_GROUP_RATES, *_RATE_LISTS, *_RATES, *_TIMM_RATES)
+    holders = [*groups_to_schedule(optimizer), *(vars(one) for one in _schedulers(scheduler))]
+    rates = [(holder, name, holder[name]) for holder in holders for name in names if name in holder]
+    tensors = [(rate, rate.clone()) for _, _, rate in rates if isinstance(rate, Tensor)]
+
+    def put_back() -> None:
+        for holder, name, rate in rates:
+            holder[name] = rate
+        with torch.no_grad():
+            for tensor, value in tensors:
+                tensor.copy_(value)
+
+    return put_back
+
+
+def _schedulers(scheduler: Any) -> list[Any]:
+    """A scheduler, or those in a list, and all that they chain; each once."""
+    one_by_one: list[Any] = []
+    waiting = list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
+    while waiting:
+        one = waiting.pop(0)
+        if one is not None and not any(one is other for other in one_by_one):
+            one_by_one.append(one)
+            waiting += [*getattr(one, "_schedulers", ()), getattr(one, "lr_scheduler", None)]
+    return one_by_one

@@ -14,9 +14,10 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from prunetrain_kernels.cost import (
     reasons,
     share_text,
 )
-from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainError
+from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainError, RankLostError, RanksDifferError
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost, cost_of
 from prunetrain_kernels.nn import FuseReport, GatedConv2d
@@ -42,12 +43,16 @@ from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.ops.group_lasso import slice_max_abs
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
+from prunetrain_kernels.prune.changes import Reconfiguration
+from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE, check_tolerance
 from prunetrain_kernels.prune.optimizer_holdings import params_of
 from prunetrain_kernels.prune.optimizers import as_list, check_at_construction
-from prunetrain_kernels.prune.reconfigure import Reconfiguration, reconfigure
+from prunetrain_kernels.prune.reconfigure import reconfiguring
 from prunetrain_kernels.regularizer import GroupLasso, one_number, penalty_coefficient
 from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
-from prunetrain_kernels.train.mini_batch import MiniBatch
+from prunetrain_kernels.train.mini_batch import MiniBatch, rates_put_back
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class PruneReport:
 
     Attributes:
         epoch: epochs trained so far.
-        reconfiguration: layer by layer, with max|dy| and seconds.
+        reconfiguration: layer by layer, with max|dy| of zeroing and of cutting, and seconds.
         flops: FLOPs per image, now; NaN where they cannot be counted.
         training_ratio, inference_ratio: those FLOPs as a share of the dense network's; NaN where either is unknown.
         batch_before, batch: images per step of one rank, if PruneTrain manages the batch, else None.
@@ -86,7 +91,7 @@ class PruneReport:
         text = (
             f"epoch {self.epoch:g}: training FLOPs {share_text(self.training_ratio)} of dense, inference "
             f"{share_text(self.inference_ratio)}, parameters {done.parameters_before:,} -> {done.parameters_after:,}, "
-            f"max|dy| {done.max_abs_dy:.1e}, {self.seconds:.2f} s"
+            f"{done.moved}, {self.seconds:.2f} s"
         )
         if done.removed:
             text += f", removed {', '.join(done.removed)}"
@@ -163,6 +168,7 @@ class PruneTrain:
         amp: the dtype of the training's autocast, torch.bfloat16 or torch.float16, under which memory is measured; by
             default that of the autocast around this call, or none. Without it a batch that grows stays half of what
             fits.
+        zeroing_tolerance, keep_momentum: as for `reconfigure`.
 
     Attributes:
         coefficient: lambda, or None before the first step.
@@ -204,6 +210,8 @@ class PruneTrain:
         cost: ConvolutionCost | str = "roof",
         also: Sequence[nn.Module] = (),
         amp: torch.dtype | None = None,
+        zeroing_tolerance: float = ZEROING_TOLERANCE,
+        keep_momentum: bool = False,
     ) -> None:
         if not 0 <= penalty_ratio < 1:
             raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
@@ -211,6 +219,7 @@ class PruneTrain:
             raise InputError(f"interval must be a positive number of epochs, not {interval}.")
         if amp not in (None, torch.float16, torch.bfloat16):
             raise InputError(f"amp must be torch.bfloat16, torch.float16 or None, not {amp!r}.")
+        check_tolerance(zeroing_tolerance)
         self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
         self.ranks = Ranks()
         if self.ddp is not None:
@@ -236,6 +245,8 @@ class PruneTrain:
         self.cost = cost
         self.amp = amp or autocast_around(model)
         self.round_to = round_to
+        self.zeroing_tolerance = zeroing_tolerance
+        self.keep_momentum = keep_momentum
         self.coefficient: float | None = None
         self._last_penalty: Tensor | None = None
         self.regularizing = True
@@ -247,7 +258,7 @@ class PruneTrain:
         self._warned_of = 0
         with eagerly(model, *self.also):
             self._look_first(example_inputs, fuse)
-        settings = (penalty_ratio, interval, threshold, relative, policy, round_to)
+        settings = (penalty_ratio, interval, threshold, relative, policy, round_to, zeroing_tolerance, keep_momentum)
         self.ranks.agree("the network and PruneTrain's arguments", settings, sorted(self.dense_layers.items()))
         self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
         if self.batch is not None:
@@ -263,13 +274,13 @@ class PruneTrain:
         self.fused: FuseReport | None = fuse_model(model, example_inputs) if fuse else None
         for copy in self.also if fuse else ():
             fuse_model(copy, inputs_for(copy, model, example_inputs))
-        self.graph: ChannelGraph = trace_channels(model, example_inputs)
+        self.graph = trace_channels(model, example_inputs)
         if self.policy == "auto":
             cost_of(cost, model)  # refuses an unknown name
         # refuses bad arguments before any training
         self.graph.keep(model, self.threshold, self.relative, self.policy, self.round_to)
-        self.lasso = GroupLasso(model, self.graph.example_inputs, graph=self.graph)
-        self._count_flops()
+        lasso = GroupLasso(model, self.graph.example_inputs, graph=self.graph)
+        self._take_up(_Seen(self.graph, lasso, *self._count_flops()))
         self.dense_flops = self.flops
         # The original numbers of each layer's present channels: for channels.csv and the sparsity map.
         self.dense_layers = {
@@ -383,8 +394,11 @@ class PruneTrain:
     def advance(self, epochs: float) -> PruneReport | None:
         """Counts a part of an epoch, for intervals shorter than one; reconfigures where a multiple is reached.
 
+        The epochs are counted also where the reconfiguration raises: they have been trained.
+
         Raises:
             InputError: a negative part.
+            PruneTrainError: as `reconfigure`.
         """
         if not 0 <= epochs < math.inf:
             raise InputError(f"advance takes the epochs since the last call, 0 or more, not {epochs}.")
@@ -404,60 +418,120 @@ class PruneTrain:
     def reconfigure(self) -> PruneReport:
         """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it.
 
+        All of it or nothing: whatever is raised, on whichever rank, the model, the copies, the optimizer, the learning
+        rates and this object are as they were, to the last bit, and training can go on.
+
         Raises:
-            RanksDifferError: on every rank, when they do not all keep the same channels; nothing has been changed.
+            RanksDifferError: on every rank, when they do not all keep the same channels, or not all of them succeed.
+            ZeroingError: setting the sparse slices to zero moves the output by more than `zeroing_tolerance`.
+            PruneTrainError: the pruned network computes something else.
         """
         start = time.perf_counter()
-        compilations, compile_seconds = self._compilations.take()
+        self._compilations.look()
         with eagerly(self.model):
             keep = self._agreed_keep()
-        done = self._reconfigure(keep)
-        if done.changed:
-            for change in done.layers:
-                if change.name not in self.kept:  # a depthwise convolution down to one channel looks like any other
-                    continue
-                ins, outs = self.kept[change.name]
-                self.kept[change.name] = (ins[change.kept_in], outs[change.kept_out])
-            self.removed += done.removed
-            self._look_again(None if done.removed else keep)
-            self._warn_of_layout()
         batch_before = self.batch_size
-        if self.batch is not None and done.changed:
-            self._grow(self.batch)
-        seconds = time.perf_counter() - start
-        self.history.append(
-            {
-                "epoch": round(self.epochs, 9),
-                "seconds": seconds,
-                "max_abs_dy": done.max_abs_dy,
-                "max_abs_dy_zeroing": done.max_abs_dy_zeroing,
-                "scale": done.scale,
-                "train_flops": known_or_none(self.flops.training),
-                "inference_flops": known_or_none(self.flops.inference),
-                "parameters": done.parameters_after,
-                "batch": self.batch_size,
-                "compilations": compilations,
-                "compile_seconds": compile_seconds,
-            }
-        )
-        return PruneReport(
-            round(self.epochs, 9),
-            done,
-            self.flops,
-            *self.flops.of(self.dense_flops),
-            batch_before,
-            self.batch_size,
-            seconds,
-            self.ranks.world,
-            compilations,
-            compile_seconds,
-            self.unknown_costs(),
-        )
+        with ExitStack() as transaction:
+            transaction.push(self._rebuild_if_it_fails)
+            done, seen, fits = self._on_all_ranks(lambda: self._prune(keep, transaction))
+            kept = self._kept_after(done)
+            if self.batch is not None and done.changed:
+                self._grow(self.batch, fits)
+            if self.ddp is not None and done.changed:
+                rebuild_buckets(self.ddp)
+            if done.changed:
+                self._warn_of_layout()  # which may be an error to the user
+            compilations, compile_seconds = self._compilations.take()
+            training_ratio, inference_ratio = seen.flops.of(self.dense_flops)
+            report = PruneReport(
+                epoch=round(self.epochs, 9),
+                reconfiguration=done,
+                flops=seen.flops,
+                training_ratio=training_ratio,
+                inference_ratio=inference_ratio,
+                batch_before=batch_before,
+                batch=self.batch_size,
+                seconds=time.perf_counter() - start,
+                ranks=self.ranks.world,
+                compilations=compilations,
+                compile_seconds=compile_seconds,
+                unknown=self.unknown_costs(seen.flops),
+            )
+        # From here on nothing fails.
+        self.kept, self.removed = kept, [*self.removed, *done.removed]
+        self._take_up(seen)
+        self.history.append(_entry(report))
+        return report
 
-    def unknown_costs(self) -> str:
+    def _prune(self, keep: Keep, transaction: ExitStack) -> tuple[Reconfiguration, "_Seen", int]:
+        """What one rank does by itself: the reconfiguration, which `transaction` can still undo, a look at the network
+        in its new shape, and the images per step that fit now."""
+        done = transaction.enter_context(
+            reconfiguring(
+                self.model,
+                self.optimizer,
+                keep,
+                self.also,
+                zeroing_tolerance=self.zeroing_tolerance,
+                keep_momentum=self.keep_momentum,
+            )
+        )
+        if not done.changed:
+            return done, self._seen, 0
+        seen = self._look_again(None if done.removed else keep)
+        if self.batch is None:
+            return done, seen, 0
+        transaction.push(self._batch_put_back_if_it_fails(self.batch))
+        with eagerly(self.model):
+            return done, seen, self.batch.fitting(self.model, self.graph.example_inputs, self.optimizer)
+
+    def _on_all_ranks(self, act: Callable[[], _Result]) -> _Result:
+        """What `act` returns, if it does on every rank; else the error on all of them."""
+        if self.ranks.world == 1:
+            return act()
+        failed: Exception | None = None
+        try:
+            result = act()
+        except Exception as error:
+            failed = error
+        try:
+            self.ranks.agree("the outcomes of the reconfiguration", type(failed).__name__)
+        except RanksDifferError as differ:
+            raise differ from failed
+        if failed is not None:
+            raise failed
+        return result
+
+    def _batch_put_back_if_it_fails(self, batch: MiniBatch) -> Callable[..., None]:
+        """For `ExitStack.push`: puts the mini-batch and all learning rates back to what they are now."""
+        before, put_rates_back = dict(vars(batch)), rates_put_back(self.optimizer, self.scheduler)
+
+        def leave(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is not None:
+                vars(batch).update(before)
+                put_rates_back()
+
+        return leave
+
+    def _rebuild_if_it_fails(self, kind: type[BaseException] | None, *_: object) -> None:
+        """For `ExitStack.push`: where all ranks fail together, the old tensors are back, but with new gradient
+        accumulators, which DDP must find. One that is interrupted alone must not wait for the others there."""
+        together = kind is not None and issubclass(kind, Exception) and not issubclass(kind, RankLostError)
+        if self.ddp is not None and together:
+            rebuild_buckets(self.ddp)
+
+    def _kept_after(self, done: Reconfiguration) -> dict[str, tuple[Tensor, Tensor]]:
+        kept = dict(self.kept)
+        for change in done.layers if done.changed else ():
+            if change.name in kept:  # a depthwise convolution down to one channel looks like any other
+                ins, outs = kept[change.name]
+                kept[change.name] = (ins[change.kept_in], outs[change.kept_out])
+        return kept
+
+    def unknown_costs(self, flops: Flops | None = None) -> str:
         """Which costs cannot be counted, and why; empty where all are known."""
         memory = "" if self.batch is None else self.batch.unknown
-        return reasons({"FLOPs": self.flops.unknown or self.dense_flops.unknown, "memory": memory})
+        return reasons({"FLOPs": (flops or self.flops).unknown or self.dense_flops.unknown, "memory": memory})
 
     def _agreed_keep(self) -> Keep:
         """What to keep: the same on all ranks, or an error on all of them."""
@@ -478,64 +552,57 @@ class PruneTrain:
         ranks.agree("the kept channels", *keep.channels, *computed, keep.branches)
         return keep
 
-    def _reconfigure(self, keep: Keep) -> Reconfiguration:
-        """Reconfigures on every rank or on none, and has DDP follow."""
-        failed: PruneTrainError | None = None
-        try:
-            done = reconfigure(self.model, self.optimizer, keep, self.also)
-        except PruneTrainError as error:
-            failed = error
-        if self.ddp is not None:
-            self.ranks.agree("the outcomes of the reconfiguration", type(failed).__name__)
-            if failed is not None or done.changed:  # undone, the parameters have new gradient accumulators all the same
-                rebuild_buckets(self.ddp)
-        if failed is not None:
-            raise failed
-        return done
-
-    def _grow(self, batch: MiniBatch) -> None:
-        """Grows the mini-batch to what fits every rank.
+    def _grow(self, batch: MiniBatch, fits: int) -> None:
+        """Grows the mini-batch to what fits every rank; `fits` is what fits this one.
 
         One process finds out in its next step whether it really fits, and falls back by itself. Among several, a rank
         that runs out of memory in a step leaves the others waiting for its gradients: so they try before.
         """
         before = batch.size
+        batch.grow_to(self.ranks.least(fits), self.optimizer, self.scheduler)
         with eagerly(self.model):
-            batch.adjust(self.model, self.graph.example_inputs, self.optimizer, self.scheduler, self.ranks.least)
             self._fit_every_rank(batch, before)
 
     def _fit_every_rank(self, batch: MiniBatch, before: int) -> None:
         while self.ranks.world > 1 and batch.size > before:
+            failed: Exception | None = None
             try:
                 batch.measure(self.model, self.graph.example_inputs, self.optimizer)
-                fits = True
-            except (torch.OutOfMemoryError, InputError):
-                fits = False
-            if self.ranks.least(int(fits)):
+            except Exception as error:
+                failed = error
+            # memory that cannot be counted for the larger batch is no reason to end the run: the batch stays smaller
+            does_not_fit = isinstance(failed, torch.OutOfMemoryError | InputError)
+            worst = self.ranks.least(1 if failed is None else 0 if does_not_fit else -1)
+            if worst < 0:
+                raise failed or PruneTrainError("another rank failed while it measured the memory of a larger batch.")
+            if worst:
                 return
             batch.fall_back(self.optimizer, self.scheduler)
 
-    def _look_again(self, keep: Keep | None = None) -> None:
+    def _look_again(self, keep: Keep | None = None) -> "_Seen":
         """Finds and counts the channels of the model in its present shape: what it has kept since the last look, or by
-        tracing and running it anew."""
+        tracing and running it anew. Changes nothing here; `_take_up` does."""
         with eagerly(self.model):
             if keep is not None and keep.graph is self.graph:
-                self.graph = keep.graph_after()
+                graph = keep.graph_after()
             else:
-                self.graph = trace_channels(self.model, self.graph.example_inputs)
-            self.lasso = GroupLasso(self.model, self.graph.example_inputs, graph=self.graph)
-            table = None if keep is None or self._trained() != self._trained_then else self._flop_table
+                graph = trace_channels(self.model, self.graph.example_inputs)
+            lasso = GroupLasso(self.model, graph.example_inputs, graph=graph)
+            table = None if keep is None or self._trained() != self._seen.trained else self._seen.flop_table
             if table is None or any(isinstance(module, GatedConv2d) for module in self.model.modules()):
-                self._count_flops()  # a gated layer may compute more than its weight holds
-            else:
-                self.flops: Flops = table.flops(self.model)
+                return _Seen(graph, lasso, *self._count_flops())  # a gated layer may compute more than its weight holds
+            return _Seen(graph, lasso, table.flops(self.model), table, self._seen.trained)
 
-    def _count_flops(self) -> None:
+    def _count_flops(self) -> tuple[Flops, FlopTable | None, frozenset[str]]:
         """By running the model dry, which takes longer than all the rest; the table spares that next time."""
-        counted, table = flop_table(self.model, self.graph.example_inputs, amp=self.amp)
-        self.flops = counted
-        self._flop_table: FlopTable | None = table
-        self._trained_then: frozenset[str] = self._trained()
+        return *flop_table(self.model, self.graph.example_inputs, amp=self.amp), self._trained()
+
+    def _take_up(self, seen: "_Seen") -> None:
+        """From now on this is what is known of the model."""
+        self._seen = seen
+        self.graph = seen.graph
+        self.lasso: GroupLasso = seen.lasso
+        self.flops: Flops = seen.flops
 
     def _trained(self) -> frozenset[str]:
         """Parameters that get gradients, which decides what is computed for them."""
@@ -559,13 +626,13 @@ class PruneTrain:
         weights = [m.weight for m in self.model.modules() if isinstance(m, nn.Conv2d)]
         in_use = any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
         if unsafe and in_use and not self._warned_of_layout:
-            self._warned_of_layout = True
             warnings.warn(
                 f"'{unsafe[0]}' is left with fewer than {SAFE_CHANNELS} input channels: on a CPU PyTorch's gradient of "
                 "such a strided 1x1 convolution in channels_last writes beyond its memory; go on in contiguous format: "
                 "model.to(memory_format=torch.contiguous_format), and the images likewise.",
                 stacklevel=3,
             )
+            self._warned_of_layout = True
 
     # -- what the logs show ---------------------------------------------------------------------------------------
 
@@ -653,7 +720,7 @@ class PruneTrain:
         self.removed = list(state["removed"])
         self.kept = {name: (sides[0], sides[1]) for name, sides in state["kept"].items()}
         self._last_penalty = None
-        self._look_again()
+        self._take_up(self._look_again())
         if self.batch is not None:
             self.batch.load_state_dict(state["batch"])
             with eagerly(self.model):
@@ -662,6 +729,36 @@ class PruneTrain:
         self.ranks.agree("the states of PruneTrain", self.coefficient, self.epochs, sorted(self.removed))
         if self.ddp is not None:
             rebuild_buckets(self.ddp)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is known of the model in one shape: its channels, its lasso and its FLOPs; the table that gives those of
+    smaller shapes, and the parameters that got gradients when it was made."""
+
+    graph: ChannelGraph
+    lasso: GroupLasso
+    flops: Flops
+    flop_table: FlopTable | None
+    trained: frozenset[str]
+
+
+def _entry(report: PruneReport) -> dict[str, Any]:
+    """A reconfiguration in the history: plain numbers."""
+    done = report.reconfiguration
+    return {
+        "epoch": report.epoch,
+        "seconds": report.seconds,
+        "max_abs_dy": done.max_abs_dy,
+        "max_abs_dy_zeroing": done.max_abs_dy_zeroing,
+        "scale": done.scale,
+        "train_flops": known_or_none(report.flops.training),
+        "inference_flops": known_or_none(report.flops.inference),
+        "parameters": done.parameters_after,
+        "batch": report.batch,
+        "compilations": report.compilations,
+        "compile_seconds": report.compile_seconds,
+    }
 
 
 def _check_follows(graph: ChannelGraph, copy: nn.Module) -> None:

@@ -29,7 +29,7 @@ SMALLEST_BATCH = 2  # batch norm refuses one image
 CHECKPOINT = "checkpoint.pt"
 RUN_FILES = ("config.json", "log.csv", "channels.csv", "slices.npz", "summary.json", CHECKPOINT)
 # options that a resumed run, or another rank, may have otherwise: they decide no result
-NOT_COMPARED = ("out", "cache", "threads", "rank_timeout")
+NOT_COMPARED = ("out", "cache", "threads", "rank_timeout", "zeroing_tolerance")
 FIT_ON_DEVICE = 4 << 30  # bytes of images that are worth keeping on a GPU whole
 
 

@@ -84,6 +84,20 @@ def hold_masks(graph: ChannelGraph, keep: Keep, model: nn.Module) -> dict[str, T
     return masks
 
 
+def forget_momentum(graph: ChannelGraph, keep: Keep, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Sets the momentum of all sparse slices to zero, as `reconfigure` does for those that stay."""
+    for name, layer in graph.layers.items():
+        state = optimizer.state.get(model.get_submodule(name).weight, {})
+        for momentum in (state[key] for key in ("momentum_buffer", "exp_avg") if state.get(key) is not None):
+            inputs, outputs = graph.computed(name)
+            for place, channel in enumerate(inputs.tolist()):
+                if keep.sparse[name].inputs[channel]:
+                    momentum.narrow(layer.dims[0], place * layer.block, layer.block).zero_()
+            for place, channel in enumerate(outputs.tolist()):
+                if keep.sparse[name].outputs[channel]:
+                    momentum.narrow(layer.dims[1], place, 1).zero_()
+
+
 def twin_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A copy of a model together with its optimizer's state."""
     return copy.deepcopy((model, optimizer))

@@ -10,6 +10,7 @@ from nets import (
     NETS,
     OutOfPlace,
     Residual,
+    forget_momentum,
     hold_masks,
     kill,
     rest_of,
@@ -69,6 +70,7 @@ def test_an_ema_goes_on_as_that_of_a_masked_twin(name: str, policy: str) -> None
         p.data.copy_(noise)  # it still remembers what the network has forgotten
     twin, twin_optimizer, twin_ema = copy.deepcopy((model, optimizer, ema))
     masks = hold_masks(keep.graph, keep, model)
+    forget_momentum(keep.graph, keep, twin, twin_optimizer)
     identity = {n: id(p) for n, p in ema.named_parameters()}
 
     done = reconfigure(model, optimizer, keep, also=[ema])

@@ -5,7 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import DYING, NETS, hold_masks, kill, rest_of, same, small_net, snapshot, traced, train, twin_of, warm_up
+from nets import (
+    DYING,
+    NETS,
+    forget_momentum,
+    hold_masks,
+    kill,
+    rest_of,
+    same,
+    small_net,
+    snapshot,
+    traced,
+    train,
+    twin_of,
+    warm_up,
+)
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -63,6 +77,7 @@ def test_small_networks_train_on_like_the_plain_twin(name: str, dying: bool) -> 
     for a, b in zip(keeps[0].channels, keeps[1].channels, strict=True):
         assert torch.equal(a, b)
     masks = hold_masks(graphs[1], keeps[1], fused)
+    forget_momentum(graphs[1], keeps[1], held, held_optimizer)
     expected = held.eval()(x).detach()
     reports = [reconfigure(m, o, k) for m, o, k in zip((model, fused), optimizers, keeps, strict=True)]
     assert reports[1].max_abs_dy <= 1e-12 * max(reports[1].scale, 1)

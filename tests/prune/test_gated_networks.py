@@ -6,7 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import DYING, NETS, hold_masks, kill, rest_of, same, small_net, traced, train, twin_of, warm_up, zero_slice
+from nets import (
+    DYING,
+    NETS,
+    forget_momentum,
+    hold_masks,
+    kill,
+    rest_of,
+    same,
+    small_net,
+    traced,
+    train,
+    twin_of,
+    warm_up,
+    zero_slice,
+)
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -69,6 +83,7 @@ def test_trains_like_its_twin(name: str, dying: bool, fused: bool, policy: str) 
         rest_of(twin, layer).copy_(rest_of(model, layer))
     keep = graph.keep(model, policy=policy, cost=any_form)
     masks = hold_masks(graph, keep, twin)
+    forget_momentum(graph, keep, twin, twin_optimizer)
     expected = copy.deepcopy(twin).eval()(x).detach()
     report = reconfigure(model, optimizer, keep)
     assert report.branches == int(dying)

@@ -4,7 +4,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from nets import DYING, NETS, hold_masks, kill, randomise, rest_of, small_net, traced, train, twin_of, warm_up
+from nets import (
+    DYING,
+    NETS,
+    forget_momentum,
+    hold_masks,
+    kill,
+    randomise,
+    rest_of,
+    small_net,
+    traced,
+    train,
+    twin_of,
+    warm_up,
+)
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -32,6 +45,7 @@ def test_trains_like_its_twin(name: str, dying: bool, optimizer: str) -> None:
     twin, twin_held = twin_of(model, held)
     keep = graph.keep(model)
     masks = hold_masks(graph, keep, model)
+    forget_momentum(graph, keep, twin, twin_held)
     report = reconfigure(model, held, keep)
     assert report.branches == int(dying)
     assert {id(p) for p in model.parameters()} == {id(p) for g in held.param_groups for p in g["params"]}
@@ -64,6 +78,7 @@ def test_resnet20_trains_like_its_twin(last: str, dtype: torch.dtype, tolerance:
     twin, twin_held = twin_of(model, held)
     keep = graph.keep(model)
     masks = hold_masks(graph, keep, model)
+    forget_momentum(graph, keep, twin, twin_held)
     assert last in reconfigure(model, held, keep).removed
     batches = [torch.randn_like(x) for _ in range(20)]
     mine, theirs = train(model, held, batches), train(twin, twin_held, batches, masks)

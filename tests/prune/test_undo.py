@@ -1,5 +1,7 @@
 """A reconfiguration that cannot be trusted is undone to the last bit, and one that can leaves nothing stale behind."""
 
+import math
+
 import pytest
 import torch
 from nets import kill, randomise, rest_of, same, small_net, snapshot, traced, train, twin_of, warm_up
@@ -8,9 +10,13 @@ from torch.optim import SGD, Adam, Optimizer
 
 from prunetrain_kernels import InputError, Keep, PruneTrainError, reconfigure
 from prunetrain_kernels.nn import BatchNormAct2d, fuse
+from prunetrain_kernels.probe import Difference
 from prunetrain_kernels.prune import reconfigure as package_member
 
 module = __import__("prunetrain_kernels.prune.reconfigure", fromlist=["reconfigure"])
+
+
+DIFFERENT = Difference(math.inf, 1.0, math.inf, "", 1, 0.0)
 
 
 def ready(
@@ -39,7 +45,20 @@ def ready(
 
 @pytest.mark.parametrize(
     "step",
-    ["_zero_slices", "_slice_all", "_replace", "drop", "_tell_the_truth", "_gate", "_outputs_after", "_distance"],
+    [
+        "_zero_slices",
+        "_slice_all",
+        "_replace",
+        "drop",
+        "_tell_the_truth",
+        "_gate",
+        "_forget_momentum",
+        "_outputs_after",
+        "zeroing_difference",
+        "check_cutting",
+        "forget_compiled",
+        "layer_changes",
+    ],
 )
 @pytest.mark.parametrize("policy", ["union", "gating"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -185,7 +204,7 @@ def test_an_old_loss_that_is_still_held_does_no_harm(dtype: torch.dtype, frozen:
 def test_an_old_loss_does_no_harm_after_an_undone_reconfiguration(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, x, keep = ready()
     loss = model(x).square().mean()
-    monkeypatch.setattr(module, "_distance", lambda a, b: float("inf"))
+    monkeypatch.setattr("prunetrain_kernels.prune.measure.difference", lambda a, b, **_: DIFFERENT)
     with pytest.raises(PruneTrainError):
         reconfigure(model, optimizer, keep)
     warm_up(model, optimizer, x)

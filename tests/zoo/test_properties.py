@@ -26,6 +26,7 @@ from zoo_kit import (
     check_optimizer,
     check_same_channels,
     distance,
+    forget_momentum,
     hold_masks,
     kill,
     outputs_of,
@@ -126,6 +127,7 @@ def shrinks_once(
     if round_to == 1:
         check_kept(graph, keep, model, dead)
     masks = hold_masks(graph, keep, model)
+    forget_momentum(graph, keep, twin, twin_optimizer)
     done = reconfigure(model, optimizer, keep)
     for training in (False, True):
         mine, theirs = (outputs_of(m.train(training), batches[1]) for m in (model, twin))

@@ -13,6 +13,7 @@ from zoo_kit import (
     check_kept,
     check_optimizer,
     distance,
+    forget_momentum,
     hold_masks,
     kill,
     outputs_of,
@@ -95,6 +96,7 @@ def test_shrinks_and_trains_on(name: str, tmp_path: Path) -> None:
         losses = train(model, optimizer, batches[2:])
         if turn == 0:
             masks = hold_masks(graph, keep, reference)
+            forget_momentum(graph, keep, reference, reference_optimizer)
             assert losses == pytest.approx(train(reference, reference_optimizer, batches[2:], masks), rel=1e-7)
 
     save_pruned(tmp_path / "pruned.pt", model, optimizer)

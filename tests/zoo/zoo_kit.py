@@ -215,6 +215,21 @@ def hold_masks(graph: ChannelGraph, keep: Keep, model: nn.Module) -> dict[str, T
     return masks
 
 
+def forget_momentum(graph: ChannelGraph, keep: Keep, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Sets the momentum of all sparse slices to zero, as `reconfigure` does for those that stay."""
+    for name, layer in graph.layers.items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        for key in ("momentum_buffer", "exp_avg"):
+            momentum = optimizer.state.get(weight, {}).get(key)
+            if momentum is None:
+                continue
+            inputs, outputs = graph.computed(name)
+            sparse = keep.sparse[name].inputs[inputs], keep.sparse[name].outputs[outputs]
+            momentum.movedim(layer.dims[0], 0)[sparse[0].repeat_interleave(layer.block)] = 0
+            momentum.movedim(layer.dims[1], 0)[sparse[1]] = 0
+
+
 # -- afterwards --------------------------------------------------------------------------------------------------------
 
 

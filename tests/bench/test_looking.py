@@ -1,4 +1,4 @@
-"""Commands of `python -m bench` that only look: they write into no committed file unless they are asked to record."""
+"""Commands of `python -m bench` that only look write into no committed file; docs/results.md begins with a summary."""
 
 import csv
 from importlib.util import find_spec
@@ -101,3 +101,40 @@ def test_where_the_suite_kernels_writes(
 def test_a_part_of_the_kernels_is_not_recorded(part: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", *part, "--record"]) == 2
     assert "by the whole table" in capsys.readouterr().err
+
+
+def timed(layer: str, provider: str, microseconds: float, **columns: object) -> dict[str, object]:
+    return {
+        "suite": "native", "layer": layer, "count": 1, "provider": provider, "part": "all", "direction": "step",
+        "dtype": "fp32", "size": "full", "mode": "cpu-loop", "p20_us": microseconds, "p50_us": microseconds,
+        "p80_us": microseconds, "mask_profile": "dense", "n": 8, **rows.environment(CPU), **columns,
+    }  # fmt: skip
+
+
+def test_the_page_begins_with_a_summary_and_folds_long_tables(tmp_path: Path) -> None:
+    results, page = tmp_path / "results", tmp_path / "docs/results.md"
+    pieces = [timed(f"piece {i}", *way) for i in range(3) for way in (("native", 10.0), ("eager", 10.0 * (i + 1)))]
+    rows.append(results / "a-cpu/native.csv", pieces)
+    networks = [("dense", 1.0, 1.0), ("half", 0.5, 0.75), ("rounded", 0.6, 0.6)]
+    steps = [
+        timed("net", "ours", 100 * time, suite="step", mask_profile=name, flops_ratio=work, time_ratio=time,
+              **({} if work == 1 else {"eta": (1 - time) / (1 - work)}))
+        for name, work, time in networks
+    ]  # fmt: skip
+    rows.append(results / "a-cpu/step.csv", steps)
+    rows.append(results / "a-cpu/gather.csv", [timed(f"width {i}", "ours", 5.0, suite="gather") for i in range(40)])
+    arguments = ["results", "--results", str(results), "--out", str(page)]
+    assert main(arguments) == 0
+    assert main([*arguments, "--check"]) == 0
+    text = page.read_text()
+    summary, tables = text.split("## Summary\n")[1].split("\n## ", 1)
+    assert f"* **native** on {rows.device_name(CPU)}: the CPU library is 2.0 times as fast" in summary
+    assert "(1.0 to 3.0; median of 3 pieces of work)" in summary
+    assert "(eta, medians of 2 rows): ours 0.75." in summary
+    assert "gather" not in summary
+    assert tables.count("<details>") == tables.count("</details>") == 1
+    assert "<summary>40 rows</summary>\n\n| layer |" in tables  # Markdown inside HTML begins after an empty line
+    rows.append(results / "a-cpu/step.csv", steps)
+    assert main([*arguments, "--check"]) == 0  # nothing new: the newest row of each thing counts
+    rows.append(results / "a-cpu/native.csv", [timed("piece 4", "native", 1.0)])
+    assert main([*arguments, "--check"]) == 1

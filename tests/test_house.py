@@ -5,11 +5,15 @@ The checker reads import statements, those inside functions and under TYPE_CHECK
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from prunetrain_kernels.graph import rules
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/design.md"
@@ -152,6 +156,74 @@ def test_the_list_of_known_faults_holds_nothing_that_is_mended(found: list[Impor
     in_circles = frozenset().union(*circles(found))
     assert sorted(CIRCLE_OF_THE_GRAPH - in_circles) == [], "take these out of CIRCLE_OF_THE_GRAPH"
     assert sorted(HIDDEN - {each.importer for each in found if each.hidden}) == [], "take these out of HIDDEN"
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+PAGES = [PAGE, ROOT / "docs/README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench/README.md", ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert [path.name for path in (ROOT / "docs").glob("*.md") if f"({path.name}" not in index] == ["README.md"]
+
+
+def test_sections_of_the_design_that_the_code_names_are_there() -> None:
+    headings = set(re.findall(r"^## (\d+)\. ", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    folders = (PACKAGE, *OUTSIDE, "tests")
+    texts = [path.read_text(encoding="utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    named = {number for text in texts for number in re.findall(r"design,? section (\d+)", text)}
+    assert named
+    assert named <= headings
+
+
+def test_make_help_names_every_target() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())  # type: ignore[index]
+    assert targets == set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
+    assert targets == set(re.findall(r"^#   make ([a-z]+) ", text, re.MULTILINE))
+
+
+def test_the_quick_tests_are_there() -> None:
+    lines = (ROOT / "tests/quick.txt").read_text(encoding="utf-8").splitlines()
+    names = [line for line in lines if not line.startswith("#")]
+    assert names
+    for name in names:
+        path, _, function = name.partition("::")
+        assert (ROOT / path).exists(), name
+        assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8") or not function, name
+
+
+def test_the_walk_through_a_rule_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code blocks of CONTRIBUTING.md's first walk, put together, are a rule and a test that passes."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walk = page.split("## Walk: a rule for a module")[1].split("\n## ")[0]
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^(?: {4,}.*)?\n)+", walk, re.MULTILINE)]
+    starts = ("class Scale2d", "def _scale2d", "def test_")
+    code = "".join(block for start in starts for block in blocks if block.strip().startswith(start))
+    monkeypatch.syspath_prepend(ROOT / "tests/prune")
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    namespace: dict[str, Any] = {}
+    exec(WALK_IMPORTS + code, namespace)
+    namespace["test_a_factor_per_channel_is_cut_with_its_space"]()
+
+
+WALK_IMPORTS = """
+from typing import Any
+import torch
+from torch import Tensor, fx, nn
+from nets import kill
+from prunetrain_kernels import reconfigure, trace_channels
+from prunetrain_kernels.graph import register_rule
+Outcome = Any
+"""
 
 
 # -- the checker itself ------------------------------------------------------------------------------------------------

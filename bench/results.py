@@ -71,7 +71,7 @@ def page(results: Path, beside: Path) -> str:
         raise InputError(f"there is no folder {results}; run from the repository's root, or name it with --results")
     folders = sorted(p for p in results.iterdir() if p.is_dir() and p.name not in ("paper", "offline", "logs"))
     tables = {folder: _tables(folder) for folder in folders}
-    devices = {_device_name(by_suite): by_suite for by_suite in tables.values() if by_suite}
+    devices = [(_device_name(by_suite), by_suite) for by_suite in tables.values() if by_suite]
     parts = [HEAD]
     first = summary.lines(devices, results)
     if first:

@@ -1,7 +1,7 @@
 """The first lines of docs/results.md: one sentence for each suite that has rows, computed from them."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def lines(devices: Mapping[str, Mapping[str, "pd.DataFrame"]], results: Path) -> list[str]:
+def lines(devices: "Sequence[tuple[str, Mapping[str, pd.DataFrame]]]", results: Path) -> list[str]:
     """Markdown bullets; quick rows, which say nothing about speed, have none.
 
     Args:
-        devices: by the device's name its tables by suite, each thing in them once.
+        devices: the name of each and its tables by suite, each thing in them once.
         results: the folder that holds paper/ and offline/.
     """
     bullets = [
         f"* **{suite}** on {device}: {sentence}"
-        for device, tables in devices.items()
+        for device, tables in devices
         for suite, summarise in SENTENCES.items()
         if suite in tables and set(tables[suite]["size"]) != {"quick"} and (sentence := summarise(tables[suite]))
     ]

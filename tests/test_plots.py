@@ -20,23 +20,7 @@ from PIL import Image
 
 from bench.rows import COLUMNS
 from plots import __main__ as command
-from plots import (
-    common,
-    fig2,
-    fig4,
-    fig6,
-    fig7,
-    fig8,
-    fig9,
-    fig10,
-    fig11,
-    fig12,
-    gating,
-    operators,
-    paper,
-    shrink,
-    step,
-)
+from plots import common, fig2, fig4, fig6, fig7, fig8, fig9, fig10, fig11, fig12, gating, operators, paper, step
 from prunetrain_kernels.errors import InputError
 
 REPOSITORY = Path(__file__).parents[1]

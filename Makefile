@@ -1,11 +1,15 @@
 # Two commands do everything, set-up included, on Linux with Python 3.11 or later:
 #   make demo    trains a network on real images that come with the package, until it has shrunk, and draws a report
+#   make check   lint, types of what is changed and the quick tests (tests/quick.txt): a minute, for the inner loop
 #   make test    lint, format, types and all tests
 #   make test TORCH=2.14.1  the tests with another PyTorch, in an environment of its own (.venv-2.14.1)
 #   make bench   all benchmark suites, tiny, on the GPU or CPU that is there (bench/README.md has the real ones)
 #   make sanitize  the native library's tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make zoo     the slow half of the zoo: more networks, thousands of random ones; writes docs/architectures.md
-#   make plots   all figures from the committed results, and docs/results.md
+#   make plots   all figures from the committed results, and docs/results.md; once per release
+#   make lint    format, lint and types alone
+#   make clean   removes the environment, what was built and the tools' caches
+#   make help    this list
 
 PYTHON ?= python3
 # Empty: PyTorch as constraints.txt pins it. Else that version, with the Triton and torchvision that belong to it.
@@ -21,7 +25,7 @@ DEMO_OPTIONS := --model resnet20 --data digits --epochs 60 --batch 32 --decay-at
 DEMO_PRUNING := --penalty-ratio 0.6 --interval 2 --round-to 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench sanitize zoo plots clean
+.PHONY: help check demo test lint bench sanitize zoo plots clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,6 +62,16 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Files that differ from the last commit, new ones included; mypy reads what they import, but reports on them alone.
+CHANGED = $(shell git diff --name-only --diff-filter=d HEAD -- '*.py' 2>/dev/null; \
+  git ls-files --others --exclude-standard -- '*.py' 2>/dev/null)
+CHANGED_TYPED = $(filter prunetrain_kernels/% bench/% plots/%,$(CHANGED))
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CHANGED_TYPED),$(BIN)/mypy $(CHANGED_TYPED))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q $$(grep -v '^#' tests/quick.txt)
 
 # Types are checked against the pinned PyTorch alone: its stubs change from release to release.
 test: $(VENV)/installed-zoo $(if $(TORCH),,lint)

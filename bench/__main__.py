@@ -8,15 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bench.suites import SUITES
 from prunetrain_kernels.errors import InputError, PruneTrainError
 
-if TYPE_CHECKING:
-    from bench.roof import Roof
-
-KERNELS_CSV = Path("bench/results/offline/kernels.csv")
 COSTS_CSV = Path("bench/results/offline/gating.csv")
 
 
@@ -75,7 +70,7 @@ def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "run",
         help="measure some suites",
         description="Measures suites on this device, providers side by side, each checked against float64 before it is "
-        "timed, and appends rows to FOLDER/SUITE.csv as it goes.",
+        "timed, and appends rows to FOLDER/SUITE.csv as it goes. Quick rows go to runs/bench unless --out says else.",
         epilog="example: python -m bench run fig7 bn --device cuda --batch 256 --profile uniform:0.5",
     )
     parser.set_defaults(run=_run, suites=[])
@@ -110,19 +105,22 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few repetitions, to see that it works")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where the CSV files are (default: bench/results/DEVICE)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where the CSV files are (default: bench/results/DEVICE; with --quick: runs/bench)",
     )
 
 
 def _run(options: argparse.Namespace) -> int:
-    from bench import harness, targets
+    from bench import harness, roof, targets
 
     unknown = [name for name in options.suites if name not in SUITES]
     if unknown:
         raise InputError(f"there is no suite {unknown[0]}; choose among {', '.join(SUITES)}")
     names = [field.name for field in dataclasses.fields(harness.Settings)]
     session = harness.open_session(harness.Settings(**{name: getattr(options, name) for name in names}))
-    print(f"{session.environment['device']}, {session.dtype_name}; roof: {roof_line(session.roof)}")
+    print(f"{session.environment['device']}, {session.dtype_name}; roof: {roof.in_words(session.roof)}")
     print(f"results: {session.folder}")
     try:
         for name in options.suites:
@@ -144,33 +142,33 @@ def _add_roof(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "roof",
         help="measure what this device can do",
         description="Measures the device's copy bandwidth, its rate of matrix products per dtype, and what it costs to "
-        "start an operator; appends them to FOLDER/roof.csv.",
+        "start an operator, and prints them. With --record or --out it appends them to FOLDER/roof.csv too.",
     )
     parser.set_defaults(run=_roof)
     _add_device(parser)
+    _add_record(parser, "append to FOLDER/roof.csv")
+
+
+def _add_record(parser: argparse.ArgumentParser, what: str) -> None:
+    """A command that only looks leaves the committed results alone unless it is asked to record."""
+    parser.add_argument("--record", action="store_true", help=f"{what} (default: print, and write nothing)")
 
 
 def _roof(options: argparse.Namespace) -> int:
-    from bench import harness
+    from bench import harness, roof, rows
 
-    session = harness.open_session(
-        harness.Settings(device=options.device, quick=options.quick, out=options.out, profile="dense")
-    )
-    copy = {"layer": "copy", "provider": "torch", "direction": "forward", "dtype": "fp32", "mode": "model"}
-    found: list[dict[str, object]] = [{**copy, "mask_profile": "dense"}]
-    for dtype, rate in session.roof.tflop_s.items():
-        found.append({**found[0], "layer": "matmul", "dtype": dtype, "peak_tflop_s": rate})
-    session.write("roof", found)
-    print(f"{session.environment['device']}: {roof_line(session.roof)}")
-    print(f"V100 by its data sheet, for projections: {roof_line(harness.roof.V100)}")
+    if options.record or options.out:
+        settings = harness.Settings(device=options.device, quick=options.quick, out=options.out, profile="dense")
+        session = harness.open_session(settings)
+        session.write("roof", roof.as_rows(session.roof))
+        device, peaks = session.device, session.roof
+        print(f"recorded in {session.folder / 'roof.csv'}")
+    else:
+        device = harness.find_device(options.device)
+        peaks = roof.measure(device, options.quick)
+    print(f"{rows.device_name(device)}: {roof.in_words(peaks)}")
+    print(f"V100 by its data sheet, for projections: {roof.in_words(roof.V100)}")
     return 0
-
-
-def roof_line(roof: "Roof") -> str:
-    """The peaks in words."""
-    rates = ", ".join(f"{name} {rate:.3g}" for name, rate in roof.tflop_s.items())
-    start = f", {roof.launch_us:.2f} us to start an operator" if roof.launch_us is not None else ""
-    return f"{roof.gb_s:.4g} GB/s copied, {rates} TFLOP/s multiplied{start}"
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------
@@ -203,15 +201,17 @@ def _add_kernels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "kernels",
         help="the suite kernels, for chosen architectures",
         description="Compiles every kernel for each architecture, without a GPU, and reports registers, shared memory, "
-        "spills, vector loads and stores, tensor-core and atomic instructions. Exit code 1 if a kernel spills, uses "
-        "atomics or fp64, misses a vector width it promised, or is compiled again because a shape changed.",
+        "spills, vector loads and stores, tensor-core and atomic instructions. Prints the table; writes it only if "
+        "--record or --out says so. Exit code 1 if a kernel spills, uses atomics or fp64, misses a vector width it "
+        "promised, or is compiled again because a shape changed.",
         epilog="example: python -m bench kernels --arch 90 --only 'SGD + lasso'",
     )
     parser.set_defaults(run=_kernels)
     parser.add_argument(
         "--arch", default="70,80,90", metavar="A,B", help="compute capabilities without the dot (default: 70,80,90)"
     )
-    parser.add_argument("--out", type=Path, default=KERNELS_CSV, help=f"the CSV to write (default: {KERNELS_CSV})")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all columns to this CSV")
+    _add_record(parser, "write all columns to bench/results/offline/kernels.csv")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name holds this; all if left out")
 
 
@@ -221,31 +221,42 @@ def _add_costs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="bytes and FLOPs of channel union and every form of channel gating, by count",
         description="Counts, for the first and last convolution of each residual block with what follows it, the bytes "
         "and FLOPs of a training step under channel union and in every form of channel gating, with a projection to a "
-        "V100. Nothing is run or timed.",
+        "V100. Nothing is run or timed, and nothing written unless --record or --out says so.",
         epilog="example: python -m bench costs --batch 256 --profile paper:0.2",
     )
     parser.set_defaults(run=_costs)
     parser.add_argument("--batch", type=int, default=32, help="images per step (default: 32)")
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="of activations (default: fp16)")
     parser.add_argument("--profile", default="paper", help="which channels are live, as for run (default: paper)")
-    parser.add_argument("--out", type=Path, default=COSTS_CSV, help=f"the CSV to append to (default: {COSTS_CSV})")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows of all layers to this CSV")
+    _add_record(parser, f"append the rows of all layers to {COSTS_CSV}")
 
 
 def _costs(options: argparse.Namespace) -> int:
-    from bench import profiles
+    from bench import profiles, rows
     from bench.suites import gating
 
     if options.batch < 1:
         raise InputError(f"--batch must be at least 1, not {options.batch}")
-    written = gating.count(profiles.parse(options.profile), options.batch, options.dtype, options.out)
-    print(f"{written} rows in {options.out}")
+    lines = gating.count(profiles.parse(options.profile), options.batch, options.dtype)
+    print(gating.sums(lines))
+    out = options.out or (COSTS_CSV if options.record else None)
+    if out is not None:
+        rows.append(out, lines)
+        print(f"{len(lines)} rows in {out}")
     return 0
 
 
 def _kernels(options: argparse.Namespace) -> int:
     from bench.suites import kernels
 
-    return kernels.command(kernels.architectures(options.arch), options.out, options.only)
+    chosen = kernels.architectures(options.arch)
+    if options.record and (options.only or chosen != list(kernels.ARCHITECTURES)):
+        raise InputError(
+            f"--record replaces {kernels.RECORD} by the whole table; leave --only and --arch out, or name another file "
+            "with --out"
+        )
+    return kernels.command(chosen, options.out or (kernels.RECORD if options.record else None), options.only)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine: everything worth having in at most 9 minutes.
 #
-#   bench/gpu.sh                              on a GPU; results in bench/results/DEVICE
+#   bench/gpu.sh                              on a GPU; results in bench/results/DEVICE (QUICK=1: in runs/bench)
 #   OUT=/tmp/out bench/gpu.sh                 results elsewhere
 #   STEPS="fig7 bn" bench/gpu.sh              only these steps, for a second visit
 #   DEVICE=cpu QUICK=1 bench/gpu.sh           a dry run through all steps, without a GPU
@@ -30,6 +30,7 @@ PYTHON=${PYTHON:-python3}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}
 STEPS=${STEPS:-}
 RESULTS=()  # without OUT the suites write to bench/results/DEVICE, which is where committed results belong
+if [ "$QUICK" = 1 ]; then OUT=${OUT:-runs/bench}; fi  # tiny sizes only show that the steps work
 if [ -n "${OUT:-}" ]; then
   mkdir -p "$OUT" || { echo "gpu.sh: cannot write to OUT=$OUT; name another folder" >&2; exit 2; }
   OUT=$(cd "$OUT" && pwd)
@@ -112,7 +113,7 @@ fi
 step t2 200 "$PYTHON" -m pytest -m t0 --device "$DEVICE" -q -ra -p no:cacheprovider "${TESTS[@]}"
 step optimizers 60 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprovider "${OPTIMIZERS[@]}"
 step cuda-graphs 90 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprovider tests/train/test_cuda_graphs.py
-bench roof 30 roof
+bench roof 30 roof --record
 bench sgd-lasso-bn 150 run sgd lasso bn
 bench gating-32 60 run gating
 bench fig7-32 60 run fig7

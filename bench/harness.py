@@ -16,6 +16,7 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops import launch
 
 OURS, EAGER, COMPILED = "ours", "eager", "compile"
+QUICK_FOLDER = Path("runs/bench")  # not committed
 
 
 @dataclass(frozen=True)
@@ -74,29 +75,41 @@ class Session:
     def wants(self, name: str) -> bool:
         return self.only in name
 
-    def write(self, suite: str, found: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, suite: str, lines: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to the suite's file, with what all rows of this session share."""
         common = {
             "suite": suite, "count": 1, "part": "all", "size": "quick" if self.quick else "full",
             "peak_gb_s": self.roof.gb_s, "launch_us": self.roof.launch_us, **self.environment,
         }  # fmt: skip
-        rows.append(self.folder / f"{suite}.csv", [{**common, **row} for row in found])
-        self.written += len(found)
+        rows.append(self.folder / f"{suite}.csv", [{**common, **row} for row in lines])
+        self.written += len(lines)
 
 
-def open_session(settings: Settings) -> Session:
-    """Finds the device and measures its roof.
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; with None a GPU if there is one.
 
     Raises:
-        InputError: no such device, dtype, batch or profile, or a folder that cannot be written.
+        InputError: there is no such device, or kernels are interpreted in this process.
     """
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA device that this PyTorch can use; leave --device out or name cpu")
     if launch.INTERPRET:
         raise InputError(
             "TRITON_INTERPRET=1 has kernels interpreted, thousands of times slower; unset it and run again"
         )
+    return device
+
+
+def open_session(settings: Settings) -> Session:
+    """Finds the device, makes the folder of the results and measures the device's roof.
+
+    Quick sizes show that a suite works; without --out their rows go to QUICK_FOLDER and not to the committed results.
+
+    Raises:
+        InputError: no such device, dtype, batch or profile, or a folder that cannot be written.
+    """
+    device = find_device(settings.device)
     if settings.batch is not None and settings.batch < 1:
         raise InputError(f"--batch must be at least 1, not {settings.batch}")
     # half precision is what a GPU trains in, and what a CPU without instructions for it emulates
@@ -104,13 +117,8 @@ def open_session(settings: Settings) -> Session:
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         raise InputError("this GPU has no bf16; use --dtype fp16")
     profile = profiles.parse(settings.profile)
-    folder = settings.out or rows.results_folder(device)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        rows.append(folder / ".writable.csv", [])  # says now, not after minutes, that it cannot be written
-        (folder / ".writable.csv").unlink()
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    folder = settings.out or (QUICK_FOLDER if settings.quick else rows.results_folder(device))
+    _must_be_writable(folder)
     return Session(
         device=device,
         dtype=dtype,
@@ -123,6 +131,16 @@ def open_session(settings: Settings) -> Session:
         roof=roof.measure(device, settings.quick),
         environment=rows.environment(device),
     )
+
+
+def _must_be_writable(folder: Path) -> None:
+    """Says now, not after minutes, that no rows can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows.append(folder / ".writable.csv", [])
+        (folder / ".writable.csv").unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -177,19 +195,12 @@ def measure(
     Returns:
         The timings of the providers that passed.
     """
-    dtype = str(what["dtype"])
     by_provider = references if isinstance(references, Mapping) else dict.fromkeys(providers, references)
     checks = {name: timing.check(provider.outputs(), by_provider[name]) for name, provider in providers.items()}
     allowed = checks[baseline]
     if granted is not None:
         allowed = timing.Check(max(allowed.error, granted.error), max(allowed.outliers, granted.outliers))
-    passed = {}
-    for name, provider in providers.items():
-        if checks[name].passes(allowed, DTYPES[dtype]):
-            passed[name] = provider
-            continue
-        session.refused.append(f"{what['layer']} {what['direction']} by {name}: wrong result")
-        print(f"  REFUSED {session.refused[-1]}: {checks[name]}, {baseline}: {checks[baseline]}")
+    passed = {name: providers[name] for name in _passing(session, checks, allowed, baseline, what)}
     if not passed:
         return {}
     milliseconds, rounds = (300.0 if large else 15.0, 3)
@@ -197,32 +208,53 @@ def measure(
         milliseconds, rounds = (2.0, 1 if large else 2)
     runs = {name: provider.run for name, provider in passed.items()}
     timings = timing.side_by_side(runs, session.device, milliseconds, rounds, one_pool=large)
-    more = dict(columns or {})
+    more = {name: {"error": checks[name].error, **(columns or {}).get(name, {})} for name in timings}
     if compare is not None:
         for name, further in compare({name: t.p50 for name, t in timings.items()}).items():
             more[name] = {**more.get(name, {}), **further}
-    found = []
+    lines = {}
     for name, t in timings.items():
         provider = passed[name]
         size = model_bytes if provider.model_bytes is None else provider.model_bytes
         work = flops if provider.flops is None else provider.flops
-        part = provider.what.get("part", "all")
-        layer = str(what["layer"]) if part == "all" else f"{what['layer']} {part}"
-        session.p50[layer, name, str(what["direction"])] = t.p50
-        session.modes.add(t.mode)
-        found.append(
-            {
-                "provider": name, **what, **provider.what, **timed(t),
-                **against_roof(session, t.p50, size, work, dtype), "error": checks[name].error,
-                "launches": timing.launches(provider.run, session.device),
-                "peak_memory": timing.peak_memory(provider.run, session.device), **more.get(name, {}),
-            }
-        )  # fmt: skip
-    session.write(suite, found)
-    texts = {n: f"{n} {as_time(r['p50_us'])}{of_roof(r)}" for n, r in zip(timings, found, strict=True)}
-    text = "  ".join(t for name, t in texts.items() if shown is None or name in shown)
-    print(f"  {what['layer']:<34} {what['direction']:<9} {text}", flush=True)
+        roofs = against_roof(session, t.p50, size, work, str(what["dtype"]))
+        lines[name] = _row(session, name, provider, t, what) | roofs | more[name]
+    session.write(suite, list(lines.values()))
+    texts = [f"{name} {as_time(line['p50_us'])}{of_roof(line)}" for name, line in lines.items()
+             if shown is None or name in shown]  # fmt: skip
+    print(f"  {what['layer']:<34} {what['direction']:<9} {'  '.join(texts)}", flush=True)
     return timings
+
+
+def _passing(
+    session: Session,
+    checks: Mapping[str, timing.Check],
+    allowed: timing.Check,
+    baseline: str,
+    what: Mapping[str, Any],
+) -> list[str]:
+    """Names of the providers whose error is allowed; the others are reported, now and at the session's end."""
+    passing = []
+    for name, check in checks.items():
+        if check.passes(allowed, DTYPES[str(what["dtype"])]):
+            passing.append(name)
+            continue
+        session.refused.append(f"{what['layer']} {what['direction']} by {name}: wrong result")
+        print(f"  REFUSED {session.refused[-1]}: {check}, {baseline}: {checks[baseline]}")
+    return passing
+
+
+def _row(session: Session, name: str, provider: Provider, t: timing.Timing, what: Mapping[str, Any]) -> dict[str, Any]:
+    """What a provider did, its time, launches and memory; the session remembers the median for the verdict."""
+    part = provider.what.get("part", "all")
+    layer = str(what["layer"]) if part == "all" else f"{what['layer']} {part}"
+    session.p50[layer, name, str(what["direction"])] = t.p50
+    session.modes.add(t.mode)
+    return {
+        "provider": name, **what, **provider.what, **timed(t),
+        "launches": timing.launches(provider.run, session.device),
+        "peak_memory": timing.peak_memory(provider.run, session.device),
+    }  # fmt: skip
 
 
 def timed(t: timing.Timing) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import rows
+from bench import rows, summary
 from bench.harness import as_time
 from bench.suites import SUITES
 from prunetrain_kernels.errors import InputError
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RESULTS, PAGE = Path("bench/results"), Path("docs/results.md")
+ROWS_SHOWN = 16  # longer tables, which go layer by layer, are folded
 PAPER_ORDER = ("tab1", "tab3", "tab4", "fig2", "fig4", "fig6", "fig8", "fig9", "fig10", "fig11", "fig12")
 HEAD = """# Results
 
@@ -68,10 +69,15 @@ def page(results: Path, beside: Path) -> str:
     """
     if not results.is_dir():
         raise InputError(f"there is no folder {results}; run from the repository's root, or name it with --results")
+    folders = sorted(p for p in results.iterdir() if p.is_dir() and p.name not in ("paper", "offline", "logs"))
+    tables = {folder: _tables(folder) for folder in folders}
+    devices = [(_device_name(by_suite), by_suite) for by_suite in tables.values() if by_suite]
     parts = [HEAD]
-    devices = sorted(p for p in results.iterdir() if p.is_dir() and p.name not in ("paper", "offline", "logs"))
-    for folder in devices:
-        parts += _device(folder, beside)
+    first = summary.lines(devices, results)
+    if first:
+        parts += ["## Summary\n", "\n".join(first) + "\n"]
+    for folder, by_suite in tables.items():
+        parts += _device(folder, by_suite, beside)
     parts += _trainings(results / "paper", beside)
     parts += _costs(results / "offline" / "gating.csv")
     parts += _kernels(results / "offline" / "kernels.csv")
@@ -81,22 +87,37 @@ def page(results: Path, beside: Path) -> str:
 # -- suites ------------------------------------------------------------------------------------------------------------
 
 
-def _device(folder: Path, beside: Path) -> Iterable[str]:
-    files = [folder / f"{name}.csv" for name in ("roof", *SUITES) if (folder / f"{name}.csv").exists()]
-    if not files:
+def _tables(folder: Path) -> "dict[str, pd.DataFrame]":
+    """The newest rows of a device's suites, each measured thing once; suites without rows are left out."""
+    paths = [folder / f"{name}.csv" for name in ("roof", *SUITES) if (folder / f"{name}.csv").exists()]
+    tables = {path.stem: _shown(rows.newest(rows.read(path), ("threads",))) for path in paths}
+    return {name: table for name, table in tables.items() if len(table)}
+
+
+def _device_name(tables: "Mapping[str, pd.DataFrame]") -> str:
+    return str(next(iter(tables.values()))["device"].iloc[0])
+
+
+def _device(folder: Path, tables: "Mapping[str, pd.DataFrame]", beside: Path) -> Iterable[str]:
+    if not tables:
         return
-    tables = {path.stem: _shown(rows.newest(rows.read(path), ("threads",))) for path in files}
-    yield f"## {next(iter(tables.values()))['device'].iloc[0]}\n"
+    yield f"## {_device_name(tables)}\n"
     for name, table in tables.items():
-        if not len(table):
-            continue
         yield f"### {name}\n"
         yield f"{SUITES.get(name, 'what this device can do')}. {_circumstances(table)}\n"
-        yield _table(*TABLES[name](table)) if name in TABLES else _table(*_timings(table))
+        yield _folded(*(TABLES[name](table) if name in TABLES else _timings(table)))
         for figure in sorted((beside / "figures").glob(f"{name}-{folder.name}*.png")):
             yield f"![{name} on {folder.name}](figures/{figure.name})\n"
     for figure in sorted((beside / "figures").glob(f"operators-{folder.name}*.png")):
         yield f"![operators on {folder.name}](figures/{figure.name})\n"
+
+
+def _folded(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table; one of many rows is folded away behind a line that says how many."""
+    table = _table(head, lines)
+    if len(lines) <= ROWS_SHOWN:
+        return table
+    return f"<details>\n<summary>{len(lines)} rows</summary>\n\n{table}\n</details>\n"
 
 
 def _shown(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -228,15 +249,18 @@ def _blocks(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
     for key, group in table.groupby(["layer", "n", "dtype", "direction"], sort=False):
         times = {(row["provider"], row["part"]): row["p50_us"] for row in group.to_dict("records")}
 
-        def at(provider: str, part: str, times: dict[tuple[str, str], float] = times) -> float:
+        def time_of(provider: str, part: str, times: dict[tuple[str, str], float] = times) -> float:
             return times.get((provider, part), math.nan)
 
-        union, naive, fused = at("union", "conv"), at("gating (index_copy)", "all"), at("gating (fused)", "all")
+        union, naive, fused = (
+            time_of(*way) for way in (("union", "conv"), ("gating (index_copy)", "all"), ("gating (fused)", "all"))
+        )
         assert isinstance(key, tuple)
-        lines.append([str(key[0]), f"{float(str(key[1])):.0f}", str(key[2]), str(key[3]), _time(at("dense", "conv")),
-                      _time(union), _time(naive), _time(at("gating (index_copy)", "reshape")), _time(fused),
-                      _time(at("gating (fused)", "reshape")), _number(naive / union, ".2f"),
-                      _number(fused / union, ".2f")])  # fmt: skip
+        lines.append([
+            str(key[0]), f"{float(str(key[1])):.0f}", str(key[2]), str(key[3]), _time(time_of("dense", "conv")),
+            _time(union), _time(naive), _time(time_of("gating (index_copy)", "reshape")), _time(fused),
+            _time(time_of("gating (fused)", "reshape")), _number(naive / union, ".2f"), _number(fused / union, ".2f"),
+        ])  # fmt: skip
     return _without_empty_columns(head, lines)
 
 
@@ -259,17 +283,17 @@ def _gating(table: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
         if str(key[4]) == "all" and key[:3] in dense.index:
             times[gating.DENSE] = float(dense.loc[[key[:3]]].iloc[-1])
 
-        def at(provider: str, times: dict[str, float] = times) -> float:
+        def time_of(provider: str, times: dict[str, float] = times) -> float:
             return times.get(provider, math.nan)
 
         # of the ways that `auto` chooses among
-        forms = [at(p) for p in (gating.UNION, gating.SELECTED, gating.EXPANDED, gating.TRITON) if p in times]
+        forms = [time_of(p) for p in (gating.UNION, gating.SELECTED, gating.EXPANDED, gating.TRITON) if p in times]
         best = min(forms) if forms else math.nan
         assert isinstance(key, tuple)
-        lines.append([str(key[0]), f"{float(str(key[1])):.0f}", *map(str, key[2:]), _time(at(gating.NO_INDEX)),
-                      *(_time(at(p)) for p in ways.values()),
-                      _number(at(gating.NAIVE) / at(gating.UNION), ".2f"),
-                      _number(at(gating.AUTO) / best, ".2f")])  # fmt: skip
+        lines.append([str(key[0]), f"{float(str(key[1])):.0f}", *map(str, key[2:]), _time(time_of(gating.NO_INDEX)),
+                      *(_time(time_of(p)) for p in ways.values()),
+                      _number(time_of(gating.NAIVE) / time_of(gating.UNION), ".2f"),
+                      _number(time_of(gating.AUTO) / best, ".2f")])  # fmt: skip
     return _without_empty_columns(head, lines)
 
 
@@ -380,8 +404,8 @@ def _costs(path: Path) -> Iterable[str]:
     )
     columns = ["model_bytes", "flops", "v100_projection_us"]
     lines = []
-    for (n, dtype), own in table.groupby(["n", "dtype"], sort=True):
-        sums = own.groupby("provider", sort=False)[columns].sum()
+    for (n, dtype), group in table.groupby(["n", "dtype"], sort=True):
+        sums = group.groupby("provider", sort=False)[columns].sum()
         union = sums.loc["union"]
         lines += [
             [f"{n:.0f}", str(dtype), str(provider), f"{row['model_bytes'] / 1e9:.2f} GB",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plots.shrink import palette
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.files import reason, write_atomically
 from prunetrain_kernels.train.figures import COLOURS, DASHES, DENSE_COLOURS, DPI, GREY, STYLE, WIDTH, load_matplotlib
@@ -359,10 +360,10 @@ def measuring_note(rows: "pd.DataFrame") -> str:
 
 
 def png(figure: "Figure") -> bytes:
-    """The figure as PNG, the same bytes for the same figure: without date and version."""
+    """The figure as PNG of a few colours, the same bytes for the same figure: without date and version."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=DPI, metadata={"Software": None})
-    return data.getvalue()
+    return palette(data.getvalue())
 
 
 def write_png(path: Path, figure: "Figure") -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from plots import common, paper
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 FILES = ("fig4.csv",)
 
@@ -36,7 +37,7 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
         return None
     rows = rows.assign(threshold=rows["threshold"].fillna(paper.THRESHOLD))
     labels = common.run_labels(rows)
-    layers = {run: list(dict.fromkeys(own["layer"])) for run, own in rows.groupby("run", sort=False)}
+    layers = {run: list(dict.fromkeys(lines["layer"])) for run, lines in rows.groupby("run", sort=False)}
     columns = max(3, *map(len, layers.values()))
     figure = common.new_figure(2.35 * len(layers) + 0.1)
     # white is for what is pruned: the scale's own light end must not come near it
@@ -45,35 +46,18 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     norm = matplotlib.colors.Normalize(math.log10(floor), math.log10(max(rows["max_abs"].max(), 10 * floor)))
     grid = figure.subplots(len(layers), columns, squeeze=False)
     captions = []
-    mesh = None
+    mesh: Any = None
     for axes, (run, names) in zip(grid, layers.items(), strict=True):
         for ax in axes[len(names) :]:
             ax.set_axis_off()
         for ax, layer in zip(axes, names, strict=False):
-            own = rows[(rows["run"] == run) & (rows["layer"] == layer)]
-            alive = own["max_abs"].where(own["max_abs"] >= own["threshold"])
-            image = own.assign(value=np.log10(alive)).pivot_table(
-                index="channel", columns="epoch", values="value", aggfunc="last", dropna=False
-            )
-            epochs, channels = image.columns.to_numpy(float), image.index.to_numpy(float)
-            mesh = ax.pcolormesh(
-                _edges(epochs),
-                _edges(channels),
-                np.ma.masked_invalid(image.to_numpy(float)),
-                cmap=colours,
-                norm=norm,
-                rasterized=True,
-            )
-            left, revived = int(np.isfinite(image.iloc[:, -1]).sum()), _revived(image)
-            ax.set_title(common.plain(f"{layer}: {left} of {len(image)}"), fontsize=8)
-            ax.set_xlabel("epoch")
-            ax.spines[["top", "right"]].set_visible(True)
-            common.whole_epochs(ax)
-            if revived:
+            image = _image(rows[(rows["run"] == run) & (rows["layer"] == layer)])
+            mesh = _draw_map(ax, image, layer, cmap=colours, norm=norm)
+            if revived := _revived(image):
                 captions.append(f"{layer}{f' ({labels[run]})' if len(layers) > 1 else ''} {revived} of {len(image)}")
         axes[0].set_ylabel("output channel" + (f"\n{common.plain(labels[run])}" if len(layers) > 1 else ""))
     bar = figure.colorbar(
-        mesh,  # type: ignore[arg-type]
+        mesh,
         ax=grid,
         extend="min",
         aspect=30,
@@ -91,6 +75,27 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
         "The paper (section 4.2): none in two of its three layers, and those of the third stay near the threshold. "
         f"{common.training_note(rows)}",
     )
+
+
+def _image(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """A [channel, epoch] map of log10 of the largest absolute weight; NaN below the threshold and where pruned."""
+    alive = rows["max_abs"].where(rows["max_abs"] >= rows["threshold"])
+    return rows.assign(value=np.log10(alive)).pivot_table(
+        index="channel", columns="epoch", values="value", aggfunc="last", dropna=False
+    )
+
+
+def _draw_map(ax: "Axes", image: "pd.DataFrame", layer: str, **colours: Any) -> Any:
+    """The map of one layer, titled with the channels that are left; returns what a colour bar needs."""
+    epochs, channels = image.columns.to_numpy(float), image.index.to_numpy(float)
+    values = np.ma.masked_invalid(image.to_numpy(float))
+    mesh = ax.pcolormesh(_edges(epochs), _edges(channels), values, rasterized=True, **colours)
+    left = int(np.isfinite(image.iloc[:, -1]).sum())
+    ax.set_title(common.plain(f"{layer}: {left} of {len(image)}"), fontsize=8)
+    ax.set_xlabel("epoch")
+    ax.spines[["top", "right"]].set_visible(True)
+    common.whole_epochs(ax)
+    return mesh
 
 
 def _revived(image: "pd.DataFrame") -> int:

@@ -48,38 +48,23 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     divisor, unit = common.si_unit(rows["memory_bytes"].max(), "B")
     ends, budgets, from_paper = [], False, []
     for place, (run, label) in enumerate(labels.items()):
-        own = rows[rows["run"] == run].sort_values("epoch")
-        memory, batch = (grid[2 * (place // columns) + part, place % columns] for part in (0, 1))
-        memory.bar(own["epoch"], own["memory_bytes"] / divisor, 0.8 * _gap(own["epoch"]), color=BAR, edgecolor="none")
+        lines_of_run = rows[rows["run"] == run].sort_values("epoch")
+        memory, batch = _panels(grid, place, columns)
+        budgets |= _draw_memory(memory, lines_of_run, divisor)
         memory.set_title(textwrap.fill(common.plain(label), 30), fontsize=8)
-        memory.set_ylim(0, 1.2 * max(own["memory_bytes"].max(), own["budget"].max(skipna=True) or 0) / divisor)
-        budget = own["budget"].dropna()
-        if len(budget):
-            budgets = True
-            memory.axhline(budget.iloc[-1] / divisor, color="black", linewidth=0.9, linestyle=(0, (1, 1)))
-        batch.step(own["epoch"], own["batch"], where="mid", color="#D55E00", linewidth=1.6)
-        known = paper.BATCHES.get((own["dataset"].iloc[0], own["network"].iloc[0]))
-        if known and own["scale"].iloc[0] != "small" and own["method"].iloc[0] == "adjusted":
-            _draw_paper_batches(batch, known, own["epoch"].max())
+        if _draw_batch(batch, lines_of_run):
             from_paper.append(label)
-        batch.set_ylim(0, 1.15 * max(own["batch"].max(), max((size for _, size in known or ((0, 0),)), default=0)))
-        batch.set_xlabel("epoch")
-        limits = own["epoch"].min() - 0.8 * _gap(own["epoch"]), own["epoch"].max() + 0.8 * _gap(own["epoch"])
+        epochs = lines_of_run["epoch"]
         for ax in (memory, batch):
-            ax.set_xlim(*limits)
+            ax.set_xlim(epochs.min() - 0.8 * _gap(epochs), epochs.max() + 0.8 * _gap(epochs))
             ax.grid(axis="y")
             common.whole_epochs(ax)
         memory.tick_params(labelbottom=False)
         if place % columns == 0:
             memory.set_ylabel(f"memory per step, {unit}")
             batch.set_ylabel("images\nper step")
-        sizes = [f"{size:g}" for size in own["batch"][own["batch"].diff() != 0].dropna()]
-        last = own.iloc[-1]
-        per_image = (last["memory_bytes"] / last["batch"]) / (own.iloc[0]["memory_bytes"] / own.iloc[0]["batch"])
-        ends.append(f"{label}: batch {' → '.join(sizes)}, memory per image {common.percent(per_image)} of the start")
-    for place in range(len(labels), lines * columns):
-        for part in (0, 1):
-            grid[2 * (place // columns) + part, place % columns].set_axis_off()
+        ends.append(f"{label}: {_end(lines_of_run)}")
+    _hide_from(len(labels), grid, columns)
     handles: list[Any] = []
     if budgets:
         handles.append(Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (1, 1)), label="budget"))
@@ -93,6 +78,49 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
         f"{'; '.join(ends)}. The paper's ResNet-50 grows from 64 to 96 and 128 images per GPU at epochs 10 and 30 "
         f"(ImageNet) and from 128 to 320 (CIFAR-100). {common.training_note(rows)}",
     )
+
+
+def _panels(grid: Any, place: int, columns: int) -> "tuple[Axes, Axes]":
+    """The two panels of one run or network, one above the other: memory and mini-batch."""
+    upper, column = 2 * (place // columns), place % columns
+    return grid[upper, column], grid[upper + 1, column]
+
+
+def _hide_from(count: int, grid: Any, columns: int) -> None:
+    """Panels behind the last of `count` runs or networks stay empty."""
+    for place in range(count, grid.size // 2):
+        for ax in _panels(grid, place, columns):
+            ax.set_axis_off()
+
+
+def _draw_memory(ax: "Axes", rows: "pd.DataFrame", divisor: float) -> bool:
+    """Bars of one run's memory over epochs; returns whether it had a budget, which is drawn across."""
+    ax.bar(rows["epoch"], rows["memory_bytes"] / divisor, 0.8 * _gap(rows["epoch"]), color=BAR, edgecolor="none")
+    ax.set_ylim(0, 1.2 * max(rows["memory_bytes"].max(), rows["budget"].max(skipna=True) or 0) / divisor)
+    budget = rows["budget"].dropna()
+    if len(budget):
+        ax.axhline(budget.iloc[-1] / divisor, color="black", linewidth=0.9, linestyle=(0, (1, 1)))
+    return len(budget) > 0
+
+
+def _draw_batch(ax: "Axes", rows: "pd.DataFrame") -> bool:
+    """One run's mini-batch over epochs; returns whether the paper's was drawn beside it."""
+    ax.step(rows["epoch"], rows["batch"], where="mid", color="#D55E00", linewidth=1.6)
+    known = paper.BATCHES.get((rows["dataset"].iloc[0], rows["network"].iloc[0]))
+    comparable = known and rows["scale"].iloc[0] != "small" and rows["method"].iloc[0] == "adjusted"
+    if known and comparable:
+        _draw_paper_batches(ax, known, rows["epoch"].max())
+    ax.set_ylim(0, 1.15 * max(rows["batch"].max(), max((size for _, size in known or ((0, 0),)), default=0)))
+    ax.set_xlabel("epoch")
+    return bool(comparable)
+
+
+def _end(rows: "pd.DataFrame") -> str:
+    """The mini-batches that one run went through, and its last memory per image as a share of the first."""
+    sizes = [f"{size:g}" for size in rows["batch"][rows["batch"].diff() != 0].dropna()]
+    first, last = rows.iloc[0], rows.iloc[-1]
+    per_image = (last["memory_bytes"] / last["batch"]) / (first["memory_bytes"] / first["batch"])
+    return f"batch {' → '.join(sizes)}, memory per image {common.percent(per_image)} of the start"
 
 
 def _gap(epochs: "pd.Series[float]") -> float:
@@ -139,13 +167,13 @@ def draw_suite(rows: "pd.DataFrame") -> "common.Drawn | None":
     grid = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=(3, 2) * lines)
     starts = []
     for place, network in enumerate(networks):
-        memory, batch = (grid[2 * (place // columns) + part, place % columns] for part in (0, 1))
-        own = steps[steps["layer"] == network]
-        divisor, unit = common.si_unit(own["peak_memory"].max(), "B")
-        for provider, line in own.groupby("provider", sort=False):
+        memory, batch = _panels(grid, place, columns)
+        measured = steps[steps["layer"] == network]
+        divisor, unit = common.si_unit(measured["peak_memory"].max(), "B")
+        for provider, line in measured.groupby("provider", sort=False):
             memory.plot(line["pruned"], line["peak_memory"] / divisor, markersize=4, **looks[str(provider)])
         name = common.network_name(network)
-        starts.append(f"{name} {own['n'].iloc[0]:g}")
+        starts.append(f"{name} {measured['n'].iloc[0]:g}")
         memory.set(title=common.plain(name), ylabel=f"memory, {unit}")
         memory.set_ylim(bottom=0)
         for direction, (_, look) in FITS.items():
@@ -156,12 +184,10 @@ def draw_suite(rows: "pd.DataFrame") -> "common.Drawn | None":
         batch.set(xlabel="FLOPs pruned, %", ylabel="images that fit")
         batch.set_ylim(bottom=0)
         for ax in (memory, batch):
-            ax.set_xlim(-3, max(100, own["pruned"].max()))
+            ax.set_xlim(-3, max(100, measured["pruned"].max()))
             ax.grid(axis="y")
         memory.tick_params(labelbottom=False)
-    for place in range(len(networks), lines * columns):
-        for part in (0, 1):
-            grid[2 * (place // columns) + part, place % columns].set_axis_off()
+    _hide_from(len(networks), grid, columns)
     handles = [Line2D([], [], **look, markersize=4.5, label=common.plain(name)) for name, look in looks.items()]
     handles += [
         Line2D([], [], **look, markersize=4.5, label=f"fits {what}")

@@ -52,24 +52,8 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
         ax.set_axis_off()
     top = max(1.05, 1.05 * rows["time_ratio"].max(), 1.05 * plain["against_plain"].max() if len(plain) else 0)
     for ax, network in zip(grid.flat, networks, strict=False):
-        _draw_paper(ax, network)
-        own = rows[rows["layer"] == network]
-        rounded = own["mask_profile"].str.contains(common.ROUNDED, regex=False)
-        for (provider, _, _, is_rounded), line in own.groupby(["provider", "dtype", "n", rounded], sort=False):
-            line = line.sort_values("flops_ratio", ascending=False)
-            x, y = [100, *(100 * line["flops_ratio"])], [100, *(100 * line["time_ratio"])]
-            form = {"markerfacecolor": "white", "linewidth": 0.8} if is_rounded else {"linewidth": 1.4}
-            ax.plot(x, y, markersize=4.5, markevery=range(1, len(x)), **form, **looks[provider])
-        for _, line in plain[plain["layer"] == network].groupby(["dtype", "n"], sort=False):
-            ax.plot(100 * line["flops_ratio"], 100 * line["against_plain"], **PLAIN_LINE)
-        ax.plot([0, 100], [0, 100], color="black", linewidth=0.9, gid="diagonal")
-        ax.set(
-            title=common.plain(common.network_name(network)),
-            xlabel="FLOPs, % of dense",
-            xlim=(0, 102),
-            ylim=(0, 100 * top),
-        )
-        ax.grid()
+        _draw_network(ax, rows[rows["layer"] == network], plain[plain["layer"] == network], looks)
+        ax.set(title=common.plain(common.network_name(network)), ylim=(0, 100 * top))
     for row in grid:
         row[0].set_ylabel("time of a step, % of dense")
     shown_looks = {**looks, AGAINST_PLAIN: {**PLAIN_LINE, "marker": ""}} if len(plain) else looks
@@ -88,6 +72,22 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
         f"which leave out its lasso and reconfiguration: CIFAR-10 ResNets {_etas('CIFAR ResNets')}, VGGs "
         f"{_etas('CIFAR VGGs')}, ImageNet ResNet-50 on V100 {_etas('ImageNet, V100')}. {common.measuring_note(rows)}",
     )
+
+
+def _draw_network(ax: "Axes", rows: "pd.DataFrame", plain: "pd.DataFrame", looks: dict[str, dict[str, Any]]) -> None:
+    """One network's panel: a line per provider, the dotted one against PyTorch's plain step, the paper's eta."""
+    _draw_paper(ax, rows["layer"].iloc[0])
+    rounded = rows["mask_profile"].str.contains(common.ROUNDED, regex=False)
+    for (provider, _, _, is_rounded), line in rows.groupby(["provider", "dtype", "n", rounded], sort=False):
+        line = line.sort_values("flops_ratio", ascending=False)
+        x, y = [100, *(100 * line["flops_ratio"])], [100, *(100 * line["time_ratio"])]
+        form = {"markerfacecolor": "white", "linewidth": 0.8} if is_rounded else {"linewidth": 1.4}
+        ax.plot(x, y, markersize=4.5, markevery=range(1, len(x)), **form, **looks[provider])
+    for _, line in plain.groupby(["dtype", "n"], sort=False):
+        ax.plot(100 * line["flops_ratio"], 100 * line["against_plain"], **PLAIN_LINE)
+    ax.plot([0, 100], [0, 100], color="black", linewidth=0.9, gid="diagonal")
+    ax.set(xlabel="FLOPs, % of dense", xlim=(0, 102))
+    ax.grid()
 
 
 PLAIN_LINE: dict[str, Any] = {

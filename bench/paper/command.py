@@ -3,13 +3,11 @@
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bench.paper import runner
 from bench.paper.experiments import EXPERIMENTS, SCALES, Training, trainings_of
+from bench.paper.runner import Job
 from prunetrain_kernels.errors import InputError
-
-if TYPE_CHECKING:
-    from bench.paper.runner import Job
 
 RUNS, OUT = Path("runs/paper"), Path("bench/results/paper")
 
@@ -63,8 +61,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _paper(options: argparse.Namespace) -> int:
-    from bench.paper import runner
-
     names = list(EXPERIMENTS) if "all" in options.experiment else list(dict.fromkeys(options.experiment))
     for name, value in (("jobs", options.jobs), ("threads", options.threads)):
         if value is not None and value < 1:
@@ -114,7 +110,7 @@ def _chosen(trainings: list[Training], data: dict[str, str], only: str) -> list[
     return [t for t in with_data if t.path in wanted]
 
 
-def _show(jobs: "list[Job]") -> None:
+def _show(jobs: list[Job]) -> None:
     for job in jobs:
         _say(f"{job.state:<10}{job.training.path}")
         if job.state != "done":

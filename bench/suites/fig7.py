@@ -12,7 +12,7 @@ Gating's time is measured whole (part `all`) and stacked as the paper draws it: 
 from the block's own second convolution, whose dead channels nobody else reads. Floor: each tensor once, or the FLOPs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import profiles
-from bench.harness import Session, against_dense, attempt, both_directions, measure
+from bench.harness import Provider, Session, against_dense, attempt, both_directions, measure
 from bench.profiles import ConvShape
 from bench.suites.conv import columns_of, tensors
 from prunetrain_kernels.errors import InputError
@@ -61,7 +61,7 @@ def blocks(profile: profiles.Profile, image: int) -> list[Block]:
     if not last:
         raise InputError(f"{profile.network} has no residual blocks; fig7 takes a ResNet's profile")
     shapes = {shape.name: shape for shape in profiles.conv_shapes(model, image)}
-    found = []
+    blocks_left = []
     for name in last:
         if name in masks.removed:
             continue
@@ -69,7 +69,7 @@ def blocks(profile: profiles.Profile, image: int) -> list[Block]:
         kept_in, kept_out = masks.kept[layer.input], masks.kept[layer.output]
         live_in, live_out = masks.live[name]
         full = shapes[name]
-        found.append(
+        blocks_left.append(
             Block(
                 full,
                 replace(full, c=int(kept_in.sum()), k=int(kept_out.sum())),
@@ -77,7 +77,7 @@ def blocks(profile: profiles.Profile, image: int) -> list[Block]:
                 live_out[kept_out].nonzero()[:, 0],
             )
         )
-    return found
+    return blocks_left
 
 
 def _is_last(model: nn.Module, name: str) -> bool:
@@ -99,84 +99,111 @@ def index_copy(y: Tensor, index: Tensor, channels: int) -> Tensor:
     return wide.contiguous(memory_format=torch.channels_last).index_copy(1, index, y)
 
 
-def _measure(session: Session, block: Block) -> None:
-    images, device, size = session.images(32), session.device, session.dtype.itemsize
-    place = block.index.to(device)
-    index = ChannelIndex(block.index, block.union.k, device)
-    name = block.dense.name
-    what: dict[str, Any] = {"layer": name, "dtype": session.dtype_name, "layout": "channels_last"}
+@dataclass(frozen=True)
+class Work:
+    """One function that is timed forward and backward.
+
+    Attributes:
+        function, exact: of the inputs, in the session's dtype and in float64.
+        inputs, gradient: tensors, and the gradient of the output.
+        shape: of the convolution, for the columns of the row.
+        flops, elements: of the forward pass; backward has twice as many of each, a scatter once the elements.
+    """
+
+    function: Callable[..., Tensor]
+    exact: Callable[..., Tensor]
+    inputs: list[Tensor]
+    gradient: Tensor
+    shape: ConvShape
+    flops: float
+    elements: float
+
+
+def _work(session: Session, block: Block) -> dict[tuple[str, str], Work]:
+    """What is timed of a block, by provider and part."""
+    images, device, live = session.images(32), session.device, block.gated
+    place, index = block.index.to(device), ChannelIndex(block.index, block.union.k, device)
+    stride, padding = block.dense.stride, block.dense.padding
 
     def conv(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, block.dense.stride, block.dense.padding)
+        return F.conv2d(x, weight, None, stride, padding)
 
+    def scattered(y: Tensor) -> Tensor:
+        wide = torch.zeros((images, block.union.k, *y.shape[2:]), dtype=torch.float64, device=device)
+        return wide.index_copy(1, place, y)
+
+    def both(x: Tensor, weight: Tensor) -> Tensor:
+        return scattered(conv(x, weight))
+
+    def alone(shape: ConvShape, x: Tensor, weight: Tensor, dy: Tensor) -> Work:
+        return Work(conv, conv, [x, weight], dy, shape, shape.flops(images), shape.elements(images))
+
+    work = {(name, "conv"): alone(shape, *tensors(session, shape, images))
+            for name, shape in ((DENSE, block.dense), (UNION, block.union))}  # fmt: skip
+    x, weight, dy = tensors(session, live, images)
+    wide_dy = tensors(session, block.union, images)[2]
+    written = block.union.output(images)
     scatters: dict[str, Callable[[Tensor], Tensor]] = {
         NAIVE: lambda y: index_copy(y, place, block.union.k),
         FUSED: lambda y: channel_scatter(y, index),
     }
-
-    def reference(y: Tensor) -> Tensor:
-        wide = torch.zeros((images, block.union.k, *y.shape[2:]), dtype=torch.float64, device=device)
-        return wide.index_copy(1, place, y)
-
-    # provider and part -> function, float64 function, inputs, gradient of the output, FLOPs and elements of the forward
-    cases: dict[tuple[str, str], tuple[Any, Any, list[Tensor], Tensor, float, float]] = {}
-    label = session.profile.label
-    for provider, shape in ((DENSE, block.dense), (UNION, block.union)):
-        x, weight, dy = tensors(session, shape, images)
-        cases[provider, "conv"] = (conv, conv, [x, weight], dy, shape.flops(images), shape.elements(images))
-    live = block.gated
-    x, weight, dy = tensors(session, live, images)
-    wide_dy = tensors(session, block.union, images)[2]
-    for provider, scatter in scatters.items():
-        cases[provider, "conv"] = (conv, conv, [x, weight], dy, live.flops(images), live.elements(images))
-        moved = live.output(images) + block.union.output(images)
+    for name, scatter in scatters.items():
+        work[name, "conv"] = alone(live, x, weight, dy)
         y = dy.detach().clone().requires_grad_()
-        cases[provider, "reshape"] = (scatter, reference, [y], wide_dy, 0.0, moved)
-        once = live.input(images) + live.c * live.k * live.r * live.s + block.union.output(images)
-        cases[provider, "all"] = (
-            lambda x, w, scatter=scatter: scatter(conv(x, w)),
-            lambda x, w: reference(conv(x, w)),
-            [x, weight], wide_dy, live.flops(images), once,
-        )  # fmt: skip
+        work[name, "reshape"] = Work(scatter, scattered, [y], wide_dy, live, 0.0, live.output(images) + written)
+        once = live.input(images) + live.c * live.k * live.r * live.s + written
+
+        def whole(x: Tensor, weight: Tensor, scatter: Callable[[Tensor], Tensor] = scatter) -> Tensor:
+            return scatter(conv(x, weight))
+
+        work[name, "all"] = Work(whole, both, [x, weight], wide_dy, live, live.flops(images), once)
     if triton_serves(device, session.dtype):
-        cases[TRITON, "all"] = (
-            lambda x, w: conv2d(x, w, block.dense.stride, block.dense.padding, output_index=index, backend="triton"),
-            lambda x, w: reference(conv(x, w)),
-            [x, weight], wide_dy, live.flops(images), live.elements(images) + block.union.output(images),
-        )  # fmt: skip
-    providers: dict[str, dict[str, Any]] = {"forward": {}, "backward": {}}
+
+        def gemm(x: Tensor, weight: Tensor) -> Any:
+            return conv2d(x, weight, stride, padding, output_index=index, backend="triton")
+
+        elements = live.elements(images) + written
+        work[TRITON, "all"] = Work(gemm, both, [x, weight], wide_dy, live, live.flops(images), elements)
+    return work
+
+
+def _measure(session: Session, block: Block) -> None:
+    """Both directions of one block, providers and parts beside each other."""
+    images, size = session.images(32), session.dtype.itemsize
+    providers: dict[str, dict[str, Provider]] = {"forward": {}, "backward": {}}
     references: dict[str, dict[str, list[Tensor]]] = {"forward": {}, "backward": {}}
-    for (provider, part), (function, exact, inputs, gradient, flops, elements) in cases.items():
+    for (provider, part), work in _work(session, block).items():
         key = f"{provider} {part}"
-        shape = {DENSE: block.dense, UNION: block.union}.get(provider, live)
-        wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
-        result = exact(*wide)
+        wide = [tensor.detach().double().requires_grad_() for tensor in work.inputs]
+        result = work.exact(*wide)
         references["forward"][key] = [result.detach()]
-        references["backward"][key] = list(torch.autograd.grad(result, wide, gradient.double()))
-        both = both_directions(function, tuple(inputs), inputs, gradient, device)
+        references["backward"][key] = list(torch.autograd.grad(result, wide, work.gradient.double()))
+        both = both_directions(work.function, tuple(work.inputs), work.inputs, work.gradient, session.device)
         for direction, run_it, times in zip(providers, both, (1, 2), strict=True):
             providers[direction][key] = replace(
                 run_it,
                 what={
-                    "provider": provider, "part": part, "mask_profile": "dense" if provider == DENSE else label,
-                    **columns_of(shape, images, block.dense.c),
+                    "provider": provider, "part": part,
+                    "mask_profile": "dense" if provider == DENSE else session.profile.label,
+                    **columns_of(work.shape, images, block.dense.c),
                 },
-                flops=times * flops,
-                model_bytes=(1 if part == "reshape" else times) * elements * size,
+                flops=times * work.flops,
+                model_bytes=(1 if part == "reshape" else times) * work.elements * size,
             )  # fmt: skip
     baseline = f"{DENSE} conv"
-    work = {f"{UNION} conv": block.union} | {f"{provider} all": live for provider in (NAIVE, FUSED, TRITON)}
+    whole = {f"{UNION} conv": block.union} | {f"{provider} all": block.gated for provider in (NAIVE, FUSED, TRITON)}
 
-    def compare(p50: Any) -> dict[str, dict[str, Any]]:
-        whole = block.dense.flops(1)
+    def compare(p50: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+        dense = block.dense.flops(1)
         return {
-            key: against_dense(shape.flops(1) / whole, p50[key] / p50[baseline])
-            for key, shape in work.items()
+            key: against_dense(shape.flops(1) / dense, p50[key] / p50[baseline])
+            for key, shape in whole.items()
             if key in p50 and baseline in p50
         }
 
+    what = {"layer": block.dense.name, "dtype": session.dtype_name, "layout": "channels_last"}
     for direction, chosen in providers.items():
         measure(
             session, "fig7", chosen, references[direction], baseline, {**what, "direction": direction},
-            compare=compare, shown=(baseline, *work),
+            compare=compare, shown=(baseline, *whole),
         )  # fmt: skip

@@ -19,9 +19,8 @@ the live channels only, which is what gating would cost if finding channels were
 Bytes and FLOPs are those of `cost/convolution.py`. The mode of a row without a time is "model".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import profiles, rows
-from bench.harness import Provider, Session, against_dense, attempt, measure, prepared
+from bench.harness import Provider, Session, against_dense, as_time, attempt, measure, prepared
 from bench.profiles import ConvShape
 from bench.roof import DTYPES, V100
 from bench.suites.conv import columns_of
+from bench.timing import check
 from prunetrain_kernels.cost.convolution import Convolution, Form, RoofCost, flops, traffic
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.gating import choose_form
@@ -43,6 +43,7 @@ from prunetrain_kernels.ops.conv2d import conv2d, triton_serves
 DENSE, UNION, UNION_EAGER, NAIVE = "dense", "union", "union (eager)", "gating (naive)"
 SELECTED, EXPANDED, TRITON, RUN = "gating (selected)", "gating (expanded)", "gating (triton)", "gating (triton, run)"
 AUTO, NO_INDEX = "auto", "no index"
+SUMMED = ("model_bytes", "flops", "v100_projection_us")
 BACKEND = {SELECTED: "naive", EXPANDED: "expanded", TRITON: "triton", RUN: "triton"}
 
 
@@ -82,7 +83,7 @@ def layers(profile: profiles.Profile, image: int) -> list[Layer]:
     graph = trace_channels(model, (torch.zeros(2, 3, 32, 32),))
     masks = profiles.masks(profile, model, graph, image)
     shapes = {shape.name: shape for shape in profiles.conv_shapes(model, image)}
-    found = []
+    convolutions = []
     for name, full in shapes.items():
         block, _, conv = name.rpartition(".")
         last = max((n.rpartition(".")[2] for n in shapes if n.startswith(f"{block}.conv")), default="")
@@ -90,7 +91,7 @@ def layers(profile: profiles.Profile, image: int) -> list[Layer]:
             continue
         layer, (live_in, live_out) = graph.layers[name], masks.live[name]
         kept_in, kept_out = masks.kept[layer.input], masks.kept[layer.output]
-        found.append(
+        convolutions.append(
             Layer(
                 full,
                 replace(full, c=int(kept_in.sum()), k=int(kept_out.sum())),
@@ -100,32 +101,29 @@ def layers(profile: profiles.Profile, image: int) -> list[Layer]:
                 conv == last,
             )
         )
-    if not found:
+    if not convolutions:
         raise InputError(f"{profile.network} has no residual blocks; gating takes a ResNet's profile")
-    return found
+    return convolutions
 
 
-def count(profile: profiles.Profile, images: int, dtype: str, path: Path) -> int:
-    """Bytes and FLOPs of every layer in every form, without running any; returns the number of rows written to `path`.
-
-    Rows: mode "model", device "none".
-    """
+def count(profile: profiles.Profile, images: int, dtype: str) -> list[dict[str, Any]]:
+    """Rows with bytes and FLOPs of every layer in every form, without running any: mode "model", device "none"."""
     common = {
         **rows.environment(torch.device("cpu")), "device": "none", "threads": None, "suite": "gating", "count": 1,
         "part": "all", "direction": "step", "dtype": dtype, "layout": "channels_last", "size": "full", "mode": "model",
         "mask_profile": profile.label,
     }  # fmt: skip
-    found = []
+    lines = []
     for layer in layers(profile, profile.image):
         conv = layer.convolution(images, DTYPES[dtype].itemsize)
-        gated = Form(conv.in_live < conv.in_full, conv.out_live < conv.out_full)
+        gated = _gated(conv)
         ways = {UNION: (conv, Form())}
         ways |= {name: (conv, replace(gated, backend=BACKEND[name])) for name in (SELECTED, EXPANDED, TRITON)}
         ways[NAIVE] = (replace(conv, places=False), replace(gated, backend="naive"))
         for provider, (placed, form) in ways.items():
             form = form if form.gated else Form()
             size, work = bytes_of_step(placed, form, layer.residual), 3 * flops(placed, form)
-            found.append(
+            lines.append(
                 {
                     **common, "layer": layer.dense.name, "provider": provider,
                     **columns_of(layer.live if form.gated else layer.union, images, layer.dense.c),
@@ -133,8 +131,24 @@ def count(profile: profiles.Profile, images: int, dtype: str, path: Path) -> int
                     "v100_projection_us": V100.microseconds(size, work, dtype),
                 }
             )  # fmt: skip
-    rows.append(path, found)
-    return len(found)
+    return lines
+
+
+def sums(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `count` summed over the layers, as text: a line per form, its bytes and FLOPs beside union's."""
+    total = {line["provider"]: dict.fromkeys(SUMMED, 0.0) for line in lines}
+    for line in lines:
+        for column in SUMMED:
+            total[line["provider"]][column] += line[column] or 0.0
+    union = total[UNION]
+    text = [f"{'form':<20} {'bytes':>10} {'of union':>9} {'FLOPs':>14} {'of union':>9} {'V100 projection':>16}"]
+    for provider, value in total.items():
+        size, work, time = (value[column] for column in SUMMED)
+        text.append(
+            f"{provider:<20} {size / 1e9:>7.2f} GB {size / union['model_bytes']:>9.1%} {work / 1e12:>8.3f} TFLOP "
+            f"{work / union['flops']:>9.1%} {as_time(time):>16}"
+        )
+    return "\n".join(text)
 
 
 def run(session: Session) -> None:
@@ -145,214 +159,312 @@ def run(session: Session) -> None:
 
 
 def bytes_of_step(conv: Convolution, form: Form, residual: bool) -> float:
-    """Of the convolution and what follows it: `traffic`, and what every form moves of the batch norm's output: written,
-    its gradient read twice; with a residual that is read, and its gradient written."""
+    """Bytes that the convolution and what follows it move: `traffic`, and what every form moves of the batch norm's
+    output, which is written and its gradient read twice; a residual is read, and its gradient written."""
     output = conv.batch * conv.map_out[0] * conv.map_out[1] * conv.out_full * conv.itemsize
     return sum(traffic(conv, form)) + (5 if residual else 3) * output
 
 
-def _some(session: Session, *size: int, scale: float = 1.0) -> Tensor:
-    x = torch.randn(size, device=session.device, dtype=session.dtype) * scale
-    return x.contiguous(memory_format=torch.channels_last) if len(size) == 4 else x
+def _gated(conv: Convolution) -> Form:
+    """Gating on the sides of a layer where some channels are dead."""
+    return Form(conv.in_live < conv.in_full, conv.out_live < conv.out_full)
 
 
-def _measure(session: Session, layer: Layer) -> None:
-    torch.manual_seed(0)
-    images, device = session.images(32), session.device
-    conv = layer.convolution(images, session.dtype.itemsize)
-    gated = Form(conv.in_live < conv.in_full, conv.out_live < conv.out_full)
-    inputs, outputs = (
-        ChannelIndex(places, full, device)
-        for places, full in ((layer.inputs, conv.in_full), (layer.outputs, conv.out_full))
-    )
-    both = inputs, outputs
-    runs = (
-        ChannelIndex(range(inputs.live), inputs.channels, device),
-        ChannelIndex(range(outputs.live), outputs.channels, device),
-    )
+# -- what is timed -----------------------------------------------------------------------------------------------------
 
-    def tensors(shape: ConvShape, wide_in: int, wide_out: int) -> list[Tensor]:
-        """x, weight, residual, and the batch norm's weight and bias."""
-        x = _some(session, images, wide_in, shape.h_in, shape.w_in)
-        weight = _some(session, shape.k, shape.c, shape.r, shape.s, scale=(shape.c * shape.r * shape.s) ** -0.5)
-        made = [x, weight, _some(session, images, wide_out, shape.h, shape.w)]
-        made += [torch.rand(wide_out, device=device) + 0.5, torch.rand(wide_out, device=device)]
-        return [t.requires_grad_() for t in made]
 
-    def plain(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, layer.dense.stride, layer.dense.padding)
+@dataclass(frozen=True)
+class Indices:
+    """Which channels of a layer's input and of its output are live; also as ranges, which reconfiguration orders."""
 
-    def by(backend: str, index: tuple[ChannelIndex, ChannelIndex], moments: bool = False) -> Callable[..., Any]:
+    scattered: tuple[ChannelIndex, ChannelIndex]
+    ranges: tuple[ChannelIndex, ChannelIndex]
+
+    def of(self, provider: str) -> tuple[ChannelIndex, ChannelIndex]:
+        return self.ranges if provider == RUN else self.scattered
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One layer with what its functions need: batch, device, dtype, its form and its live channels."""
+
+    layer: Layer
+    conv: Convolution
+    gated: Form
+    index: Indices
+    session: Session
+
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution of all of x, by PyTorch."""
+        return F.conv2d(x, weight, None, self.layer.dense.stride, self.layer.dense.padding)
+
+    def by(
+        self, backend: str, index: tuple[ChannelIndex, ChannelIndex], *, moments: bool = False
+    ) -> Callable[[Tensor, Tensor], Any]:
+        """The convolution to the live outputs, of the live inputs by index, by one of `conv2d`'s backends."""
+
         def compute(x: Tensor, weight: Tensor) -> Any:
             return conv2d(
-                x, weight, layer.dense.stride, layer.dense.padding,
-                input_index=index[0] if gated.gates_input else None, backend=backend, moments=moments,
+                x, weight, self.layer.dense.stride, self.layer.dense.padding,
+                input_index=index[0] if self.gated.gates_input else None, backend=backend, moments=moments,
             )  # fmt: skip
 
         return compute
 
-    def eager(y: Tensor, r: Tensor, gamma: Tensor, beta: Tensor, relu: bool = True) -> Tensor:
+    def naive(self, x: Tensor, weight: Tensor) -> Any:
+        """As the paper gates: index_select, convolution, index_copy."""
+        inputs, outputs = self.index.scattered
+        return conv2d(
+            x, weight, self.layer.dense.stride, self.layer.dense.padding, backend="naive",
+            input_index=inputs if self.gated.gates_input else None,
+            output_index=outputs if self.gated.gates_output else None,
+        )  # fmt: skip
+
+    def eager(self, y: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, *, relu: bool = True) -> Tensor:
+        """What follows the convolution, by PyTorch: batch norm, the residual's sum if the layer has one, ReLU."""
         wide = gamma.to(y.dtype) if y.dtype == torch.float64 else gamma
         y = F.batch_norm(y, None, None, wide, beta.to(wide.dtype), True)
-        y = y + r if layer.residual else y
+        y = y + residual if self.layer.residual else y
         return F.relu(y) if relu else y
 
-    def fused(y: Any, r: Tensor, gamma: Tensor, beta: Tensor, index: ChannelIndex | None = None) -> Tensor:
+    def fused(
+        self, y: Any, residual: Tensor, gamma: Tensor, beta: Tensor, scatter: ChannelIndex | None = None
+    ) -> Tensor:
+        """The same in one operator; `y` may be the convolution's output with its statistics, (y, mean, M2)."""
         y, statistics = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
-        residual = r if layer.residual else None
         return batch_norm_act(
-            y, None, None, gamma, beta, training=True, residual=residual, relu=True, scatter=index,
-            statistics=statistics,
+            y, None, None, gamma, beta, training=True, residual=residual if self.layer.residual else None, relu=True,
+            scatter=scatter, statistics=statistics,
         )  # fmt: skip
 
-    def naive(x: Tensor, weight: Tensor) -> Any:
-        return conv2d(
-            x, weight, layer.dense.stride, layer.dense.padding, backend="naive",
-            input_index=inputs if gated.gates_input else None, output_index=outputs if gated.gates_output else None,
-        )  # fmt: skip
+    def placed(self, provider: str) -> Callable[..., Tensor]:
+        """The whole layer in a gated form whose fused batch norm places the outputs."""
+        index = self.index.of(provider)
+        convolve = self.by(BACKEND[provider], index, moments=provider in (TRITON, RUN))
+        scatter = index[1] if self.gated.gates_output else None
+        return lambda x, weight, r, gamma, beta: self.fused(convolve(x, weight), r, gamma, beta, scatter)
 
-    def placed(provider: str, index: tuple[ChannelIndex, ChannelIndex]) -> Callable[..., Tensor]:
-        convolve = by(BACKEND[provider], index, moments=provider in (TRITON, RUN))
-        return lambda x, w, r, g, b: fused(convolve(x, w), r, g, b, index[1] if gated.gates_output else None)
+    def exact(self, index: tuple[ChannelIndex, ChannelIndex] | None, *, relu: bool = True) -> Callable[..., Tensor]:
+        """The whole layer by PyTorch's operators, for float64: of all channels, or of the live ones by index."""
 
-    def exact(index: tuple[ChannelIndex, ChannelIndex] | None, relu: bool = True) -> Callable[..., Tensor]:
         def compute(x: Tensor, weight: Tensor, r: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
             if index is None:
-                return eager(plain(x, weight), r, gamma, beta, relu)
-            y = plain(x.index_select(1, index[0].index.long()), weight)
-            wide = y.new_zeros((images, conv.out_full, *y.shape[2:])).index_copy(1, index[1].index.long(), y)
-            return eager(wide, r, gamma, beta, relu)
+                return self.eager(self.plain(x, weight), r, gamma, beta, relu=relu)
+            y = self.plain(x.index_select(1, index[0].index.long()), weight)
+            wide = y.new_zeros((y.shape[0], self.conv.out_full, *y.shape[2:]))
+            return self.eager(wide.index_copy(1, index[1].index.long(), y), r, gamma, beta, relu=relu)
 
         return compute
 
-    # provider: what it computes, by which live channels, with which shapes, in which form
-    whole: dict[str, tuple[Callable[..., Tensor], tuple[ChannelIndex, ChannelIndex] | None, ConvShape, Form | None]] = {
-        DENSE: (lambda x, w, r, g, b: eager(plain(x, w), r, g, b), None, layer.dense, None),
-        UNION_EAGER: (lambda x, w, r, g, b: eager(plain(x, w), r, g, b), None, layer.union, Form()),
-        UNION: (lambda x, w, r, g, b: fused(plain(x, w), r, g, b), None, layer.union, Form()),
-    }
-    if gated.gated:
-        whole[NAIVE] = (lambda x, w, r, g, b: eager(naive(x, w), r, g, b), both, layer.live,
-                        replace(gated, backend="naive"))  # fmt: skip
-        offered = [SELECTED, EXPANDED] if gated.gates_input else [EXPANDED]
-        if triton_serves(device, session.dtype):
-            offered += [TRITON, RUN]
-        for provider in offered:
-            index = runs if provider == RUN else both
-            used = replace(gated, backend=BACKEND[provider])
-            whole[provider] = (placed(provider, index), index, layer.live, used)
-        # what `auto` would choose, measured by itself
-        names = {whole[provider][3]: provider for provider in (UNION, *offered) if provider != RUN}
-        roof_cost = RoofCost(session.roof, session.dtype_name)
-        as_here = replace(conv, places=device.type == "cuda")  # on a CPU the batch norm places channels in other passes
-        choice = choose_form(as_here, [form for form in names if form is not None], roof_cost)
-        whole[AUTO] = whole[names[choice.form]]
 
-    shapes = {DENSE: (layer.dense.c, layer.dense.k)}
-    dense_conv = replace(
-        conv, in_full=layer.dense.c, out_full=layer.dense.k, in_live=layer.dense.c, out_live=layer.dense.k
-    )
-    arguments: dict[tuple[ConvShape, int, int], list[Tensor]] = {}
-    providers: dict[str, Provider] = {}
-    references: dict[str, list[Tensor]] = {}
-    for provider, (function, live, shape, form) in whole.items():
-        wide = shapes.get(provider, (conv.in_full, conv.out_full))
-        given = arguments.setdefault((shape, *wide), tensors(shape, *wide))
-        cost, counted = (dense_conv, Form()) if form is None else (conv, form)
-        cost = replace(cost, places=provider != NAIVE)
-        dy = _dy(exact(live, relu=False), given, kink=True)
-        providers[provider] = _step(function, given, dy, layer.residual, device)
-        references[provider] = _reference(exact(live), given, dy, layer.residual)
-        providers[provider] = replace(
-            providers[provider],
-            what={
-                "mask_profile": "dense" if provider == DENSE else session.profile.label,
-                **columns_of(shape, images, layer.dense.c),
-            },
-            flops=3 * flops(cost, counted),
-            model_bytes=bytes_of_step(cost, counted, layer.residual),
-        )  # fmt: skip
+@dataclass(frozen=True)
+class Way:
+    """One way to compute the whole layer.
+
+    Attributes:
+        function: of x, weight, residual, and the batch norm's weight and bias.
+        index: the live channels, or None where all of x's are computed.
+        shape: of the convolution whose weight this way has.
+        width: input and output channels of the tensors around the layer.
+        form: what the cost model counts; None for the layer before pruning.
+    """
+
+    function: Callable[..., Tensor]
+    index: tuple[ChannelIndex, ChannelIndex] | None
+    shape: ConvShape
+    width: tuple[int, int]
+    form: Form | None
+
+
+def _measure(session: Session, layer: Layer) -> None:
+    """One layer: every way timed beside the others, then the convolutions alone."""
+    torch.manual_seed(0)
+    piece = _piece(session, layer)
+    ways = _ways(piece)
+    providers, references = _providers(piece, ways)
     what = {"layer": layer.dense.name, "dtype": session.dtype_name, "layout": "channels_last", "direction": "step"}
 
-    def compare(p50: Any) -> dict[str, dict[str, Any]]:
+    def compare(p50: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         if DENSE not in p50:
             return {}
         full = providers[DENSE].flops or 1.0
         return {name: against_dense((providers[name].flops or 0) / full, p50[name] / p50[DENSE]) for name in p50}
 
-    measure(session, "gating", providers, references, DENSE, what, compare=compare)
-    if gated.gated:
-        _convolutions(session, layer, conv, gated, by, (both, runs), what)
+    # the pruned layer is another than the dense one, and so is PyTorch's error in it
+    granted = check(providers[UNION_EAGER].outputs(), references[UNION_EAGER])
+    measure(session, "gating", providers, references, DENSE, what, compare=compare, granted=granted)
+    if piece.gated.gated:
+        _convolutions(piece, what)
 
 
-def _convolutions(
-    session: Session,
-    layer: Layer,
-    conv: Convolution,
-    gated: Form,
-    by: Callable[..., Callable[..., Tensor]],
-    index: tuple[tuple[ChannelIndex, ChannelIndex], tuple[ChannelIndex, ChannelIndex]],
-    what: dict[str, Any],
-) -> None:
+def _piece(session: Session, layer: Layer) -> Piece:
+    conv = layer.convolution(session.images(32), session.dtype.itemsize)
+    sides = ((layer.inputs, conv.in_full), (layer.outputs, conv.out_full))
+    inputs, outputs = (ChannelIndex(live, full, session.device) for live, full in sides)
+    first_in, first_out = (ChannelIndex(range(side.live), side.channels, session.device) for side in (inputs, outputs))
+    return Piece(layer, conv, _gated(conv), Indices((inputs, outputs), (first_in, first_out)), session)
+
+
+def _ways(piece: Piece) -> dict[str, Way]:
+    """Every way by its provider's name: dense, under union, and in each form of gating that this device serves."""
+    layer, conv = piece.layer, piece.conv
+    kept = conv.in_full, conv.out_full
+
+    def by_pytorch(x: Tensor, weight: Tensor, r: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return piece.eager(piece.plain(x, weight), r, gamma, beta)
+
+    def by_us(x: Tensor, weight: Tensor, r: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return piece.fused(piece.plain(x, weight), r, gamma, beta)
+
+    ways = {
+        DENSE: Way(by_pytorch, None, layer.dense, (layer.dense.c, layer.dense.k), None),
+        UNION_EAGER: Way(by_pytorch, None, layer.union, kept, Form()),
+        UNION: Way(by_us, None, layer.union, kept, Form()),
+    }
+    if not piece.gated.gated:
+        return ways
+
+    def as_the_paper(x: Tensor, weight: Tensor, r: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return piece.eager(piece.naive(x, weight), r, gamma, beta)
+
+    naive = replace(piece.gated, backend="naive")
+    ways[NAIVE] = Way(as_the_paper, piece.index.scattered, layer.live, kept, naive)
+    offered = _offered(piece)
+    for provider in offered:
+        form = replace(piece.gated, backend=BACKEND[provider])
+        ways[provider] = Way(piece.placed(provider), piece.index.of(provider), layer.live, kept, form)
+    ways[AUTO] = ways[_chosen(piece, ways, offered)]
+    return ways
+
+
+def _offered(piece: Piece) -> list[str]:
+    """Providers of gating here: selecting needs an index on the input's side, Triton's forms need tensor cores."""
+    offered = [SELECTED, EXPANDED] if piece.gated.gates_input else [EXPANDED]
+    if triton_serves(piece.session.device, piece.session.dtype):
+        offered += [TRITON, RUN]
+    return offered
+
+
+def _chosen(piece: Piece, ways: Mapping[str, Way], offered: Sequence[str]) -> str:
+    """The provider of the form that `policy="auto"` chooses on this session's roof."""
+    names = {ways[provider].form: provider for provider in (UNION, *offered) if provider != RUN}
+    roof_cost = RoofCost(piece.session.roof, piece.session.dtype_name)
+    # on a CPU the batch norm places channels in other passes
+    here = replace(piece.conv, places=piece.session.device.type == "cuda")
+    return names[choose_form(here, [form for form in names if form is not None], roof_cost).form]
+
+
+def _providers(piece: Piece, ways: Mapping[str, Way]) -> tuple[dict[str, Provider], dict[str, list[Tensor]]]:
+    """What is timed for each way, and its results in float64. Ways of equal shapes share their tensors."""
+    layer, conv = piece.layer, piece.conv
+    before_pruning = replace(
+        conv, in_full=layer.dense.c, out_full=layer.dense.k, in_live=layer.dense.c, out_live=layer.dense.k
+    )
+    arguments: dict[tuple[ConvShape, tuple[int, int]], list[Tensor]] = {}
+    providers: dict[str, Provider] = {}
+    references: dict[str, list[Tensor]] = {}
+    for provider, way in ways.items():
+        key = way.shape, way.width
+        tensors = arguments[key] if key in arguments else arguments.setdefault(key, _arguments(piece, way))
+        cost = replace(before_pruning if way.form is None else conv, places=provider != NAIVE)
+        form = way.form or Form()
+        dy = _dy(piece.exact(way.index, relu=False), tensors, kink=True)
+        references[provider] = _reference(piece.exact(way.index), tensors, dy, residual=layer.residual)
+        providers[provider] = replace(
+            _step(way.function, tensors, dy, residual=layer.residual, device=piece.session.device),
+            what={
+                "mask_profile": "dense" if provider == DENSE else piece.session.profile.label,
+                **columns_of(way.shape, conv.batch, layer.dense.c),
+            },
+            flops=3 * flops(cost, form),
+            model_bytes=bytes_of_step(cost, form, layer.residual),
+        )  # fmt: skip
+    return providers, references
+
+
+def _some(session: Session, *size: int, scale: float = 1.0) -> Tensor:
+    """Normal values in the session's dtype, channels_last if there are four dimensions."""
+    x = torch.randn(size, device=session.device, dtype=session.dtype) * scale
+    return x.contiguous(memory_format=torch.channels_last) if len(size) == 4 else x
+
+
+def _weight(session: Session, shape: ConvShape) -> Tensor:
+    return _some(session, shape.k, shape.c, shape.r, shape.s, scale=(shape.c * shape.r * shape.s) ** -0.5)
+
+
+def _arguments(piece: Piece, way: Way) -> list[Tensor]:
+    """x, weight, residual, and the batch norm's weight and bias, all requiring gradients."""
+    session, shape, images, (wide_in, wide_out) = piece.session, way.shape, piece.conv.batch, way.width
+    tensors = [
+        _some(session, images, wide_in, shape.h_in, shape.w_in),
+        _weight(session, shape),
+        _some(session, images, wide_out, shape.h, shape.w),
+        torch.rand(wide_out, device=session.device) + 0.5,
+        torch.rand(wide_out, device=session.device),
+    ]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def _convolutions(piece: Piece, what: Mapping[str, Any]) -> None:
     """Part `conv`: the convolution alone, of a wide input to its live outputs, beside the one that needs no index."""
-    shape, images = layer.live, conv.batch
-    weight = _some(session, shape.k, shape.c, shape.r, shape.s, scale=(shape.c * shape.r * shape.s) ** -0.5)
-    weight.requires_grad_()
-    wide, narrow = (_some(session, images, c, shape.h_in, shape.w_in).requires_grad_() for c in (conv.in_full, shape.c))
-
-    def plain(x: Tensor, w: Tensor) -> Tensor:
-        return F.conv2d(x, w, None, shape.stride, shape.padding)
-
-    offered: dict[str, tuple[Callable[..., Tensor], Tensor, ChannelIndex | None]] = {NO_INDEX: (plain, narrow, None)}
-    names = [SELECTED, EXPANDED] if gated.gates_input else []
-    if triton_serves(session.device, session.dtype):
-        names += [TRITON, RUN] if gated.gates_input else [TRITON]
-    for name in names:
-        chosen = index[name == RUN]
-        offered[name] = (by(BACKEND[name], chosen), wide, chosen[0] if gated.gates_input else None)
+    session, conv, shape = piece.session, piece.conv, piece.layer.live
+    weight = _weight(session, shape).requires_grad_()
+    wide, narrow = (
+        _some(session, conv.batch, c, shape.h_in, shape.w_in).requires_grad_() for c in (conv.in_full, shape.c)
+    )
+    offered = _offered(piece)
+    if not piece.gated.gates_input:  # without an index on the input's side only Triton's form is another convolution
+        offered = [name for name in offered if name == TRITON]
     providers, references = {}, {}
-    for name, (function, x, places) in offered.items():
-        form = Form() if name == NO_INDEX else replace(gated, backend=BACKEND[name])
-        alone = replace(conv, in_full=conv.in_live, out_full=conv.out_live) if name == NO_INDEX else conv
-        own = traffic(alone, form).own
+    for name in (NO_INDEX, *offered):
+        function: Callable[[Tensor, Tensor], Any] = piece.plain
+        form, counted = Form(), replace(conv, in_full=conv.in_live, out_full=conv.out_live)
+        x, places = narrow, None
+        if name != NO_INDEX:
+            index = piece.index.of(name)
+            function = piece.by(BACKEND[name], index)
+            form, counted = replace(piece.gated, backend=BACKEND[name]), conv
+            x, places = wide, index[0] if piece.gated.gates_input else None
 
-        def reference(x: Tensor, w: Tensor, places: ChannelIndex | None = places) -> Tensor:
-            return plain(x if places is None else x.index_select(1, places.index.long()), w)
+        def reference(x: Tensor, weight: Tensor, places: ChannelIndex | None = places) -> Tensor:
+            return piece.plain(x if places is None else x.index_select(1, places.index.long()), weight)
 
         dy = _dy(reference, [x, weight])
+        references[name] = _reference(reference, [x, weight], dy, residual=False)
+        columns = columns_of(shape, conv.batch, piece.layer.dense.c)
         providers[name] = replace(
-            _step(function, [x, weight], dy, False, session.device),
-            what={"part": "conv", "mask_profile": session.profile.label, **columns_of(shape, images, layer.dense.c)},
-            flops=3 * flops(alone, form), model_bytes=own,
+            _step(function, [x, weight], dy, residual=False, device=session.device),
+            what={"part": "conv", "mask_profile": session.profile.label, **columns},
+            flops=3 * flops(counted, form), model_bytes=traffic(counted, form).own,
         )  # fmt: skip
-        references[name] = _reference(reference, [x, weight], dy, False)
     measure(session, "gating", providers, references, NO_INDEX, what)
 
 
-def _dy(function: Callable[..., Tensor], given: list[Tensor], kink: bool = False) -> Tensor:
+def _dy(function: Callable[..., Tensor], tensors: list[Tensor], *, kink: bool = False) -> Tensor:
     """A gradient of what `function` gives; with a `kink` at zero behind it, none near there: rounding decides the side
     that a value falls on, and either gradient is right."""
     with torch.no_grad():
-        y = function(*(tensor.detach().double() for tensor in given))
+        y = function(*(tensor.detach().double() for tensor in tensors))
     generator = torch.Generator().manual_seed(1)
-    dy = torch.randn(y.shape, generator=generator).to(device=y.device, dtype=given[0].dtype)
+    dy = torch.randn(y.shape, generator=generator).to(device=y.device, dtype=tensors[0].dtype)
     if kink:
         dy = dy.masked_fill_(y.abs() < 1e-2, 0)
     return dy.contiguous(memory_format=torch.channels_last)
 
 
-def _used(given: list[Tensor], residual: bool) -> list[Tensor]:
-    return given if residual or len(given) < 3 else [*given[:2], *given[3:]]
+def _used(tensors: list[Tensor], *, residual: bool) -> list[Tensor]:
+    """The tensors that gradients are taken of: without a residual's sum, all but the residual."""
+    return tensors if residual or len(tensors) < 3 else [*tensors[:2], *tensors[3:]]
 
 
 def _step(
-    function: Callable[..., Tensor], given: list[Tensor], dy: Tensor, residual: bool, device: torch.device
+    function: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor, *, residual: bool, device: torch.device
 ) -> Provider:
     """Forward and backward in one call."""
-    wanted = _used(given, residual)
+    wanted = _used(tensors, residual=residual)
 
     def step() -> tuple[Tensor, tuple[Tensor, ...]]:
-        y = function(*given)
+        y = function(*tensors)
         return y, torch.autograd.grad(y, wanted, dy)
 
     def results() -> list[Tensor]:
@@ -363,7 +475,8 @@ def _step(
     return Provider(step, results)
 
 
-def _reference(function: Callable[..., Tensor], given: list[Tensor], dy: Tensor, residual: bool) -> list[Tensor]:
-    wide = [tensor.detach().double().requires_grad_() for tensor in given]
+def _reference(function: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor, *, residual: bool) -> list[Tensor]:
+    """Output and gradients in float64."""
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     y = function(*wide)
-    return [y.detach(), *torch.autograd.grad(y, _used(wide, residual), dy.double())]
+    return [y.detach(), *torch.autograd.grad(y, _used(wide, residual=residual), dy.double())]

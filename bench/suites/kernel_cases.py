@@ -1,6 +1,6 @@
 """Which calls of which operators show every kernel of the package, and what vector widths they promise.
 
-`cases()` feeds the offline report (`kernels.py`); `reuse()` lists the calls that must share one binary.
+`cases()` feeds the suite `kernels`; `reuse()` lists the calls that must share one binary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.suites.kernels import Case, Promise, Reuse
+from bench.offline import Case, Promise, Reuse
 from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
 from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_gather, channel_scatter, channel_scatter_add
 from prunetrain_kernels.ops.conv2d import conv2d

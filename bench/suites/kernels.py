@@ -1,416 +1,37 @@
-"""What every kernel compiles to, without a GPU: registers, shared memory, spills, vector loads, instruction classes.
+"""The suite `kernels`: what every kernel of the package compiles to, per architecture; needs no GPU.
 
-Each operator is called on small CPU tensors of the layouts, dtypes and flags that make another kernel of it, while
-Triton's driver is replaced by one that names an architecture and runs nothing. The same just-in-time path as on a GPU
-then specialises and compiles; what comes out is PTX and a cubin, and these are counted here.
-
-Figures of a kernel, one row per distinct kernel and architecture:
-
-    registers, stack      per thread, from the cubin (cuobjdump --dump-resource-usage)
-    shared                bytes per program
-    spill_stores/_loads   bytes per thread, from ptxas -v; without a stack there is nowhere to spill to
-    load_v4, load_v2      ld.global instructions of four or two elements; load_scalar the rest; widest_load in bytes
-    store_...             the same for st.global
-    mma                   tensor-core instructions (mma.sync, wgmma)
-    atomics               atom and red
-    fp64                  instructions on doubles
+`offline.py` compiles and counts, `kernel_cases.py` names the calls; here is the table, its CSV file and the verdict.
 """
 
 import csv
 import io
-import os
-import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
-
+from bench.harness import Session
+from bench.offline import COLUMNS, Row, offline, report, reuse_faults
+from bench.rows import results_folder
+from bench.suites.kernel_cases import cases, reuse
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.files import write_atomically
-from prunetrain_kernels.ops import launch
-
-if TYPE_CHECKING:
-    from bench.harness import Session
 
 ARCHITECTURES, QUICK_ARCHITECTURES = (70, 80, 90), (80,)
 KNOWN_ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
-
-
-@dataclass(frozen=True)
-class Promise:
-    """What a kernel must reach on `since` and later: bytes of its widest load and of its widest store; tensor cores."""
-
-    load: int = 0
-    store: int = 0
-    since: int = 80
-    mma: bool = False
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to call an operator.
-
-    Attributes:
-        name: operator, direction, dtype, layout and flags in words.
-        dtype: of the tensors that it is called on; bf16 is left out below sm_80, which has no bf16.
-        run: calls the operator on CPU tensors; what it returns is not looked at.
-        promises: by kernel name; a kernel that is not named promises no vector width.
-    """
-
-    name: str
-    dtype: torch.dtype
-    run: Callable[[], object]
-    promises: dict[str, Promise] = field(default_factory=dict)
-
-    def runs_on(self, arch: int) -> bool:
-        return self.dtype != torch.bfloat16 or arch >= 80
-
-
-@dataclass(frozen=True)
-class Row:
-    """One distinct kernel on one architecture; the module's docstring explains the figures."""
-
-    kernel: str
-    case: str
-    dtype: str
-    arch: int
-    registers: int
-    stack: int
-    shared: int
-    spill_stores: int
-    spill_loads: int
-    load_v4: int
-    load_v2: int
-    load_scalar: int
-    widest_load: int
-    store_v4: int
-    store_v2: int
-    store_scalar: int
-    widest_store: int
-    mma: int
-    atomics: int
-    fp64: int
-    cubin_bytes: int
-    warps: int
-    triton: str
-    specialisation: str
-
-
-COLUMNS = tuple(f.name for f in fields(Row))
-
-
-class _Offline:
-    """A Triton driver for an architecture that need not be there; whatever is compiled for it, nothing can run."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # kernels are cached per device: one cache per architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-@contextmanager
-def offline(arch: int) -> Iterator[None]:
-    """Operators called inside compile their kernels for sm_`arch` and run nothing.
-
-    Raises:
-        InputError: triton is missing, or interprets kernels in this process.
-    """
-    if not launch.HAS_TRITON:
-        raise InputError("kernels are compiled by triton, which is not installed here: pip install triton (Linux only)")
-    if launch.INTERPRET or os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise InputError("TRITON_INTERPRET=1 makes triton interpret kernels, not compile them; unset it and run again")
-    from triton.runtime import driver
-
-    driver.set_active(_Offline(arch))  # type: ignore[arg-type]  # the part of a driver that compiling uses
-    try:
-        with launch.compiling_only():
-            yield
-    finally:
-        driver.set_active(None)  # type: ignore[arg-type]  # found again when it is next asked for
+RECORD = Path("bench/results/offline/kernels.csv")  # committed; the whole table or nothing
 
 
 def architectures(text: str) -> list[int]:
     """Compute capabilities from a list such as "70,80,90"."""
     known = ", ".join(map(str, KNOWN_ARCHITECTURES))
     try:
-        found = [int(part) for part in text.split(",")]
+        chosen = [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--arch takes numbers such as 70,80,90, not {text!r}; known are {known}") from None
-    for arch in found:
+    for arch in chosen:
         if arch not in KNOWN_ARCHITECTURES:
             raise InputError(f"--arch {arch} is no architecture that kernels are compiled for; known are {known}")
-    return list(dict.fromkeys(found))
-
-
-def compilations(function: Callable[[], object]) -> int:
-    """How many kernels calling `function` compiles that this process has not compiled before.
-
-    Works where kernels run (on a GPU) and inside `offline(arch)`; a kernel found in Triton's cache on disk counts too.
-    """
-    from triton import knobs
-
-    count, before = 0, knobs.runtime.jit_post_compile_hook
-
-    def hook(**about: Any) -> bool | None:
-        nonlocal count
-        count += 1
-        return before(**about) if before else None
-
-    knobs.runtime.jit_post_compile_hook = hook
-    try:
-        function()
-    finally:
-        knobs.runtime.jit_post_compile_hook = before
-    return count
-
-
-# --- what a compiled kernel holds
-
-
-_ACCESS = re.compile(r"\b(ld|st)\.(?:[a-z_]+\.)*?global((?:[.:][\w]+)*)")
-_VECTOR = re.compile(r"\.v(\d)\b")
-_TYPE = re.compile(r"\.[a-z](\d+)\b")
-_ATOMIC = re.compile(r"\b(?:atom|red)\.")  # not redux.sync, which stays inside a warp
-_MMA = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)")
-_FP64 = re.compile(r"\.f64\b")
-_ASYNC_COPY = re.compile(r"\bcp\.async\.[\w.]*shared\.global[\w.:]*\s*\[[^\]]*\],\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
-
-
-@dataclass
-class _Accesses:
-    v4: int = 0
-    v2: int = 0
-    scalar: int = 0
-    widest: int = 0  # bytes
-
-    def add(self, count: int, width: int) -> None:
-        self.v4 += count >= 4
-        self.v2 += count == 2
-        self.scalar += count == 1
-        self.widest = max(self.widest, count * width)
-
-
-def _accesses(ptx: str) -> dict[str, _Accesses]:
-    """Global loads ("ld", asynchronous copies included) and stores ("st") of a kernel's PTX."""
-    found = {"ld": _Accesses(), "st": _Accesses()}
-    for direction, modifiers in _ACCESS.findall(ptx):
-        vector, types = _VECTOR.search(modifiers), _TYPE.findall(modifiers)
-        found[direction].add(int(vector.group(1)) if vector else 1, int(types[-1]) // 8)
-    for size in _ASYNC_COPY.findall(ptx):
-        found["ld"].add(int(size, 0) // 4, 4)
-    return found
-
-
-def _code(ptx: str) -> str:
-    """PTX without comments and debug lines, whose file names may hold anything."""
-    lines = (line.split("//")[0] for line in ptx.splitlines())
-    return "\n".join(line for line in lines if not line.lstrip().startswith((".file", ".loc", ".section", ".b8")))
-
-
-def _tool(name: str, arch: int) -> str:
-    """Path of a program that comes with triton."""
-    from triton import knobs
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    return str(get_ptxas(arch).path if name == "ptxas" else knobs.nvidia.cuobjdump.path)
-
-
-def _gpu_name(arch: int) -> str:
-    """Triton generates code of the architecture-specific set (sm_90a) from sm_90 on."""
-    return f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-
-
-def _resources(cubin: bytes, arch: int) -> tuple[int, int]:
-    """Registers and bytes of stack per thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_tool("cuobjdump", arch), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump said nothing about registers: {text}")
-    registers, stack, local = map(int, usage.groups())
-    return registers, stack + local
-
-
-def spills(ptx: str, arch: int) -> tuple[int, int]:
-    """Bytes of spill stores and spill loads per thread, as `ptxas -v` says."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [_tool("ptxas", arch), "-v", f"--gpu-name={_gpu_name(arch)}", str(source), "-o", f"{source}.cubin"]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    if found is None:
-        raise RuntimeError(f"ptxas said nothing about spills: {text}")
-    return int(found.group(1)), int(found.group(2))
-
-
-def _specialisation(kernel: Any) -> str:
-    """Types of the run-time arguments (`/16`: a multiple of 16), then the constants."""
-    source = kernel.src
-    names = list(source.signature)
-    divisible = {path[0] for path, attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes}
-    types = [
-        f"{name}:{kind}" + "/16" * (position in divisible)
-        for position, (name, kind) in enumerate(source.signature.items())
-        if kind != "constexpr"
-    ]
-    constants = [f"{names[path[0]]}={value}" for path, value in sorted(source.constants.items()) if len(path) == 1]
-    return " ".join(types + constants)
-
-
-def inspect(kernel: Any, case: Case, arch: int) -> Row:
-    """The row of one compiled kernel."""
-    import triton
-
-    ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
-    code = _code(ptx)
-    accesses = _accesses(code)
-    registers, stack = _resources(cubin, arch)
-    spill_stores, spill_loads = spills(ptx, arch) if stack else (0, 0)  # spilled values live on the stack
-    loads, stores = accesses["ld"], accesses["st"]
-    return Row(
-        kernel=f"{Path(kernel.src.fn.fn.__code__.co_filename).stem}.{kernel.metadata.name}",
-        case=case.name,
-        dtype=str(case.dtype).removeprefix("torch."),
-        arch=arch,
-        registers=registers,
-        stack=stack,
-        shared=kernel.metadata.shared,
-        spill_stores=spill_stores,
-        spill_loads=spill_loads,
-        load_v4=loads.v4,
-        load_v2=loads.v2,
-        load_scalar=loads.scalar,
-        widest_load=loads.widest,
-        store_v4=stores.v4,
-        store_v2=stores.v2,
-        store_scalar=stores.scalar,
-        widest_store=stores.widest,
-        mma=len(_MMA.findall(code)),
-        atomics=len(_ATOMIC.findall(code)),
-        fp64=len(_FP64.findall(code)),
-        cubin_bytes=len(cubin),
-        warps=kernel.metadata.num_warps,
-        triton=triton.__version__,
-        specialisation=_specialisation(kernel),
-    )
-
-
-# --- the report
-
-
-@dataclass
-class Report:
-    """Rows of the kernels, and in words what is wrong with them: nothing, when all promises are kept."""
-
-    rows: list[Row] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-
-
-def faults(row: Row, promise: Promise = Promise()) -> Iterator[str]:  # frozen
-    """What no kernel of this package may do, and what this one promised to do."""
-    where = f"{row.kernel} ({row.case}, sm_{row.arch})"
-    if row.spill_stores or row.spill_loads:
-        yield f"{where} spills {row.spill_stores} bytes (reads {row.spill_loads} back)"
-    elif row.stack:
-        yield f"{where} uses {row.stack} bytes of stack"
-    if row.atomics:
-        yield f"{where} has {row.atomics} atomic instructions"
-    if row.fp64 and row.dtype != "float64":
-        yield f"{where} has {row.fp64} fp64 instructions"
-    if row.arch >= promise.since:
-        if row.widest_load < promise.load:
-            yield f"{where} promised loads of {promise.load} bytes, its widest is {row.widest_load}"
-        if row.widest_store < promise.store:
-            yield f"{where} promised stores of {promise.store} bytes, its widest is {row.widest_store}"
-        if promise.mma and not row.mma:
-            yield f"{where} promised tensor-core instructions and has none"
-
-
-def report(cases: Sequence[Case], arch: int) -> Report:
-    """Compiles all cases for one architecture and inspects each distinct kernel once.
-
-    A case that does not compile is a fault, and the others go on.
-    """
-    result = Report()
-    seen: set[tuple[str, str]] = set()
-    for case in cases:
-        if not case.runs_on(arch):
-            continue
-        with offline(arch), launch.compiling_only() as compiled:
-            error = _attempt(case.run)
-        if error:
-            result.faults.append(f"{case.name} fails for sm_{arch}: {error}")
-            continue
-        if not compiled:
-            result.faults.append(f"{case.name} launched no kernel for sm_{arch}")
-        names = {kernel.metadata.name for kernel in compiled}
-        for name in set(case.promises) - names:
-            result.faults.append(f"{case.name} promises something of {name}, which it does not launch on sm_{arch}")
-        for kernel in compiled:
-            name = kernel.metadata.name
-            if (name, kernel.hash) in seen:
-                continue
-            seen.add((name, kernel.hash))
-            row = inspect(kernel, case, arch)
-            result.rows.append(row)
-            result.faults += faults(row, case.promises.get(name, Promise()))
-    return result
-
-
-def _attempt(run: Callable[[], object]) -> str:
-    """What went wrong, in one line; nothing if nothing did."""
-    try:
-        run()
-    except Exception as error:  # whatever it is, the other cases are still worth a report
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__} {lines[-1].strip()}"  # a compilation error quotes the source first
-    return ""
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """Calls of which only the first may compile anything: what differs is lengths, and lengths are no constants."""
-
-    name: str
-    first: Callable[[], object]
-    later: tuple[Callable[[], object], ...]
-
-
-def reuse_faults(scenarios: Iterable[Reuse], arch: int) -> list[str]:
-    """In words, every scenario in which a later call compiled something; also one whose first call compiles nothing."""
-    found: list[str] = []
-    for scenario in scenarios:
-        with offline(arch):
-            with launch.compiling_only() as launched:
-                errors = [_attempt(scenario.first)]
-            if not launched:
-                found.append(f"{scenario.name} launched no kernel for sm_{arch}")
-            new = compilations(lambda: errors.extend(map(_attempt, scenario.later)))  # noqa: B023  # called at once
-        if new:
-            found.append(f"{scenario.name} compiled {new} kernels more for sm_{arch}")
-        found += [f"{scenario.name} fails for sm_{arch}: {error}" for error in errors if error]
-    return found
+    return list(dict.fromkeys(chosen))
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
@@ -458,41 +79,49 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def command(chosen: Sequence[int], out: Path, only: str = "") -> int:
-    """Reports every case whose name holds `only`, writes them to `out`; returns 1 if a kernel breaks a promise.
+def command(chosen: Sequence[int], out: Path | None, only: str = "") -> int:
+    """Compiles every case whose name holds `only` for some architectures; returns 1 if a promise is broken, else 0.
+
+    The rows are printed, and written to `out` if it is given.
 
     Raises:
         InputError: this process cannot compile, or no case has that name.
     """
     with offline(chosen[0]):  # says at once if this process cannot compile
         pass
-    from bench.suites.kernel_cases import cases, reuse
-
     some = [case for case in cases() if only in case.name]
     if not some:
         raise InputError(f"no case's name holds {only!r}; leave --only out to see them all")
     rows: list[Row] = []
-    found: list[str] = []
+    faults: list[str] = []
     for arch in chosen:
         result = report(some, arch)
         rows += result.rows
-        found += result.faults
+        faults += result.faults
         if not only:
-            found += reuse_faults(reuse(), arch)
-    write_csv(out, rows)
+            faults += reuse_faults(reuse(), arch)
     print(table(rows))
-    print(f"\n{len(rows)} kernels of {len(some)} cases; with all columns in {out}")
-    for fault in found:
+    print(f"\n{len(rows)} kernels of {len(some)} cases", end="")
+    if out is None:
+        print("; nothing is written: --out FILE writes all columns")
+    else:
+        write_csv(out, rows)
+        print(f"; with all columns in {out}")
+    for fault in faults:
         print(f"FAULT: {fault}")
-    if not found and not only:
+    if not faults and not only:
         print("No spills, stack, atomics or fp64; vector widths as promised; changed shapes compile nothing new.")
-    return 1 if found else 0
+    return 1 if faults else 0
 
 
-def run(session: "Session") -> None:
-    """The suite: all three architectures into results/offline/kernels.csv; quick: one, beside the other results."""
-    folder = session.folder.parent / "offline" if not session.quick else session.folder
+def run(session: Session) -> None:
+    """The suite: three architectures into the committed table, or beside the session's other results with --out.
+
+    A quick run compiles for one architecture. One with --only is a part of the table, which replaces no whole one.
+    """
     chosen = QUICK_ARCHITECTURES if session.quick else ARCHITECTURES
-    name = "kernels-quick.csv" if session.quick else "kernels.csv"
-    if command(chosen, folder / name, session.only):
+    out: Path | None = session.folder / ("kernels-quick.csv" if session.quick else "kernels.csv")
+    if session.folder == results_folder(session.device):
+        out = None if session.only else RECORD
+    if command(chosen, out, session.only):
         session.refused.append("kernels: a kernel breaks a promise, see FAULT above")

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from bench.suites import kernels
+from bench import offline
 from prunetrain_kernels.ops.launch import launch, tl, triton
 
 
@@ -69,11 +69,11 @@ def broken(x, BLOCK: tl.constexpr):
 def main(arch: int) -> None:
     half, single = torch.zeros(4096, dtype=torch.float16), torch.zeros(4096)
     aligned, odd = half[:1024], half[1:1025]
-    promise = kernels.Promise(load=16, store=16)
+    promise = offline.Promise(load=16, store=16)
 
     def case(name: str, kernel: object, *arguments: object, dtype: torch.dtype = torch.float16, **constants: object):
         promises = {kernel.__name__: promise} if kernel in (sound, scalar) else {}
-        return kernels.Case(name, dtype, lambda: launch(kernel, (1,), *arguments, **constants), promises)
+        return offline.Case(name, dtype, lambda: launch(kernel, (1,), *arguments, **constants), promises)
 
     cases = [
         case("sound", sound, aligned, aligned, 128, BLOCK=1024),
@@ -85,13 +85,13 @@ def main(arch: int) -> None:
         case("product", product, half, single, BLOCK=64),
         case("broken", broken, half, BLOCK=64),
         case("bfloat", sound, aligned.bfloat16(), aligned.bfloat16(), 128, dtype=torch.bfloat16, BLOCK=1024),
-        kernels.Case("nothing", torch.float32, lambda: None),
-        kernels.Case("elsewhere", torch.float16, cases_run(aligned), {"other_kernel": promise}),
+        offline.Case("nothing", torch.float32, lambda: None),
+        offline.Case("elsewhere", torch.float16, cases_run(aligned), {"other_kernel": promise}),
     ]
-    result = kernels.report(cases, arch)
+    result = offline.report(cases, arch)
     lengths = (sound, scalar, specialised)
     reuse = [
-        kernels.Reuse(
+        offline.Reuse(
             kernel.__name__,
             lambda kernel=kernel: launch(kernel, (1,), single, single, 64, BLOCK=64),
             tuple(lambda kernel=kernel, n=n: launch(kernel, (1,), single, single, n, BLOCK=64) for n in (61, 37, 1)),
@@ -99,7 +99,7 @@ def main(arch: int) -> None:
         for kernel in lengths
     ]
     rows = {row.kernel + "/" + row.case: dataclasses.asdict(row) for row in result.rows}
-    print(json.dumps({"rows": rows, "faults": result.faults, "reuse": kernels.reuse_faults(reuse, arch)}))
+    print(json.dumps({"rows": rows, "faults": result.faults, "reuse": offline.reuse_faults(reuse, arch)}))
 
 
 def cases_run(x: torch.Tensor):

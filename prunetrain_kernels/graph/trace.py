@@ -4,9 +4,7 @@ Tracing gives a program, the calls that the forward makes; running it on the exa
 values. `walk.py` then follows the channels through it.
 """
 
-import inspect
-import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,64 +17,15 @@ from torch.nn.utils.parametrize import is_parametrized
 from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import TraceError
 from prunetrain_kernels.graph.exported import exported_program
-from prunetrain_kernels.graph.rules import expand_calls, rule_for
+from prunetrain_kernels.graph.rules import expand_calls
 from prunetrain_kernels.graph.spaces import ChannelGraph
+from prunetrain_kernels.graph.tracer import UntraceableError, trace, tracing
 from prunetrain_kernels.graph.walk import Shape, Walk
 
 # More examples than this only cost time: shapes are the same, and max|dy| is measured at every reconfiguration.
 MOST_EXAMPLES = 8
 
 HOW_TO_TRACE = "Move the part that depends on data into a submodule of its own, whose channels then stay as they are."
-
-
-class _UntraceableError(Exception):
-    """torch.fx cannot follow the model's own forward."""
-
-
-def _pieces_of(node: fx.Node) -> int | None:
-    """How many tensors a chunk or split gives, where the program says so."""
-    given = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
-    if node.target in ("chunk", torch.chunk) and isinstance(given, int):
-        return given
-    if node.target in ("split", torch.split, torch.functional.split) and isinstance(given, list | tuple):
-        return len(given)
-    return None
-
-
-class _Proxy(fx.Proxy):
-    def __len__(self) -> int:
-        """Of pieces: `list(x.chunk(2, 1))` and `f(*x.chunk(2, 1))` ask for it."""
-        count = _pieces_of(self.node)
-        return super().__len__() if count is None else count
-
-
-class _Tracer(fx.Tracer):
-    """fx's tracer that leaves some modules closed and remembers in which module tracing failed."""
-
-    def __init__(self, closed: set[str]) -> None:
-        super().__init__()
-        self.closed = closed
-        self.failed_in: str | None = None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        closed = module_qualified_name in self.closed
-        return closed or rule_for(m) is not None or super().is_leaf_module(m, module_qualified_name)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def iter(self, obj: Any) -> Iterator[Any]:
-        """`for piece in x.chunk(4, 1)`: a number of pieces that is written out."""
-        count = _pieces_of(obj.node)
-        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            # The innermost module sees the exception first.
-            self.failed_in = self.failed_in or self.path_of_module(m)
-            raise
 
 
 def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> ChannelGraph:
@@ -98,11 +47,11 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
     examples = _few(example_inputs)
     _refuse_wrapped(model)
     _refuse_parametrized(model)
-    with _as_it_was(model, examples):
+    with tracing(), _as_it_was(model, examples):
         graph, failed = None, None
         try:
             graph = _by_fx(model, examples)
-        except _UntraceableError as error:
+        except UntraceableError as error:
             failed = error
         if graph is None or graph.opaque:
             try:
@@ -131,7 +80,7 @@ def _as_it_was(model: nn.Module, examples: tuple[Tensor, ...]) -> Iterator[None]
 
 def _by_fx(model: nn.Module, examples: tuple[Tensor, ...]) -> ChannelGraph:
     model.train()  # auxiliary heads and the like exist in training mode only, and training is what shrinks
-    program, opaque = _trace(model, len(examples))
+    program, opaque = trace(model, len(examples))
     expand_calls(program, dict(model.named_modules()))
     model.eval()
     return Walk(model, program, _run(model, program, examples), opaque).graph(examples)
@@ -178,46 +127,6 @@ def _few(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     one_batch = len({x.shape[0] if x.dim() else None for x in example_inputs}) == 1 and example_inputs[0].dim() > 0
     # Copies: a caller's buffer that is filled anew, or a whole batch kept alive, is no concern of the graph.
     return tuple((x[:MOST_EXAMPLES] if one_batch else x).detach().clone() for x in example_inputs)
-
-
-def _trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
-    closed: dict[str, str] = {}
-    settings = _settings(model, inputs)
-    while True:
-        tracer = _Tracer(set(closed))
-        try:
-            return tracer.trace(model, settings), closed
-        except Exception as error:
-            reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".") + _where(error)
-            if not tracer.failed_in or tracer.failed_in in closed:
-                raise _UntraceableError(
-                    f"the forward of {type(model).__name__} cannot be traced by torch.fx: {reason}"
-                ) from error
-            closed[tracer.failed_in] = reason
-
-
-def _settings(model: nn.Module, inputs: int) -> dict[str, Any] | None:
-    """Plain defaults of the forward's further arguments (`return_features=False`): flow may depend on them."""
-    parameters = list(inspect.signature(model.forward).parameters.values())[inputs:]
-    plain = {
-        p.name: p.default
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and (p.default is None or isinstance(p.default, bool | int | float | str))
-    }
-    return plain or None
-
-
-def _where(error: Exception) -> str:
-    """The user's line of code in which an exception came up."""
-    here, found = error.__traceback__, ""
-    while here is not None:
-        file, line = here.tb_frame.f_code.co_filename, here.tb_lineno
-        # torch's own frames and those of this file are not what the user wrote
-        if not str(here.tb_frame.f_globals.get("__name__", "")).startswith(("torch.", __name__)):
-            found = f" in '{linecache.getline(file, line).strip()}' ({file}:{line})"
-        here = here.tb_next
-    return found
 
 
 class _Recorder(fx.Interpreter):

@@ -1,0 +1,174 @@
+"""torch.fx's tracer as this package uses it: one trace at a time, in one thread, with some modules left closed.
+
+While torch.fx traces, `nn.Module.__call__` and `nn.Module.__getattr__` are patched for the whole process. Two traces at
+once would leave the patches of one behind, so they wait for each other (`tracing`); and a tracer here lets the modules
+that another thread calls meanwhile, for inference, run as they are (`ThreadTracer`).
+"""
+
+import inspect
+import linecache
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from prunetrain_kernels.graph.rules import rule_for
+from prunetrain_kernels.probe import first_line
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Only one thread at a time is inside; the same thread may enter again. For whatever traces with torch.fx."""
+    with _LOCK:
+        yield
+
+
+class ThreadTracer(fx.Tracer):
+    """fx's tracer that does not see what other threads call and read while it traces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class UntraceableError(Exception):
+    """torch.fx cannot follow the model's own forward."""
+
+
+def _pieces_of(node: fx.Node) -> int | None:
+    """How many tensors a chunk or split gives, where the program says so."""
+    given = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+    if node.target in ("chunk", torch.chunk) and isinstance(given, int):
+        return given
+    if node.target in ("split", torch.split, torch.functional.split) and isinstance(given, list | tuple):
+        return len(given)
+    return None
+
+
+class _Proxy(fx.Proxy):
+    def __len__(self) -> int:
+        """Of pieces: `list(x.chunk(2, 1))` and `f(*x.chunk(2, 1))` ask for it."""
+        count = _pieces_of(self.node)
+        return super().__len__() if count is None else count
+
+
+class _Tracer(ThreadTracer):
+    """Leaves some modules closed and remembers in which module tracing failed."""
+
+    def __init__(self, closed: set[str]) -> None:
+        super().__init__()
+        self.closed = closed
+        self.failed_in: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        closed = module_qualified_name in self.closed
+        return closed or rule_for(m) is not None or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """`for piece in x.chunk(4, 1)`: a number of pieces that is written out."""
+        count = _pieces_of(obj.node)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
+
+    def create_arg(self, a: Any) -> Any:
+        """An object that holds tensors, as a forward may return, becomes a call that makes one of what it holds."""
+        if _is_plain_object(a) and any(isinstance(value, fx.Proxy) for value in vars(a).values()):
+            return self.create_node("call_function", _maker_of(a), (), {k: self.create_arg(v) for k, v in _held(a)})
+        return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            # The innermost module sees the exception first.
+            self.failed_in = self.failed_in or self.path_of_module(m)
+            raise
+
+
+def _is_plain_object(value: Any) -> bool:
+    """One of a class of the user's own that fx has no way to write down."""
+    known = (fx.Proxy, fx.Node, Tensor, nn.Module, type, dict, list, tuple, slice, range)
+    plain = hasattr(value, "__dict__") and not callable(value) and not isinstance(value, known)
+    return plain and not hasattr(value, "__dataclass_fields__")
+
+
+def _held(value: Any) -> list[tuple[str, Any]]:
+    return [(name, part) for name, part in vars(value).items() if isinstance(part, fx.Proxy | Tensor)]
+
+
+def _maker_of(value: Any) -> Callable[..., Any]:
+    """A function of the tensors in an object that makes another with everything else alike."""
+    cls, rest = type(value), {name: part for name, part in vars(value).items() if not isinstance(part, fx.Proxy)}
+
+    def make(**tensors: Any) -> Any:
+        made = object.__new__(cls)
+        vars(made).update(rest | tensors)
+        return made
+
+    make.__name__ = make.__qualname__ = cls.__name__
+    return make
+
+
+def trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
+    """The model's program in its present mode; and submodules that tracing could not enter, with the reason.
+
+    Args:
+        inputs: how many arguments the model will be given.
+
+    Raises:
+        UntraceableError: the model's own forward cannot be traced.
+    """
+    closed: dict[str, str] = {}
+    settings = _settings(model, inputs)
+    while True:
+        tracer = _Tracer(set(closed))
+        try:
+            return tracer.trace(model, settings), closed
+        except Exception as error:
+            reason = first_line(error) + _where(error)
+            if not tracer.failed_in or tracer.failed_in in closed:
+                raise UntraceableError(
+                    f"the forward of {type(model).__name__} cannot be traced by torch.fx: {reason}"
+                ) from error
+            closed[tracer.failed_in] = reason
+
+
+def _settings(model: nn.Module, inputs: int) -> dict[str, Any] | None:
+    """Plain defaults of the forward's further arguments (`return_features=False`): flow may depend on them."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[inputs:]
+    plain = {
+        p.name: p.default
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and (p.default is None or isinstance(p.default, bool | int | float | str))
+    }
+    return plain or None
+
+
+def _where(error: Exception) -> str:
+    """The user's line of code in which an exception came up."""
+    here, line = error.__traceback__, ""
+    while here is not None:
+        file, number = here.tb_frame.f_code.co_filename, here.tb_lineno
+        # torch's own frames and those of this file are not what the user wrote
+        if not str(here.tb_frame.f_globals.get("__name__", "")).startswith(("torch.", __name__)):
+            line = f" in '{linecache.getline(file, number).strip()}' ({file}:{number})"
+        here = here.tb_next
+    return line

@@ -10,6 +10,7 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.rules import batch_norm_rule, expand_sum_and_relu, register_expansion, register_rule
 from prunetrain_kernels.ops.batch_norm_act import batch_norm_act, batch_norm_act_by_maps
 from prunetrain_kernels.ops.channel_index import ChannelIndex
+from prunetrain_kernels.ops.launch import is_transformed
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -76,7 +77,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             raise InputError("scatter places a branch's channels in a residual; pass the residual too.")
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+            count_batch(self)
             if self.momentum is None:  # cumulative average
                 momentum = 1.0 / float(self.num_batches_tracked)
         keeps = not self.training or self.track_running_stats
@@ -125,6 +126,22 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu={self.relu}"
+
+
+def count_batch(module: nn.modules.batchnorm._BatchNorm) -> None:
+    """Adds 1 to `num_batches_tracked`, or says why a torch.func transform does not let it."""
+    assert module.num_batches_tracked is not None
+    if not is_transformed():
+        module.num_batches_tracked.add_(1)
+        return
+    try:
+        module.num_batches_tracked.add_(1)
+    except RuntimeError as error:
+        raise InputError(
+            f"a {type(module).__name__} in training mode cannot count its batches and update its running statistics "
+            "inside this torch.func transform; call it in eval mode, or make it with track_running_stats=False "
+            "(torch.func.replace_all_batch_norm_modules_ does)."
+        ) from error
 
 
 def _recorded(module: nn.Module, input: fx.Proxy, *options: Any) -> Any:

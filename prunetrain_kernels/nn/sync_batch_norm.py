@@ -3,6 +3,7 @@
 `torch.nn.SyncBatchNorm` computes the same, but runs on GPUs only, and `DistributedDataParallel` refuses it on a CPU.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules._functions import SyncBatchNorm as CudaSyncBatchNorm
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.rules import batch_norm_rule, register_rule
+from prunetrain_kernels.ops.launch import is_transformed
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -34,6 +37,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         alone = not self.training or not dist.is_initialized() or dist.get_world_size(self.process_group) == 1
         if alone or isinstance(input, FakeTensor):  # a dry run for costs moves nothing between ranks
             return super().forward(input)
+        if is_transformed():
+            raise InputError(
+                "a SyncBatchNorm cannot synchronise ranks inside a torch.func transform or forward-mode "
+                "differentiation; call the model in eval mode there, or use plain batch norms."
+            )
         momentum = self.momentum
         mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         if self.track_running_stats and self.num_batches_tracked is not None:
@@ -103,49 +111,67 @@ class _Synchronized(torch.autograd.Function):
     ) -> Tensor:
         over = [d for d in range(x.dim()) if d != 1]
         wide = torch.promote_types(x.dtype, torch.float32)
-        var, mean = torch.var_mean(x.to(wide), over, correction=0)
-        mine = torch.cat([mean, var, mean.new_tensor([x.numel() / x.shape[1]])])
+        channels = x.shape[1]
+        values = math.prod(x.shape[d] for d in over)
+        var, mean = torch.var_mean(x.to(wide), over, correction=0) if values else x.new_zeros((2, channels), dtype=wide)
+        mine = torch.cat([mean, var, mean.new_tensor([values])])
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(everyone, mine, group=group)
-        channels = x.shape[1]
         table = torch.stack(everyone)
         means, variances, counts = table[:, :channels], table[:, channels:-1], table[:, -1:]
         count = float(counts.sum())
-        if count <= 1:
+        if count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got {tuple(x.shape)} over all ranks"
             )
-        mean = (counts * means).sum(0) / count
-        var = (counts * (variances + (means - mean).square())).sum(0) / count
-        if running_mean is not None and running_var is not None:
+        mean = (counts * means).sum(0) / max(count, 1)
+        var = (counts * (variances + (means - mean).square())).sum(0) / max(count, 1)
+        if count and running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
-        inverse = (var + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, inverse)
-        ctx.count, ctx.group, ctx.has_bias = count, group, bias is not None
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.count, ctx.group, ctx.eps, ctx.bias = max(count, 1), group, eps, None if bias is None else bias.dtype
         # with the statistics given, evaluation mode normalises in one pass
         return F.batch_norm(x, mean.to(wide), var, weight, bias, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if is_transformed():
+            raise InputError("the gradient of a SyncBatchNorm has no vmap (is_grads_batched); take one at a time.")
         x, weight, mean, inverse = ctx.saved_tensors
+        again = torch.is_grad_enabled()
         over = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         wide = mean.dtype
-        dy, centred = grad.to(wide), x.to(wide) - mean.view(shape)
+        dy, x_wide = grad.to(wide), x.to(wide)
+        if again:  # as functions of x that can be differentiated, over all ranks
+            mean = _sum_of_ranks(x_wide.sum(over), ctx.group) / ctx.count
+            var = _sum_of_ranks((x_wide - mean.view(shape)).square().sum(over), ctx.group) / ctx.count
+            inverse = (var + ctx.eps).rsqrt()
+        centred = x_wide - mean.view(shape)
         sums = torch.cat([dy.sum(over), (dy * centred).sum(over)])
-        channels = x.shape[1]
-        d_bias, d_weight = sums[:channels].clone(), sums[channels:] * inverse
-        dist.all_reduce(sums, group=ctx.group)
-        of_dy, of_product = (sums / ctx.count).split(channels)
+        d_bias, product = sums.split(x.shape[1])
+        d_weight = product * inverse
+        if again:
+            sums = _sum_of_ranks(sums, ctx.group)
+        else:
+            d_bias = d_bias.clone()
+            dist.all_reduce(sums, group=ctx.group)
+        of_dy, of_product = (sums / ctx.count).split(x.shape[1])
         scale = inverse if weight is None else inverse * weight.to(wide)
         dx = (dy - of_dy.view(shape) - centred * (of_product * inverse.square()).view(shape)) * scale.view(shape)
         return (
             dx.to(x.dtype),
             None if weight is None else d_weight.to(weight.dtype),
-            d_bias.to(grad.dtype if weight is None else weight.dtype) if ctx.has_bias else None,
+            None if ctx.bias is None else d_bias.to(ctx.bias),
             *[None] * 5,
         )
+
+
+def _sum_of_ranks(values: Tensor, group: Any) -> Tensor:
+    """The sum over all ranks, through which gradients flow."""
+    total: Tensor = all_reduce(values, group=group)
+    return total
 
 
 register_rule(SyncBatchNorm, batch_norm_rule)

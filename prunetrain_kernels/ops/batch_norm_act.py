@@ -43,21 +43,26 @@ The passes are operators of their own, so that a process group can reduce the st
 SyncBatchNorm does. `batch_norm_act` is the differentiable whole.
 """
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops.channel_index import ChannelIndex, by_map
 from prunetrain_kernels.ops.launch import (
     KERNEL_DTYPES,
     accumulator,
     accumulator_dtype,
     is_eager,
+    is_differentiated_again,
+    is_transformed,
     launch,
+    refuse_derivative,
     register,
     tl,
     triton,
@@ -65,9 +70,6 @@ from prunetrain_kernels.ops.launch import (
 )
 from prunetrain_kernels.ops.layout import TILE_COLUMNS, Matrix, dense, is_channels_last, matrix_of
 from prunetrain_kernels.ops.native import DTYPE, ops, use_native
-
-if TYPE_CHECKING:
-    from prunetrain_kernels.ops.channel_index import ChannelIndex
 
 TILE_ROWS = 16  # 16 elements a thread: enough loads in flight, accumulators that fit in registers
 FOLD_CHANNELS = 2
@@ -1064,6 +1066,107 @@ def _(
     return torch.empty_like(x), torch.empty_like(dy) if residual_gradient else _nothing(x)
 
 
+for _pass in (batch_norm_statistics, batch_norm_apply, batch_norm_backward_sums, batch_norm_backward_apply):
+    refuse_derivative(_pass, "ops.batch_norm_act, which has one")
+
+# --- in differentiable operations of PyTorch --------------------------------------------------------------------------
+
+# For derivatives of derivatives, and for the transforms of torch.func, of which the passes above know nothing.
+
+
+def _channelwise(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    over = [d for d in range(x.dim()) if d != 1]
+    mean = x.mean(over)
+    return mean, (x - _channelwise(mean, x)).square().mean(over)
+
+
+def _composed_normalized(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    scale = (var + eps).rsqrt()
+    y = (x - _channelwise(mean, x)) * _channelwise(scale if weight is None else scale * weight, x)
+    return y if bias is None else y + _channelwise(bias, x)
+
+
+def _composed(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, padded: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, and the mean and var it took: those of x where none are given."""
+    wide = x.to(accumulator_dtype(x.dtype))
+    if inverse is not None and padded:
+        wide = by_map(wide, inverse)
+    if mean is None or var is None:
+        mean, var = _moments(wide)
+    y = _composed_normalized(wide, mean.to(wide.dtype), var.to(wide.dtype), weight, bias, eps)
+    if inverse is not None and not padded:
+        y = by_map(y, inverse)
+    y = y if residual is None else y + residual
+    return (y.relu() if relu else y).to(x.dtype), mean, var
+
+
+def _let_through(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    eps: float, channels_last: bool,
+) -> Tensor:  # fmt: skip
+    """Where the ReLU let its input through, which is constant almost everywhere; x in the channels of its parameters."""
+    with torch.no_grad():
+        if mask is None:
+            return ~(_composed_normalized(x, mean, var, weight, bias, eps) <= 0)
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
+        stored = formats.get(dy.dim(), torch.contiguous_format)
+        like = torch.empty(dy.shape, dtype=torch.uint8, device=mask.device, memory_format=stored)
+        return _unpack_bits(mask, like).bool()
+
+
+def _composed_gradients(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    inverse: Tensor | None, eps: float, relu: bool, channels_last: bool, training: bool,
+    x_gradient: bool, sums: bool, residual_gradient: bool, padded: bool = False, first: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_gradients` as a function of dy, x and weight that can be differentiated again."""
+    g, wide = dy.to(accumulator_dtype(x.dtype)), x.to(accumulator_dtype(x.dtype))
+    if inverse is not None and padded:
+        wide = by_map(wide, inverse)
+    if relu:
+        keep = _let_through(dy, wide, mean, var, weight, bias, mask, eps, channels_last)
+        g = torch.where(keep, g, 0)
+    if training:
+        mean, var = _moments(wide)
+    live = None if inverse is None else inverse.argsort()[len(inverse) - x.shape[1] :]
+    g_in = g if live is None or padded else g.index_select(1, live)
+    over = [d for d in range(x.dim()) if d != 1]
+    rstd = (var.to(g.dtype) + eps).rsqrt()
+    xhat = (wide - _channelwise(mean, x)) * _channelwise(rstd, x)
+    sum_dy, sum_dy_xhat = g_in.sum(over), (g_in * xhat).sum(over)
+    dx = g_in
+    if training:
+        count = math.prod(x.shape[d] for d in over)
+        dx = dx - _channelwise(sum_dy / count, x) - xhat * _channelwise(sum_dy_xhat / count, x)
+    dx = dx * _channelwise(rstd if weight is None else rstd * weight, x)
+    dx = dx if live is None or not padded else dx.index_select(1, live)
+    return dx.to(x.dtype), g.to(dy.dtype), sum_dy, sum_dy_xhat
+
+
+def _update_running_composed(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """`_update_running`; the running statistics get no tangents."""
+    try:
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+            for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+                running.copy_(momentum * new + (1 - momentum) * running.to(new.dtype))
+    except RuntimeError as error:
+        raise InputError(
+            "batch_norm_act cannot update running statistics that are shared by all calls of a torch.func transform; "
+            "call it in eval mode, or without running statistics (track_running_stats=False)."
+        ) from error
+
+
 # --- the whole, with its derivative -----------------------------------------------------------------------------------
 
 
@@ -1177,6 +1280,8 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     x, mean, var, weight, bias, mask, inverse = ctx.saved_tensors
     of_x, of_weight, of_bias, of_residual = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
     gradients = _gradients if is_eager(dy) else _batch_norm_act_backward
+    if is_differentiated_again(dy):
+        gradients = _composed_gradients
     dx, dresidual, sum_dy, sum_dy_xhat = gradients(
         dy, x, mean, var, weight, bias, mask, inverse, ctx.eps, ctx.relu, ctx.channels_last, ctx.training,
         of_x, of_weight or of_bias, of_residual and ctx.relu, ctx.padded, ctx.first,
@@ -1199,7 +1304,7 @@ class _Eager(torch.autograd.Function):
         _save(ctx, inputs, output)  # with a `setup_context`, PyTorch inspects the signature of `forward` at every call
         return output
 
-    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+    backward = staticmethod(_backward)
 
 
 def _check(
@@ -1267,12 +1372,13 @@ def batch_norm_act(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = False,
-    scatter: "ChannelIndex | None" = None,
+    scatter: ChannelIndex | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, and in the same pass what follows it: act(BN(x) [+ residual]).
 
-    Differentiable, once, by x, weight, bias and residual.
+    Differentiable by x, weight, bias and residual, any number of times: derivatives of derivatives, and what the
+    transforms of `torch.func` and forward-mode differentiation ask for, are computed with PyTorch's own operations.
 
     Args:
         x: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); fp32, fp16, bf16 or fp64; contiguous or channels_last
@@ -1297,7 +1403,8 @@ def batch_norm_act(
 
     Raises:
         InputError: (a ValueError) shapes, dtypes or devices that do not fit each other; eval without running
-            statistics, or one without the other; training with fewer than two values per channel.
+            statistics, or one without the other; training with one value per channel (of an empty batch there is
+            none: as in PyTorch the result is empty and the running statistics stay).
     """
     maps = (None, None, None) if scatter is None else (scatter.index, scatter.inverse, scatter.first)
     index, inverse, first = maps
@@ -1336,20 +1443,26 @@ def batch_norm_act_by_maps(
     if inverse is not None and first == 0 and len(inverse) == x.shape[1]:
         inverse = None  # all channels, in order
     start = -1 if first is None or inverse is None else first
+    if not training and running_mean is None:
+        raise InputError("batch_norm_act in eval needs running_mean and running_var; give them, or training=True.")
+    count = x.shape[0]
+    for size in x.shape[2:]:
+        count *= size
+    if training and count == 1:
+        raise InputError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
     eager = is_eager(x)
+    if (training and count == 0) or (not eager and is_transformed()):
+        given = (None, None) if training else (running_mean, running_var)
+        y, mean, var = _composed(x, *given, weight, bias, residual, inverse, eps, relu, padded)
+        if training and count and running_mean is not None and running_var is not None:
+            _update_running_composed(running_mean, running_var, mean, var, count, momentum)
+        return y
     act = _Eager.apply if eager else _batch_norm_act
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
     options = (weight, bias, residual, inverse, eps, relu, record, training, padded, start)
     if not training:
-        if running_mean is None:
-            raise InputError("batch_norm_act in eval needs running_mean and running_var; give them, or training=True.")
         y, *_ = act(x, running_mean, running_var, *options)
         return y
-    count = x.shape[0]
-    for size in x.shape[2:]:
-        count *= size
-    if count < 2:
-        raise InputError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
     given = (None, None) if statistics is None else statistics
     y, mean, var, _ = act(x, *given, *options)
     if not _returns_statistics(given[0], training, padded):

@@ -31,7 +31,18 @@ from torch import Tensor, fx
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops import native
-from prunetrain_kernels.ops.launch import accumulator, launch, register, tl, triton, use_kernels
+from prunetrain_kernels.ops.launch import (
+    KERNEL_DTYPES,
+    accumulator,
+    accumulator_dtype,
+    is_differentiated_again,
+    is_transformed,
+    launch,
+    register,
+    tl,
+    triton,
+    use_kernels,
+)
 from prunetrain_kernels.ops.layout import TILE_COLUMNS, dense, is_channels_last, matrix, memory_format
 
 TILE_ROWS = 16
@@ -235,11 +246,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
     source, target = ctx.saved_tensors
-    dx = channel_map(upstream, target, source, None) if ctx.needs_input_grad[0] else None
+    mapped = _composed if is_differentiated_again(upstream) else channel_map
+    dx = mapped(upstream, target, source, None) if ctx.needs_input_grad[0] else None
     return dx, None, None, upstream if ctx.needs_input_grad[3] else None
 
 
 channel_map.register_autograd(_backward, setup_context=_setup_context)
+
+
+def by_map(x: Tensor, source: Tensor) -> Tensor:
+    """`channel_map` without a base in differentiable operations of PyTorch, for all of its transforms."""
+    with_zero = torch.cat([x, x.new_zeros((x.shape[0], 1, *x.shape[2:]))], 1)
+    return with_zero.index_select(1, torch.where(source < 0, x.shape[1], source.long()))
+
+
+def _mapped(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) -> Tensor:
+    out: Tensor = (_composed if is_transformed() else channel_map)(x, source, target, base)
+    return out
+
+
+def _composed(x: Tensor, source: Tensor, _: Tensor, base: Tensor | None) -> Tensor:
+    if base is None:
+        return by_map(x, source)
+    wide = accumulator_dtype(x.dtype) if x.dtype in KERNEL_DTYPES else x.dtype
+    return (base.to(wide) + by_map(x.to(wide), source)).to(base.dtype)
 
 
 # -- public ------------------------------------------------------------------------------------------------------------
@@ -271,7 +301,7 @@ def gather_by_maps(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     _check_shape(x, "x")
     _check_device(x, index)
     _check_channels(x, "x", inverse.shape[0], "is into")
-    return channel_map(x, index, inverse, None)
+    return _mapped(x, index, inverse, None)
 
 
 def channel_scatter(x: Tensor, index: ChannelIndex | Sequence[int] | Tensor, channels: int | None = None) -> Tensor:
@@ -303,7 +333,7 @@ def scatter_by_maps(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     _check_shape(x, "x")
     _check_device(x, index)
     _check_channels(x, "x", index.shape[0], "lists")
-    return channel_map(x, inverse, index, None)
+    return _mapped(x, inverse, index, None)
 
 
 def channel_scatter_add(base: Tensor, x: Tensor, index: ChannelIndex | Sequence[int] | Tensor) -> Tensor:
@@ -333,7 +363,7 @@ def scatter_add_by_maps(base: Tensor, x: Tensor, index: Tensor, inverse: Tensor)
     _check_device(x, index)
     _check_channels(base, "base", inverse.shape[0], "is into")
     _check_channels(x, "x", index.shape[0], "lists")
-    return channel_map(x, inverse, index, base)
+    return _mapped(x, inverse, index, base)
 
 
 def _check_addable(base: Tensor, x: Tensor) -> None:

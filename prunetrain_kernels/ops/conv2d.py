@@ -50,7 +50,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from prunetrain_kernels.errors import InputError
@@ -61,12 +60,14 @@ from prunetrain_kernels.ops.batch_norm_act import (
     _fold_statistics_kernel,
     batch_norm_statistics,
 )
-from prunetrain_kernels.ops.channel_index import ChannelIndex, scatter_add_by_maps, scatter_by_maps
+from prunetrain_kernels.ops.channel_index import ChannelIndex, by_map, scatter_add_by_maps, scatter_by_maps
 from prunetrain_kernels.ops.launch import (
     HAS_TRITON,
     KERNEL_DTYPES,
     accumulator_dtype,
     is_eager,
+    is_differentiated_again,
+    is_transformed,
     launch,
     register,
     tl,
@@ -573,6 +574,57 @@ def _weight_gradient(
     return dweight.copy_(total.permute(0, 3, 1, 2))
 
 
+# -- in differentiable operations of PyTorch ---------------------------------------------------------------------------
+
+# For derivatives of derivatives, and for the transforms of torch.func, of which kernels know nothing.
+
+
+class _Places(NamedTuple):
+    """Where the `live` channels of one side lie among `channels`: at an index, or in a run from `first` on."""
+
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
+    first: int
+    live: int
+    channels: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """The live channels of x."""
+        if self.index is None:
+            return x.narrow(1, self.first, self.live)
+        return x.index_select(1, self.index.long())
+
+    def put(self, x: Tensor) -> Tensor:
+        """Live channels among zeros."""
+        if self.index is None and self.live == self.channels:
+            return x
+        inverse = torch.full((self.channels,), -1, device=x.device)
+        places = slice(self.first, self.first + self.live) if self.index is None else self.index.long()
+        inverse[places] = torch.arange(self.live, device=x.device)
+        return by_map(x, inverse)
+
+
+def _composed(
+    x: Tensor, weight: Tensor, base: Tensor | None, inputs: _Places, outputs: _Places, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], moments: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """y, mean, var."""
+    y = F.conv2d(inputs.take(x), weight, None, stride, padding, dilation)
+    mean = var = None
+    if moments:
+        var, mean = torch.var_mean(y.detach().to(accumulator_dtype(y.dtype)), (0, 2, 3), correction=0)
+    y = outputs.put(y)
+    return y if base is None else base + y, mean, var
+
+
+def _composed_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, inputs: _Places, outputs: _Places, stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx and dweight as functions of dy, x and weight that can be differentiated again."""
+    dx, dweight = _backward_reference(outputs.take(dy), inputs.take(x), weight, stride, padding, [True, True])
+    return inputs.put(dx), dweight
+
+
 # -- registration ------------------------------------------------------------------------------------------------------
 
 _conv2d = register("conv2d")(_forward)
@@ -615,6 +667,11 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
         return (None,) * 11
     x, weight, input_index, output_index = ctx.saved_tensors
     of_x, of_weight, of_base = ctx.needs_input_grad[:3]
+    if is_differentiated_again(dy):
+        inputs = _Places(input_index, ctx.input_first, weight.shape[1], x.shape[1])
+        outputs = _Places(output_index, ctx.output_first, weight.shape[0], dy.shape[1])
+        composed = _composed_gradients(dy, x, weight, inputs, outputs, ctx.stride, ctx.padding)
+        return composed[0] if of_x else None, composed[1] if of_weight else None, dy if of_base else None, *(None,) * 8
     of_input, of_filters = _input_gradient, _weight_gradient
     if not is_eager(dy):
         of_input, of_filters = conv2d_input_gradient, conv2d_weight_gradient
@@ -632,7 +689,7 @@ class _Eager(torch.autograd.Function):
 
     forward = staticmethod(_forward)
     setup_context = staticmethod(_save)
-    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+    backward = staticmethod(_backward)
 
 
 def _multiply_adds(y_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
@@ -784,7 +841,8 @@ def conv2d(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`torch.nn.functional.conv2d` of some channels of x into some channels of y. No bias, no groups.
 
-    Differentiable by x, weight and base: once with backend "triton", as often as PyTorch's convolution with the others.
+    Differentiable by x, weight and base as often as PyTorch's convolution: derivatives of derivatives, and what the
+    transforms of `torch.func` and forward-mode differentiation ask for, are computed with PyTorch's own operations.
     Under autocast, x, weight and base are cast as autocast casts the arguments of `F.conv2d`.
 
     Args:
@@ -848,7 +906,10 @@ def conv2d_by_maps(
         raise InputError("the triton backend has no dilation; use backend='expanded', or None.")
     places = (inputs.index, inputs.first, outputs.index, outputs.first, outputs.channels)
     found: tuple[Any, Any, Any]
-    if weight.numel() == 0:
+    if is_transformed() and weight.numel():
+        taken, put = (_Places(side.index, side.first, side.live, side.channels) for side in (inputs, outputs))
+        found = _composed(x, weight, base, taken, put, *sizes, moments)
+    elif weight.numel() == 0:
         found = _of_nothing(x, weight, base, outputs, size, moments)
     elif backend == "triton":
         act = _Eager.apply if is_eager(x) else _conv2d

@@ -33,6 +33,8 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops import native
 from prunetrain_kernels.ops.launch import (
     accumulator,
+    is_differentiated_again,
+    is_transformed,
     launch,
     register,
     tl,
@@ -471,11 +473,11 @@ def counted(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int
 @lru_cache(maxsize=64)
 def _counted(layers: tuple[tuple[int, int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     parts = [
-        torch.full((n,), float(bool(used & side)), device="cpu")
+        torch.full((n,), float(bool(used & side)), dtype=dtype, device=device)
         for *sizes, used in layers
         for n, side in zip(sizes, (1, 2), strict=True)
     ]
-    return torch.cat(parts).to(device, dtype)
+    return torch.cat(parts)
 
 
 @register("slice_statistics")
@@ -530,18 +532,38 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    weights, ctx.blocks, ctx.used, _ = inputs
+    weights, ctx.blocks, ctx.used, ctx.eps = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *weights)
 
 
 def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     norms, *weights = ctx.saved_tensors
+    if is_differentiated_again(upstream):
+        return _composed_gradient(upstream, weights, ctx.blocks, ctx.used, ctx.eps), None, None, None
     gradients = _group_lasso_gradient(upstream, norms, weights, ctx.blocks, ctx.used)
     return gradients, None, None, None
 
 
 _group_lasso.register_autograd(_backward, setup_context=_save)
+
+
+# For derivatives of derivatives, and for the transforms of torch.func, of which kernels know nothing.
+
+
+def _composed_penalty(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float) -> Tensor:
+    norms = _reference_norms(weights, blocks, eps)
+    layers = tuple((*channels_of(w, b), u) for w, b, u in zip(weights, blocks, used, strict=True))
+    return norms @ _counted.__wrapped__(layers, norms.dtype, norms.device)  # no cache may hold what a transform wrapped
+
+
+def _composed_gradient(
+    upstream: Tensor, weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float
+) -> list[Tensor]:
+    """The gradient as a function of upstream and weights that can be differentiated again."""
+    parts = split_by_layer(_reference_norms(weights, blocks, eps), weights, blocks)
+    groups = [Groups(b, bool(u & 1), bool(u & 2)) for b, u in zip(blocks, used, strict=True)]
+    return [reference_gradient(w, n, g, upstream) for w, n, g in zip(weights, parts, groups, strict=True)]
 
 
 @register("add_group_lasso_gradient_", mutates=("gradients",))
@@ -606,12 +628,16 @@ def slice_statistics(
     if not weights:
         return [], []
     blocks, _ = _split(groups)
-    norms, max_abs = _slice_statistics([w.detach() for w in weights], blocks, eps)
+    bare = [w.detach() for w in weights]
+    if is_transformed():
+        norms, max_abs = _reference_norms(bare, blocks, eps), _reference_max_abs(bare, blocks)
+    else:
+        norms, max_abs = _slice_statistics(bare, blocks, eps)
     return split_by_layer(norms, weights, blocks), split_by_layer(max_abs, weights, blocks)
 
 
 def group_lasso(weights: Sequence[Tensor], groups: Sequence[Groups], eps: float = EPS) -> Tensor:
-    """Penalty R (Eq. 2) of a set of weights as a scalar tensor with autograd.
+    """Penalty R (Eq. 2) of a set of weights as a scalar tensor with autograd, for derivatives of any order.
 
     Args:
         weights: convolution weights (K, C, R, S) or linear weights (K, C * block), any float dtype, on one device.
@@ -622,6 +648,8 @@ def group_lasso(weights: Sequence[Tensor], groups: Sequence[Groups], eps: float 
         ValueError: no weight, lists of different lengths, a shape or block that makes no slices, several devices.
     """
     _check(weights, groups)
+    if is_transformed():
+        return _composed_penalty(weights, *_split(groups), eps)
     penalty: Tensor = _group_lasso(list(weights), *_split(groups), eps)[0]
     return penalty
 
@@ -635,9 +663,14 @@ def add_group_lasso_gradient_(
     A weight without a `.grad` gets one, as backward would give it; a weight that needs no gradient gets none.
 
     Raises:
-        ValueError: as `group_lasso`.
+        ValueError: as `group_lasso`; inside a torch.func transform, where no weight has a `.grad`.
     """
     _check(weights, groups)
+    if is_transformed():
+        raise InputError(
+            "add_group_lasso_gradient_ writes .grad, which weights inside a torch.func transform or forward-mode "
+            "differentiation do not have; add group_lasso(...) to the loss there."
+        )
     blocks, used = _split(groups)
     penalty, norms = _group_lasso(list(weights), blocks, used, eps)
     scale = coefficient_tensor(coefficient, norms)

@@ -12,7 +12,7 @@ forces a path; docs/backends.md.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from prunetrain_kernels.errors import InputError
@@ -86,7 +88,26 @@ def is_eager(tensor: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode differentiation is at work around this call.
+
+    An operator then computes with PyTorch's own operations, which know all of these, and not with its kernels.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def is_differentiated_again(gradient: Tensor) -> bool:
+    """Whether a backward that was handed `gradient` must itself be made of PyTorch's own operations: somebody may take
+    its derivative (`create_graph=True`), or asks for many gradients at a time (`is_grads_batched=True`, torch.func)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient) or is_transformed()
 
 
 def accumulator(dtype: torch.dtype) -> Any:
@@ -142,9 +163,51 @@ def compiling_only() -> Iterator[list[Any]]:
         _compiled = before
 
 
-def register(
-    name: str, *, mutates: tuple[str, ...] = ()
-) -> Callable[[Callable[..., Any]], "torch.library.CustomOpDef"]:
+def register(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Registers a function as the operator `prunetrain_kernels::name` for every device; the schema comes from its
-    annotations. Its shape function and derivative are added by `.register_fake` and `.register_autograd`."""
-    return torch.library.custom_op(f"prunetrain_kernels::{name}", mutates_args=mutates)
+    annotations. Its shape function and derivative are added by `.register_fake` and `.register_autograd`.
+
+    The operator itself refuses transforms; public functions compute in another way there (`is_transformed`).
+    """
+
+    def decorate(function: Callable[..., Any]) -> CustomOpDef:
+        made = torch.library.custom_op(f"prunetrain_kernels::{name}", mutates_args=mutates)(function)
+        made.__class__ = _Operator
+        return made
+
+    return decorate
+
+
+class _Operator(CustomOpDef):
+    """An operator that says which transforms it has no rule for; PyTorch would name neither it nor a way out, and for
+    forward mode give zeros."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if is_transformed():
+            by_func = torch._C._are_functorch_transforms_active()
+            if by_func or _has_tangent((*arguments, *keywords.values())):
+                raise InputError(
+                    f"the operator {self._qualname} has no rule for "
+                    f"{'the transforms of torch.func' if by_func else 'forward-mode differentiation'}; call the "
+                    "differentiable functions of prunetrain_kernels.ops, or plain torch.nn modules."
+                )
+        return super().__call__(*arguments, **keywords)
+
+
+def _has_tangent(arguments: Sequence[Any]) -> bool:
+    for a in arguments:
+        if isinstance(a, list | tuple):
+            if _has_tangent(a):
+                return True
+        elif isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+            return True
+    return False
+
+
+def refuse_derivative(operator: CustomOpDef, instead: str) -> None:
+    """Lets a backward through `operator` say that it has no derivative, and what has."""
+
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise InputError(f"the operator {operator._qualname} has no derivative; use {instead}.")
+
+    operator.register_autograd(refuse)

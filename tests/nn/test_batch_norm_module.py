@@ -112,6 +112,21 @@ def test_refuses_what_batch_norm_refuses() -> None:
         fused(torch.randn(1, 5, 1, 1, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_an_empty_batch_counts_and_changes_nothing_else(options: str) -> None:
+    fused, plain = pair(OPTIONS[options])
+    for module in (fused, plain):
+        x = torch.empty(0, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+        y = module(x)
+        assert y.shape == x.shape
+        y.sum().backward()
+        assert x.grad is not None
+    for (name, a), b in zip(fused.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for p, q in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
 @pytest.mark.parametrize("residual", ["none", "map", "constant"])
 def test_compiles_whole(residual: str) -> None:
     fused, _ = pair({})

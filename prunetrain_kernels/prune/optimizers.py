@@ -163,7 +163,10 @@ def _check_held(model: nn.Module, holdings: Holdings, names: dict[int, str]) -> 
     outside = {id(p) for o in holdings.optimizers if id(o) not in holdings.wrapped for p in params_of(o)}
     held = outside | {id(p) for o in holdings.optimizers for p in params_of(o)}
     missing = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+    shapes = {p.shape for p in model.parameters() if p.numel() > 1}
+    smallest = min((p.numel() for p in model.parameters() if p.dim() > 1), default=0)
     strangers = [(o, p) for o in holdings.optimizers for p in params_of(o) if id(p) not in names]
+    strangers = [(o, p) for o, p in strangers if p.shape in shapes or p.numel() >= smallest > 0]
     writes_back = any(id(p) in holdings.mentioned for p in missing)
     wrapped = [o for o, p in strangers if id(o) in holdings.wrapped and (id(p) not in outside or writes_back)]
     if wrapped:

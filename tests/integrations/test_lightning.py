@@ -393,23 +393,40 @@ def test_options_that_cannot_be_used() -> None:
     with pytest.raises(InputError, match="takes no 'batch': it is the dataloader's"):
         PruneTrainCallback(batch=32)
 
-    class Two(PlainModule):
-        def configure_optimizers(self) -> Any:
-            return [sgd(self.net.conv.parameters()), sgd(self.net.fc.parameters())]
-
-        automatic_optimization = False
-
-        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:  # type: ignore[override]
-            return
-
-    with pytest.raises(InputError, match="needs one optimizer, and the module has 2"):
-        trainer_of(PruneTrainCallback(**OPTIONS)).fit(Two(), data())
     named = DataLoader([{"image": torch.zeros(2, 6, 6)}])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="does not begin with the network's input"):
         trainer_of(PruneTrainCallback(**OPTIONS)).fit(PlainModule(), named)
     fused = PlainModule(lambda p: torch.optim.SGD(p, lr=0.1, fused=True), net=_float_net())
     with pytest.raises(InputError, match="unscales gradients inside its step"):
         trainer_of(PruneTrainCallback(**OPTIONS), plugins=scaling()).fit(fused, data(torch.float32))
+
+
+def test_several_optimizers() -> None:
+    """With manual optimization: each step adds the lasso's gradient to what that optimizer holds, once."""
+
+    class Two(PlainModule):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return [sgd(self.net.conv.parameters()), sgd(p for n, p in self.net.named_parameters() if "conv." not in n)]
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:  # type: ignore[override]
+            loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in optimizers:
+                optimizer.step()
+
+    class One(PlainModule):
+        def configure_optimizers(self) -> Any:
+            return sgd(self.parameters())
+
+    module, twin = Two(), One()
+    for one in (module, twin):
+        trainer_of(PruneTrainCallback(**OPTIONS)).fit(one, data())
+    assert same_tensors(module, twin)
 
 
 def test_example_inputs_may_be_given_either_way() -> None:

@@ -257,6 +257,20 @@ def test_a_copy_that_follows_may_be_the_optimizers() -> None:
     PruneTrain(model, WithCopy(model, average), (x,), also=[average])
 
 
+def test_an_optimizer_of_something_else_inside() -> None:
+    """As those that borrow a schedule: it has a parameter of its own, which is no copy of the model's."""
+    model, x = small_net("out-of-place")
+    optimizer = momentum(model.parameters())
+    optimizer.warm_up = optim.lr_scheduler.StepLR(optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), 1)
+    optimizer.inner = optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    steps(model, optimizer, batches(x, 2))
+    prunetrain = PruneTrain(model, optimizer, (x,), interval=1)
+    rest_of(model, "blocks.0.conv2").zero_()
+    report = prunetrain.reconfigure()
+    assert report.reconfiguration.changed
+    steps(model, optimizer, batches(x, 2))
+
+
 def test_no_optimizer_at_all() -> None:
     model, x = small_net("out-of-place")
     for nothing in ([], None):

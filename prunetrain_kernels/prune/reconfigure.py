@@ -240,7 +240,7 @@ def _regates(model: nn.Module, keep: Keep) -> bool:
 def _check(plan: _Plan) -> None:
     """Everything that the optimizers hold can follow, or an error."""
     cut = {id(s.tensor) for s in plan.slicings if s.cuts and isinstance(s.tensor, nn.Parameter)}
-    check_optimizers(plan.model, plan.optimizers, cut | plan.gone)
+    check_optimizers(plan.model, plan.optimizers, cut | plan.gone, plan.copies)
 
 
 # -- apply and measure -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -540,3 +541,31 @@ sys.exit(cli.main(sys.argv[1:]))
     os.close(writing)
     assert done.returncode == code
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("layers", [[], ["--layers"]])
+def test_info_says_what_it_cannot_count(
+    layers: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("it is a secret\nof two lines")
+
+    for place in ("flops.dry_run", "dry_run.dry_run", "memory.dry_run"):
+        monkeypatch.setattr(f"prunetrain_kernels.cost.{place}", fails)
+    assert cli.main(["info", "--model", "resnet20", *layers]) == 0
+    out, err = capsys.readouterr()
+    for name in ("inference", "training", "batch norm", "memory"):
+        assert re.search(rf"^{name} +unknown: it is a secret$", out, re.M), name
+    assert out.count("unknown: it is a secret") == 4 + len(layers)
+    assert "parameters" in out
+    assert err == ""
+
+
+def test_info_under_mixed_precision_halves_what_batch_norm_moves(capsys: pytest.CaptureFixture[str]) -> None:
+    moved = []
+    for amp in ("off", "bf16"):
+        assert cli.main(["info", "--model", "resnet20", "--amp", amp]) == 0
+        found = re.search(r"^batch norm +([\d.,]+) MiB", capsys.readouterr().out, re.M)
+        assert found is not None
+        moved.append(float(found[1].replace(",", "")))
+    assert moved[0] == pytest.approx(2 * moved[1], rel=1e-3)

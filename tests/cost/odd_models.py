@@ -81,8 +81,7 @@ class WithoutGradients(Two):
 
     def _constant(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            view = self.side.bias.view(1, -1, 1, 1)
-        return view
+            return self.side.bias.view(1, -1, 1, 1)
 
     def forward(self, x: Tensor, *others: Tensor) -> Any:
         y = self.a(x)
@@ -248,7 +247,7 @@ ODD |= {
     "checkpoint, not reentrant": (_reentrant(False), images),
 }
 
-# -- what cannot be counted, or not all of it ---------------------------------------------------------------------------
+# -- what cannot be counted, or not all of it --------------------------------------------------------------------------
 
 
 class ReturnsNothing(Two):

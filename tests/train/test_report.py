@@ -1,6 +1,9 @@
 """The report: a page that stands alone and tells each run's numbers, whatever state the runs are in."""
 
+import csv
+import html
 import html.parser
+import json
 import math
 import re
 import struct
@@ -298,6 +301,63 @@ def test_runs_with_hardly_any_data(tmp_path: Path) -> None:
     assert page.row("validation accuracy") == ["–", "76.54%"]
     assert page.row("run")[0] == "a"
     assert "–" in comparison_table([read_run(tmp_path / "a")])
+
+
+WHY = "FLOPs, BN bytes, memory: Net does not run on example inputs of shape (8, 3, 8, 8)"
+
+
+def without_costs(directory: Path, first: int = 1, **options: Any) -> Path:
+    """A run that could not count its costs from an epoch on."""
+    make_run(directory, **options)
+    with (directory / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows[first - 1 :]:
+        row |= dict.fromkeys(
+            ("train_flops", "train_flops_per_image", "inference_flops", "bn_bytes", "memory_bytes"), ""
+        ) | {"unknown_costs": WHY}
+    with (directory / "log.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = directory / "summary.json"
+    if summary.exists():
+        ratios = dict.fromkeys(("train_flops_ratio", "inference_flops_ratio", "bn_bytes_ratio"))
+        summary.write_text(json.dumps({**json.loads(summary.read_text()), **ratios, "unknown_costs": WHY}))
+    return directory
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("first", [1, 3])
+def test_unknown_costs_say_so_and_why(tmp_path: Path, first: int, finished: bool) -> None:
+    run = without_costs(tmp_path / "run", first, finished=finished)
+    table = comparison_table([read_run(run)])
+    for name in ("training FLOPs, of dense", "training FLOPs, whole run", "inference FLOPs per image", "BN bytes per"):
+        assert table_row(table, name) == ["unknown"], name
+    assert table_row(table, "parameters") == ["500 k"]
+    assert table.count(WHY) == 1
+    page = Page(write_report([run]).read_text())
+    for name in ("training FLOPs, of dense", "inference FLOPs, of dense", "BN bytes, of dense"):
+        assert page.row(name) == ["unknown"], name
+    assert page.row("unknown costs") == [WHY]
+    text = (run / "report" / "index.html").read_text()
+    drawn = (run / "report" / "flops.png").exists()
+    assert drawn == (first > 1)
+    assert ("unknown for training and unknown for inference" in text) == drawn
+    assert (f"Unknown: {WHY}." in text) == (not drawn)
+    assert "nan" not in re.sub(r"data:image/png;base64,[^\"]*", "", text)
+
+
+def test_a_run_of_unknown_costs_beside_others(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    run = without_costs(tmp_path / "run")
+    table = comparison_table([read_run(folder) for folder in (*pair, run)])
+    assert table_row(table, "training FLOPs, of dense")[2] == "unknown"
+    assert "%" in table_row(table, "training FLOPs, of dense")[0]
+    text = write_report([*pair, run], tmp_path / "report").read_text()
+    assert f"Not shown, unknown: {html.escape(read_run_label(run, pair))} ({WHY})." in text
+
+
+def read_run_label(run: Path, others: tuple[Path, Path]) -> str:
+    return run_labels([read_run(folder) for folder in (*others, run)])[-1]
 
 
 @pytest.mark.filterwarnings("error")

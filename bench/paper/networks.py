@@ -1,6 +1,7 @@
 """What a run's last checkpoint says of the network: FLOPs under channel gating, density of channels and weights."""
 
 import copy
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,8 @@ def gating_flops(
     """
     gated = copy.deepcopy(model)
     graph = trace_channels(gated, example_inputs)
-    reconfigure(gated, None, graph.keep(gated, threshold, relative, policy="gating"))
+    keep = graph.keep(gated, threshold, relative, policy="gating")
+    reconfigure(gated, None, keep, zeroing_tolerance=math.inf)  # FLOPs are all that is asked of it
     for module in gated.modules():
         if isinstance(module, GatedConv2d):
             module.backend = "naive"  # computes nothing but live channels

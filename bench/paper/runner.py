@@ -30,11 +30,11 @@ from prunetrain_kernels.files import reason
 from prunetrain_kernels.train.config import TrainConfig
 
 # What a finished run may have otherwise than asked for; where data lie is compared apart.
-IGNORED = ("out", "cache", "threads", "start_from")
+IGNORED = ("out", "cache", "threads", "start_from", "zeroing_tolerance")
 # A dense run never looks at these.
 PRUNING = (
     "penalty_ratio", "interval", "reconfigure_once", "threshold", "relative", "policy", "round_to", "grow_batch",
-    "batch_granularity", "memory_budget", "batch_limit", "lr_rule",
+    "batch_granularity", "memory_budget", "batch_limit", "lr_rule", "keep_momentum",
 )  # fmt: skip
 POLL_SECONDS = 0.5
 LINES_OF_A_FAILURE = 8

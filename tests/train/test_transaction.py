@@ -168,7 +168,7 @@ def test_a_later_step_is_that_of_a_run_without_the_failure(monkeypatch: pytest.M
 
 
 def test_a_step_of_the_undoing_that_fails_leaves_none_of_the_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer, prunetrain = training(branch=True)
+    model, optimizer, prunetrain = training()
     before = state(model, optimizer, prunetrain)
     undone = __import__("prunetrain_kernels.prune.reconfigure", fromlist=["swap_in"])
     old, calls = undone._restore, []

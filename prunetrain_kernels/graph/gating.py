@@ -70,10 +70,10 @@ class MeasuredCost:
         return self._known[conv, form]
 
     def _measure(self, conv: Convolution, form: Form) -> float:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
 
         def some(live: int, full: int, gated: bool) -> ChannelIndex | None:
-            order = torch.randperm(full, generator=generator)[:live].sort().values
+            order = torch.randperm(full, generator=generator, device="cpu")[:live].sort().values
             return ChannelIndex(order, full, self.device) if gated else None
 
         inputs = some(conv.in_live, conv.in_full, form.gates_input)

@@ -134,8 +134,8 @@ class Keep:
             )
             for n, own, at in _members(after):
                 assert after.members is not None
-                places = torch.full((graph.spaces[n].size,), -1)
-                places[self.channels[n]] = torch.arange(len(self.channels[n]))
+                places = torch.full((graph.spaces[n].size,), -1, device="cpu")
+                places[self.channels[n]] = torch.arange(len(self.channels[n]), device="cpu")
                 after.members[own, 1] = places[at]
             spaces.append(after)
         layers = {
@@ -253,7 +253,7 @@ def _slice_sizes(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Tenso
         if layer.live_in is not None or layer.live_out is not None:
             spaces = (graph.spaces[layer.input].size, graph.spaces[layer.output].size)
             sides = zip(graph.computed(layer.name), result[layer.name], spaces, strict=True)
-            first, second = (torch.zeros(size).index_copy_(0, own, found) for own, found, size in sides)
+            first, second = (torch.zeros(size, device="cpu").index_copy_(0, own, found) for own, found, size in sides)
             result[layer.name] = (first, second)
     return result
 
@@ -266,7 +266,8 @@ def _weight(model: nn.Module, layer: Layer) -> Tensor:
 
 def _is_sparse(size: Tensor, threshold: float, relative: bool) -> Tensor:
     """NaN is live; next to an infinite slice nothing but zero is sparse relative to it."""
-    limit = torch.as_tensor(threshold) * size.max() if relative else torch.as_tensor(threshold)
+    limit = torch.as_tensor(threshold, device=size.device)
+    limit = limit * size.max() if relative else limit
     return (size < limit.nan_to_num(nan=0, posinf=0)) | (size == 0)
 
 
@@ -277,8 +278,8 @@ def _per_space(
     removed: set[str],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """For each space the largest slice and whether it is live, of each channel, over all layers that remain."""
-    largest = [torch.zeros(space.size) for space in graph.spaces]
-    live = [torch.zeros(space.size, dtype=torch.bool) for space in graph.spaces]
+    largest = [torch.zeros(space.size, device="cpu") for space in graph.spaces]
+    live = [torch.zeros(space.size, dtype=torch.bool, device="cpu") for space in graph.spaces]
     for layer in graph.layers.values():
         if layer.name in removed:
             continue
@@ -293,7 +294,7 @@ def _per_space(
         for n, own, at in _members(whole):
             # a channel may have several places in the space, all of which it stays or goes with
             largest[n].scatter_reduce_(0, at, largest[i][own], "amax")
-            live[n].index_put_((at[live[i][own]],), torch.tensor(True))
+            live[n].index_put_((at[live[i][own]],), torch.tensor(True, device="cpu"))
     return largest, live
 
 
@@ -311,14 +312,14 @@ def _channels(graph: ChannelGraph, largest: list[Tensor], live: list[Tensor], ro
     channels: list[Tensor] = []
     for i, space in enumerate(graph.spaces):  # members come before what is put together from them
         if space.members is not None:
-            kept = torch.zeros(space.size, dtype=torch.bool)
+            kept = torch.zeros(space.size, dtype=torch.bool, device="cpu")
             for n, own, at in _members(space):
                 kept[own] = torch.isin(at, channels[n])
             channels.append(kept.nonzero().flatten())
         else:
             multiple = round_to // math.gcd(round_to, times[i])
             kept = _kept(live[i], largest[i], multiple, space.least)
-            channels.append(torch.arange(space.size) if space.frozen else kept)
+            channels.append(torch.arange(space.size, device="cpu") if space.frozen else kept)
     return channels
 
 

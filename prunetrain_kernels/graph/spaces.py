@@ -172,8 +172,8 @@ class ChannelGraph:
         """The channels of a layer's input and output space that it computes, in the order of its weight's."""
         layer = self.layers[name]
         return (
-            torch.arange(self.spaces[layer.input].size) if layer.live_in is None else layer.live_in,
-            torch.arange(self.spaces[layer.output].size) if layer.live_out is None else layer.live_out,
+            torch.arange(self.spaces[layer.input].size, device="cpu") if layer.live_in is None else layer.live_in,
+            torch.arange(self.spaces[layer.output].size, device="cpu") if layer.live_out is None else layer.live_out,
         )
 
     def check(self, model: nn.Module) -> None:

@@ -53,9 +53,14 @@ def freeze_what_fails(graph: ChannelGraph, runs: Runs, ways: Sequence[tuple[bool
 
 
 def _dead(size: int, least: int) -> Tensor:
-    """The channels of a space that are cut: every fourth, from the second."""
-    dead = torch.arange(1, size, 4)
-    return dead[: max(0, size - least)]
+    """The channels of a space that are cut: every fourth, so that an odd number is left, of which no other divides."""
+    count = min(len(range(1, size, 4)), max(0, size - least))
+    even = (size - count) % 2 == 0
+    if even and count > 1:
+        count -= 1
+    elif even and size - count > max(least, 2):
+        count += 1
+    return (torch.arange(count, device="cpu") * 4 + 1) % size if count < size else torch.arange(0, device="cpu")
 
 
 class _Trial:
@@ -129,7 +134,7 @@ class _Trial:
 
     def _tensors(self, spaces: Sequence[int]) -> tuple[Tensors, Tensors]:
         """The tensors of the network with these spaces' channels at zero, and without them."""
-        dead = [torch.zeros(space.size, dtype=torch.bool) for space in self.graph.spaces]
+        dead = [torch.zeros(space.size, dtype=torch.bool, device="cpu") for space in self.graph.spaces]
         for i in spaces:
             dead[i][_dead(self.graph.spaces[i].size, self.graph.spaces[i].least)] = True
         for i, space in enumerate(self.graph.spaces):
@@ -154,7 +159,7 @@ def _varied(x: Tensor) -> Tensor:
     """Noise for inputs that are all one number, of which every convolution makes the same."""
     if not x.is_floating_point() or x.numel() < 2 or not bool((x == x.flatten()[0]).all()):
         return x
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu")
     return noise.to(x)
 
 

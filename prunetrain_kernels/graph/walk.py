@@ -495,7 +495,7 @@ class Walk:
             frozen=next(filter(None, frozen), None) if all(frozen) else None,
             is_input=all(space.is_input for space in members),
             is_output=all(space.is_output for space in members),
-            members=torch.tensor(places, dtype=torch.int64).reshape(-1, 2),
+            members=torch.tensor(places, dtype=torch.int64, device="cpu").reshape(-1, 2),
         )
 
 

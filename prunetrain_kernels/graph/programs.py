@@ -17,7 +17,7 @@ from prunetrain_kernels.errors import TraceError
 from prunetrain_kernels.graph.draws import Draws, drawing, generators_of, seed_global
 from prunetrain_kernels.graph.exported import exported_program
 from prunetrain_kernels.graph.rules import expand_calls
-from prunetrain_kernels.graph.runs import Runs, Start, copies, how_different, in_double, replaced, run
+from prunetrain_kernels.graph.runs import Runs, Start, alone, copies, how_different, in_double, replaced, run
 from prunetrain_kernels.graph.traced import Shape, Traced, by_position, same, wiring
 from prunetrain_kernels.graph.tracer import trace
 from prunetrain_kernels.probe import (
@@ -109,11 +109,16 @@ class _Tracing:
     def _compare(self, runs: Runs, call: Callable[..., Any], training: bool, start: Start, draws: Draws) -> None:
         """Runs the program in the state that tracing has left, which is the model's in its run."""
         mode = training if training in runs.modes else False
-        with in_mode(runs.model, training=mode), torch.no_grad(), torch.autocast(_kind(runs.inputs), enabled=False):
+        with (
+            in_mode(runs.model, training=mode),
+            alone(runs.model),
+            torch.no_grad(),
+            torch.autocast(_kind(runs.inputs), enabled=False),
+        ):
             try:
                 mine = named_tensors_in(call(copies(runs.inputs), self.traced.values, mode))
             except Exception as error:
-                if runs.failed:
+                if not runs.modes:
                     raise
                 self.traced.distrusted = f"the program that was traced fails: {first_line(error)}"
                 return
@@ -134,7 +139,12 @@ def _equal_in_double(runs: Runs, call: Callable[..., Any], training: bool, start
     inputs, wide = in_double(runs.model, runs.inputs)
     try:
         theirs = run(runs.model, inputs, training=training, start=start, tensors=wide)
-        with looking(runs.model, training=training), replaced(runs.model, wide), drawing(runs.model, start.seed):
+        with (
+            looking(runs.model, training=training),
+            alone(runs.model),
+            replaced(runs.model, wide),
+            drawing(runs.model, start.seed),
+        ):
             mine = named_tensors_in(call(copies(inputs), {}, training))
     except Exception:
         return False

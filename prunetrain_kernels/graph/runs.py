@@ -33,7 +33,7 @@ class Runs:
         inputs: the few examples that it is run on here.
         examples: those that a graph keeps.
         modes: training and evaluation mode, where it runs in them.
-        failed: what it said where it runs in neither; empty otherwise.
+        failed: what it said in the modes in which it does not run.
         known: outputs so far, by mode and start.
     """
 
@@ -41,7 +41,7 @@ class Runs:
     inputs: tuple[Tensor, ...]
     examples: tuple[Tensor, ...]
     modes: tuple[bool, ...] = ()
-    failed: str = ""
+    failed: dict[bool, str] = field(default_factory=dict)
     known: dict[tuple[bool, Start], dict[str, Tensor]] = field(default_factory=dict)
 
     def outputs(self, *, training: bool, start: Start) -> dict[str, Tensor]:
@@ -69,12 +69,30 @@ def run(
     Raises:
         Exception: whatever the model raises.
     """
-    with looking(model, training=training), replaced(model, tensors or {}), drawing(model, start.seed) as draws:
+    with (
+        looking(model, training=training),
+        alone(model),
+        replaced(model, tensors or {}),
+        drawing(model, start.seed) as draws,
+    ):
         for _ in range(start.calls_before):
             model(*copies(inputs))
             seed_global(start.seed)
             draws.asked.clear()
         return {name: t.detach().clone() for name, t in named_tensors_in(model(*copies(inputs))).items()}
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """No batch norm waits for other processes, which may not run the model just now: it takes what it has counted."""
+    waiting = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    try:
+        for module in waiting:
+            module.training = False
+        yield
+    finally:
+        for module in waiting:
+            module.training = True
 
 
 @contextmanager
@@ -193,8 +211,7 @@ def _in_one_mode(
             return runs
         except Exception as error:
             why.setdefault(True, first_line(error))
-    inputs = first.get(False, given)
-    return Runs(model, inputs, given, (False,) if first else (), "" if first else why[False])
+    return Runs(model, first.get(False, given), given, (False,) if first else (), why)
 
 
 def checked(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

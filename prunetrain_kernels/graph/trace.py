@@ -73,7 +73,9 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
                     raise TraceError(_why_not(runs, failed, error)) from failed
             else:
                 if graph is None or exported.free_channels > graph.free_channels:
-                    return exported
+                    graph = exported
+    if graph.doubts and not graph.free_channels:
+        raise TraceError(f"none of the channels of {type(model).__name__} can go: {graph.doubts[0]}. {HOW_TO_TRACE}")
     return graph
 
 
@@ -95,8 +97,13 @@ def _is_amiss(graph: ChannelGraph) -> bool:
 
 
 def _why_not(runs: Runs, failed: Exception | None, error: Exception) -> str:
-    if runs.failed:
-        return f"the model fails on the example inputs: {runs.failed}; pass example_inputs that the model accepts."
+    if False not in runs.modes:
+        return f"the model fails on the example inputs: {runs.failed[False]}; pass example_inputs that it accepts."
+    if True not in runs.modes:
+        return (
+            f"the model fails on the example inputs in training mode: {runs.failed[True]}; pass example_inputs that it "
+            "accepts in both modes."
+        )
     return f"{failed}; torch.export says: {first_line(error)}. {HOW_TO_TRACE}"
 
 

@@ -53,9 +53,14 @@ def freeze_what_fails(graph: ChannelGraph, runs: Runs, ways: Sequence[tuple[bool
 
 
 def _dead(size: int, least: int) -> Tensor:
-    """The channels of a space that are cut: every fourth, from the second."""
-    dead = torch.arange(1, size, 4, device="cpu")
-    return dead[: max(0, size - least)]
+    """The channels of a space that are cut: every fourth, so that an odd number is left, of which no other divides."""
+    count = min(len(range(1, size, 4)), max(0, size - least))
+    even = (size - count) % 2 == 0
+    if even and count > 1:
+        count -= 1
+    elif even and size - count > max(least, 2):
+        count += 1
+    return (torch.arange(count, device="cpu") * 4 + 1) % size if count < size else torch.arange(0, device="cpu")
 
 
 class _Trial:

@@ -1,5 +1,7 @@
 """Batch norm with what follows it: a residual added, a ReLU applied, in the same pass over memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +103,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
                 weight = torch.ones_like(bias) if weight is None else weight
                 residual = None
             else:
+                if _broadcasts is not None:
+                    _broadcasts.add(id(self))
                 residual, apart = None, residual
 
         statistics = (self.running_mean, self.running_var) if keeps else (None, None)
@@ -126,6 +130,20 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu={self.relu}"
+
+
+_broadcasts: set[int] | None = None
+
+
+@contextmanager
+def broadcasts_noted() -> Iterator[set[int]]:
+    """Collects the batch norms (by id) that are given, inside, a residual of another shape than their input."""
+    global _broadcasts
+    before, _broadcasts = _broadcasts, set()
+    try:
+        yield _broadcasts
+    finally:
+        _broadcasts = before
 
 
 def count_batch(module: nn.modules.batchnorm._BatchNorm) -> None:

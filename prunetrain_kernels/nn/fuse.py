@@ -16,35 +16,46 @@ because a fused batch norm that is called plainly is a plain batch norm; it runs
 * while torch.fx traces (`trace_channels` sees the network as it was written),
 * for a call that the traced program cannot serve: None for an argument that has no default, another value of an
   optional argument, a changed attribute that the forward reads,
+* where the model was changed since: a module that the program calls, or whose call it took over, was replaced, removed,
+  set to None or parametrized, a container has other members, a class's or an instance's forward was patched,
+* while hooks would miss something: on a fused batch norm, on a ReLU that it took over, or on all modules (PyTorch's
+  global hooks). So hooks may be registered before `fuse` (what they watch is left alone) and after it,
 * on a model that was pickled and loaded again, until it is fused again.
+
+Each call compares these few things first (about a microsecond for a residual block).
 
 What torch.fx would get wrong without saying is left alone: a forward with `with` blocks, one that asks for types, draws
 random numbers, writes to buffers or attributes. Code outside the model that a forward depends on (a global flag, say)
 is not seen. `torch.nn.DataParallel` copies modules in a way that an instance's forward does not survive: fuse and use
-DistributedDataParallel, or do not fuse. Call `fuse` before `torch.compile` and before registering hooks on ReLUs.
+DistributedDataParallel, or do not fuse. Call `fuse` before `torch.compile`.
+
+Tracing patches `nn.Module` for the whole process, one trace at a time and as short as possible; modules that other
+threads call meanwhile run as they are. But the model that is being fused must not run: its mode changes meanwhile.
 """
 
 import copy
 import dis
 import inspect
+import itertools
 import operator
 import random
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.modules import module as nn_module
 
+from prunetrain_kernels import probe
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.graph.functions import ADDITIONS, IN_PLACE
-from prunetrain_kernels.graph.trace import buffers_restored
-from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
+from prunetrain_kernels.graph.tracer import ThreadTracer, tracing
+from prunetrain_kernels.nn.batch_norm import BatchNormAct2d, broadcasts_noted
+from prunetrain_kernels.nn.fuse_report import FusedBatchNorm, FuseReport, LeftAlone
 
 RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 RELU_METHODS = {"relu", "relu_"}
@@ -55,59 +66,6 @@ BURNT_IN = {
 }  # fmt: skip
 # Their outputs are tensors of their own, which nobody else writes to.
 MAKES_ITS_OUTPUT = (nn.modules.conv._ConvNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
-LARGEST_MOVE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of the output's scale; fp32 as TF32 on CUDA; others 0.1
-
-
-@dataclass(frozen=True)
-class FusedBatchNorm:
-    """One batch norm that became a `BatchNormAct2d`.
-
-    Attributes:
-        name: its qualified name.
-        what: what it took over: "add + ReLU", "add", "ReLU", or "alone".
-        inside: the module whose forward calls it ("" for the model itself).
-        note: why it took over no more, if there was more to take.
-    """
-
-    name: str
-    what: str
-    inside: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class LeftAlone:
-    """One batch norm that stayed as it was, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class FuseReport:
-    """What `fuse` did.
-
-    Attributes:
-        model: class name of the model.
-        fused: batch norms that became `BatchNormAct2d`.
-        left: batch norms that did not.
-        rewritten: modules whose forward was rewritten ("" for the model itself).
-    """
-
-    model: str
-    fused: tuple[FusedBatchNorm, ...]
-    left: tuple[LeftAlone, ...]
-    rewritten: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """One line in sum, then one line per batch norm."""
-        head = f"{self.model}: {len(self.fused)} batch norms fused, {len(self.left)} left alone"
-        rows = [
-            (b.name, b.what, f"in {b.inside or self.model}" + (f" ({b.note})" if b.note else "")) for b in self.fused
-        ] + [(b.name, "left alone", b.reason) for b in self.left]
-        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
-        lines = [f"  {name.ljust(widths[0])}  {what.ljust(widths[1])}  {rest}".rstrip() for name, what, rest in rows]
-        return "\n".join([head, *lines])
 
 
 def fuse(model: nn.Module, example_inputs: tuple[Tensor, ...] | None = None) -> FuseReport:
@@ -135,11 +93,11 @@ def fuse(model: nn.Module, example_inputs: tuple[Tensor, ...] | None = None) -> 
         if expected is None or example_inputs is None or not report.fused:
             return report
         try:
-            with _broadcast_sums(model) as found:
+            with broadcasts_noted() as broadcast:
                 outputs = _outputs(model, example_inputs)
-            if not found <= apart:
+            if not broadcast <= apart:
                 undo()
-                apart |= found
+                apart |= broadcast
                 continue
             _check_same(expected, outputs)
         except BaseException:
@@ -159,6 +117,7 @@ class _Call:
     add: fx.Node | None = None
     relu: fx.Node | None = None
     note: str = ""
+    watched: set[str] = field(default_factory=set)  # paths of the batch norm and of what it took over
 
     @property
     def what(self) -> str:
@@ -175,6 +134,7 @@ class _Forward:
     signature: inspect.Signature
     programs: tuple[fx.Graph, fx.Graph]
     guards: dict[str, Any]
+    names: set[str]
     calls: list[tuple[nn.Module, _Call]] = field(default_factory=list)
 
 
@@ -198,7 +158,7 @@ class _Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(ThreadTracer):
     """Traces one forward with every submodule closed and every optional argument at its default."""
 
     proxy_buffer_attributes = True
@@ -249,7 +209,7 @@ def _traced(path: str, module: nn.Module) -> _Forward:
         for name, value in vars(module).items()
         if name in names and name != "training" and name not in _MODULE_ATTRIBUTES
     }
-    return _Forward(path, module, signature, (training, evaluation), guards)
+    return _Forward(path, module, signature, (training, evaluation), guards, names)
 
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -276,6 +236,8 @@ def _names_used(cls: type, forward: types.FunctionType) -> set[str]:
         seen.add(code)
         if any(i.opname in ("BEFORE_WITH", "BEFORE_ASYNC_WITH", "LOAD_SPECIAL") for i in dis.get_instructions(code)):
             raise _Unfit("its forward has a `with` block, which torch.fx does not record")
+        if _reads_another_mode(code):
+            raise _Unfit("its forward reads the mode (training or not) of another module")
         found = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
         names |= found
         waiting += [(c, space) for c in code.co_consts if isinstance(c, types.CodeType)]
@@ -286,73 +248,52 @@ def _names_used(cls: type, forward: types.FunctionType) -> set[str]:
     return names
 
 
+def _reads_another_mode(code: types.CodeType) -> bool:
+    instructions = list(dis.get_instructions(code))
+    return any(
+        load.argval == "training" and load.opname == "LOAD_ATTR" and before.opname != "LOAD_FAST"
+        for before, load in itertools.pairwise(instructions)
+    )
+
+
 def _trace_once(module: nn.Module, training: bool) -> fx.Graph:
-    attributes = _attributes(module)
-    versions = [(t, t._version) for t in (*module.parameters(), *module.buffers())]
+    before = probe.attributes_of(module)
+    versions = [(t, _version(t)) for t in (*module.parameters(), *module.buffers())]
     random_state = _random_state()
-    for m in module.modules():
-        m.training = training
-    try:
-        program = _Tracer().trace(module)
-        for node in program.nodes:
-            node.type = None  # annotations may not be importable where the code is made
-    except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise _Unfit(f"its forward cannot be traced by torch.fx: {why}") from error
-    finally:
-        drew = random_state != _random_state()
-        _set_random_state(random_state)
-        changed = _restore_attributes(module, attributes)
+    put_back = probe.random_state()
+    with torch.random.fork_rng(devices=[]), probe.in_mode(module, training=training):
+        try:
+            with tracing():
+                program = _Tracer().trace(module)
+            for node in program.nodes:
+                node.type = None  # annotations may not be importable where the code is made
+        except Exception as error:
+            raise _Unfit(f"its forward cannot be traced by torch.fx: {probe.first_line(error)}") from error
+        finally:
+            drew = random_state != _random_state()
+            put_back()
+            changed = probe.restore_attributes(module, before)
     if changed:
         raise _Unfit(f"its forward sets '{changed[0]}' or makes a tensor of its own")
     if drew:
         raise _Unfit("its forward draws random numbers, which tracing would do once and for all")
-    if any(t._version != version for t, version in versions):
+    if any(_version(t) != version for t, version in versions):
         raise _Unfit("its forward writes to a buffer")
     return program
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes; containers as copies, so that a change inside is seen."""
-    kept = {name: value for name, value in vars(module).items() if name != "training"}
-    return {name: (value, value.copy() if type(value) in (list, dict, set) else None) for name, value in kept.items()}
+def _random_state() -> tuple[object, ...]:
+    """What drawing a random number on the CPU changes."""
+    numpys = sys.modules.get("numpy.random")
+    drawn = () if numpys is None else (repr(numpys.get_state()[1:3]), numpys.get_state()[2])
+    return random.getstate(), bytes(torch.get_rng_state().tolist()), drawn
 
 
-def _restore_attributes(module: nn.Module, before: dict[str, Any]) -> list[str]:
-    """Undoes what tracing did to a module's attributes and returns their names."""
-    changed = [name for name in vars(module) if name not in before and name != "training"]
-    for name in changed:
-        del module.__dict__[name]
-    for name, (value, content) in before.items():
-        inside = content is not None and not _same_content(value, content)
-        if vars(module).get(name, changed) is not value or inside:
-            changed.append(name)
-            module.__dict__[name] = value
-            if isinstance(value, list):
-                value[:] = content
-            elif inside:
-                value.clear()
-                value.update(content)
-    return changed
-
-
-def _parts(container: Any) -> list[Any]:
-    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
-
-
-def _same_content(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(_parts(a), _parts(b), strict=True))
-
-
-def _random_state() -> tuple[Any, ...]:
-    kind, keys, *rest = np.random.get_state()
-    return random.getstate(), torch.get_rng_state().tolist(), (kind, list(keys), *rest)
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    random.setstate(state[0])
-    torch.set_rng_state(torch.tensor(state[1], dtype=torch.uint8, device="cpu"))
-    np.random.set_state(state[2])
+def _version(tensor: Tensor) -> int | bytes:
+    """What changes when a tensor is written to; tensors made in inference mode do not count their versions."""
+    if not tensor.is_inference():
+        return tensor._version
+    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
 
 
 # -- what can be fused -------------------------------------------------------------------------------------------------
@@ -439,6 +380,7 @@ def _why_not_added(
 
 def _fuse(model: nn.Module, apart: set[int]) -> tuple[FuseReport, Callable[[], None]]:
     """Fuses all but the sums of the batch norms `apart`; returns what undoes it too."""
+    _forget_pickled(model)
     forwards, failed = _trace_all(model)
     for forward in forwards:
         modules = dict(forward.module.named_modules())
@@ -470,7 +412,7 @@ def _fuse(model: nn.Module, apart: set[int]) -> tuple[FuseReport, Callable[[], N
         if some:
             _bind(forward)
             rewritten.append(forward.path)
-            undo.append(lambda module=forward.module: module.__dict__.pop("forward", None))  # type: ignore[misc]
+            undo.append(lambda module=forward.module: _unbind(module))  # type: ignore[misc]
 
     def undo_all() -> None:
         for step in reversed(undo):
@@ -491,31 +433,37 @@ def _unfuse(module: nn.Module) -> None:
     module.__class__ = nn.BatchNorm2d
 
 
+def _unbind(module: nn.Module) -> None:
+    module.__dict__.pop("forward", None)
+    for part in module.modules():
+        part.__dict__.pop("_fused_part", None)
+
+
 def _trace_all(model: nn.Module) -> tuple[list[_Forward], dict[str, str]]:
     """The forwards of all modules that may call batch norms, and why some could not be traced."""
     forwards: list[_Forward] = []
     failed: dict[str, str] = {}
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        with buffers_restored(model):
-            for path, module in model.named_modules():
-                if not _may_call_batch_norms(module):
-                    continue
-                own = vars(module).get("forward")
-                if own is not None and getattr(own, "__func__", None) is type(module).forward:
-                    del module.__dict__["forward"]  # what unpickling makes of a rewritten forward
-                elif own is not None:
-                    if not getattr(own, "computes_the_same", False):
-                        failed[path] = "its forward was replaced on this instance"
-                    continue
-                try:
-                    forwards.append(_traced(path, module))
-                except _Unfit as why:
-                    failed[path] = str(why)
-    finally:
-        for m, mode in modes:
-            m.training = mode
+    with probe.unchanged(model):
+        for path, module in model.named_modules():
+            if not _may_call_batch_norms(module):
+                continue
+            own = vars(module).get("forward")
+            if own is not None:
+                if not getattr(own, "computes_the_same", False):
+                    failed[path] = "its forward was replaced on this instance"
+                continue
+            try:
+                forwards.append(_traced(path, module))
+            except _Unfit as why:
+                failed[path] = str(why)
     return forwards, failed
+
+
+def _forget_pickled(model: nn.Module) -> None:
+    """Takes off what unpickling makes of a rewritten forward: the class's own, bound to the instance."""
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]
 
 
 def _may_call_batch_norms(module: nn.Module) -> bool:
@@ -544,6 +492,7 @@ def _rewrite(call: _Call) -> None:
     if call.what == "alone":
         return
     graph, node = call.node.graph, call.node
+    call.watched = {str(n.target) for n in (node, call.relu) if n is not None and n.op == "call_module"}
     arguments = [node.args[0]]
     if call.add is not None:
         arguments.append(call.add.args[1] if call.add.args[0] is node else call.add.args[0])
@@ -560,53 +509,122 @@ def _rewrite(call: _Call) -> None:
 def _bind(forward: _Forward) -> None:
     """Makes a Python function of the rewritten programs and binds it to the module."""
     names = [p.name for p in _required(forward.signature)]
-    space: dict[str, Any] = {"_unserved": (fx.Proxy, type(None)), "_original": type(forward.module).forward}
-    sources, functions = [], []
+    space: dict[str, Any] = {"_unserved": (fx.Proxy, type(None))}
+    sources = []
     for name, program in zip(("_training", "_evaluation"), forward.programs, strict=True):
         program.lint()
         code = program.python_code("self")
         sources.append(code.src)
         globals_ = dict(code.globals)
         exec(compile(code.src, f"<fused {type(forward.module).__name__}>", "exec"), globals_)
-        functions.append(globals_["forward"])
-        space[name] = functions[-1]
-    same = sources[0] == sources[1]
+        space[name] = globals_["forward"]
 
-    takes, passes, holds = ["self"], ["self"], [f"not isinstance({name}, _unserved)" for name in names]
-    for i, p in enumerate(forward.signature.parameters.values()):
-        if p.kind is p.VAR_POSITIONAL:
-            takes.append(f"*{p.name}")
-            passes.append(f"*{p.name}")
-            holds.append(f"not {p.name}")
-        elif p.kind is p.VAR_KEYWORD:
-            takes.append(f"**{p.name}")
-            passes.append(f"**{p.name}")
-            holds.append(f"not {p.name}")
-        else:
-            if p.kind is p.KEYWORD_ONLY and not any(t.startswith("*") for t in takes):
-                takes.append("*")
-            takes.append(p.name if p.default is p.empty else f"{p.name}=_default_{i}")
-            passes.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name)
-            if p.default is not p.empty:
-                space[f"_default_{i}"] = p.default
-                holds.append(_unchanged(p.name, f"_default_{i}", p.default))
+    takes, passes, holds = _arguments(forward.signature, space)
+    holds = [f"not isinstance({name}, _unserved)" for name in names] + holds
     for i, (name, value) in enumerate(forward.guards.items()):
         space[f"_guard_{i}"] = copy.deepcopy(value) if _is_plain(value) else value
         holds.append(_unchanged(f"self.{name}", f"_guard_{i}", value))
-    if isinstance(forward.module, nn.Sequential):
-        space["_length"] = len(forward.module)
-        holds.append("len(self._modules) == _length")
-    chosen = "_training" if same else "(_training if self.training else _evaluation)"
+    holds += _class_holds(forward, space) + _parts_hold(forward, space)
+    chosen = "_training" if sources[0] == sources[1] else "(_training if self.training else _evaluation)"
     source = (
         f"def forward({', '.join(takes)}):\n"
         f"    if {' and '.join(holds)}:\n"
         f"        return {chosen}(self, {', '.join(names)})\n"
-        f"    return _original({', '.join(passes)})\n"
+        f"    return type(self).forward({', '.join(passes)})\n"
     )
     exec(compile(source, f"<fused {type(forward.module).__name__}>", "exec"), space)
     function = space["forward"]
     function.computes_the_same = True  # as the class's forward: for rule_for, and for a second fuse
     forward.module.forward = types.MethodType(function, forward.module)
+
+
+def _arguments(signature: inspect.Signature, space: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
+    """What the function takes, what it passes on, and under which conditions its optional arguments are at rest."""
+    takes, passes, holds = ["self"], ["self"], []
+    for i, p in enumerate(signature.parameters.values()):
+        if p.kind is p.VAR_POSITIONAL or p.kind is p.VAR_KEYWORD:
+            stars = "*" if p.kind is p.VAR_POSITIONAL else "**"
+            takes.append(f"{stars}{p.name}")
+            passes.append(f"{stars}{p.name}")
+            holds.append(f"not {p.name}")
+            continue
+        if p.kind is p.KEYWORD_ONLY and not any(t.startswith("*") for t in takes):
+            takes.append("*")
+        takes.append(p.name if p.default is p.empty else f"{p.name}=_default_{i}")
+        passes.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name)
+        if p.default is not p.empty:
+            space[f"_default_{i}"] = p.default
+            holds.append(_unchanged(p.name, f"_default_{i}", p.default))
+    return takes, passes, holds
+
+
+# -- what must not have changed since ----------------------------------------------------------------------------------
+
+# Modules are told by a number in their `__dict__`, not by identity: a copy's parts have the same numbers, nothing is
+# kept alive, and it can be pickled and compiled.
+_NUMBERS = itertools.count(1)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _class_holds(forward: _Forward, space: dict[str, Any]) -> list[str]:
+    """The class's forward, and the methods that it may call, are those that were traced."""
+    module = forward.module
+    space["_original"], space["_everywhere"] = type(module).forward, nn_module
+    holds = ["type(self).forward is _original"]
+    holds += [f"not _everywhere._global{name}" for name in _HOOKS]
+    methods = [
+        (cls, name)
+        for cls in type(module).__mro__
+        if not cls.__module__.startswith("torch.") and cls is not object
+        for name in sorted(forward.names - {"forward"})
+        if isinstance(vars(cls).get(name), types.FunctionType | property | staticmethod | classmethod)
+    ]
+    for i, (cls, name) in enumerate(methods):
+        space[f"_class_{i}"], space[f"_method_{i}"] = cls, vars(cls)[name]
+        holds.append(f"_class_{i}.__dict__[{name!r}] is _method_{i}")
+        if name not in vars(module):
+            holds.append(f"{name!r} not in self.__dict__")
+    return holds
+
+
+def _parts_hold(forward: _Forward, space: dict[str, Any]) -> list[str]:
+    """Each module that the program calls or has taken over, and the containers on the way, are where they were."""
+    module = forward.module
+    plain = {path for _, call in forward.calls for path in call.watched}
+    called = {str(n.target) for program in forward.programs for n in program.nodes if n.op == "call_module"} | plain
+    called |= {name for name, _ in module.named_children() if name in forward.names}  # those it only reads, too
+    prefixes = {path.rpartition(".")[0] for path in called} - {""}
+    while more := {path.rpartition(".")[0] for path in prefixes} - {""} - prefixes:
+        prefixes |= more
+    space["_members"] = tuple(module._modules)
+    space["_batch_norm"], space["_relu"], space["_relu_forward"] = BatchNormAct2d, nn.ReLU, nn.ReLU.forward
+    holds = ["tuple(self._modules) == _members"]
+    variables = {"": "self"}
+    for i, path in enumerate(sorted(called | prefixes)):
+        parent, _, name = path.rpartition(".")
+        part, p = module.get_submodule(path), f"p{i}"
+        variables[path] = p
+        number = part.__dict__.setdefault("_fused_part", next(_NUMBERS))
+        holds.append(f"({p} := {variables[parent]}._modules[{name!r}]) is not None")
+        holds.append(f"getattr({p}, '_fused_part', 0) == {number}")
+        if path in prefixes:
+            space[f"_members_{i}"] = tuple(part._modules)
+            holds.append(f"tuple({p}._modules) == _members_{i}")
+        if path in plain:
+            holds += _as_plain_as_before(p, part)
+        for attribute in sorted(forward.names & vars(part).keys() - _MODULE_ATTRIBUTES):
+            if _is_plain(value := vars(part)[attribute]):
+                space[f"_{p}_{attribute}"] = copy.deepcopy(value)
+                holds.append(f"{p}.{attribute} == _{p}_{attribute}")
+    return holds
+
+
+def _as_plain_as_before(p: str, part: nn.Module) -> list[str]:
+    """A batch norm or a ReLU is of its class, computes as that does, and nobody watches."""
+    holds = [f"type({p}) is _batch_norm"]
+    if isinstance(part, nn.ReLU):
+        holds = [f"type({p}) is _relu", "_relu.forward is _relu_forward"]
+    return [*holds, f"'forward' not in {p}.__dict__", *(f"not {p}.{name}" for name in _HOOKS)]
 
 
 def _unchanged(expression: str, name: str, value: Any) -> str:
@@ -624,52 +642,24 @@ def _is_plain(value: Any) -> bool:
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 
-def _outputs(model: nn.Module, example_inputs: Sequence[Tensor]) -> list[Tensor]:
+def _outputs(model: nn.Module, example_inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """What the model makes of the first few examples in evaluation mode; nothing about it changes."""
     if isinstance(example_inputs, Tensor) or not all(isinstance(x, Tensor) for x in example_inputs):
         raise InputError("example_inputs must be a tuple of tensors, the model's positional arguments, such as (x,).")
-    modes = [(m, m.training) for m in model.modules()]
-    devices = sorted({x.get_device() for x in example_inputs if x.is_cuda})
+    one_batch = len({x.shape[:1] for x in example_inputs}) == 1 and example_inputs[0].dim() > 0
     try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), buffers_restored(model):
-            one_batch = len({x.shape[:1] for x in example_inputs}) == 1 and example_inputs[0].dim() > 0
-            result = model(*(x[:2].clone() if one_batch else x.clone() for x in example_inputs))
+        return probe.outputs_of(model, [x[:2].clone() if one_batch else x.clone() for x in example_inputs])
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        why = probe.first_line(error)
         raise InputError(f"{type(model).__name__} does not run on example_inputs: {why}.") from error
-    finally:
-        for m, mode in modes:
-            m.training = mode
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
-@contextmanager
-def _broadcast_sums(model: nn.Module) -> Iterator[set[int]]:
-    """Collects the batch norms (by id) that are given a residual of another shape than their input."""
-    found: set[int] = set()
-
-    def look(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if len(arguments) > 1 and arguments[1].shape not in (arguments[0].shape, (1, arguments[0].shape[1], 1, 1)):
-            found.add(id(module))
-
-    handles = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, BatchNormAct2d)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check_same(expected: list[Tensor], outputs: list[Tensor]) -> None:
-    same = len(expected) == len(outputs) and all(a.shape == b.shape for a, b in zip(expected, outputs, strict=False))
-    for a, b in zip(expected, outputs, strict=False):
-        if same and a.is_floating_point() and a.numel():
-            scale = float(a.double().abs().nan_to_num(posinf=0).max())
-            gap = (a.double() - b.double()).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0).max()
-            same = bool(gap <= LARGEST_MOVE.get(a.dtype, 0.1) * max(scale, 1e-6))
-    if not same:
+def _check_same(expected: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+    difference = probe.difference(expected, outputs)
+    if not difference.is_rounding:
         raise PruneTrainError(
-            "the fused model computes something else on the example inputs, so fusing was undone; its forward depends "
-            "on something that tracing did not see, please report it with the model."
+            f"the fused model computes something else on the example inputs (output '{difference.where}' moved by "
+            f"{difference.largest:.2g} at a scale of {difference.scale:.2g}), so fusing was undone; its forward "
+            "depends on something outside of the model that tracing did not see. Make that an attribute or an "
+            "argument, or call fuse on the parts of the model without it."
         )

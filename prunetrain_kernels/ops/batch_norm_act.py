@@ -58,8 +58,8 @@ from prunetrain_kernels.ops.launch import (
     KERNEL_DTYPES,
     accumulator,
     accumulator_dtype,
-    is_eager,
     is_differentiated_again,
+    is_eager,
     is_transformed,
     launch,
     refuse_derivative,
@@ -1113,7 +1113,7 @@ def _let_through(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     eps: float, channels_last: bool,
 ) -> Tensor:  # fmt: skip
-    """Where the ReLU let its input through, which is constant almost everywhere; x in the channels of its parameters."""
+    """Where the ReLU let its input through, constant almost everywhere; x is in the channels of its parameters."""
     with torch.no_grad():
         if mask is None:
             return ~(_composed_normalized(x, mean, var, weight, bias, eps) <= 0)

@@ -93,7 +93,7 @@ def is_eager(tensor: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode differentiation is at work around this call.
+    """Whether a torch.func transform (grad, vmap, ...) or forward-mode differentiation is at work around this call.
 
     An operator then computes with PyTorch's own operations, which know all of these, and not with its kernels.
     """

@@ -315,7 +315,8 @@ def slice_state(optimizers: Sequence[Optimizer], tensor: Tensor, cut: Callable[[
     for kept in _holdings(optimizers).of(tensor):
         before = kept.data
         _later(undo, lambda kept=kept, before=before: setattr(kept, "data", before))  # type: ignore[misc]
-        kept.data = cut(before)
+        with torch.no_grad():
+            kept.data = cut(kept)  # the object itself, by which a caller may know what it is
 
 
 def drop(optimizers: Sequence[Optimizer], gone: set[int], undo: Undo) -> None:

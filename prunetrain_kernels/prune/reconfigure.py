@@ -44,7 +44,7 @@ from prunetrain_kernels.prune.measure import (
     failed_after,
     zeroing_difference,
 )
-from prunetrain_kernels.prune.optimizers import as_list, check_optimizers, drop, slice_state
+from prunetrain_kernels.prune.optimizers import all_optimizers, as_list, check_optimizers, drop, slice_state
 from prunetrain_kernels.prune.slices import (
     Sent,
     Slicing,
@@ -364,8 +364,8 @@ def _forget_momentum(plan: _Plan, undo: ExitStack) -> None:
             continue
         names = {
             id(state): name
-            for optimizer in plan.optimizers
-            for name, state in optimizer.state.get(slicing.tensor, {}).items()
+            for optimizer in all_optimizers(plan.optimizers)
+            for name, state in getattr(optimizer, "state", {}).get(slicing.tensor, {}).items()
         }
 
         def forgotten(state: Tensor, slicing: Slicing = slicing, names: dict[int, str] = names) -> Tensor:

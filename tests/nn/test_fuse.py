@@ -31,14 +31,31 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.double()
 
 
-def watch(model: nn.Module) -> list[tuple[str, int, bool]]:
+Calls = list[tuple[str, int, bool]]
+_watched: dict[int, tuple[str, Calls, nn.Module]] = {}
+
+
+@pytest.fixture(autouse=True)
+def _spy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by hooks, which would make the forwards run as they were written."""
+    forward = BatchNormAct2d.forward
+
+    def spy(self: BatchNormAct2d, *arguments: Tensor, **options: bool) -> Tensor:
+        if id(self) in _watched:
+            name, calls, _ = _watched[id(self)]
+            calls.append((name, len(arguments), options.get("relu", self.relu)))
+        return forward(self, *arguments, **options)
+
+    _watched.clear()
+    monkeypatch.setattr(BatchNormAct2d, "forward", spy)
+
+
+def watch(model: nn.Module) -> Calls:
     """Each call of a fused batch norm from now on: its name, its tensors, and whether it applies the ReLU."""
-    calls: list[tuple[str, int, bool]] = []
+    calls: Calls = []
     for name, module in model.named_modules():
         if isinstance(module, BatchNormAct2d):
-            module.register_forward_pre_hook(
-                lambda m, a, k, name=name: calls.append((name, len(a), k.get("relu", m.relu))), with_kwargs=True
-            )
+            _watched[id(module)] = (name, calls, module)
     return calls
 
 
@@ -349,7 +366,7 @@ def test_left_alone_with_the_reason(cls: type[Left]) -> None:
     assert LEFT[cls] in report.left[0].reason
     assert type(model[0].bn) is nn.BatchNorm2d
     assert [b.name for b in report.fused] == ["2"]
-    assert vars(model[0]).keys() == state.keys()
+    assert vars(model[0]).keys() - {"_fused_part"} == state.keys()  # by which the forward that calls it knows it
     assert (model[0].steps, model[0].kept) == (0, None)
     assert random.getstate() == random_states[0]
     assert torch.equal(torch.get_rng_state(), random_states[1])

@@ -1,4 +1,4 @@
-"""Derivatives of derivatives, many gradients at a time, vmap and forward mode: the values are PyTorch's, on every path."""
+"""Derivatives of derivatives, many gradients at a time, vmap, forward mode: the values are PyTorch's, on every path."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -187,7 +187,7 @@ WAYS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "hvp": lambda f, i: hvp(lambda *a: f(*a).pow(3).sum(), i, tuple(t.sin() for t in i))[1],
     "vhp": lambda f, i: vhp(lambda *a: f(*a).pow(3).sum(), i, tuple(t.sin() for t in i))[1],
     "functional.jvp": lambda f, i: torch.autograd.functional.jvp(f, i, tuple(t.sin() for t in i))[1],
-    "functional.hessian, vectorised": lambda f, i: torch.autograd.functional.hessian(_by_first(f, i), i[0], vectorize=True),
+    "hessian, vectorised": lambda f, i: torch.autograd.functional.hessian(_by_first(f, i), i[0], vectorize=True),
     "is_grads_batched": _batched_gradients,
     "dual numbers": _dual,
     "func.grad": lambda f, i: torch.func.grad(_by_first(f, i))(i[0]),
@@ -376,7 +376,9 @@ def _refusals() -> Iterator[tuple[str, Callable[[], Any], str]]:
         "batch_norm_statistics": lambda x: batch_norm_statistics(x)[0],
         "batch_norm_apply": lambda x: batch_norm_apply(x, *bare[:4], None, None, 1e-5, True, False)[0],
         "batch_norm_backward_sums": lambda x: batch_norm_backward_sums(x, x, *bare)[0],
-        "batch_norm_backward_apply": lambda x: batch_norm_backward_apply(x, x, *bare[:6], None, None, 1.0, 1e-5, True, False)[0],
+        "batch_norm_backward_apply": lambda x: batch_norm_backward_apply(
+            x, x, *bare[:6], None, None, None, 1.0, 1e-5, True, False
+        )[0],
     }.items():  # fmt: skip
         yield name, lambda f=f: torch.func.jvp(f, (x,), (x,)), f"{name} has no rule for the transforms"
         yield name, lambda f=f: _dual(f, (x,)), f"{name} has no rule for forward-mode"

@@ -31,7 +31,7 @@ from prunetrain_kernels.train.trained import load_trained
 
 DATA_HELP = (
     "digits (comes with scikit-learn); an official cifar-10-python or cifar-100-python archive or its folder; a folder "
-    "of Parquet files in the Hugging Face layout; a folder of train/CLASS/IMAGE files; or synthetic:NxHxW"
+    "of Parquet files in a layout of the Hugging Face Hub; a folder of train/CLASS/IMAGE files; or synthetic:NxHxW"
 )
 
 RANK, RANKS = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))  # by torchrun
@@ -293,7 +293,11 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="under torchrun: give up a process that does not answer for so long",
     )
     add = running.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="go on from the folder's checkpoint; start if there is none")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the folder's checkpoint, on the same data; start if there is none",
+    )
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     running.add_argument("--quiet", action="store_true", help="no progress bar and no lines per epoch")
 
@@ -346,7 +350,7 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--input", type=_shape, metavar="CxHxW", help="shape of one image (default: that of the run's data)"
     )
     parser.add_argument(
-        "--classes", type=int, metavar="N", help="number of classes; with --input, the run's data are not needed"
+        "--classes", type=int, metavar="N", help="number of classes; with --input, the run's data are not read"
     )
     parser.set_defaults(run=_export)
 

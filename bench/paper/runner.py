@@ -30,7 +30,7 @@ from prunetrain_kernels.files import reason
 from prunetrain_kernels.train.config import TrainConfig
 
 # What a finished run may have otherwise than asked for; where data lie is compared apart.
-IGNORED = ("out", "cache", "threads", "start_from", "zeroing_tolerance")
+IGNORED = ("out", "cache", "threads", "start_from", "start_from_other_data", "zeroing_tolerance")
 # A dense run never looks at these.
 PRUNING = (
     "penalty_ratio", "interval", "reconfigure_once", "threshold", "relative", "policy", "round_to", "grow_batch",

@@ -18,7 +18,7 @@ from torch import Tensor
 from prunetrain_kernels.data.dataset import ImageData
 from prunetrain_kernels.data.decode import pillow_version
 
-HASHED_BYTES = 256 * 2**20  # of the pixels of one split: 0.3 s
+HASHED_BYTES = 256 * 2**20  # of the pixels of one split: half a second
 _HASHED_CHUNK = 16 * 2**20  # this many at a time
 _NAMED = 3  # classes that a sentence names; the rest are counted
 _SAME_STATISTICS = 1e-6  # of mean and std, 0..1: sums in another order
@@ -131,8 +131,12 @@ def _digest_of_pixels(images: Tensor) -> str:
     """Of all pixels, or of evenly spaced images of 256 MiB together."""
     per_image = max(1, images[0].numel())
     used = min(len(images), max(1, HASHED_BYTES // per_image))
-    rows = torch.linspace(0, len(images) - 1, used, dtype=torch.float64, device="cpu").long()
+    if used < len(images):
+        rows = torch.linspace(0, len(images) - 1, used, dtype=torch.float64, device="cpu").long()
+        parts = (images[part.to(images.device)] for part in rows.split(max(1, _HASHED_CHUNK // per_image)))
+    else:
+        parts = iter(images.split(max(1, _HASHED_CHUNK // per_image)))  # without a copy
     digest = hashlib.blake2b(digest_size=16)
-    for part in rows.split(max(1, _HASHED_CHUNK // per_image)):
-        digest.update(images[part.to(images.device)].cpu().contiguous().numpy().data)
+    for part in parts:
+        digest.update(part.cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -66,7 +66,7 @@ def saved_state(config: TrainConfig, resume: bool, overwrite: bool) -> dict[str,
 
 
 def check_same_data(config: TrainConfig, saved: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether the data of a run that goes on could be compared: runs of before 0.2 have no record of theirs.
+    """Whether the data of a run that goes on could be compared: older runs have no record of theirs.
 
     Raises:
         CheckpointError: they are not what the run was trained on; says what differs.
@@ -81,7 +81,7 @@ def check_same_data(config: TrainConfig, saved: dict[str, Any], now: dict[str, A
 
 
 def check_start_data(config: TrainConfig, start: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether the data that `--start-from` was trained on could be compared: runs of before 0.2 have no record of them.
+    """Whether the data that `--start-from` was trained on could be compared: older runs have no record of them.
 
     Raises:
         CheckpointError: they are not this run's, and nobody said that they need not be; says what differs.

@@ -57,8 +57,8 @@ class _TrainedOn:
 def load_trained(run: Path, input_shape: tuple[int, ...] | None = None, classes: int | None = None) -> Trained:
     """Rebuilds the network of a run folder of `prunetrain train`, pruned as it was last saved.
 
-    Mean, standard deviation and classes are those that the run wrote down, whatever its data are now. A run of before
-    0.2 wrote none down: there they are measured on the data as they are.
+    Mean, standard deviation and classes are those that the run wrote down, whatever its data are now. An older run
+    wrote none down: there they are measured on the data as they are.
 
     Args:
         run: the folder, or its checkpoint.pt.
@@ -67,8 +67,8 @@ def load_trained(run: Path, input_shape: tuple[int, ...] | None = None, classes:
 
     Raises:
         CheckpointError: no checkpoint there, or one that `prunetrain train` did not write.
-        InputError: a run of before 0.2 whose data are not where they were, a shape or count that is not the run's, or a
-            model that cannot be built.
+        InputError: an older run whose data are not where they were, a shape or count that is not the run's, or a model
+            that cannot be built.
     """
     path = run / setup.CHECKPOINT if run.is_dir() else run
     payload = read_checkpoint(path)

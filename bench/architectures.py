@@ -102,7 +102,7 @@ def describe(model: nn.Module, x: Tensor) -> Row:
 
 
 def describe_graph(graph: ChannelGraph, model: nn.Module, x: Tensor) -> Row:
-    """As `describe`, of a network that is traced already."""
+    """The row of a network that is traced already."""
     spaces = [space for space in graph.spaces if space.members is None]
     reasons: Counter[str] = Counter()
     for space in spaces:
@@ -145,7 +145,7 @@ def frozen_share(graph: ChannelGraph, space: int) -> float:
 
 
 def _reason(text: str) -> str:
-    """Without the names of modules, so that equal reasons are counted together."""
+    """A reason without the names of modules, so that equal reasons are counted together."""
     text = re.sub(r"'[^']+' \((\w+)\)", r"a \1", text)
     return re.sub(r"'[\w.]*\.[\w.]*'", "a module", text)
 

@@ -44,7 +44,7 @@ def compare(before: Path, after: Path) -> tuple[list[Difference], str]:
         raise InputError(
             f"{before} and {after} have no measurement in common; compare files of the same suite and sizes"
         )
-    found = []
+    differences = []
     for key in shared:
         a, b = indexed[0][key], indexed[1][key]
         overlap = a["p20_us"] <= b["p80_us"] and b["p20_us"] <= a["p80_us"]  # of a sum, which has no range: never
@@ -57,25 +57,27 @@ def compare(before: Path, after: Path) -> tuple[list[Difference], str]:
                 what["mask_profile"],
             )
         )
-        found.append(Difference(name, float(a["p50_us"]), float(b["p50_us"]), bool(overlap)))
+        differences.append(Difference(name, float(a["p50_us"]), float(b["p50_us"]), bool(overlap)))
     devices = [", ".join(sorted(set(table["device"]))) for table in tables]
     warning = "" if devices[0] == devices[1] else f"different devices: {devices[0]} and {devices[1]}"
-    return sorted(found, key=lambda difference: -difference.ratio), warning
+    return sorted(differences, key=lambda difference: -difference.ratio), warning
 
 
 def report(before: Path, after: Path, tolerance: float = TOLERANCE) -> int:
     """Prints what changed by more than `tolerance`; returns 1 if anything became that much slower, else 0."""
     if not tolerance > 0:
         raise InputError(f"--tolerance must be a positive share such as 0.1, not {tolerance}")
-    found, warning = compare(before, after)
-    slower = [d for d in found if d.ratio > 1 + tolerance]
-    faster = [d for d in found if d.ratio < 1 / (1 + tolerance)]
+    differences, warning = compare(before, after)
+    slower = [d for d in differences if d.ratio > 1 + tolerance]
+    faster = [d for d in differences if d.ratio < 1 / (1 + tolerance)]
     if warning:
         print(f"WARNING: {warning}")
     for title, some in (("slower", slower), ("faster", faster[::-1])):
         if some:
             print(f"{title} by more than {tolerance:.0%}:")
             print("\n".join(f"  {d}" for d in some))
-    print(f"{len(found)} measurements in both files: {len(slower)} slower, {len(faster)} faster, the others within "
-          f"{tolerance:.0%}")  # fmt: skip
+    print(
+        f"{len(differences)} measurements in both files: {len(slower)} slower, {len(faster)} faster, the others within "
+        f"{tolerance:.0%}"
+    )
     return 1 if slower else 0

@@ -258,7 +258,7 @@ class ConvShape:
     w_in: int
 
     def flops(self, images: int) -> float:
-        """Of the forward pass; either gradient costs the same."""
+        """FLOPs of the forward pass; either gradient costs the same."""
         return 2.0 * images * self.c * self.k * self.r * self.s * self.h * self.w
 
     def elements(self, images: int) -> float:

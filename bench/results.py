@@ -332,7 +332,7 @@ TABLES = {
 
 
 def _without_empty_columns(head: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Without columns that are empty everywhere."""
+    """The table without columns that are empty everywhere."""
     used = [i for i in range(len(head)) if any(line[i] for line in lines)]
     return [head[i] for i in used], [[line[i] for i in used] for line in lines]
 

@@ -42,15 +42,15 @@ def targets(session: Session) -> list[Target]:
 
     gated = sorted({layer for layer, provider, _ in session.p50 if provider == gating.AUTO})
 
-    def at(layer: str, provider: str, part: str = "all") -> float | None:
+    def median(layer: str, provider: str, part: str = "all") -> float | None:
         return session.p50.get((f"{layer} {part}" if part != "all" else layer, provider, "step"))
 
     def best(layer: str) -> float | None:
-        times = [at(layer, provider) for provider in (gating.UNION, *gating.BACKEND)]
+        times = [median(layer, provider) for provider in (gating.UNION, *gating.BACKEND)]
         return min((time for time in times if time is not None), default=None)
 
     fused = [
-        ratio(at(layer, provider, "conv"), at(layer, gating.NO_INDEX, "conv"))
+        ratio(median(layer, provider, "conv"), median(layer, gating.NO_INDEX, "conv"))
         for layer in gated
         for provider in (gating.TRITON, gating.RUN)
     ]
@@ -72,7 +72,7 @@ def targets(session: Session) -> list[Target]:
         Target("gated convolution / the same without index, worst layer", worst(fused), 1.03, True),
         Target(
             "auto / better of union and gating, worst layer",
-            worst([ratio(at(layer, gating.AUTO), best(layer)) for layer in gated]),
+            worst([ratio(median(layer, gating.AUTO), best(layer)) for layer in gated]),
             1.02,
             True,
         ),
@@ -81,10 +81,10 @@ def targets(session: Session) -> list[Target]:
 
 def verdict(session: Session) -> str:
     """The targets as a table, where anything was measured for them, and what was refused."""
-    found = targets(session)
+    reached = targets(session)
     lines = []
-    if any(target.value is not None for target in found):
-        lines += [f"{'target':<58} {'value':>7}  bound    verdict", *map(str, found)]
+    if any(target.value is not None for target in reached):
+        lines += [f"{'target':<58} {'value':>7}  bound    verdict", *map(str, reached)]
         if session.device.type == "cpu":
             lines.append("Targets are for GPUs. On a CPU these figures compare references and show that suites work.")
     if session.quick:

@@ -114,7 +114,7 @@ def _draw_direction(ax: "Axes", rows: "pd.DataFrame", blocks: list[str], divisor
 
 
 def _whole(rows: "pd.DataFrame", column: str) -> "pd.Series[float]":
-    """By layer, provider and direction: measured as one where it was (part "all"), else the sum of its parts."""
+    """Times by layer, provider and direction: measured as one where it was (part "all"), else the sum of its parts."""
     table = rows.set_index(["layer", "provider", "direction", "part"])[column].unstack("part")
     parts = table.drop(columns="all", errors="ignore").sum(axis=1, min_count=1)
     return table["all"].fillna(parts) if "all" in table else parts

@@ -172,7 +172,7 @@ def ssl(scale: str, dataset: str, network: str, ratio: float, seed: int) -> Trai
 
 
 def adjusted(scale: str, dataset: str, network: str, ratio: float, seed: int) -> Training:
-    """With mini-batch adjustment; the memory budget is what the dense network needs (as in Fig. 9b)."""
+    """A training with mini-batch adjustment; the memory budget is what the dense network needs (as in Fig. 9b)."""
     granularity = 4 if scale == "small" else GRANULARITY[dataset]  # of a batch of 16: the paper's quarter of 128
     changes: dict[str, Any] = {"grow_batch": True, "batch_granularity": granularity}
     return _pruned(scale, dataset, network, "adjusted", ratio, seed, "-adjusted", **changes)

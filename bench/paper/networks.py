@@ -23,8 +23,10 @@ CIFAR_SIDE = 32
 
 @dataclass(frozen=True)
 class Density:
-    """Of one convolution, as shares of the dense one: `channels` input times output channels that remain, `weights`
-    those that remain and are not near zero."""
+    """What is left of one convolution, as shares of the dense one.
+
+    `channels`: input times output channels that remain; `weights`: those that remain and are not near zero.
+    """
 
     layer: str
     channels: float
@@ -91,7 +93,7 @@ def gating_flops(
 
 
 def densities(run: Run) -> list[Density]:
-    """Of every convolution of the dense network, in its order (paper Fig. 12); 0 for removed ones.
+    """What is left of every convolution of the dense network, in its order (paper Fig. 12); 0 for removed ones.
 
     A weight is near zero when it is below the run's threshold in absolute value (with --relative: times the layer's
     largest weight). Both shares are of the dense layer, so `weights` is at most `channels`, and their quotient is the

@@ -63,14 +63,14 @@ class Layer:
 def layers(model: nn.Module, image: int = 224, dense: nn.Module | None = None) -> list[Layer]:
     """A ResNet's distinct batch norms, the largest share of the bytes first."""
     full = {n: m.num_features for n, m in (dense or model).named_modules() if isinstance(m, nn.BatchNorm2d)}
-    found: Counter[tuple[int, int, str, int]] = Counter()
+    counts: Counter[tuple[int, int, str, int]] = Counter()
     last_of_block = {"bn1": "BN+ReLU", "bn2": "BN+ReLU", "bn3": "BN+add+ReLU"}
     if not any(name.endswith("bn3") for name in full):
         last_of_block["bn2"] = "BN+add+ReLU"  # basic blocks
 
     def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         follows = last_of_block.get(name.rsplit(".", 1)[-1], "BN+ReLU" if "features" in name else "BN")
-        return lambda module, inputs, output: found.update([(output.shape[1], output.shape[2], follows, full[name])])
+        return lambda module, inputs, output: counts.update([(output.shape[1], output.shape[2], follows, full[name])])
 
     norms = [(n, m) for n, m in model.named_modules() if type(m) is nn.BatchNorm2d]
     handles = [module.register_forward_hook(note(name)) for name, module in norms]
@@ -83,7 +83,7 @@ def layers(model: nn.Module, image: int = 224, dense: nn.Module | None = None) -
     finally:
         for handle in handles:
             handle.remove()
-    some = [Layer(channels, side, follows, count, whole) for (channels, side, follows, whole), count in found.items()]
+    some = [Layer(channels, side, follows, count, whole) for (channels, side, follows, whole), count in counts.items()]
     return sorted(some, key=lambda layer: -layer.count * layer.channels * layer.side**2)
 
 
@@ -97,7 +97,7 @@ def layer_bytes(elements: int, size: int, follows: str, direction: str) -> float
 def eager_batch_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
-    """As models/resnet.py writes it."""
+    """Batch norm and what follows it, as models/resnet.py writes them."""
     y = F.batch_norm(x, mean, var, weight, bias, True)
     if residual is not None:
         y = residual + y
@@ -125,7 +125,7 @@ def run(session: Session) -> None:
 def savings(session: Session) -> None:
     """Bytes of all batch norms in a training step, by model: the three paper profiles, and the session's."""
     chosen = {f"paper:{ratio}": saved for ratio, saved in PAPER_SAVINGS.items()}
-    found: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     everything: list[tuple[profiles.Profile, float | None]] = [(profiles.parse(n), s) for n, s in chosen.items()]
     if session.profile.label not in {profile.label for profile, _ in everything}:
         everything.append((session.profile, None))
@@ -135,14 +135,14 @@ def savings(session: Session) -> None:
         pruned = profiles.prune(profile)
         example = (torch.zeros(2, 3, profile.image, profile.image),)
         full, left = (network_bytes(m, example, images) * size // 4 for m in (pruned.dense, pruned.model))
-        if not found:
-            found.append(_model_row(session, profile.network, "dense", images, full))
-        found.append(_model_row(session, profile.network, profile.label, images, left))
+        if not lines:
+            lines.append(_model_row(session, profile.network, "dense", images, full))
+        lines.append(_model_row(session, profile.network, profile.label, images, left))
         beside = f"; the paper's ResNet-50 saved {paper:.0%} over its training" if paper is not None else ""
         print(
             f"  {profile.label:<34} {left / 1e9:.2f} of {full / 1e9:.2f} GB a step: {1 - left / full:.0%} saved{beside}"
         )
-    session.write("bn", found)
+    session.write("bn", lines)
 
 
 def _model_row(session: Session, network: str, label: str, images: int, size: int) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def all_of(
                     sums[name, direction] += layer.count * time_of
     if len(wanted) < len(chosen):
         return {}
-    found = []
+    lines = []
     for name in names:
         if name not in whole:
             print(f"  {name} has no sum: not all of its layers were measured")
@@ -186,7 +186,7 @@ def all_of(
             p50 = sums[name, direction]
             session.p50[ALL if label == "dense" else f"{ALL} {label}", name, direction] = p50
             before = dense.get((name, direction))
-            found.append(
+            lines.append(
                 {
                     "layer": ALL, "count": sum(layer.count for layer in chosen), "provider": name,
                     "direction": direction, "dtype": session.dtype_name, "layout": "channels_last", "n": images,
@@ -196,8 +196,8 @@ def all_of(
                 }
             )  # fmt: skip
             shown = f", {p50 / before:.0%} of dense" if before else ""
-            print(f"  {ALL:<34} {direction:<9} {name} {as_time(p50)} ({found[-1]['ratio_to_roof']:.0%}){shown}")
-    session.write("bn", found)
+            print(f"  {ALL:<34} {direction:<9} {name} {as_time(p50)} ({lines[-1]['ratio_to_roof']:.0%}){shown}")
+    session.write("bn", lines)
     if label == "dense":
         session.p50["bytes", "model", "both"] = sum(model_bytes.values())
     return {key: value for key, value in sums.items() if key[0] in whole}
@@ -269,7 +269,7 @@ def count(session: Session, chosen: Sequence[Layer]) -> None:
     """Bytes that one call of each provider moves, counted by the GPU, for the layers that move most."""
     for layer in chosen:
         for direction in DIRECTIONS:
-            found = []
+            lines = []
             for name in (EAGER, OURS):
                 images = session.images(256)
                 what = [str(layer.channels), str(layer.side), layer.follows, str(images), session.dtype_name]
@@ -280,7 +280,7 @@ def count(session: Session, chosen: Sequence[Layer]) -> None:
                     return
                 elements = images * layer.channels * layer.side**2
                 least = layer_bytes(elements, session.dtype.itemsize, layer.follows, direction)
-                found.append(
+                lines.append(
                     {
                         "layer": layer.name, "count": layer.count, "provider": name, "direction": direction,
                         "dtype": session.dtype_name, "layout": "channels_last", "n": images, "h": layer.side,
@@ -290,7 +290,7 @@ def count(session: Session, chosen: Sequence[Layer]) -> None:
                     }
                 )  # fmt: skip
                 print(f"  {layer.name:<34} {direction:<9} {name} moved {size / least:.2f} x the two-pass bytes")
-            session.write("bn", found)
+            session.write("bn", lines)
 
 
 def main() -> int:

@@ -29,9 +29,9 @@ PAPER = "the paper saves 55 % on average at ratio 0.25, at every number of GPUs 
 def run(session: Session) -> None:
     cluster = Cluster()
     print(f"  {cluster}")
-    found: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     if session.profile.folder is not None:
-        found = _of_run(session, session.profile.folder, cluster)
+        lines = _of_run(session, session.profile.folder, cluster)
     else:
         chosen = [profiles.parse(f"paper:{ratio}") for ratio in profiles.PAPER_INFERENCE_FLOPS]
         if session.profile.label not in [profile.label for profile in chosen]:
@@ -41,13 +41,13 @@ def run(session: Session) -> None:
             pruned = profiles.prune(profile)
             if not dense:
                 dense = gradient_bytes(pruned.dense)
-                found += _rows(profile.network, "step", "dense", dense, dense, cluster)
+                lines += _rows(profile.network, "step", "dense", dense, dense, cluster)
             size = gradient_bytes(pruned.model)
-            found += _rows(profile.network, "step", profile.label, size, dense, cluster)
+            lines += _rows(profile.network, "step", profile.label, size, dense, cluster)
             print(f"  {profile.label:<34} {size / 1e6:.1f} of {dense / 1e6:.1f} MB of gradients: "
                   f"{1 - size / dense:.0%} saved at the end")  # fmt: skip
     print(f"  {PAPER}")
-    session.write("comm", found)
+    session.write("comm", lines)
 
 
 def _rows(
@@ -60,7 +60,7 @@ def _rows(
     steps: int = 1,
     dense_steps: int = 1,
 ) -> list[dict[str, Any]]:
-    found = []
+    lines = []
     for gpus in GPUS:
         seconds = steps * hierarchical_all_reduce_seconds(size, gpus, cluster)
         before = dense_steps * hierarchical_all_reduce_seconds(dense, gpus, cluster)
@@ -70,14 +70,14 @@ def _rows(
         }
         for provider, sent in by.items():
             projected = {"v100_projection_us": 1e6 * seconds, "time_ratio": seconds / before}
-            found.append(
+            lines.append(
                 {
                     "layer": layer, "provider": provider, "direction": direction, "dtype": "fp32", "n": gpus,
                     "mask_profile": label, "mode": "model", "model_bytes": int(steps * sent),
                     **(projected if provider == HIERARCHICAL else {}),
                 }
             )  # fmt: skip
-    return found
+    return lines
 
 
 def _of_run(session: Session, folder: Path, cluster: Cluster) -> list[dict[str, Any]]:
@@ -88,10 +88,10 @@ def _of_run(session: Session, folder: Path, cluster: Cluster) -> list[dict[str, 
         raise InputError(f"{folder} has no finished epoch yet; train on, or use --profile paper")
     sizes = [(int(size), int(steps)) for size, steps in zip(log["gradient_bytes"], log["steps"], strict=True)]
     dense, dense_steps = sizes[0]
-    found = []
+    lines = []
     for epoch, (size, steps) in enumerate(sizes, start=1):
         name = f"epoch {epoch}"
-        found += _rows(name, "epoch", session.profile.label, size, dense, cluster, steps, dense_steps)
+        lines += _rows(name, "epoch", session.profile.label, size, dense, cluster, steps, dense_steps)
     sent, whole = sum(size * steps for size, steps in sizes), dense * dense_steps * len(sizes)
     print(f"  {session.profile.label}: {1 - sent / whole:.0%} of the gradient bytes of the dense network saved in all")
-    return found
+    return lines

@@ -62,7 +62,7 @@ class Layer:
     residual: bool
 
     def convolution(self, images: int, itemsize: int) -> Convolution:
-        """As the package's cost model sees it, behind a batch norm that can place channels."""
+        """The layer as the package's cost model sees it, behind a batch norm that can place channels."""
         s = self.union
         return Convolution(
             images, (s.h_in, s.w_in), (s.h, s.w), (s.r, s.s), (s.stride, s.stride), (s.padding, s.padding), (1, 1),
@@ -212,7 +212,7 @@ class Piece:
         return compute
 
     def naive(self, x: Tensor, weight: Tensor) -> Any:
-        """As the paper gates: index_select, convolution, index_copy."""
+        """Gating as the paper does it: index_select, convolution, index_copy."""
         inputs, outputs = self.index.scattered
         return conv2d(
             x, weight, self.layer.dense.stride, self.layer.dense.padding, backend="naive",

@@ -72,16 +72,16 @@ def cases(session: Session) -> list[Case]:
         imagenet = ((chosen, None),)
     else:
         imagenet = ((profiles.parse("paper"), "paper:0.25"),)
-    found = [Case(profiles.NETWORK, side, 1000, imagenet)]
+    cases_chosen = [Case(profiles.NETWORK, side, 1000, imagenet)]
     for network, target in CIFAR100_FLOPS.items():
         label = f"Tab. 1 CIFAR-100, {target:.0%} FLOPs (synthetic)"
-        found.append(Case(network, 32, 100, ((Profile(label, network, 32, 100, target=target), network),)))
+        cases_chosen.append(Case(network, 32, 100, ((Profile(label, network, 32, 100, target=target), network),)))
     if chosen.run is not None and chosen.network != profiles.NETWORK:
-        found = [case for case in found if case.network != chosen.network]
-        found.insert(0, Case(chosen.network, chosen.image, chosen.classes, ((chosen, None),)))
+        cases_chosen = [case for case in cases_chosen if case.network != chosen.network]
+        cases_chosen.insert(0, Case(chosen.network, chosen.image, chosen.classes, ((chosen, None),)))
     if session.quick:
-        found = [case for case in found if case.network not in ("resnet50", "vgg13")]
-    return found
+        cases_chosen = [case for case in cases_chosen if case.network not in ("resnet50", "vgg13")]
+    return cases_chosen
 
 
 def run(session: Session) -> None:

@@ -56,7 +56,7 @@ def _four(dtype: torch.dtype) -> Promise:
 
 
 def _weights(dtype: torch.dtype, widths: tuple[int, int]) -> list[Tensor]:
-    """Of a convolution of either layout, a convolution 1 x 1, a linear layer behind a flatten."""
+    """Weights of a convolution in either layout, of one of 1 x 1, of a linear layer behind a flatten."""
     a, b = widths
     shapes = [(a, b, 3, 3), (b, a, 3, 3), (b, a, 1, 1), (10, 4 * b)]
     weights = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
@@ -432,7 +432,7 @@ def _convolution_reuse() -> Iterator[Reuse]:
     half = torch.float16
 
     def calls(*shapes: tuple[int, int, int, int], **options: Any) -> Callable[[], object]:
-        """Of `all` channels some are live, on either side; the index is ascending with gaps."""
+        """Some channels are live of `all`, on either side; the index is ascending with gaps."""
 
         def run() -> None:
             for all_in, live_in, all_out, live_out in shapes:

@@ -44,8 +44,8 @@ class Network:
 def networks(session: Session) -> list[Network]:
     imagenet = Network("imagenet_resnet50", 224, 1000, session.images(64, 64))
     names = ("resnet50", "resnet32", "vgg11", "vgg13")
-    found = [imagenet, *(Network(name, 32, 100, session.images(128, 128)) for name in names)]
-    return found[:2] if session.quick else found
+    networks_chosen = [imagenet, *(Network(name, 32, 100, session.images(128, 128)) for name in names)]
+    return networks_chosen[:2] if session.quick else networks_chosen
 
 
 def run(session: Session) -> None:
@@ -91,7 +91,7 @@ def _measure(session: Session, network: Network, profile: profiles.Profile, dens
         "layer": network.name, "dtype": "fp32", "layout": "contiguous", "h": network.image, "w": network.image,
         "mask_profile": profile.label, "mode": "model", "flops_ratio": flops / dense.flops,
     }  # fmt: skip
-    found: list[dict[str, Any]] = [
+    lines: list[dict[str, Any]] = [
         {**what, "provider": MODEL, "direction": STEP, "n": network.images, "peak_memory": memory.bytes(network.images)}
     ]
     text = f"{gib(memory.bytes(network.images))} at {network.images}"
@@ -99,9 +99,9 @@ def _measure(session: Session, network: Network, profile: profiles.Profile, dens
         batch = largest_batch(memory, budget)
         if batch:
             needs = memory.bytes(batch)
-            found.append({**what, "provider": MODEL, "direction": direction, "n": batch, "peak_memory": needs})
+            lines.append({**what, "provider": MODEL, "direction": direction, "n": batch, "peak_memory": needs})
         text += f"; {direction}: {batch or 'not even ' + str(GRANULARITY)}"
-    session.write("memory", found)
+    session.write("memory", lines)
     print(f"  {network.name:<20} {profile.label:<26} {text}", flush=True)
     if session.device.type == "cuda":
         needs = measured(model, network, session.device)

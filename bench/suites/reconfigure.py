@@ -131,27 +131,27 @@ def _sgd(model: nn.Module) -> torch.optim.SGD:
 Reconfigure = Callable[[Training], Training]  # what is timed; the result may be what was given, changed in place
 
 
-def by_ours(given: Training) -> Training:
-    reconfigure(given.model, given.optimizer, given.graph.keep(given.model, THRESHOLD))
-    return given
+def by_ours(job: Training) -> Training:
+    reconfigure(job.model, job.optimizer, job.graph.keep(job.model, THRESHOLD))
+    return job
 
 
-def by_prunetrain(prunetrain: PruneTrain, given: Training) -> Training:
+def by_prunetrain(prunetrain: PruneTrain, job: Training) -> Training:
     prunetrain.reconfigure()
-    return given
+    return job
 
 
-def by_rebuilding(given: Training) -> Training:
-    keep = given.graph.keep(given.model, THRESHOLD)
+def by_rebuilding(job: Training) -> Training:
+    keep = job.graph.keep(job.model, THRESHOLD)
     assert not keep.removed  # no branch of these networks is dead
     with torch.device("meta"):  # the old widths are not to be paid for
-        model = build(given.network.name, given.network.classes)
-    device = next(given.model.parameters()).device
+        model = build(job.network.name, job.network.classes)
+    device = next(job.model.parameters()).device
     where: dict[str, tuple[Tensor, Tensor | None]] = {}  # by module: kept outputs (or channels), kept inputs
     with device:
         for layer in keep.graph.layers.values():
             outputs, inputs = keep.channels[layer.output], expand(keep.channels[layer.input], layer.block)
-            old = given.model.get_submodule(layer.name)
+            old = job.model.get_submodule(layer.name)
             model.set_submodule(layer.name, _resized(old, len(inputs), len(outputs)))
             where[layer.name] = (outputs.to(device), inputs.to(device))
         for follower in keep.graph.followers.values():
@@ -159,17 +159,17 @@ def by_rebuilding(given: Training) -> Training:
             model.set_submodule(follower.name, nn.BatchNorm2d(len(channels)))
             where[follower.name] = (channels.to(device), None)
     initialize(model)  # as every network here begins
-    model.to(next(given.model.parameters()).dtype)
+    model.to(next(job.model.parameters()).dtype)
     optimizer = _sgd(model)
     for name, (kept_out, kept_in) in where.items():
         for key, tensor in _tensors(model.get_submodule(name)):
-            before = getattr(given.model.get_submodule(name), key)
+            before = getattr(job.model.get_submodule(name), key)
             tensor.data.copy_(_surviving(before, kept_out, kept_in))
             if isinstance(tensor, nn.Parameter):
-                momentum = given.optimizer.state[before]["momentum_buffer"]
+                momentum = job.optimizer.state[before]["momentum_buffer"]
                 optimizer.state[tensor]["momentum_buffer"] = _surviving(momentum, kept_out, kept_in).clone()
-    model.train(given.model.training)
-    return Training(given.network, model, optimizer, given.graph)
+    model.train(job.model.training)
+    return Training(job.network, model, optimizer, job.graph)
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -192,17 +192,17 @@ def _surviving(tensor: Tensor, outputs: Tensor, inputs: Tensor | None) -> Tensor
     return kept.index_select(1, inputs) if inputs is not None and tensor.dim() > 1 else kept
 
 
-def by_torch_pruning(tp: Any, given: Training) -> Training:
-    keep = given.graph.keep(given.model, THRESHOLD)
-    dependencies = tp.DependencyGraph().build_dependency(given.model, given.graph.example_inputs)
+def by_torch_pruning(tp: Any, job: Training) -> Training:
+    keep = job.graph.keep(job.model, THRESHOLD)
+    dependencies = tp.DependencyGraph().build_dependency(job.model, job.graph.example_inputs)
     for space, kept in zip(keep.graph.spaces, keep.channels, strict=True):
         if len(kept) == space.size or not space.producers:
             continue
         dead = torch.ones(space.size, dtype=torch.bool).index_fill_(0, kept, False).nonzero()[:, 0].tolist()
-        layer = given.model.get_submodule(space.producers[0])
+        layer = job.model.get_submodule(space.producers[0])
         prune = tp.prune_conv_out_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_out_channels
         dependencies.get_pruning_group(layer, prune, idxs=dead).prune()
-    return Training(given.network, given.model, _sgd(given.model), given.graph)
+    return Training(job.network, job.model, _sgd(job.model), job.graph)
 
 
 def torch_pruning() -> Any:
@@ -213,11 +213,11 @@ def torch_pruning() -> Any:
         return None
 
 
-def prepared_by(kind: str, given: Training, tp: Any) -> Reconfigure:
+def prepared_by(kind: str, job: Training, tp: Any) -> Reconfigure:
     """What a provider does with a training; what it needs only once per training is made here, outside of the time."""
     if kind == WHOLE:
         prunetrain = PruneTrain(
-            given.model, given.optimizer, given.graph.example_inputs, penalty_ratio=0, threshold=THRESHOLD
+            job.model, job.optimizer, job.graph.example_inputs, penalty_ratio=0, threshold=THRESHOLD
         )
         return partial(by_prunetrain, prunetrain)
     ways: dict[str, Reconfigure] = {
@@ -246,8 +246,8 @@ def _measure(session: Session, network: Network) -> None:
     expected = _outputs(wide.model, x)
     errors: dict[str, float] = {}
     for kind in kinds:
-        given = wide.copied(dtype=torch.float64)
-        done = prepared_by(kind, given, tp)(given)
+        job = wide.copied(dtype=torch.float64)
+        done = prepared_by(kind, job, tp)(job)
         error = compare(done, wide, keep, x, expected, momentum=kind != TORCH_PRUNING)
         if error is None or not error.passes(timing.Check(0.0, 0.0), torch.float64):
             session.refused.append(f"{network.name} reconfigure by {kind}: wrong result")
@@ -264,27 +264,27 @@ def _measure(session: Session, network: Network) -> None:
     samples: dict[str, list[float]] = {kind: [] for kind in errors}
     for attempt_number in range(calls + 1):  # the first is not counted
         for kind, taken in samples.items():
-            given = on_device.copied()
-            call = prepared_by(kind, given, tp)
+            job = on_device.copied()
+            call = prepared_by(kind, job, tp)
             _wait(session.device)
             start = time.perf_counter()
-            call(given)
+            call(job)
             _wait(session.device)
             if attempt_number:
                 taken.append((time.perf_counter() - start) * 1e6)
     timings = {kind: timing.summary(timing.CALLS, taken) for kind, taken in samples.items()}
     session.modes.add(timing.CALLS)
-    found = []
+    lines = []
     for kind, t in timings.items():
         session.p50[network.name, kind, "reconfigure"] = t.p50
-        found.append(
+        lines.append(
             {
                 "layer": network.name, "provider": kind, "direction": "reconfigure", "dtype": "fp32",
                 "layout": "contiguous", "n": 2, "h": network.image, "w": network.image, "mask_profile": profile.label,
                 **timed(t), **against_roof(session, t.p50, 4 * before + 16 * after, 0, "fp32"), "error": errors[kind],
             }
         )  # fmt: skip
-    session.write("reconfigure", found)
+    session.write("reconfigure", lines)
     texts = [f"{kind} {as_time(t.p50)}{' (momentum lost)' * (kind == TORCH_PRUNING)}" for kind, t in timings.items()]
     print(f"  {network.name}, {before:,} -> {after:,} parameters: {'  '.join(texts)}", flush=True)
 
@@ -293,29 +293,29 @@ def compare(
     done: Training, wide: Training, keep: Keep, x: Tensor, expected: Tensor, momentum: bool
 ) -> timing.Check | None:
     """Outputs, and momentum if it is to survive, against the network before; None if there are other parameters."""
-    found, references = [_outputs(done.model, x)], [expected]
+    results, references = [_outputs(done.model, x)], [expected]
     if momentum:
         survivors = expected_momentum(wide, keep)
         now = done.momentum()
         if {n: t.shape for n, t in now.items()} != {n: t.shape for n, t in survivors.items()}:
             return None
-        found += [now[name] for name in survivors]
+        results += [now[name] for name in survivors]
         references += list(survivors.values())
-    return timing.check(found, references)
+    return timing.check(results, references)
 
 
 def expected_momentum(wide: Training, keep: Keep) -> Mapping[str, Tensor]:
-    """Of each parameter, the momentum of its kept channels: by indexing, in no provider's way."""
+    """The momentum of each parameter's kept channels: by indexing, in no provider's way."""
     places: dict[str, Sequence[Tensor]] = {}
     for layer in keep.graph.layers.values():
         places[layer.name] = (keep.channels[layer.output], expand(keep.channels[layer.input], layer.block))
     for follower in keep.graph.followers.values():
         places[follower.name] = (expand(keep.channels[follower.space], follower.block),)
-    found = {}
+    momenta = {}
     for name, buffer in wide.momentum().items():
         indices = places[name.rpartition(".")[0]][: buffer.dim()]
-        found[name] = buffer[torch.meshgrid(*indices, indexing="ij")] if len(indices) > 1 else buffer[indices[0]]
-    return found
+        momenta[name] = buffer[torch.meshgrid(*indices, indexing="ij")] if len(indices) > 1 else buffer[indices[0]]
+    return momenta
 
 
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:

@@ -87,9 +87,9 @@ def shapes(session: Session, network: Network) -> list[tuple[profiles.Profile, i
     """Profiles to prune by and what to round to; the dense one first, then the session's own."""
     uniform = [profiles.parse(f"uniform:{share}") for share in (SHARES if not session.quick else SHARES[1:2])]
     chosen = [profiles.for_network(p, network.name, network.image, network.classes) for p in uniform]
-    own = session.profile
-    if not session.quick and own.network == network.name and own.label not in {p.label for p in chosen}:
-        chosen.insert(0, own)
+    of_session = session.profile
+    if not session.quick and of_session.network == network.name and of_session.label not in {p.label for p in chosen}:
+        chosen.insert(0, of_session)
     rounds = (1,) if session.quick and network.name in LARGE else (1, ROUND_TO)
     dense = profiles.dense(network.name, network.image, network.classes)
     return [(dense, 1), *((profile, round_to) for profile in chosen for round_to in rounds)]
@@ -196,8 +196,8 @@ def summary(p50: Mapping[str, float], flops_ratio: float, dense: Dense) -> str:
         eta = f" (eta {columns['eta']:.2f})" if columns["eta"] is not None else ""
         return f"{columns['time_ratio']:.0%}{eta}"
 
-    own = ", ".join(f"{kind} {compared(kind, kind)}" for kind in p50)
-    return f"FLOPs {flops_ratio:.0%} of dense; time {own}; ours of dense by {NO_LASSO}: {compared(OURS, NO_LASSO)}"
+    times = ", ".join(f"{kind} {compared(kind, kind)}" for kind in p50)
+    return f"FLOPs {flops_ratio:.0%} of dense; time {times}; ours of dense by {NO_LASSO}: {compared(OURS, NO_LASSO)}"
 
 
 # -- one step, by each provider ----------------------------------------------------------------------------------------

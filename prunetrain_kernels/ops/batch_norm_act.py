@@ -1452,8 +1452,8 @@ def batch_norm_act_by_maps(
         raise InputError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
     eager = is_eager(x)
     if (training and count == 0) or (not eager and is_transformed()):
-        given = (None, None) if training else (running_mean, running_var)
-        y, mean, var = _composed(x, *given, weight, bias, residual, inverse, eps, relu, padded)
+        fixed = (None, None) if training else (running_mean, running_var)
+        y, mean, var = _composed(x, *fixed, weight, bias, residual, inverse, eps, relu, padded)
         if training and count and running_mean is not None and running_var is not None:
             _update_running_composed(running_mean, running_var, mean, var, count, momentum)
         return y

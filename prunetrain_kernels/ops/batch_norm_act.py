@@ -1454,9 +1454,9 @@ def batch_norm_act_by_maps(
     eager = is_eager(x)
     if (training and count == 0) or (not eager and is_transformed()):
         constants = (None, None) if training else (running_mean, running_var)
-        composed, *moments = _composed(x, *constants, weight, bias, residual, inverse, eps, relu, padded)
+        composed, *of_batch = _composed(x, *constants, weight, bias, residual, inverse, eps, relu, padded)
         if training and count and running_mean is not None and running_var is not None:
-            _update_running_composed(running_mean, running_var, *moments, count, momentum)
+            _update_running_composed(running_mean, running_var, of_batch[0], of_batch[1], count, momentum)
         return composed
     act = _Eager.apply if eager else _batch_norm_act
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))

@@ -22,7 +22,7 @@ because a fused batch norm that is called plainly is a plain batch norm; it runs
   global hooks). So hooks may be registered before `fuse` (what they watch is left alone) and after it,
 * on a model that was pickled and loaded again, until it is fused again.
 
-Each call compares these few things first (about a microsecond for a residual block).
+Each call compares these few things first (a few microseconds for a residual block).
 
 What torch.fx would get wrong without saying is left alone: a forward with `with` blocks, one that asks for types, draws
 random numbers, writes to buffers or attributes. Code outside the model that a forward depends on (a global flag, say)

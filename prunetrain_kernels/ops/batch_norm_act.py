@@ -1080,8 +1080,9 @@ def _channelwise(t: Tensor, like: Tensor) -> Tensor:
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     over = [d for d in range(x.dim()) if d != 1]
-    mean = x.mean(over)
-    return mean, (x - _channelwise(mean, x)).square().mean(over)
+    count = max(math.prod(x.shape[d] for d in over), 1)  # 0 of an empty batch, so that its gradients are not NaN
+    mean = x.sum(over) / count
+    return mean, (x - _channelwise(mean, x)).square().sum(over) / count
 
 
 def _composed_normalized(
@@ -1452,11 +1453,11 @@ def batch_norm_act_by_maps(
         raise InputError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
     eager = is_eager(x)
     if (training and count == 0) or (not eager and is_transformed()):
-        fixed = (None, None) if training else (running_mean, running_var)
-        y, mean, var = _composed(x, *fixed, weight, bias, residual, inverse, eps, relu, padded)
+        constants = (None, None) if training else (running_mean, running_var)
+        composed, *of_batch = _composed(x, *constants, weight, bias, residual, inverse, eps, relu, padded)
         if training and count and running_mean is not None and running_var is not None:
-            _update_running_composed(running_mean, running_var, mean, var, count, momentum)
-        return y
+            _update_running_composed(running_mean, running_var, of_batch[0], of_batch[1], count, momentum)
+        return composed
     act = _Eager.apply if eager else _batch_norm_act
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
     options = (weight, bias, residual, inverse, eps, relu, record, training, padded, start)

@@ -510,14 +510,20 @@ def _(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps
     return norms.new_empty(()), norms
 
 
+def _gradient_reference(
+    upstream: Tensor, norms: Tensor, weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]
+) -> list[Tensor]:
+    parts = split_by_layer(norms, weights, blocks)
+    groups = [Groups(b, bool(u & 1), bool(u & 2)) for b, u in zip(blocks, used, strict=True)]
+    return [reference_gradient(w, n, g, upstream) for w, n, g in zip(weights, parts, groups, strict=True)]
+
+
 @register("group_lasso_gradient")
 def _group_lasso_gradient(
     upstream: Tensor, norms: Tensor, weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]
 ) -> list[Tensor]:
     if not _all_by_tables(weights):
-        parts = split_by_layer(norms, weights, blocks)
-        groups = [Groups(b, bool(u & 1), bool(u & 2)) for b, u in zip(blocks, used, strict=True)]
-        return [reference_gradient(w, n, g, upstream) for w, n, g in zip(weights, parts, groups, strict=True)]
+        return _gradient_reference(upstream, norms, weights, blocks, used)
     weights = [_dense(w) for w in weights]
     gradients = [torch.empty_like(w) for w in weights]
     _write_gradient(gradients, weights, norms, upstream, blocks, used, add=False)
@@ -540,7 +546,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     norms, *weights = ctx.saved_tensors
     if is_differentiated_again(upstream):
-        return _composed_gradient(upstream, weights, ctx.blocks, ctx.used, ctx.eps), None, None, None
+        norms = _reference_norms(weights, ctx.blocks, ctx.eps)  # as a function of the weights
+        return _gradient_reference(upstream, norms, weights, ctx.blocks, ctx.used), None, None, None
     gradients = _group_lasso_gradient(upstream, norms, weights, ctx.blocks, ctx.used)
     return gradients, None, None, None
 
@@ -555,15 +562,6 @@ def _composed_penalty(weights: Sequence[Tensor], blocks: Sequence[int], used: Se
     norms = _reference_norms(weights, blocks, eps)
     layers = tuple((*channels_of(w, b), u) for w, b, u in zip(weights, blocks, used, strict=True))
     return norms @ _counted.__wrapped__(layers, norms.dtype, norms.device)  # no cache may hold what a transform wrapped
-
-
-def _composed_gradient(
-    upstream: Tensor, weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float
-) -> list[Tensor]:
-    """The gradient as a function of upstream and weights that can be differentiated again."""
-    parts = split_by_layer(_reference_norms(weights, blocks, eps), weights, blocks)
-    groups = [Groups(b, bool(u & 1), bool(u & 2)) for b, u in zip(blocks, used, strict=True)]
-    return [reference_gradient(w, n, g, upstream) for w, n, g in zip(weights, parts, groups, strict=True)]
 
 
 @register("add_group_lasso_gradient_", mutates=("gradients",))
@@ -668,8 +666,7 @@ def add_group_lasso_gradient_(
     _check(weights, groups)
     if is_transformed():
         raise InputError(
-            "add_group_lasso_gradient_ writes .grad, which weights inside a torch.func transform or forward-mode "
-            "differentiation do not have; add group_lasso(...) to the loss there."
+            "add_group_lasso_gradient_ writes .grad, which torch.func has not; add group_lasso(...) there."
         )
     blocks, used = _split(groups)
     penalty, norms = _group_lasso(list(weights), blocks, used, eps)

@@ -142,11 +142,14 @@ def test_many_weights_and_those_without_gradient() -> None:
     assert weights[2].grad is not None
 
 
-def test_a_second_derivative_is_refused_not_wrong() -> None:
-    weight, _ = weight_of("linear")
-    (gradient,) = torch.autograd.grad(group_lasso([weight], [Groups()]), weight, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.square().sum().backward()
+def test_second_derivative() -> None:
+    weight = weight_of("linear")[0].detach().double().requires_grad_()
+    penalties = group_lasso([weight], [Groups()]), sum((weight.square().sum(d) + EPS).sqrt().sum() for d in (0, 1))
+    seconds = []
+    for penalty in penalties:
+        (gradient,) = torch.autograd.grad(penalty, weight, create_graph=True)
+        seconds.append(torch.autograd.grad(gradient.square().sum(), weight)[0])
+    assert torch.allclose(*seconds, rtol=1e-10)
 
 
 def test_norms_and_sizes() -> None:

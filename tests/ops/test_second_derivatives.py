@@ -377,7 +377,7 @@ def _refusals() -> Iterator[tuple[str, Callable[[], Any], str]]:
         "batch_norm_apply": lambda x: batch_norm_apply(x, *bare[:4], None, None, 1e-5, True, False)[0],
         "batch_norm_backward_sums": lambda x: batch_norm_backward_sums(x, x, *bare)[0],
         "batch_norm_backward_apply": lambda x: batch_norm_backward_apply(
-            x, x, *bare[:6], None, None, None, 1.0, 1e-5, True, False
+            x, x, *bare[:6], None, None, 1.0, 1e-5, True, False
         )[0],
     }.items():  # fmt: skip
         yield name, lambda f=f: torch.func.jvp(f, (x,), (x,)), f"{name} has no rule for the transforms"

@@ -5,6 +5,7 @@ state of the random number generators and the gradient mode are afterwards what 
 """
 
 import dataclasses
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,18 +65,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 # Tables of a module that are PyTorch's own: what a forward may write are the others.
 _OF_PYTORCH = frozenset(vars(nn.Module()))
+_CONTAINERS = frozenset((list, dict, set))
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """A module's own attributes, each beside its content where it is a list, dict or set: for `restore_attributes`."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_PYTORCH}
-    return {name: (value, value.copy() if type(value) in (list, dict, set) else None) for name, value in own.items()}
+    own = vars(module)
+    names = own.keys() - _OF_PYTORCH
+    return {n: (own[n], own[n].copy() if type(own[n]) in _CONTAINERS else None) for n in names}
 
 
 def restore_attributes(module: nn.Module, before: Mapping[str, Any]) -> list[str]:
     """Undoes what was done to a module's attributes since `attributes_of`; returns the names of those."""
     own = vars(module)
-    changed = [name for name in own if name not in before and name not in _OF_PYTORCH]
+    changed = list(own.keys() - _OF_PYTORCH - before.keys())
     for name in changed:
         del own[name]
     for name, (value, content) in before.items():
@@ -92,7 +95,7 @@ def restore_attributes(module: nn.Module, before: Mapping[str, Any]) -> list[str
 
 
 def _same_content(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(_flat(a), _flat(b), strict=True))
+    return len(a) == len(b) and all(map(operator.is_, _flat(a), _flat(b)))
 
 
 def _flat(container: Any) -> list[Any]:

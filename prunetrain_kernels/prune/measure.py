@@ -86,7 +86,7 @@ def comparison_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Compari
     comparison = Comparison(evaluation is not None, how)
     outputs = dict(evaluation or {})
     values = outputs | comparison._of_training(training or {}) if how == "values" else outputs
-    if not difference(values, values).compared:
+    if not _shows_something(values):
         raise InputError(
             f"{type(model).__name__} returns nothing on the example inputs that could be compared before and after: no "
             "finite number, in evaluation mode or, free of chance, in training mode; so nothing was pruned. Return "
@@ -107,9 +107,14 @@ def _tried(
 
 def _is_enough(evaluation: Outputs | None, training: Outputs) -> bool:
     """Whether evaluation mode shows everything."""
-    if evaluation is None or not difference(evaluation, evaluation).compared:
+    if evaluation is None or not _shows_something(evaluation):
         return False
     return _structure(evaluation) == _structure(training)
+
+
+def _shows_something(outputs: Outputs) -> bool:
+    """Whether there is any element that can be compared: a finite number, an integer or a bool."""
+    return any(bool(torch.isfinite(tensor).any()) for tensor in outputs.values())
 
 
 def _structure(outputs: Outputs) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -135,7 +135,8 @@ def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """`1 / (255 std)` and `-mean / std`, (C, 1, 1) each, sent to the device once and not at every step."""
-    means, stds = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
+    # the dtype is named, because the cache does not know of a default that changes
+    means, stds = (torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1) for values in (mean, std))
     return 1 / (255 * stds), -means / stds
 
 

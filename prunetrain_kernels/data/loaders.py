@@ -6,6 +6,7 @@ subset of ImageNet decodes that subset.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -216,18 +217,16 @@ def _synthetic(form: str, seed: int, classes: int) -> Source:
     generator = seeded_generator("synthetic", seed)
     try:
         images = [torch.empty(n, channels, height, width, dtype=torch.uint8, device="cpu") for n in (count, val_count)]
-        coarse = torch.randn(classes, channels, min(height, 4), min(width, 4), generator=generator, device="cpu")
+        coarse = _randn(classes, channels, min(height, 4), min(width, 4), generator=generator)
         smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
     except (RuntimeError, TypeError) as error:  # what PyTorch raises for too many bytes, and for more than 2^63
         raise InputError(f"'synthetic:{form}' does not fit into memory; ask for fewer or smaller images") from error
     patterns = 128 + 40 * smooth
 
     def split(images: Tensor) -> Split:
-        labels = (torch.arange(len(images), device="cpu") % classes)[
-            torch.randperm(len(images), generator=generator, device="cpu")
-        ]
+        labels = (torch.arange(len(images), device="cpu") % classes)[torch.randperm(len(images), generator=generator, device="cpu")]
         for rows in torch.arange(len(images), device="cpu").split(max(1, 2**22 // patterns[0].numel())):
-            noise = 40 * torch.randn(len(rows), channels, height, width, generator=generator, device="cpu")
+            noise = 40 * _randn(len(rows), channels, height, width, generator=generator)
             images[rows] = (patterns[labels[rows]] + noise).clamp_(0, 255).to(torch.uint8)
         return _in_memory(images, labels, "synthetic")
 
@@ -238,6 +237,10 @@ def _synthetic(form: str, seed: int, classes: int) -> Source:
         class_names=tuple(f"pattern {i}" for i in range(classes)),
         flip=False,
     )
+
+
+# the default dtype, which a caller may have set, draws other numbers
+_randn = functools.partial(torch.randn, dtype=torch.float32, device="cpu")
 
 
 def _find_cifar(path: Path) -> Path | None:

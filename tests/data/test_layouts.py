@@ -32,7 +32,7 @@ LAYOUTS = {
     "plain": "train.parquet test.parquet",
     "shards": "train-00000-of-00002.parquet train-00001-of-00002.parquet test-00000-of-00001.parquet",
     "data/": "data/train-00000-of-00001.parquet data/validation-00000-of-00001.parquet",
-    "data/ of push_to_hub": "data/train-00000-of-00001-5ef8d0e5ea6b5bdb.parquet data/valid-00000-of-00001-13.parquet",
+    "data/ of push_to_hub": "data/train-00000-of-00001-5ef8d0e5ea6b5.parquet data/valid-00000-of-00001-135959.parquet",
     "a configuration": "plain_text/train-00000-of-00001.parquet plain_text/test-00000-of-00001.parquet",
     "refs/convert/parquet": "default/train/0000.parquet default/test/0000.parquet",
     "refs/convert/parquet in shards": "default/train/0000.parquet default/train/0001.parquet default/test/0000.parquet",

@@ -16,7 +16,7 @@ import pytest
 import torch
 from images import check, encoded, nchw, noise
 
-from prunetrain_kernels.data import epoch_order, load
+from prunetrain_kernels.data import batch, epoch_order, load
 from prunetrain_kernels.errors import InputError
 
 # ---------------------------------------------------------------------------------------------- digits, synthetic
@@ -72,6 +72,31 @@ def test_synthetic_is_decided_by_the_seed_and_can_be_learned() -> None:
     train, val = data.train_images.float().flatten(1), data.val_images.float().flatten(1)
     centres = torch.stack([train[data.train_labels == c].mean(0) for c in range(10)])
     assert (torch.cdist(val, centres).argmin(1) == data.val_labels).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_synthetic_images_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    expected = load("synthetic:40x6x6", seed=1)
+    torch.set_default_dtype(dtype)
+    try:
+        data = load("synthetic:40x6x6", seed=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(data.train_images, expected.train_images)
+    assert torch.equal(data.val_labels, expected.val_labels)
+
+
+def test_batches_do_not_depend_on_the_default_dtype() -> None:
+    data = load("synthetic:40x6x6", seed=2)
+    rows = torch.arange(8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        first = batch(data, rows, seed=0, epoch=0, step=0, device="cpu", train=True)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    again = batch(data, rows, seed=0, epoch=0, step=0, device="cpu", train=True)[0]
+    assert first.dtype == again.dtype == torch.float32
+    assert torch.equal(first, again)
 
 
 # ---------------------------------------------------------------------------------------------- Parquet

@@ -17,7 +17,9 @@ COLOURS = 256  # chosen for coverage, so that the rare colours of a heat map's e
 
 
 def palette(png: bytes) -> bytes:
-    """The image with at most COLOURS colours, without metadata; the bytes as they were if that is no smaller.
+    """The image with at most COLOURS colours, its resolution and no other metadata.
+
+    The bytes come back as they were where a palette makes them no fewer.
 
     Raises:
         InputError: Pillow is missing, or the bytes are no image.
@@ -30,10 +32,10 @@ def palette(png: bytes) -> bytes:
         image = Image.open(io.BytesIO(png)).convert("RGB")
     except UnidentifiedImageError as error:
         raise InputError("this is no image that Pillow can read") from error
+    resolution = {"dpi": image.info["dpi"]} if "dpi" in image.info else {}
     data = io.BytesIO()
-    image.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        data, "png", optimize=True
-    )
+    few = image.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(data, "png", optimize=True, **resolution)
     return min(png, data.getvalue(), key=len)
 
 

@@ -224,7 +224,9 @@ def _synthetic(form: str, seed: int, classes: int) -> Source:
     patterns = 128 + 40 * smooth
 
     def split(images: Tensor) -> Split:
-        labels = (torch.arange(len(images), device="cpu") % classes)[torch.randperm(len(images), generator=generator, device="cpu")]
+        labels = (torch.arange(len(images), device="cpu") % classes)[
+            torch.randperm(len(images), generator=generator, device="cpu")
+        ]
         for rows in torch.arange(len(images), device="cpu").split(max(1, 2**22 // patterns[0].numel())):
             noise = 40 * _randn(len(rows), channels, height, width, generator=generator)
             images[rows] = (patterns[labels[rows]] + noise).clamp_(0, 255).to(torch.uint8)

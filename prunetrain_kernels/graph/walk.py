@@ -61,11 +61,13 @@ class Walk:
         self.calls: dict[str, list[fx.Node]] = {}
         self.not_followed: set[fx.Node] = set()
         self.pinned: dict[str, str] = {}
+        self.of_first = 0  # how many ids the first program has made
         for each in programs:
             for node in each.program.nodes:
                 self._visit(node)
             if each.distrusted:
                 self._distrust(each)
+            self.of_first = self.of_first or len(self.parent)
         self._mark_inputs()
         self._mark_outputs()
         self._pin()
@@ -470,7 +472,7 @@ class Walk:
                 users.setdefault(root, []).append(i)
         groups: dict[Any, list[int]] = {}
         for i in range(len(self.parent)):
-            if self.find(i) == i:
+            if self.find(i) == i and (i in users or i < self.of_first):  # the same values again tell nothing
                 used = tuple(users.get(i, ())) or ("by none", self.origin[i])
                 groups.setdefault((used, self.frozen.get(i), i in self.inputs, i in self.outputs), []).append(i)
         two_stay = set(map(self.find, self.two_stay))

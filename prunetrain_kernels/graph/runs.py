@@ -178,10 +178,12 @@ def runs_of(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Runs:
         runs = Runs(model, inputs, cut(given, MOST_EXAMPLES) if inputs is not given and len(batch) == 1 else given)
         for training in (False, True):
             try:
-                runs.outputs(training=training, start=Start())
+                outputs = runs.outputs(training=training, start=Start())
             except Exception as error:
                 why[training] = first_line(error)
                 continue
+            if inputs is not given and outputs and not any(tensor.numel() for tensor in outputs.values()):
+                continue  # queries behind the shots of a class: of a part nothing comes out
             runs.modes = (*runs.modes, training)
             first.setdefault(training, inputs)
         if len(runs.modes) == 2:

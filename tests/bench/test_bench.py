@@ -413,7 +413,7 @@ def test_rounding_keeps_multiples_and_layers_fit() -> None:
 def test_a_runs_profile_is_what_it_kept(tmp_path: Path) -> None:
     config = TrainConfig(
         out=str(tmp_path / "run"), model="resnet20", data="synthetic:64x16x16", epochs=2, batch=16, interval=1,
-        penalty_ratio=0.9, threshold=0.6, relative=True, threads=1,
+        penalty_ratio=0.9, threshold=0.6, relative=True, zeroing_tolerance=float("inf"), threads=1,
     )  # fmt: skip
     train(config, progress=False)
     profile = profiles.parse(str(tmp_path / "run/channels.csv"))

@@ -47,7 +47,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     attributes = [(module, attributes_of(module)) for module in modules]
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
-    devices = sorted({p.get_device() for p in (*model.parameters(), *model.buffers()) if p.is_cuda})
+    tensors = (t for m in modules for table in (m._parameters, m._buffers) for t in table.values())
+    devices = sorted({t.get_device() for t in tensors if t is not None and t.is_cuda})
     put_back = random_state()
     try:
         with torch.random.fork_rng(devices=devices):
@@ -125,7 +126,7 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            vars(module)["training"] = mode  # not by setattr, which takes as long as a small layer's forward
 
 
 @contextmanager

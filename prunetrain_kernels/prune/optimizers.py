@@ -162,9 +162,10 @@ def _check_held(model: nn.Module, holdings: Holdings, names: dict[int, str]) -> 
     """The optimizers hold every parameter that is trained, and wrapped ones no others than those around them."""
     outside = {id(p) for o in holdings.optimizers if id(o) not in holdings.wrapped for p in params_of(o)}
     held = outside | {id(p) for o in holdings.optimizers for p in params_of(o)}
-    missing = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
-    shapes = {p.shape for p in model.parameters() if p.numel() > 1}
-    smallest = min((p.numel() for p in model.parameters() if p.dim() > 1), default=0)
+    parameters = list(model.parameters())
+    missing = [p for p in parameters if p.requires_grad and id(p) not in held]
+    shapes = {p.shape for p in parameters if p.numel() > 1}
+    smallest = min((p.numel() for p in parameters if p.dim() > 1), default=0)
     strangers = [(o, p) for o in holdings.optimizers for p in params_of(o) if id(p) not in names]
     strangers = [(o, p) for o, p in strangers if p.shape in shapes or p.numel() >= smallest > 0]
     writes_back = any(id(p) in holdings.mentioned for p in missing)
@@ -185,6 +186,8 @@ def _check_held(model: nn.Module, holdings: Holdings, names: dict[int, str]) -> 
 
 def _check_copies(model: nn.Module, holdings: Holdings, also: Sequence[nn.Module]) -> None:
     """An optimizer holds no copy of the model that would stay as it is."""
+    if not holdings.modules:
+        return
     shapes = {name: p.shape for name, p in model.named_parameters()}
     follow = {id(p) for network in (model, *also) for p in network.parameters()}
     for module, optimizer, where in holdings.modules:

@@ -14,6 +14,8 @@ from wrappers import (
     Elsewhere,
     Factored,
     Flat,
+    InNumpy,
+    InSlots,
     Masters,
     Noting,
     Prepared,
@@ -55,6 +57,7 @@ FOLLOW: dict[str, Make] = {
     "prepared": lambda m: Prepared(optim.AdamW(m.parameters(), lr=0.002)),
     "prepared-ours": lambda m: Prepared(SGD(m.parameters(), lr=0.02, momentum=0.9)),
     "prepared-lookahead-sam": lambda m: Prepared(SlowOutside(Sam(m.parameters(), optim.SGD, lr=0.02, momentum=0.9))),
+    "in-slots": lambda m: InSlots(momentum(m.parameters())),
     "no-groups": lambda m: Warming(momentum(m.parameters())),
     "two-sgd": lambda m: [momentum(g) for g in split(m)],
     "sgd-and-ours": lambda m: [momentum(split(m)[0]), SGD(split(m)[1], lr=0.02, momentum=0.9)],
@@ -101,7 +104,7 @@ def steps(model: nn.Module, optimizer: Any, batches: Sequence[Tensor], masks: di
 
 
 def chain(optimizer: Any) -> list[Any]:
-    inside = [v for v in vars(optimizer).values() if isinstance(v, optim.Optimizer)]
+    inside = [v for v in getattr(optimizer, "__dict__", {}).values() if isinstance(v, optim.Optimizer)]
     return [optimizer, *(o for one in inside for o in chain(one))]
 
 
@@ -191,6 +194,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "factors-inside-sam": (lambda m: Sam(m.parameters(), Factored, in_object=True), "keeps a state 'preconditioner"),
     "notes-of-shapes": (lambda m: Noting(m.parameters()), "Noting keeps a state 'note.original_shape' that notes"),
+    "numpy": (lambda m: InNumpy(m.parameters()), "InNumpy keeps a state 'buffer' that notes the shape"),
     "flat": (lambda m: Flat(m.parameters()), "Flat keeps an attribute 'flat' of shape"),
     "unkeyed": (lambda m: Unkeyed(m.parameters()), "nothing says which parameter it belongs to"),
     "masters": (lambda m: Masters(m.parameters(), show=True), "SGD inside another optimizer updates copies"),

@@ -169,6 +169,32 @@ class Prepared(optim.Optimizer):
         self.optimizer.step(closure)  # type: ignore[arg-type]
 
 
+class InSlots:
+    """A wrapper without a `__dict__`."""
+
+    __slots__ = ("inside",)
+
+    def __init__(self, optimizer: optim.Optimizer) -> None:
+        self.inside = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inside.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.inside.state
+
+    def step(self) -> None:
+        self.inside.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inside.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inside.load_state_dict(state_dict)
+
+
 class Warming:
     """No optimizer by class: a learning rate's schedule around one, without groups of its own."""
 
@@ -299,6 +325,20 @@ class Noting(Factored):
 @dataclass
 class Note:
     original_shape: list[int]
+
+
+class InNumpy(optim.Optimizer):
+    """Momentum in an array that is none of PyTorch's."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Closure = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("buffer", torch.zeros_like(p).numpy())
+                momentum_step(p, torch.from_numpy(buffer))
 
 
 class Flat(optim.Optimizer):

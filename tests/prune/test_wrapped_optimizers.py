@@ -15,7 +15,6 @@ from wrappers import (
     Factored,
     Flat,
     InNumpy,
-    InSlots,
     Masters,
     Noting,
     Prepared,
@@ -57,7 +56,6 @@ FOLLOW: dict[str, Make] = {
     "prepared": lambda m: Prepared(optim.AdamW(m.parameters(), lr=0.002)),
     "prepared-ours": lambda m: Prepared(SGD(m.parameters(), lr=0.02, momentum=0.9)),
     "prepared-lookahead-sam": lambda m: Prepared(SlowOutside(Sam(m.parameters(), optim.SGD, lr=0.02, momentum=0.9))),
-    "in-slots": lambda m: InSlots(momentum(m.parameters())),
     "no-groups": lambda m: Warming(momentum(m.parameters())),
     "two-sgd": lambda m: [momentum(g) for g in split(m)],
     "sgd-and-ours": lambda m: [momentum(split(m)[0]), SGD(split(m)[1], lr=0.02, momentum=0.9)],
@@ -104,7 +102,7 @@ def steps(model: nn.Module, optimizer: Any, batches: Sequence[Tensor], masks: di
 
 
 def chain(optimizer: Any) -> list[Any]:
-    inside = [v for v in getattr(optimizer, "__dict__", {}).values() if isinstance(v, optim.Optimizer)]
+    inside = [v for v in vars(optimizer).values() if isinstance(v, optim.Optimizer)]
     return [optimizer, *(o for one in inside for o in chain(one))]
 
 

@@ -169,32 +169,6 @@ class Prepared(optim.Optimizer):
         self.optimizer.step(closure)  # type: ignore[arg-type]
 
 
-class InSlots:
-    """A wrapper without a `__dict__`."""
-
-    __slots__ = ("inside",)
-
-    def __init__(self, optimizer: optim.Optimizer) -> None:
-        self.inside = optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.inside.param_groups
-
-    @property
-    def state(self) -> Any:
-        return self.inside.state
-
-    def step(self) -> None:
-        self.inside.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inside.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.inside.load_state_dict(state_dict)
-
-
 class Warming:
     """No optimizer by class: a learning rate's schedule around one, without groups of its own."""
 

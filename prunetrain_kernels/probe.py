@@ -8,6 +8,7 @@ import dataclasses
 import operator
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,10 +193,20 @@ def _collect(value: object, name: str, tensors: dict[str, Tensor], seen: dict[in
         return
     seen[id(value)] = value  # held, so that no identity is given out twice
     if isinstance(value, Tensor):
-        tensors[name] = value
-        return
+        if value.is_nested:
+            value = value.unbind()
+        else:
+            tensors[name] = _plain(value)
+            return
     for step, part in _parts(value):
         _collect(part, name + step, tensors, seen, depth + 1)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """With one number for each element, which a sparse or a quantized tensor has not."""
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def _parts(value: object) -> Iterator[tuple[str, object]]:
@@ -204,14 +215,19 @@ def _parts(value: object) -> Iterator[tuple[str, object]]:
         yield from ((f"[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         yield from ((f".{field}", getattr(value, field)) for field in value._fields)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | deque):
         yield from ((f"[{i}]", part) for i, part in enumerate(value))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from ((f".{field.name}", getattr(value, field.name, None)) for field in dataclasses.fields(value))
     else:
-        slots = [slot for cls in type(value).__mro__ for slot in _slots(cls)]
-        names = {**dict.fromkeys(slots), **dict.fromkeys(getattr(value, "__dict__", ()))}
-        yield from ((f".{name}", getattr(value, name, None)) for name in names)
+        yield from ((f".{name}", part) for name, part in held_by(value).items())
+
+
+def held_by(value: object) -> dict[str, Any]:
+    """An object's attributes by name, those in slots too."""
+    slots = [slot for cls in type(value).__mro__ for slot in _slots(cls)]
+    names = dict.fromkeys([*slots, *getattr(value, "__dict__", ())])
+    return {name: getattr(value, name, None) for name in names}
 
 
 def _slots(cls: type) -> Sequence[str]:

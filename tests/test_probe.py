@@ -1,7 +1,7 @@
 """`probe`: whatever is looked at stays as it was; outputs of any structure are named; differences are of something."""
 
 import random
-from collections import namedtuple
+from collections import deque, namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,7 @@ STRUCTURES = [
     (Boxes(T, [Slots(U)]), {".boxes": T, ".rest[0].scores": U}),
     (Instances(logits=T, n=3, more=[Boxes(U)]), {"._fields['logits']": T, "._fields['more'][0].boxes": U}),
     ((T, T), {"[0]": T}),
+    (deque([T]), {"[0]": T}),
     ("text", {}),
     (nn.Linear(1, 1), {}),
 ]
@@ -119,6 +120,22 @@ def test_tensors_are_named_by_where_they_are(value: object, expected: dict[str, 
     named = probe.named_tensors_in(value)
     assert named.keys() == expected.keys()
     assert all(named[name] is tensor for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("layout", ["sparse", "csr", "nested", "quantized"])
+def test_tensors_of_other_layouts_are_compared_too(layout: str) -> None:
+    def made(scale: float) -> Tensor:
+        x = torch.eye(3) * scale
+        if layout == "nested":
+            return torch.nested.nested_tensor([x, x[:2]])
+        if layout == "quantized":
+            return torch.quantize_per_tensor(x, 0.5, 0, torch.qint8)
+        return x.to_sparse() if layout == "sparse" else x.to_sparse_csr()
+
+    one, two = (probe.named_tensors_in([made(scale)]) for scale in (1.0, 2.0))
+    assert probe.difference(one, one).largest == 0
+    assert probe.difference(one, two).largest == 1
+    assert probe.difference(one, two).compared == (15 if layout == "nested" else 9)
 
 
 def test_a_model_output_of_hugging_face_is_a_mapping_with_attributes() -> None:

@@ -213,7 +213,7 @@ class Recorder(fx.Interpreter):
                 f"the model fails on the example inputs at '{n.name}' ({n.op} {n.target}): {first_line(error)}; pass "
                 "example_inputs that the model accepts."
             ) from error
-        self.values[n] = Shape(result.shape) if isinstance(result, Tensor) else result
+        self.values[n] = Shape(result.shape) if isinstance(result, Tensor) and not result.is_nested else result
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

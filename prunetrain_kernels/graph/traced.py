@@ -58,6 +58,8 @@ def by_position(program: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Gives every call its first operands by position: `F.conv2d(input=x)`, `conv(input=x)` and `torch.add(a, other=b)`
     are no other calls than those without names."""
     for node in program.nodes:
+        if isinstance(node.target, type) or hasattr(node.target, "makes"):
+            continue  # an object is made of its attributes, which may have any name: `Boxes(tensor=...)`
         if node.op == "call_function" and not node.args:
             _move(node, next((name for name in FIRST if name in node.kwargs), None))
         elif node.op == "call_module" and not node.args and node.kwargs:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.graph.rules import rule_for
-from prunetrain_kernels.probe import first_line
+from prunetrain_kernels.probe import DEEPEST, first_line, held_by
 
 _LOCK = threading.RLock()
 
@@ -89,8 +89,10 @@ class _Tracer(ThreadTracer):
 
     def create_arg(self, a: Any) -> Any:
         """An object that holds tensors, as a forward may return, becomes a call that makes one of what it holds."""
-        if _is_plain_object(a) and any(isinstance(value, fx.Proxy) for value in vars(a).values()):
-            return self.create_node("call_function", _maker_of(a), (), {k: self.create_arg(v) for k, v in _held(a)})
+        held = _held(a) if _is_plain_object(a) else {}
+        if any(map(_holds_proxies, held.values())):
+            parts = {name: self.create_arg(part) for name, part in held.items() if part is not a}
+            return self.create_node("call_function", _maker_of(a, held), (), parts)
         return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -105,21 +107,35 @@ class _Tracer(ThreadTracer):
 def _is_plain_object(value: Any) -> bool:
     """One of a class of the user's own that fx has no way to write down."""
     known = (fx.Proxy, fx.Node, Tensor, nn.Module, type, dict, list, tuple, slice, range)
-    plain = hasattr(value, "__dict__") and not callable(value) and not isinstance(value, known)
+    own = hasattr(value, "__dict__") or any("__slots__" in vars(cls) for cls in type(value).__mro__[:-1])
+    plain = own and not callable(value) and not isinstance(value, known)
     return plain and not hasattr(value, "__dataclass_fields__")
 
 
-def _held(value: Any) -> list[tuple[str, Any]]:
-    return [(name, part) for name, part in vars(value).items() if isinstance(part, fx.Proxy | Tensor)]
+def _held(value: Any) -> dict[str, Any]:
+    """An object's attributes that are tensors, or hold some, in slots too."""
+    return {name: part for name, part in held_by(value).items() if isinstance(part, Tensor) or _holds_proxies(part)}
 
 
-def _maker_of(value: Any) -> Callable[..., Any]:
-    """A function of the tensors in an object that makes another with everything else alike."""
-    cls, rest = type(value), {name: part for name, part in vars(value).items() if not isinstance(part, fx.Proxy)}
+def _holds_proxies(value: Any, depth: int = 0) -> bool:
+    """Whether there is a traced value in it: detectron2's `Instances` keeps its tensors in a dict."""
+    if isinstance(value, fx.Proxy) or depth > DEEPEST:
+        return isinstance(value, fx.Proxy)
+    if isinstance(value, dict):
+        return any(_holds_proxies(part, depth + 1) for part in value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds_proxies(part, depth + 1) for part in value)
+    return _is_plain_object(value) and any(_holds_proxies(part, depth + 1) for part in held_by(value).values())
+
+
+def _maker_of(value: Any, held: dict[str, Any]) -> Callable[..., Any]:
+    """A function of what is held in an object that makes another with everything else alike."""
+    cls, rest = type(value), {name: part for name, part in held_by(value).items() if name not in held}
 
     def make(**tensors: Any) -> Any:
-        made = object.__new__(cls)
-        vars(made).update(rest | tensors)
+        made = cls.__new__(cls)
+        for name, part in (rest | tensors).items():
+            object.__setattr__(made, name, part)  # also where the class forbids it, or does something else
         return made
 
     make.__name__ = make.__qualname__ = cls.__name__

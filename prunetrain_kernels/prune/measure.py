@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, fx, nn
@@ -169,10 +170,10 @@ def zeroing_difference(as_given: Outputs, zeroed: Outputs) -> Difference:
 
 def check_tolerance(tolerance: float) -> None:
     """Raises InputError for a tolerance that is no share."""
-    if not tolerance >= 0:
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not tolerance >= 0:
         raise InputError(
             "zeroing_tolerance must be a share of the output's scale, 0 or more (math.inf allows everything), not "
-            f"{tolerance}."
+            f"{tolerance!r}."
         )
 
 

@@ -134,7 +134,7 @@ class _Look:
         self.parameters.update((id(p), p) for p in params_of(optimizer))
         around, self.optimizer = (self.optimizer, self.kind), optimizer
         itself = getattr(type(optimizer), "follows_by_itself", ())
-        attributes = {n: v for n, v in vars(optimizer).items() if n not in OF_PYTORCH and n not in itself}
+        attributes = {n: v for n, v in _attributes(optimizer) if n not in OF_PYTORCH and n not in itself}
         for value in attributes.values():  # first, so that what they keep in their state is found there
             if is_optimizer(value):
                 self.visit(value, "", None, 0, 0)
@@ -174,6 +174,9 @@ class _Look:
         elif is_optimizer(value):
             self.holdings.wrapped.add(id(value))
             self.into_optimizer(value)
+        elif parameter is not None and hasattr(value, "__array__"):  # NumPy's: it cannot become smaller in place
+            if tuple(value.shape) == tuple(parameter.shape) != ():
+                self.holdings.kept.append(Kept(type(self.optimizer).__name__, self.place(where), None, parameter))
         elif id(value) not in self.seen:
             self.seen[id(value)] = value
             self.open(value, where, parameter, depth, objects)

@@ -3,9 +3,10 @@
 import math
 import random
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,11 +39,54 @@ class Instances:
     embedding: Tensor
 
 
+@dataclass
+class Named:
+    """Its fields have names that arguments of PyTorch's functions have."""
+
+    logits: Tensor
+    input: Tensor
+
+
 class Boxes:
     """No dataclass, as detectron2's."""
 
     def __init__(self, logits: Tensor, size: int) -> None:
         self.logits, self.size = logits, size
+
+
+class Fields:
+    """detectron2's `Instances` indeed: what is set as an attribute lies in a dict."""
+
+    def __init__(self, **fields: Any) -> None:
+        self._fields: dict[str, Any] = {}
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            self._fields[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_fields" or name not in self._fields:
+            raise AttributeError(name)
+        return self._fields[name]
+
+    def __iter__(self) -> Any:
+        raise NotImplementedError("no list")
+
+
+class Slots:
+    """It cannot be written to."""
+
+    __slots__ = ("map",)
+
+    def __init__(self, map: Any) -> None:
+        object.__setattr__(self, "map", map)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TypeError("frozen")
 
 
 class Both(NamedTuple):
@@ -114,6 +158,30 @@ MODES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     "plain-object": (lambda: net(lambda m, x: Boxes(m.fc(pool(m.b(m.a(x)))), 3)), "fc", "a b"),
     "plain-object-with-maps": (lambda: net(lambda m, x: Boxes(m.b(m.a(x)), 3)), "b", "a"),
+    "fields-in-a-dict": (
+        lambda: net(lambda m, x: [{"instances": Fields(logits=m.fc(pool(m.b(m.a(x)))))}]),
+        "fc",
+        "a b",
+    ),
+    "object-in-an-object": (
+        lambda: net(lambda m, x: (f := m.b(m.a(x)), Fields(logits=m.fc(pool(f)), boxes=Boxes(f, 3)))[1]),
+        "b fc",
+        "a",
+    ),
+    "names-of-arguments": (
+        lambda: net(lambda m, x: (f := m.b(m.a(x)), Named(m.fc(pool(f)), f), SimpleNamespace(tensor=f, other=f))[1:]),
+        "b fc",
+        "a",
+    ),
+    "slots": (lambda: net(lambda m, x: Slots(m.b(m.a(x)))), "b", "a"),
+    "mapping": (lambda: net(lambda m, x: UserDict(map=m.b(m.a(x)))), "b", "a"),
+    "namespace": (lambda: net(lambda m, x: SimpleNamespace(maps=[m.b(m.a(x))], size=3)), "b", "a"),
+    "nested": (
+        lambda: net(lambda m, x: (m.fc(pool(m.b(m.a(x)))), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))),
+        "fc",
+        "a b",
+    ),
+    "sparse": (lambda: net(lambda m, x: (m.fc(pool(m.b(m.a(x)))), torch.eye(3).to_sparse())), "fc", "a b"),
     "dataclass": (lambda: net(lambda m, x: (f := pool(m.b(m.a(x))), Instances(m.fc(f), f))[1]), "b fc", "a"),
     "ordered-dict": (lambda: net(lambda m, x: OrderedDict(out=m.fc(pool(m.b(m.a(x)))))), "fc", "a b"),
 }

@@ -284,9 +284,9 @@ def test_zeroing_that_moves_the_output_is_refused_and_allowed_by_name() -> None:
 def test_infinity_allows_everything_and_bad_tolerances_are_refused() -> None:
     model, x = net(lambda y, f, training: y)
     keep = traced(model, x).keep(model, threshold=100)
-    for bad in (-0.1, math.nan):
+    for bad in (-0.1, math.nan, None, "1 %", True):
         with pytest.raises(InputError, match="zeroing_tolerance"):
-            reconfigure(model, None, keep, zeroing_tolerance=bad)
+            reconfigure(model, None, keep, zeroing_tolerance=bad)  # type: ignore[arg-type]
     with pytest.raises(ZeroingError):
         reconfigure(model, None, keep)
     assert reconfigure(model, None, keep, zeroing_tolerance=math.inf).max_abs_dy_zeroing > 0

@@ -301,6 +301,20 @@ class Note:
     original_shape: list[int]
 
 
+class InNumpy(optim.Optimizer):
+    """Momentum in an array that is none of PyTorch's."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Closure = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("buffer", torch.zeros_like(p).numpy())
+                momentum_step(p, torch.from_numpy(buffer))
+
+
 class Flat(optim.Optimizer):
     """All parameters in one buffer."""
 

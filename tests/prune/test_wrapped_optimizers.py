@@ -124,7 +124,7 @@ def pruned_beside_its_twin(make: Make, net: str = "in-place-bottleneck", dying: 
     keep = graph.keep(model)
     assert keep.removed or not dying
     masks = hold_masks(graph, keep, twin)
-    done = reconfigure(model, optimizer, keep)
+    done = reconfigure(model, optimizer, keep, keep_momentum=True)  # as the twin does
     assert done.parameters_after < done.parameters_before
     return model, optimizer, twin, other, masks, x
 
@@ -136,6 +136,30 @@ def test_trains_on_like_a_masked_twin(name: str) -> None:
         steps(model, optimizer, [batch])
         steps(twin, other, [batch], masks)
         assert torch.allclose(model(batch), twin(batch), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["sam-sgd", "sam-ours", "lookahead-inside", "prepared", "prepared-lookahead-sam"])
+def test_the_momentum_of_zeroed_slices_goes_inside_of_wrappers_too(name: str) -> None:
+    model, x = small_net("in-place-bottleneck")
+    optimizer = FOLLOW[name](model)
+    steps(model, optimizer, batches(x, 3))
+    graph = traced(model, x)
+    layer = next(each for each in graph.layers.values() if each.kind == "conv" and not graph.spaces[each.input].frozen)
+    weight = model.get_submodule(layer.name).weight
+    with torch.no_grad():
+        weight[:, :2] = 0  # of one layer alone: the channels stay, their slices are zero
+    momentum = [
+        value
+        for each in chain(optimizer)
+        for parameter, state in getattr(each, "state", {}).items()
+        for key, value in state.items()
+        if parameter is weight and key in ("momentum_buffer", "exp_avg")
+    ]
+    assert momentum
+    assert all(bool(each[:, :2].any()) for each in momentum)
+    reconfigure(model, optimizer, graph.keep(model))
+    assert not any(bool(each[:, :2].any()) for each in momentum)
+    assert all(bool(each[:, 2:].any()) for each in momentum)
 
 
 def test_muon_and_adamw_train_on_like_a_masked_twin(monkeypatch: pytest.MonkeyPatch) -> None:

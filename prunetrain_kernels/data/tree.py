@@ -87,11 +87,11 @@ def _subfolders(path: Path) -> list[str]:
 
 
 def _listing(root: Path, names: Sequence[str]) -> tuple[list[Path], Tensor]:
-    """Image files below each class's folder, however deep, and their labels."""
+    """Image files below each class's folder, however deep, and their labels; a class may have no folder here."""
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        of_class = sorted(_images_below(root / name, ()))
+        of_class = sorted(_images_below(root / name, ())) if (root / name).is_dir() else []
         files += of_class
         labels += [label] * len(of_class)
     return files, torch.tensor(labels, dtype=torch.int64, device="cpu")

@@ -435,6 +435,20 @@ def test_an_unreadable_image_in_a_tree_is_named(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize("folder", ["none", "empty", "a file"])
+def test_a_class_may_have_no_validation_images(tmp_path: Path, folder: str) -> None:
+    tree(tmp_path / "train")
+    tree(tmp_path / "val", classes=("bee",))
+    if folder == "empty":
+        (tmp_path / "val/ant").mkdir()
+    elif folder == "a file":
+        (tmp_path / "val/ant").write_text("nothing to see")
+    data = load(str(tmp_path), cache=tmp_path / "cache")
+    assert data.class_names == ("ant", "bee")
+    assert set(data.val_labels.tolist()) == {1}
+    assert set(data.train_labels.tolist()) == {0, 1}
+
+
 def test_trees_that_make_no_sense(tmp_path: Path) -> None:
     root = tmp_path / "tree"
     root.mkdir()

@@ -589,9 +589,8 @@ def test_compiles_exports_and_is_called_functionally() -> None:
     assert torch.allclose(fx.symbolic_trace(model)(x), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg11"])
-def test_costs(name: str) -> None:
-    model, x = build(name, 10), torch.randn(2, 3, 32, 32)
+def test_costs() -> None:
+    model, x = build("resnet20", 10), torch.randn(2, 3, 32, 32)
     fused = copy.deepcopy(model)
     fuse(fused)
     assert count_flops(fused, (x,)) == count_flops(model, (x,))

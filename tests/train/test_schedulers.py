@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.models.missing_operators import with_torchvision
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.mini_batch import scale_learning_rate
@@ -208,15 +209,9 @@ TIMM: dict[str, Callable[[Any, Optimizer, float], Any]] = {
 }
 
 
-DECLARED = torch.library.Library("torchvision", "FRAGMENT")
-
-
 @pytest.fixture(scope="module")
 def timm() -> Any:
-    for name in ("nms", "qnms"):  # torchvision, which timm imports, wants them there, on a CPU-only PyTorch too
-        if not hasattr(torch.ops.torchvision, name):
-            DECLARED.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return pytest.importorskip("timm.scheduler")
+    return with_torchvision(lambda: pytest.importorskip("timm.scheduler"))  # timm imports torchvision
 
 
 @pytest.mark.parametrize("name", TIMM)

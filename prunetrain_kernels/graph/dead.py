@@ -51,11 +51,11 @@ def dead_branches(graph: ChannelSpaces, model: nn.Module, zero: set[str]) -> Ite
     gone: set[fx.Node] = set()
     for merge in graph.merges:
         for position, operand in enumerate(merge.operands):
-            found = _zero_convolution(graph, modules, operand, merge.node, zero - graph.pinned.keys())
+            end = _zero_convolution(graph, modules, operand, merge.node, zero - graph.pinned.keys())
             other = merge.operands[1 - position]
-            if found is None or found[0] in gone or _is_constant(modules, other, gone):
+            if end is None or end[0] in gone or _is_constant(modules, other, gone):
                 continue  # one side of a merge must stay a full tensor
-            conv, batch_norm = found
+            conv, batch_norm = end
             upstream = _only_feeds(graph, modules, conv)
             gone |= upstream | {conv}
             names = dict.fromkeys(str(n.target) for n in graph.program.nodes if n in upstream and _owns(modules, n))
@@ -68,7 +68,8 @@ def dead_branches(graph: ChannelSpaces, model: nn.Module, zero: set[str]) -> Ite
 
 
 def _owns(modules: dict[str, nn.Module], node: fx.Node) -> bool:
-    """A module whose tensors have one entry per channel, so it cannot read a removed layer's one channel."""
+    """Whether the node calls a module with tensors of one entry per channel, which cannot read a removed layer's one
+    channel."""
     if node.op != "call_module":
         return False
     module = modules[str(node.target)]
@@ -76,7 +77,7 @@ def _owns(modules: dict[str, nn.Module], node: fx.Node) -> bool:
 
 
 def _is_pointwise(modules: dict[str, nn.Module], node: fx.Node) -> bool:
-    """Gives the same for a constant map as for one pixel of it; dropout does not."""
+    """Whether the node gives the same for a constant map as for one pixel of it; dropout does not."""
     if node.op == "call_module":
         module = modules[str(node.target)]
         return isinstance(module, POINTWISE_MODULES) and not isinstance(module, nn.Dropout)
@@ -113,7 +114,7 @@ def _zero_convolution(
 
 
 def _is_constant(modules: dict[str, nn.Module], node: fx.Node, gone: set[fx.Node]) -> bool:
-    """The value is already a per-channel constant: it comes from a removed branch, of now or of before."""
+    """Whether the value is already a constant per channel: it comes from a branch that goes now, or went before."""
     while node.op in ("call_module", "call_function", "call_method") and node.args:
         if node in gone:
             return True
@@ -155,19 +156,19 @@ def _only_feeds(graph: ChannelSpaces, modules: dict[str, nn.Module], conv: fx.No
 
 def _overflowing(graph: ChannelSpaces, modules: dict[str, nn.Module], only: set[fx.Node]) -> set[fx.Node]:
     """Nodes that cannot go: they may write a full tensor into a removed layer's one channel, or feed one that stays."""
-    thin: set[fx.Node] = set()  # has one channel
-    perhaps: set[fx.Node] = set()  # may have
-    found: set[fx.Node] = set()
+    one_channel: set[fx.Node] = set()
+    perhaps_one: set[fx.Node] = set()
+    overflowing: set[fx.Node] = set()
     for node in graph.program.nodes:
         if node not in only:
             continue
         read = node.all_input_nodes
-        if node.target in OVERWRITING and node.args[0] in perhaps and not thin.issuperset(read):
-            found.add(node)
-        if _owns(modules, node) or thin.issuperset(read):
-            thin.add(node)
-        if node in thin or not perhaps.isdisjoint(read):
-            perhaps.add(node)
-    while more := {n for node in found for n in node.all_input_nodes if n in only} - found:
-        found |= more
-    return found
+        if node.target in OVERWRITING and node.args[0] in perhaps_one and not one_channel.issuperset(read):
+            overflowing.add(node)
+        if _owns(modules, node) or one_channel.issuperset(read):
+            one_channel.add(node)
+        if node in one_channel or not perhaps_one.isdisjoint(read):
+            perhaps_one.add(node)
+    while more := {n for node in overflowing for n in node.all_input_nodes if n in only} - overflowing:
+        overflowing |= more
+    return overflowing

@@ -1,4 +1,4 @@
-"""Which channels stay: the sparse test, the union rule, rounding, and branches that no longer depend on their input.
+"""Which channels stay: the sparse test, the union rule, rounding; and the channel graph that users hold, which asks it.
 
 A slice of a weight is *sparse* when its largest absolute value is below the threshold (paper section 4.1). Under the
 union rule a channel of a space is pruned when its slice is sparse in every layer that produces or reads it (section
@@ -132,11 +132,11 @@ class Keep:
             after = dataclasses.replace(
                 space, size=len(kept), members=None if space.members is None else space.members[kept]
             )
-            for n, own, at in _members(after):
+            for n, positions, channels in _members(after):
                 assert after.members is not None
                 places = torch.full((graph.spaces[n].size,), -1, device="cpu")
                 places[self.channels[n]] = torch.arange(len(self.channels[n]), device="cpu")
-                after.members[own, 1] = places[at]
+                after.members[positions, 1] = places[channels]
             spaces.append(after)
         layers = {
             name: dataclasses.replace(
@@ -193,14 +193,7 @@ def choose(
     Raises:
         InputError: arguments out of range, or a model that has changed since it was traced.
     """
-    if policy not in POLICIES:
-        raise InputError(f"policy '{policy}' is not known; the policies are: {', '.join(POLICIES)}.")
-    if not _is_number(threshold) or not 0 <= threshold < float("inf"):
-        raise InputError(f"threshold must be a number from 0 upwards, not {threshold!r}; the paper uses 1e-4.")
-    if relative and threshold >= 1:
-        raise InputError(f"a relative threshold must be below 1, not {threshold}: it is a share of the largest slice.")
-    if not _is_number(round_to) or not round_to >= 1 or round_to % 1:
-        raise InputError(f"round_to must be a whole number from 1 upwards, not {round_to!r}.")
+    _refuse(threshold=threshold, relative=relative, policy=policy, round_to=round_to)
     graph.check(model)
     sizes = _slice_sizes(graph, model)
     sparse = {
@@ -224,6 +217,18 @@ def choose(
         for layer in graph.layers.values()
     }
     return Keep(graph, tuple(channels), computed, choices, sparse, branches, threshold, relative, policy, int(round_to))
+
+
+def _refuse(*, threshold: float, relative: bool, policy: str, round_to: int) -> None:
+    """Raises InputError for what is out of range."""
+    if policy not in POLICIES:
+        raise InputError(f"policy '{policy}' is not known; the policies are: {', '.join(POLICIES)}.")
+    if not _is_number(threshold) or not 0 <= threshold < float("inf"):
+        raise InputError(f"threshold must be a number from 0 upwards, not {threshold!r}; the paper uses 1e-4.")
+    if relative and threshold >= 1:
+        raise InputError(f"a relative threshold must be below 1, not {threshold}: it is a share of the largest slice.")
+    if not _is_number(round_to) or not round_to >= 1 or round_to % 1:
+        raise InputError(f"round_to must be a whole number from 1 upwards, not {round_to!r}.")
 
 
 def _in_order(channels: Tensor, chosen: Tensor | None) -> Tensor:
@@ -253,7 +258,9 @@ def _slice_sizes(graph: ChannelSpaces, model: nn.Module) -> dict[str, tuple[Tens
         if layer.live_in is not None or layer.live_out is not None:
             spaces = (graph.spaces[layer.input].size, graph.spaces[layer.output].size)
             sides = zip(graph.computed(layer.name), result[layer.name], spaces, strict=True)
-            first, second = (torch.zeros(size, device="cpu").index_copy_(0, own, found) for own, found, size in sides)
+            first, second = (
+                torch.zeros(size, device="cpu").index_copy_(0, computed, largest) for computed, largest, size in sides
+            )
             result[layer.name] = (first, second)
     return result
 
@@ -265,7 +272,7 @@ def _weight(model: nn.Module, layer: Layer) -> Tensor:
 
 
 def _is_sparse(size: Tensor, threshold: float, relative: bool) -> Tensor:
-    """NaN is live; next to an infinite slice nothing but zero is sparse relative to it."""
+    """Which slices are sparse: none with NaN; relative to an infinite slice, only those of zeros."""
     limit = torch.as_tensor(threshold, device=size.device)
     limit = limit * size.max() if relative else limit
     return (size < limit.nan_to_num(nan=0, posinf=0)) | (size == 0)
@@ -291,19 +298,23 @@ def _per_space(
             largest[space] = torch.maximum(largest[space], size)
             live[space] |= ~mask
     for i, whole in enumerate(graph.spaces):
-        for n, own, at in _members(whole):
-            # a channel may have several places in the space, all of which it stays or goes with
-            largest[n].scatter_reduce_(0, at, largest[i][own], "amax")
-            live[n].index_put_((at[live[i][own]],), torch.tensor(True, device="cpu"))
+        for n, positions, channels in _members(whole):
+            # a channel may have several positions in the space, all of which it stays or goes with
+            largest[n].scatter_reduce_(0, channels, largest[i][positions], "amax")
+            live[n].index_put_((channels[live[i][positions]],), torch.tensor(True, device="cpu"))
     return largest, live
 
 
 def _members(space: Space) -> Iterable[tuple[int, Tensor, Tensor]]:
-    """Of a space that is put together: its member spaces, their channels' places in it, and those channels there."""
+    """The members of a space that is put together: each with the positions of its channels, and which they are in it.
+
+    Yields:
+        Number of the member; int64 positions in `space`; for each of them the channel of the member.
+    """
     if space.members is not None:
         for n in space.members[:, 0].unique().tolist():
-            own = (space.members[:, 0] == n).nonzero().flatten()
-            yield n, own, space.members[own, 1]
+            positions = (space.members[:, 0] == n).nonzero().flatten()
+            yield n, positions, space.members[positions, 1]
 
 
 def _channels(graph: ChannelSpaces, largest: list[Tensor], live: list[Tensor], round_to: int) -> list[Tensor]:
@@ -313,8 +324,8 @@ def _channels(graph: ChannelSpaces, largest: list[Tensor], live: list[Tensor], r
     for i, space in enumerate(graph.spaces):  # members come before what is put together from them
         if space.members is not None:
             kept = torch.zeros(space.size, dtype=torch.bool, device="cpu")
-            for n, own, at in _members(space):
-                kept[own] = torch.isin(at, channels[n])
+            for n, positions, members in _members(space):
+                kept[positions] = torch.isin(members, channels[n])
             channels.append(kept.nonzero().flatten())
         else:
             multiple = round_to // math.gcd(round_to, times[i])
@@ -329,12 +340,12 @@ def _repeats(graph: ChannelSpaces) -> list[int]:
     for i, space in enumerate(graph.spaces):
         grouped = [name for name in space.consumers if graph.layers[name].groups > 1]
         if len(grouped) == len(space.consumers) + len(space.producers) + len(space.followers):
-            continue  # there it is one group's
+            continue  # its channels are those of one group
         if space.members is None:
             times[i] = 1
             continue
-        for n, _, at in _members(space):
-            for count in at.bincount().unique().tolist():
+        for n, _, channels in _members(space):
+            for count in channels.bincount().unique().tolist():
                 times[n] = math.gcd(times[n], count)
     return [max(1, t) for t in times]
 
@@ -372,15 +383,15 @@ def _gate(
             continue
         kept = channels[layer.input], channels[layer.output]
         masks = sparse[layer.name].inputs, sparse[layer.name].outputs
-        own = [
-            at[_kept(~mask[at], size[at], round_to)] if side else at
-            for side, at, mask, size in zip(sides, kept, masks, sizes[layer.name], strict=True)
+        live = [
+            stay[_kept(~mask[stay], size[stay], round_to)] if side else stay
+            for side, stay, mask, size in zip(sides, kept, masks, sizes[layer.name], strict=True)
         ]
         behind = batch_norm_behind(graph, modules, layer.name)
         weight = _weight(model, layer)
         # on a CPU a fused batch norm places channels too, but in passes of its own
         places = behind is not None and hasattr(modules[behind], "places_of") and weight.is_cuda
-        counts = (len(kept[0]), len(kept[1])), (len(own[0]), len(own[1]))
+        counts = (len(kept[0]), len(kept[1])), (len(live[0]), len(live[1]))
         conv = convolution(graph, modules, layer, *counts, batch, places)
         if cost is not None:
             choice = choose_form(conv, list(forms(conv, sides, weight.device, weight.dtype)), cost)
@@ -392,8 +403,8 @@ def _gate(
         choices[layer.name] = choice
         if choice.form.gated:
             gated[layer.name] = (
-                own[0] if choice.form.gates_input else None,
-                own[1] if choice.form.gates_output else None,
+                live[0] if choice.form.gates_input else None,
+                live[1] if choice.form.gates_output else None,
             )
     return gated, choices
 

@@ -378,12 +378,12 @@ def index(flow: Flow, node: fx.Node) -> Outcome:
         missing = len(before) - sum(e is not None for e in entries) + 1
         entries[dots : dots + 1] = [slice(None)] * missing
     dims: dict[int, int] = {}
-    here = there = 0
+    old = new = 0  # dimensions of the value, and of the result
     for entry in [*entries, *[slice(None)] * (len(before) - sum(e is not None for e in entries))]:
         if entry is None:
-            there += 1
+            new += 1
             continue
-        if here in value.dims and not _takes_all(entry, before[here]):
+        if old in value.dims and not _takes_all(entry, before[old]):
             reason = "the forward picks channels by number"
             if not isinstance(entry, slice):
                 return reason if isinstance(entry, int) else False
@@ -392,9 +392,9 @@ def index(flow: Flow, node: fx.Node) -> Outcome:
             flow.stays(node, reason, value)
             value = Channels(tuple(list(value.plain().ids)[entry]), dims=value.dims)
         if not isinstance(entry, int):
-            dims[here] = there
-            there += 1
-        here += 1
+            dims[old] = new
+            new += 1
+        old += 1
     flow.set(node, Channels(value.ids, value.block, tuple(dims[d] for d in value.dims), value.grid))
     return True
 

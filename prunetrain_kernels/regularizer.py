@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.graph.spaces import ChannelGraph
+from prunetrain_kernels.graph import ChannelGraph
 from prunetrain_kernels.graph.trace import trace_channels
 from prunetrain_kernels.ops.group_lasso import (
     EPS,

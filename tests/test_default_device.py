@@ -461,7 +461,7 @@ PUBLIC = (pk, ops, fused, optim, cost, graph, models, data, prune)
 # What is not called here: exceptions, what needs a GPU, and what others return.
 NOT_RUN = {
     "measure_step_memory_cuda", "imagenet_resnet50", "resnet20", "resnet32", "resnet50", "resnet56", "vgg11", "vgg13",
-    "DeadBranch", "Follower", "Layer", "Merge", "Space", "SparseSlices", "register_rule",
+    "DeadBranch", "Flow", "Follower", "Layer", "Merge", "Space", "SparseSlices", "register_rule",
 }  # fmt: skip
 
 

@@ -59,8 +59,8 @@ class Channels:
         strides = [math.prod(self.grid[axis + 1 :]) for axis in range(len(self.grid))]
         moved = [0]
         for axis in by_place:
-            moved = [at + step * strides[axis] for at in moved for step in range(self.grid[axis])]
-        return replace(self, ids=tuple(self.ids[at] for at in moved), dims=tuple(sorted(where)), grid=sizes)
+            moved = [place + step * strides[axis] for place in moved for step in range(self.grid[axis])]
+        return replace(self, ids=tuple(self.ids[place] for place in moved), dims=tuple(sorted(where)), grid=sizes)
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,6 @@ def tied_columns(ids: tuple[int, ...], grid: Sizes, varies: int) -> list[tuple[i
     """Ids of a grid in sets of those that differ in other axes than `varies`: that axis alone may get shorter."""
     stride = math.prod(grid[varies + 1 :])
     sets: dict[int, list[int]] = {}
-    for at, i in enumerate(ids):
-        sets.setdefault(at // stride % grid[varies], []).append(i)
+    for place, i in enumerate(ids):
+        sets.setdefault(place // stride % grid[varies], []).append(i)
     return [tuple(members) for members in sets.values()]

@@ -5,14 +5,15 @@ Here stand the tables and what is arithmetic; `shapes.py` has what moves channel
 
 import operator
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from prunetrain_kernels.graph.calls import Outcome, argument, source_of
+from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.channels import Channels
+from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.layers import functional_batch_norm, functional_layer, functional_prelu, owner_of
 from prunetrain_kernels.graph.shapes import (
     concatenation,
@@ -28,9 +29,6 @@ from prunetrain_kernels.graph.shapes import (
     stack,
     unpacked,
 )
-
-if TYPE_CHECKING:
-    from prunetrain_kernels.graph.walk import Walk
 
 # Work on each value by itself, so channels go through untouched whatever the number of dimensions.
 POINTWISE_FUNCTIONS = {
@@ -76,48 +74,48 @@ MIXES = "divides by the spread over several channels, so none of them can go"
 NAMED_POINTWISE = {"torchvision.ops.stochastic_depth.stochastic_depth"}
 
 
-def understands_function(walk: "Walk", node: fx.Node) -> Outcome:
+def understands_function(flow: Flow, node: fx.Node) -> Outcome:
     """Rules for `call_function` and `call_method` nodes."""
     target = node.target
     method = node.op == "call_method"
     if target in POINTWISE_FUNCTIONS or (method and target in POINTWISE_METHODS) or _name(target) in NAMED_POINTWISE:
-        return walk.passes(node)
+        return flow.passes(node)
     if target in SPATIAL_FUNCTIONS:
-        return walk.passes_spatially(node)
+        return flow.passes_spatially(node)
     if target in ADDITIONS or target in OTHER_BINARY:
-        return binary(walk, node)
+        return binary(flow, node)
     if target in RESHAPES:
-        return reshape(walk, node)
+        return reshape(flow, node)
     if target in (torch.cat, torch.concat, torch.concatenate):
-        return concatenation(walk, node)
+        return concatenation(flow, node)
     if target is torch.stack:
-        return stack(walk, node)
+        return stack(flow, node)
     if target in (torch.chunk, "chunk", torch.split, "split", torch.functional.split):
-        return pieces_of(walk, node)
+        return pieces_of(flow, node)
     if target is operator.getitem:
-        return index(walk, node)
+        return index(flow, node)
     if target in (torch.permute, "permute", torch.transpose, "transpose", "swapaxes", torch.swapaxes):
-        return permutation(walk, node)
+        return permutation(flow, node)
     if target in (torch.unsqueeze, "unsqueeze", torch.squeeze, "squeeze") or target in REDUCTIONS:
-        return other_dims(walk, node)
+        return other_dims(flow, node)
     if target in SOFTMAX:
-        return softmax(walk, node, argument(node, 1, "dim"))
+        return softmax(flow, node, argument(node, 1, "dim"))
     if target is F.pad:
-        return pad(walk, node)
+        return pad(flow, node)
     if target in (F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle):
         size = argument(node, 1, "upscale_factor", "downscale_factor", "groups")
-        return shuffle(walk, node, str(target.__name__), size)
+        return shuffle(flow, node, str(target.__name__), size)
     if target in MIXING_FUNCTIONS:
         return f"operation '{target.__name__}' {MIXES}"
     if target in CONVOLUTION_FUNCTIONS:
-        return functional_layer(walk, node, "conv", target in TRANSPOSED_FUNCTIONS)
+        return functional_layer(flow, node, "conv", transposed=target in TRANSPOSED_FUNCTIONS)
     if target is F.linear:
-        return functional_layer(walk, node, "linear", False)
+        return functional_layer(flow, node, "linear")
     if target is F.batch_norm:
-        return functional_batch_norm(walk, node)
+        return functional_batch_norm(flow, node)
     if target in (F.prelu, torch.prelu):
-        return functional_prelu(walk, node)
-    return target in ("expand", torch.broadcast_to) and _expansion(walk, node)
+        return functional_prelu(flow, node)
+    return target in ("expand", torch.broadcast_to) and _expansion(flow, node)
 
 
 def _name(target: Any) -> str:
@@ -127,32 +125,32 @@ def _name(target: Any) -> str:
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
-def binary(walk: "Walk", node: fx.Node) -> Outcome:
+def binary(flow: Flow, node: fx.Node) -> Outcome:
     """Elementwise with broadcasting: operands' channels become one; numbers and single values change nothing."""
-    after = walk.shape(node)
-    given = (argument(node, 0, "input"), argument(node, 1, "other"))
-    operands = [a for a in given if isinstance(a, fx.Node) and walk.shape(a) is not None]
-    if after is None or not operands or not set(walk.tensors(node)) <= set(operands):
+    after = flow.shape(node)
+    both = (argument(node, 0, "input"), argument(node, 1, "other"))
+    operands = [a for a in both if isinstance(a, fx.Node) and flow.shape(a) is not None]
+    if after is None or not operands or not set(flow.tensors(node)) <= set(operands):
         return False
-    if len(operands) == 1 and any(isinstance(a, torch.Tensor) for a in given):
+    if len(operands) == 1 and any(isinstance(a, torch.Tensor) for a in both):
         return False
     aligned: list[tuple[fx.Node, Channels]] = []
     for operand in operands:
-        value, offset = walk.channels.get(operand), len(after) - len(walk.shape(operand) or ())
+        value, offset = flow.channels_of(operand), len(after) - len(flow.shape(operand) or ())
         if value is not None:
             aligned.append((operand, value.shifted(offset)))
     if not aligned:
         return False
     widest = max(aligned, key=lambda pair: pair[1].features)[1]
     for operand in operands:
-        shape = walk.shape(operand) or torch.Size()
+        shape = flow.shape(operand) or torch.Size()
         offset = len(after) - len(shape)
         spread = all(d < offset or shape[d - offset] == 1 for d in widest.dims)
         value = dict(aligned).get(operand)
-        if value is None and not spread and not _scales(walk, node, operand, widest, offset):
+        if value is None and not spread and not _scales(flow, node, operand, widest, offset):
             return False
         if value is not None and value is not widest and value.features == 1 and spread and widest.features > 1:
-            walk.freeze(value, "its one channel is spread over others")
+            flow.freeze(value, "its one channel is spread over others")
         elif value is not None and (value.dims != widest.dims or value.grid != widest.grid):
             return False
     if any(after[d] != (widest.grid or (widest.features,))[i] for i, d in enumerate(widest.dims)):
@@ -161,37 +159,37 @@ def binary(walk: "Walk", node: fx.Node) -> Outcome:
     result = widest if all(v.block == widest.block for v in alike) else widest.plain()
     for value in alike:
         result = Channels(
-            walk.join(result.ids, value.ids if value.block == result.block else value.plain().ids),
+            flow.join(result.ids, value.ids if value.block == result.block else value.plain().ids),
             result.block, result.dims, result.grid,
         )  # fmt: skip
-    walk.channels[node] = result
+    flow.set(node, result)
     if node.target in ADDITIONS and not node.kwargs and len(operands) == 2:
-        walk.merge(node, (operands[0], operands[1]), node.target in IN_PLACE)
+        flow.merge(node, (operands[0], operands[1]), node.target in IN_PLACE)
     return True
 
 
-def _scales(walk: "Walk", node: fx.Node, operand: fx.Node, value: Channels, offset: int) -> bool:
+def _scales(flow: Flow, node: fx.Node, operand: fx.Node, value: Channels, offset: int) -> bool:
     """A parameter with one entry per channel, as a layer scale has, if it is the only one of its module."""
     if operand.op != "get_attr" or value.dim is None:
         return False
-    shape, dim = walk.shape(operand) or torch.Size(), value.dim - offset
+    shape, dim = flow.shape(operand) or torch.Size(), value.dim - offset
     if any(size != (value.features if d == dim else 1) for d, size in enumerate(shape)):
         return False
-    owner = owner_of(walk, node, **{str(operand.target).rpartition(".")[2]: operand})
-    return owner is not None and walk.scale_with(node, owner[0], value, dim)
+    owner = owner_of(flow, node, **{str(operand.target).rpartition(".")[2]: operand})
+    return owner is not None and flow.scale_with(node, owner[0], value, dim)
 
 
-def _expansion(walk: "Walk", node: fx.Node) -> Outcome:
+def _expansion(flow: Flow, node: fx.Node) -> Outcome:
     """expand(-1, -1, h, w): channels stay as they are; one that is spread over many is none any more."""
-    found = source_of(walk, node)
-    if found is None or found[1].dim is None:
+    read = flow.source(node)
+    if read is None or read.channels.dim is None:
         return False
-    source, value, before, after = found
-    dim = found[1].dim + len(after) - len(before)
-    if after[dim] != before[found[1].dim]:
+    source, value, before, after = read
+    dim = read.channels.dim + len(after) - len(before)
+    if after[dim] != before[read.channels.dim]:
         return False
     sizes = unpacked(node.args[1:])
-    if len(sizes) != len(after) or not is_count_of(walk, node, sizes[dim], value.ids, Fraction(value.block)):
+    if len(sizes) != len(after) or not is_count_of(flow, node, sizes[dim], value.ids, Fraction(value.block)):
         return False
-    walk.channels[node] = value.in_dim(dim)
-    return set(walk.tensors(node)) == {source}
+    flow.set(node, value.in_dim(dim))
+    return set(flow.tensors(node)) == {source}

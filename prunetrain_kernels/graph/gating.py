@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunetrain_kernels.cost.convolution import Convolution, Form, RoofCost
 from prunetrain_kernels.cost.roof import DTYPES, quick_roof, seconds_of
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.graph.spaces import ChannelGraph, Layer
+from prunetrain_kernels.graph.spaces import ChannelSpaces, Layer
 from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.ops.conv2d import conv2d, triton_serves
 
@@ -157,7 +157,7 @@ def explicit_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
     return conv.padding  # type: ignore[return-value]
 
 
-def gateable_sides(graph: ChannelGraph, module: nn.Module, layer: Layer) -> tuple[bool, bool]:
+def gateable_sides(graph: ChannelSpaces, module: nn.Module, layer: Layer) -> tuple[bool, bool]:
     """Whether a layer's input and output may be gated.
 
     Not those of the network's own input and output; nor the output of a layer with a bias, which gives no zeros to
@@ -168,7 +168,7 @@ def gateable_sides(graph: ChannelGraph, module: nn.Module, layer: Layer) -> tupl
     return not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output and module.bias is None
 
 
-def batch_norm_behind(graph: ChannelGraph, modules: dict[str, nn.Module], name: str) -> str | None:
+def batch_norm_behind(graph: ChannelSpaces, modules: dict[str, nn.Module], name: str) -> str | None:
     """The batch norm that alone reads a layer's output, and reads nothing else; None if there is none."""
     if len(graph.calls.get(name, ())) != 1:
         return None
@@ -187,7 +187,7 @@ def batch_norm_behind(graph: ChannelGraph, modules: dict[str, nn.Module], name: 
 
 
 def convolution(
-    graph: ChannelGraph,
+    graph: ChannelSpaces,
     modules: dict[str, nn.Module],
     layer: Layer,
     channels: tuple[int, int],

@@ -1,4 +1,4 @@
-"""Which channels stay: the sparse test, the union rule, rounding, and branches that no longer depend on their input.
+"""Which channels stay: the sparse test, the union rule, rounding; and the channel graph that users hold, which asks it.
 
 A slice of a weight is *sparse* when its largest absolute value is below the threshold (paper section 4.1). Under the
 union rule a channel of a space is pruned when its slice is sparse in every layer that produces or reads it (section
@@ -12,18 +12,16 @@ contiguous ranges, as far as that is possible (`order.py`): a range needs no ind
 
 import dataclasses
 import math
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from prunetrain_kernels.cost.convolution import Form
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.graph.functions import POINTWISE_FUNCTIONS, POINTWISE_METHODS
+from prunetrain_kernels.graph.dead import DeadBranch, dead_branches
 from prunetrain_kernels.graph.gating import (
     ALL_LIVE,
     BATCH,
@@ -39,17 +37,10 @@ from prunetrain_kernels.graph.gating import (
     live_channels,
 )
 from prunetrain_kernels.graph.order import contiguous_order
-from prunetrain_kernels.graph.rules import POINTWISE_MODULES
-from prunetrain_kernels.graph.spaces import ChannelGraph, Layer, Space
+from prunetrain_kernels.graph.spaces import ChannelSpaces, Layer, Space
 from prunetrain_kernels.ops.group_lasso import Groups, slice_statistics
 
 POLICIES = ("union", "gating", "auto")
-
-# May write the second operand into the first, which must then have its full size; torch.fx records `a += b` as `a + b`.
-OVERWRITING = {
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.isub, operator.imul,
-    operator.itruediv, "add_", "sub_", "mul_", "div_",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,25 +57,34 @@ class SparseSlices:
         return bool(self.inputs.all()) or bool(self.outputs.all())
 
 
-@dataclass(frozen=True)
-class DeadBranch:
-    """One side of a merge that adds the same constant to every pixel, whatever the network's input.
+@dataclass
+class ChannelGraph(ChannelSpaces):
+    """Every channel space of a model, with the traced program that they come from (attributes: see `ChannelSpaces`).
 
-    Attributes:
-        last: the convolution before the merge, all of whose weights are sparse.
-        batch_norm: the batch norm between it and the merge, if there is one.
-        upstream: modules with parameters that feed nothing but `last`, from input to output.
-        in_place: the merge writes into this branch's tensor, so it must have its full size.
+    Made by `trace_channels`. It describes the model's shape at that moment: trace again after a reconfiguration.
     """
 
-    last: str
-    batch_norm: str | None
-    upstream: tuple[str, ...]
-    in_place: bool
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return (*self.upstream, self.last)
+    def keep(
+        self,
+        model: nn.Module,
+        threshold: float = 1e-4,
+        relative: bool = False,
+        policy: str = "union",
+        round_to: int = 1,
+        cost: ConvolutionCost | str | None = None,
+        batch: int = BATCH,
+    ) -> "Keep":
+        """The channels of each space that survive a reconfiguration; see `prunetrain_kernels.graph.keep.choose`."""
+        return choose(
+            self,
+            model,
+            threshold=threshold,
+            relative=relative,
+            policy=policy,
+            round_to=round_to,
+            cost=cost,
+            batch=batch,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,11 @@ class Keep:
             after = dataclasses.replace(
                 space, size=len(kept), members=None if space.members is None else space.members[kept]
             )
-            for n, own, at in _members(after):
+            for n, positions, channels in _members(after):
                 assert after.members is not None
                 places = torch.full((graph.spaces[n].size,), -1, device="cpu")
                 places[self.channels[n]] = torch.arange(len(self.channels[n]), device="cpu")
-                after.members[own, 1] = places[at]
+                after.members[positions, 1] = places[channels]
             spaces.append(after)
         layers = {
             name: dataclasses.replace(
@@ -193,21 +193,14 @@ def choose(
     Raises:
         InputError: arguments out of range, or a model that has changed since it was traced.
     """
-    if policy not in POLICIES:
-        raise InputError(f"policy '{policy}' is not known; the policies are: {', '.join(POLICIES)}.")
-    if not _is_number(threshold) or not 0 <= threshold < float("inf"):
-        raise InputError(f"threshold must be a number from 0 upwards, not {threshold!r}; the paper uses 1e-4.")
-    if relative and threshold >= 1:
-        raise InputError(f"a relative threshold must be below 1, not {threshold}: it is a share of the largest slice.")
-    if not _is_number(round_to) or not round_to >= 1 or round_to % 1:
-        raise InputError(f"round_to must be a whole number from 1 upwards, not {round_to!r}.")
+    _refuse(threshold=threshold, relative=relative, policy=policy, round_to=round_to)
     graph.check(model)
     sizes = _slice_sizes(graph, model)
     sparse = {
         name: SparseSlices(_is_sparse(sides[0], threshold, relative), _is_sparse(sides[1], threshold, relative))
         for name, sides in sizes.items()
     }
-    branches = tuple(_dead_branches(graph, model, {name for name, masks in sparse.items() if masks.all_zero}))
+    branches = tuple(dead_branches(graph, model, {name for name, masks in sparse.items() if masks.all_zero}))
     removed = {name for branch in branches for name in branch.layers}
     channels = _channels(graph, *_per_space(graph, sizes, sparse, removed), int(round_to))
     gated: dict[str, tuple[Tensor | None, Tensor | None]] = {}
@@ -226,6 +219,18 @@ def choose(
     return Keep(graph, tuple(channels), computed, choices, sparse, branches, threshold, relative, policy, int(round_to))
 
 
+def _refuse(*, threshold: float, relative: bool, policy: str, round_to: int) -> None:
+    """Raises InputError for what is out of range."""
+    if policy not in POLICIES:
+        raise InputError(f"policy '{policy}' is not known; the policies are: {', '.join(POLICIES)}.")
+    if not _is_number(threshold) or not 0 <= threshold < float("inf"):
+        raise InputError(f"threshold must be a number from 0 upwards, not {threshold!r}; the paper uses 1e-4.")
+    if relative and threshold >= 1:
+        raise InputError(f"a relative threshold must be below 1, not {threshold}: it is a share of the largest slice.")
+    if not _is_number(round_to) or not round_to >= 1 or round_to % 1:
+        raise InputError(f"round_to must be a whole number from 1 upwards, not {round_to!r}.")
+
+
 def _in_order(channels: Tensor, chosen: Tensor | None) -> Tensor:
     """The chosen channels in the order in which they stand in `channels`; all of them for None."""
     return channels if chosen is None else channels[torch.isin(channels, chosen)]
@@ -235,7 +240,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _slice_sizes(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+def _slice_sizes(graph: ChannelSpaces, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Largest absolute weight of each input and output slice of each layer, on the CPU; of a channel that a gated layer
     does not compute, 0."""
     by_device: dict[torch.device, list[Layer]] = {}
@@ -253,7 +258,9 @@ def _slice_sizes(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[Tenso
         if layer.live_in is not None or layer.live_out is not None:
             spaces = (graph.spaces[layer.input].size, graph.spaces[layer.output].size)
             sides = zip(graph.computed(layer.name), result[layer.name], spaces, strict=True)
-            first, second = (torch.zeros(size, device="cpu").index_copy_(0, own, found) for own, found, size in sides)
+            first, second = (
+                torch.zeros(size, device="cpu").index_copy_(0, computed, largest) for computed, largest, size in sides
+            )
             result[layer.name] = (first, second)
     return result
 
@@ -265,14 +272,14 @@ def _weight(model: nn.Module, layer: Layer) -> Tensor:
 
 
 def _is_sparse(size: Tensor, threshold: float, relative: bool) -> Tensor:
-    """NaN is live; next to an infinite slice nothing but zero is sparse relative to it."""
+    """Which slices are sparse: none with NaN; relative to an infinite slice, only those of zeros."""
     limit = torch.as_tensor(threshold, device=size.device)
     limit = limit * size.max() if relative else limit
     return (size < limit.nan_to_num(nan=0, posinf=0)) | (size == 0)
 
 
 def _per_space(
-    graph: ChannelGraph,
+    graph: ChannelSpaces,
     sizes: dict[str, tuple[Tensor, Tensor]],
     sparse: dict[str, SparseSlices],
     removed: set[str],
@@ -291,30 +298,34 @@ def _per_space(
             largest[space] = torch.maximum(largest[space], size)
             live[space] |= ~mask
     for i, whole in enumerate(graph.spaces):
-        for n, own, at in _members(whole):
-            # a channel may have several places in the space, all of which it stays or goes with
-            largest[n].scatter_reduce_(0, at, largest[i][own], "amax")
-            live[n].index_put_((at[live[i][own]],), torch.tensor(True, device="cpu"))
+        for n, positions, channels in _members(whole):
+            # a channel may have several positions in the space, all of which it stays or goes with
+            largest[n].scatter_reduce_(0, channels, largest[i][positions], "amax")
+            live[n].index_put_((channels[live[i][positions]],), torch.tensor(True, device="cpu"))
     return largest, live
 
 
 def _members(space: Space) -> Iterable[tuple[int, Tensor, Tensor]]:
-    """Of a space that is put together: its member spaces, their channels' places in it, and those channels there."""
+    """The members of a space that is put together: each with the positions of its channels, and which they are in it.
+
+    Yields:
+        Number of the member; int64 positions in `space`; for each of them the channel of the member.
+    """
     if space.members is not None:
         for n in space.members[:, 0].unique().tolist():
-            own = (space.members[:, 0] == n).nonzero().flatten()
-            yield n, own, space.members[own, 1]
+            positions = (space.members[:, 0] == n).nonzero().flatten()
+            yield n, positions, space.members[positions, 1]
 
 
-def _channels(graph: ChannelGraph, largest: list[Tensor], live: list[Tensor], round_to: int) -> list[Tensor]:
+def _channels(graph: ChannelSpaces, largest: list[Tensor], live: list[Tensor], round_to: int) -> list[Tensor]:
     """The kept channels of each space, ascending: what members keep, spaces that are put together keep."""
     times = _repeats(graph)
     channels: list[Tensor] = []
     for i, space in enumerate(graph.spaces):  # members come before what is put together from them
         if space.members is not None:
             kept = torch.zeros(space.size, dtype=torch.bool, device="cpu")
-            for n, own, at in _members(space):
-                kept[own] = torch.isin(at, channels[n])
+            for n, positions, members in _members(space):
+                kept[positions] = torch.isin(members, channels[n])
             channels.append(kept.nonzero().flatten())
         else:
             multiple = round_to // math.gcd(round_to, times[i])
@@ -323,18 +334,18 @@ def _channels(graph: ChannelGraph, largest: list[Tensor], live: list[Tensor], ro
     return channels
 
 
-def _repeats(graph: ChannelGraph) -> list[int]:
+def _repeats(graph: ChannelSpaces) -> list[int]:
     """How many features each channel of a space stands for wherever it is used, at least: rounding counts features."""
     times = [0] * len(graph.spaces)
     for i, space in enumerate(graph.spaces):
         grouped = [name for name in space.consumers if graph.layers[name].groups > 1]
         if len(grouped) == len(space.consumers) + len(space.producers) + len(space.followers):
-            continue  # there it is one group's
+            continue  # its channels are those of one group
         if space.members is None:
             times[i] = 1
             continue
-        for n, _, at in _members(space):
-            for count in at.bincount().unique().tolist():
+        for n, _, channels in _members(space):
+            for count in channels.bincount().unique().tolist():
                 times[n] = math.gcd(times[n], count)
     return [max(1, t) for t in times]
 
@@ -351,7 +362,7 @@ def _kept(live: Tensor, largest: Tensor, round_to: int, least: int = 1) -> Tenso
 
 
 def _gate(
-    graph: ChannelGraph,
+    graph: ChannelSpaces,
     model: nn.Module,
     sizes: dict[str, tuple[Tensor, Tensor]],
     sparse: dict[str, SparseSlices],
@@ -372,15 +383,15 @@ def _gate(
             continue
         kept = channels[layer.input], channels[layer.output]
         masks = sparse[layer.name].inputs, sparse[layer.name].outputs
-        own = [
-            at[_kept(~mask[at], size[at], round_to)] if side else at
-            for side, at, mask, size in zip(sides, kept, masks, sizes[layer.name], strict=True)
+        live = [
+            stay[_kept(~mask[stay], size[stay], round_to)] if side else stay
+            for side, stay, mask, size in zip(sides, kept, masks, sizes[layer.name], strict=True)
         ]
         behind = batch_norm_behind(graph, modules, layer.name)
         weight = _weight(model, layer)
         # on a CPU a fused batch norm places channels too, but in passes of its own
         places = behind is not None and hasattr(modules[behind], "places_of") and weight.is_cuda
-        counts = (len(kept[0]), len(kept[1])), (len(own[0]), len(own[1]))
+        counts = (len(kept[0]), len(kept[1])), (len(live[0]), len(live[1]))
         conv = convolution(graph, modules, layer, *counts, batch, places)
         if cost is not None:
             choice = choose_form(conv, list(forms(conv, sides, weight.device, weight.dtype)), cost)
@@ -392,14 +403,14 @@ def _gate(
         choices[layer.name] = choice
         if choice.form.gated:
             gated[layer.name] = (
-                own[0] if choice.form.gates_input else None,
-                own[1] if choice.form.gates_output else None,
+                live[0] if choice.form.gates_input else None,
+                live[1] if choice.form.gates_output else None,
             )
     return gated, choices
 
 
 def _reorder(
-    graph: ChannelGraph, channels: list[Tensor], gated: dict[str, tuple[Tensor | None, Tensor | None]]
+    graph: ChannelSpaces, channels: list[Tensor], gated: dict[str, tuple[Tensor | None, Tensor | None]]
 ) -> None:
     """Puts the kept channels of each space into an order in which the gated layers' live sets are ranges, in place."""
     fixed = {i for i, space in enumerate(graph.spaces) if space.members is not None}
@@ -413,136 +424,3 @@ def _reorder(
         kept = channels[space]
         places = [torch.isin(kept, chosen).nonzero().flatten() for chosen in chosen_sets]
         channels[space] = kept[contiguous_order(places, len(kept))]
-
-
-# -- branches that no longer depend on their input ---------------------------------------------------------------------
-
-
-def _dead_branches(graph: ChannelGraph, model: nn.Module, zero: set[str]) -> Iterable[DeadBranch]:
-    """Sides of merges that end in an all-zero convolution (its batch norm then emits one constant per channel)."""
-    if not zero:
-        return
-    modules = dict(model.named_modules())
-    gone: set[fx.Node] = set()
-    for merge in graph.merges:
-        for position, operand in enumerate(merge.operands):
-            found = _zero_convolution(graph, modules, operand, merge.node, zero - graph.pinned.keys())
-            other = merge.operands[1 - position]
-            if found is None or found[0] in gone or _is_constant(modules, other, gone):
-                continue  # one side of a merge must stay a full tensor
-            conv, batch_norm = found
-            upstream = _only_feeds(graph, modules, conv)
-            gone |= upstream | {conv}
-            names = dict.fromkeys(str(n.target) for n in graph.program.nodes if n in upstream and _owns(modules, n))
-            yield DeadBranch(
-                last=str(conv.target),
-                batch_norm=str(batch_norm.target) if batch_norm is not None else None,
-                upstream=tuple(names),
-                in_place=merge.in_place and position == 0,
-            )
-
-
-def _owns(modules: dict[str, nn.Module], node: fx.Node) -> bool:
-    """A module whose tensors have one entry per channel, so it cannot read a removed layer's one channel."""
-    if node.op != "call_module":
-        return False
-    module = modules[str(node.target)]
-    return any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
-
-
-def _is_pointwise(modules: dict[str, nn.Module], node: fx.Node) -> bool:
-    """Gives the same for a constant map as for one pixel of it; dropout does not."""
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        return isinstance(module, POINTWISE_MODULES) and not isinstance(module, nn.Dropout)
-    if node.target is F.dropout:
-        return False
-    return node.target in POINTWISE_FUNCTIONS or (node.op == "call_method" and node.target in POINTWISE_METHODS)
-
-
-def _zero_convolution(
-    graph: ChannelGraph, modules: dict[str, nn.Module], operand: fx.Node, user: fx.Node, zero: set[str]
-) -> tuple[fx.Node, fx.Node | None] | None:
-    """Walks back from a merge over pointwise operations and at most one batch norm to an all-zero convolution."""
-    node, batch_norm = operand, None
-    while True:
-        if set(node.users) != {user} or node in graph.not_followed:
-            return None
-        if node.op == "call_module":
-            name = str(node.target)
-            if name in graph.layers:
-                alone = graph.layers[name].kind == "conv" and len(graph.calls[name]) == 1
-                return (node, batch_norm) if alone and name in zero else None
-            if isinstance(modules[name], nn.modules.batchnorm._BatchNorm):
-                if batch_norm is not None or len(graph.calls[name]) != 1:
-                    return None
-                batch_norm = node
-            elif batch_norm is not None or not _is_pointwise(modules, node):
-                return None  # nothing may stand between the convolution and its batch norm
-        elif batch_norm is not None or not _is_pointwise(modules, node):
-            return None
-        source = node.args[0]
-        if not isinstance(source, fx.Node):
-            return None
-        node, user = source, node
-
-
-def _is_constant(modules: dict[str, nn.Module], node: fx.Node, gone: set[fx.Node]) -> bool:
-    """The value is already a per-channel constant: it comes from a removed branch, of now or of before."""
-    while node.op in ("call_module", "call_function", "call_method") and node.args:
-        if node in gone:
-            return True
-        if node.op == "call_module" and getattr(modules[str(node.target)], "constant_over_pixels", False):
-            return True
-        single = node.args[0]
-        if len(node.all_input_nodes) != 1 or not isinstance(single, fx.Node):
-            return False
-        if node.op == "call_module" and not isinstance(
-            modules[str(node.target)], (*POINTWISE_MODULES, nn.modules.batchnorm._BatchNorm)
-        ):
-            return False
-        node = single
-    return False
-
-
-def _only_feeds(graph: ChannelGraph, modules: dict[str, nn.Module], conv: fx.Node) -> set[fx.Node]:
-    """Nodes whose value reaches nothing but `conv`, as far back as they are all understood."""
-    only: set[fx.Node] = {conv}
-    for node in reversed(graph.program.nodes):
-        if node in only or not node.users or not set(node.users) <= only:
-            continue
-        if node in graph.not_followed:
-            continue  # it may not work on the one channel of a removed layer
-        if node.op == "call_module":
-            name = str(node.target)
-            known = name in graph.layers or name in graph.followers
-            if not known and any(True for _ in modules[name].parameters()):
-                continue
-            if known and (name in graph.pinned or not set(graph.calls[name]) <= only | {node}):
-                continue  # the module also works elsewhere
-        elif node.op not in ("call_function", "call_method"):
-            continue
-        only.add(node)
-    while overflowing := _overflowing(graph, modules, only - {conv}):
-        only -= overflowing
-    return only - {conv}
-
-
-def _overflowing(graph: ChannelGraph, modules: dict[str, nn.Module], only: set[fx.Node]) -> set[fx.Node]:
-    """Nodes that cannot go: they may write a full tensor into a removed layer's one channel, or feed one that stays."""
-    thin: set[fx.Node] = set()  # has one channel
-    perhaps: set[fx.Node] = set()  # may have
-    found: set[fx.Node] = set()
-    for node in graph.program.nodes:
-        if node not in only:
-            continue
-        read = node.all_input_nodes
-        if node.target in OVERWRITING and node.args[0] in perhaps and not thin.issuperset(read):
-            found.add(node)
-        if _owns(modules, node) or thin.issuperset(read):
-            thin.add(node)
-        if node in thin or not perhaps.isdisjoint(read):
-            perhaps.add(node)
-    while more := {n for node in found for n in node.all_input_nodes if n in only} - found:
-        found |= more
-    return found

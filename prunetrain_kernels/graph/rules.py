@@ -1,24 +1,22 @@
 """What modules do to channels: which pass them on, which end a space and begin another.
 
-A rule is asked by the walk in `walk.py`. It says True if it understood the call, False if it did not, or a sentence
-that says why it cannot be followed; what is not followed freezes what it touches. `functions.py` has the rules for
-functions and tensor methods.
+A rule is asked by `walk.py`, and touches nothing of the flow (`flow.py`) but its methods. It says True if it understood
+the call, False if it did not, or a sentence that says why it cannot be followed; what is not followed freezes what it
+touches. `functions.py` has the rules for functions and tensor methods.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from prunetrain_kernels.graph.calls import Outcome
+from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.functions import MIXES
 from prunetrain_kernels.graph.layers import convolution, linear
 from prunetrain_kernels.graph.shapes import reshape_to, shuffle, softmax
-
-if TYPE_CHECKING:
-    from prunetrain_kernels.graph.walk import Walk
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -41,7 +39,7 @@ SPATIAL_MODULES = (
 
 # -- modules: True if the module was understood -----------------------------------------------------------------------
 
-ModuleRule = Callable[["Walk", fx.Node, str, Any], Outcome]
+ModuleRule = Callable[[Flow, fx.Node, str, Any], Outcome]
 
 
 def _weight_of(module: nn.Module) -> nn.Parameter | None:
@@ -52,73 +50,73 @@ def _weight_of(module: nn.Module) -> nn.Parameter | None:
     return weight if plain and isinstance(weight, nn.Parameter) else None
 
 
-def _convolution(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+def _convolution(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     weight = _weight_of(module)
     transposed = isinstance(module, TRANSPOSED)
     plain_call = len(node.args) == 1 and not node.kwargs
     if weight is None or not plain_call:
         return False
-    return convolution(walk, node, name, weight, module.groups, transposed)
+    return convolution(flow, node, name, weight, module.groups, transposed=transposed)
 
 
-def _linear(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+def _linear(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     weight = _weight_of(module)
-    return weight is not None and len(node.args) == 1 and linear(walk, node, name, weight)
+    return weight is not None and len(node.args) == 1 and linear(flow, node, name, weight)
 
 
-def batch_norm_rule(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+def batch_norm_rule(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     """One value per channel and nothing else, so it passes the space on and is sliced with it."""
     plain = module._parameters.keys() <= {"weight", "bias"} and not hasattr(module, "parametrizations")
     plain = plain and module._buffers.keys() <= {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    return plain and walk.follow(node, name, "batch_norm")
+    return plain and flow.follow(node, name, "batch_norm")
 
 
-def _mixing_norm(walk: "Walk", node: fx.Node, name: str, module: nn.Module) -> Outcome:
+def _mixing_norm(flow: Flow, node: fx.Node, name: str, module: nn.Module) -> Outcome:
     if isinstance(module, nn.GroupNorm) and module.affine and module.num_groups == module.num_channels:
-        return walk.follow(node, name, "instance_norm")
+        return flow.follow(node, name, "instance_norm")
     return f"'{name}' ({type(module).__name__}) {MIXES}"
 
 
-def _instance_norm(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+def _instance_norm(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     """Each channel of each image by itself."""
-    return walk.follow(node, name, "instance_norm")
+    return flow.follow(node, name, "instance_norm")
 
 
-def _prelu(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+def _prelu(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     if _weight_of(module) is None:
         return False
-    return walk.passes(node) if module.num_parameters == 1 else walk.follow(node, name, "prelu")
+    return flow.passes(node) if module.num_parameters == 1 else flow.follow(node, name, "prelu")
 
 
-def _pointwise(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
-    return walk.passes(node)
+def _pointwise(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
+    return flow.passes(node)
 
 
-def _spatial(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+def _spatial(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     digit = next((int(c) for c in type(module).__name__ if c.isdigit()), 2)
-    return walk.passes_spatially(node, digit)
+    return flow.passes_spatially(node, digit)
 
 
-def _flatten_module(walk: "Walk", node: fx.Node, name: str, module: nn.Flatten) -> Outcome:
-    return reshape_to(walk, node, None)
+def _flatten_module(flow: Flow, node: fx.Node, name: str, module: nn.Flatten) -> Outcome:
+    return reshape_to(flow, node, None)
 
 
-def _unflatten_module(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
-    before = walk.shape(node.args[0]) or ()
+def _unflatten_module(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
+    before = flow.shape(node.args[0]) or ()
     if not isinstance(module.dim, int) or not before:
         return False
     dim = module.dim % len(before)
-    return reshape_to(walk, node, [*([-1] * dim), *module.unflattened_size, *([-1] * (len(before) - dim - 1))])
+    return reshape_to(flow, node, [*([-1] * dim), *module.unflattened_size, *([-1] * (len(before) - dim - 1))])
 
 
-def _shuffle(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
+def _shuffle(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     kind = {nn.PixelShuffle: "pixel_shuffle", nn.PixelUnshuffle: "pixel_unshuffle"}.get(type(module), "channel_shuffle")
     size = next(getattr(module, a) for a in ("upscale_factor", "downscale_factor", "groups") if hasattr(module, a))
-    return shuffle(walk, node, kind, size)
+    return shuffle(flow, node, kind, size)
 
 
-def _softmax(walk: "Walk", node: fx.Node, name: str, module: Any) -> Outcome:
-    return softmax(walk, node, module.dim)
+def _softmax(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
+    return softmax(flow, node, module.dim)
 
 
 _RULES: dict[type[nn.Module], ModuleRule] = {
@@ -150,23 +148,29 @@ _NAMED_RULES: dict[str, ModuleRule] = {
 
 def rule_for(module: nn.Module) -> ModuleRule | None:
     """The rule of the module's class; none for a subclass that computes something else than its parent."""
-    own_forward = module.__dict__.get("forward")
-    if own_forward is not None and not getattr(own_forward, "computes_the_same", False):
-        return None  # replaced on this very module
+    replaced = module.__dict__.get("forward")
+    if replaced is not None and not getattr(replaced, "computes_the_same", False):
+        return None
     named = _NAMED_RULES.get(f"{type(module).__module__}.{type(module).__qualname__}")
     if named is not None:
         return named
     for cls, rule in _RULES.items():
         if not isinstance(module, cls):
             continue
-        own = type(module)
-        same = own.forward is cls.forward and getattr(own, "_conv_forward", None) is getattr(cls, "_conv_forward", None)
-        return rule if same or own.__module__.startswith("torch.nn.") else None
+        kind = type(module)
+        same = kind.forward is cls.forward
+        same = same and getattr(kind, "_conv_forward", None) is getattr(cls, "_conv_forward", None)
+        return rule if same or kind.__module__.startswith("torch.nn.") else None
     return None
 
 
 def register_rule(cls: type[nn.Module], rule: ModuleRule) -> None:
-    """Teaches the tracer a module class; the latest rule for a class is tried first."""
+    """Teaches the tracer a module class; the latest rule for a class is tried first.
+
+    `rule(flow, node, name, module)` says by the methods of `flow` (a `graph.flow.Flow`: `follow`, `passes`,
+    `make_layer`, ...) what the call `node` of the module does to channels. It returns True; False where it does not
+    understand the call; or a sentence that says why the call cannot be followed.
+    """
     rest = {known: old for known, old in _RULES.items() if known is not cls}
     _RULES.clear()
     _RULES.update({cls: rule, **rest})
@@ -204,13 +208,13 @@ def expand_sum_and_relu(program: fx.Graph, node: fx.Node, relu: bool) -> None:
     Args:
         relu: what the module does where the call does not say.
     """
-    given = dict(zip(("input", "residual", "relu", "scatter"), node.args, strict=False)) | node.kwargs
-    apply = relu if given.get("relu") is None else given["relu"]
-    if "input" not in given or given.get("scatter") is not None or not isinstance(apply, bool):
+    arguments = dict(zip(("input", "residual", "relu", "scatter"), node.args, strict=False)) | node.kwargs
+    apply = relu if arguments.get("relu") is None else arguments["relu"]
+    if "input" not in arguments or arguments.get("scatter") is not None or not isinstance(apply, bool):
         return
-    residual = given.get("residual")
+    residual = arguments.get("residual")
     with program.inserting_before(node):
-        last = program.call_module(str(node.target), (given["input"],), {"relu": False})
+        last = program.call_module(str(node.target), (arguments["input"],), {"relu": False})
         if residual is not None:
             last = program.call_function(torch.add, (last, residual))
         if apply:

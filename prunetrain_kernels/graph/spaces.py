@@ -7,16 +7,11 @@ side by side, as behind a concatenation, they form a space with `members`, which
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
-
-if TYPE_CHECKING:
-    from prunetrain_kernels.graph.gating import ConvolutionCost
-    from prunetrain_kernels.graph.keep import Keep
 
 
 @dataclass
@@ -107,10 +102,10 @@ class Merge:
 
 
 @dataclass
-class ChannelGraph:
-    """Every channel space of a model, with the traced program that it was found in.
+class ChannelSpaces:
+    """Every channel space of a model, with the traced program that they come from; `ChannelGraph` is its public face.
 
-    Made by `trace_channels`. It describes the model's shape at that moment: trace again after a reconfiguration.
+    It describes the model's shape at that moment: trace again after a reconfiguration.
 
     Attributes:
         calls: for each called module its calls in `program`, and those in the model's other programs, as of the other
@@ -143,30 +138,6 @@ class ChannelGraph:
     def free_channels(self) -> int:
         """How many channels may go."""
         return sum(space.size for space in self.spaces if not space.frozen and space.members is None)
-
-    def keep(
-        self,
-        model: nn.Module,
-        threshold: float = 1e-4,
-        relative: bool = False,
-        policy: str = "union",
-        round_to: int = 1,
-        cost: "ConvolutionCost | str | None" = None,
-        batch: int = 128,
-    ) -> "Keep":
-        """The channels of each space that survive a reconfiguration; see `prunetrain_kernels.graph.keep.choose`."""
-        from prunetrain_kernels.graph.keep import choose
-
-        return choose(
-            self,
-            model,
-            threshold=threshold,
-            relative=relative,
-            policy=policy,
-            round_to=round_to,
-            cost=cost,
-            batch=batch,
-        )
 
     def computed(self, name: str) -> tuple[Tensor, Tensor]:
         """The channels of a layer's input and output space that it computes, in the order of its weight's."""

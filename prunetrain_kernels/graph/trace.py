@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import TraceError
+from prunetrain_kernels.graph.keep import ChannelGraph
 from prunetrain_kernels.graph.programs import programs_of
 from prunetrain_kernels.graph.runs import Runs, buffers_aside, runs_of
-from prunetrain_kernels.graph.spaces import ChannelGraph
 from prunetrain_kernels.graph.traced import different
 from prunetrain_kernels.graph.tracer import UntraceableError, tracing
 from prunetrain_kernels.graph.trial import freeze_what_fails
-from prunetrain_kernels.graph.walk import Walk
+from prunetrain_kernels.graph.walk import walk
 from prunetrain_kernels.probe import first_line, unchanged
 
 HOW_TO_TRACE = "Move the part that depends on data into a submodule of its own, whose channels then stay as they are."
@@ -82,7 +82,7 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
 def _graph(runs: Runs, by: str) -> ChannelGraph:
     programs = programs_of(runs, by)
     wired = different(programs)
-    graph = Walk(runs.model, wired).graph(runs.examples)
+    graph = walk(runs.model, wired, runs.examples)
     graph.tracer = by
     distrusted = tuple(dict.fromkeys(each.distrusted for each in programs if each.distrusted))
     one = len(wired) == 1 and not distrusted

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunetrain_kernels.graph.runs import Runs, Start, how_different, in_double, own_tensors, run
-from prunetrain_kernels.graph.spaces import ChannelGraph, expand
+from prunetrain_kernels.graph.spaces import ChannelSpaces, expand
 from prunetrain_kernels.probe import difference, first_line
 
 # Cuts that are tried to find out which spaces a forward depends on; then what is in doubt stays.
@@ -22,7 +22,7 @@ MOST_CUTS = 120
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def freeze_what_fails(graph: ChannelGraph, runs: Runs, ways: Sequence[tuple[bool, Start]]) -> tuple[str, ...]:
+def freeze_what_fails(graph: ChannelSpaces, runs: Runs, ways: Sequence[tuple[bool, Start]]) -> tuple[str, ...]:
     """Freezes the spaces whose channels cannot be cut, each with the reason; returns the reasons.
 
     Args:
@@ -64,7 +64,7 @@ def _dead(size: int, least: int) -> Tensor:
 
 
 class _Trial:
-    def __init__(self, graph: ChannelGraph, runs: Runs, ways: Sequence[tuple[bool, Start]]) -> None:
+    def __init__(self, graph: ChannelSpaces, runs: Runs, ways: Sequence[tuple[bool, Start]]) -> None:
         self.graph = graph
         self.model = runs.model
         self.modules = dict(runs.model.named_modules())
@@ -163,7 +163,7 @@ def _varied(x: Tensor) -> Tensor:
     return noise.to(x)
 
 
-def _sides(graph: ChannelGraph, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, int, int, int]]:
+def _sides(graph: ChannelSpaces, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, int, int, int]]:
     """Every dimension of every tensor in which channels lie: module, tensor, dimension, features a channel, space."""
     for layer in graph.layers.values():
         for dim, block, space in zip(layer.dims, (layer.block, 1), (layer.input, layer.output), strict=True):

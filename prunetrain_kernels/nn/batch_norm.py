@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.rules import batch_norm_rule, expand_sum_and_relu, register_expansion, register_rule
 from prunetrain_kernels.ops.batch_norm_act import batch_norm_act, batch_norm_act_by_maps
 from prunetrain_kernels.ops.channel_index import ChannelIndex
@@ -170,14 +171,14 @@ def _recorded(module: nn.Module, input: fx.Proxy, *options: Any) -> Any:
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), keywords)
 
 
-def _rule(walk: Any, node: fx.Node, name: str, module: BatchNormAct2d) -> bool:
+def _rule(flow: Flow, node: fx.Node, name: str, module: BatchNormAct2d) -> bool:
     """Paired, its input has the live channels of its own space."""
     if module.places_of is None:
-        return batch_norm_rule(walk, node, name, module) is True
-    source = node.args[0]
-    if source not in walk.channels or node.kwargs.keys() - {"relu"}:
+        return batch_norm_rule(flow, node, name, module) is True
+    value = flow.channels_of(node.args[0])
+    if value is None or node.kwargs.keys() - {"relu"}:
         return False
-    return bool(walk.follow_value(node, name, "batch_norm", walk.channels[source]))
+    return flow.follow_value(node, name, "batch_norm", value)
 
 
 # For the channel graph a call is a batch norm, a sum and a ReLU, each by itself.

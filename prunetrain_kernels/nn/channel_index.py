@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.rules import register_rule
 from prunetrain_kernels.ops.channel_index import ChannelIndex, gather_by_maps, scatter_add_by_maps, scatter_by_maps
 
@@ -84,7 +85,7 @@ class ChannelScatterAdd(_Indexed):
         return scatter_add_by_maps(base, x, self.index, self.inverse)
 
 
-def _not_followed(walk: Any, node: fx.Node, name: str, module: nn.Module) -> bool:
+def _not_followed(flow: Flow, node: fx.Node, name: str, module: nn.Module) -> bool:
     """The index names channels by number, so the channels on both sides stay as they are."""
     return False
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.gating import explicit_padding, why_not_gated
 from prunetrain_kernels.graph.rules import register_rule
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
@@ -318,17 +319,17 @@ def restore_gating(model: nn.Module, described: dict[str, dict[str, Any]]) -> No
 # -- in the channel graph ----------------------------------------------------------------------------------------------
 
 
-def _gated_rule(walk: Any, node: fx.Node, name: str, module: GatedConv2d) -> bool:
+def _gated_rule(flow: Flow, node: fx.Node, name: str, module: GatedConv2d) -> bool:
     source = node.args[0] if len(node.args) == 1 else None
-    shape = walk.shape(source)
+    shape, channels = flow.shape(source), flow.channels_of(source)
     plain = module._parameters.keys() <= {"weight", "bias"} and not hasattr(module, "parametrizations")
-    if not isinstance(source, fx.Node) or source not in walk.channels or shape is None or not plain:
+    if channels is None or shape is None or not plain:
         return False
-    value = walk.channels[source].plain()
+    value = channels.plain()
     if value.dims != (1,) or len(shape) != 4:
         return False
-    live = tuple(None if i is None else i.long().cpu() for i in (module.input_index, module.output_index))
-    return bool(walk.make_layer(node, name, "conv", value, module.out_channels, live))
+    live_in, live_out = (None if i is None else i.long().cpu() for i in (module.input_index, module.output_index))
+    return flow.make_layer(node, name, "conv", value, module.out_channels, (live_in, live_out))
 
 
 register_rule(GatedConv2d, _gated_rule)

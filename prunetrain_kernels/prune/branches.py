@@ -28,7 +28,8 @@ from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import CheckpointError
 from prunetrain_kernels.graph.channels import Channels
-from prunetrain_kernels.graph.keep import DeadBranch
+from prunetrain_kernels.graph.dead import DeadBranch
+from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.rules import expand_sum_and_relu, register_expansion, register_rule
 
 Geometry = dict[str, list[int]]
@@ -149,21 +150,21 @@ class ConstantBatchNorm(nn.modules.batchnorm._BatchNorm):
         return f"{super().extra_repr()}, the same on every pixel"
 
 
-def _removed_rule(walk: Any, node: fx.Node, name: str, module: nn.Module) -> bool:
-    walk.channels[node] = Channels(walk.new_space(1, f"'{name}' was removed"))
+def _removed_rule(flow: Flow, node: fx.Node, name: str, module: nn.Module) -> bool:
+    flow.set(node, Channels(flow.new_space(1, f"'{name}' was removed")))
     return True  # it reads sizes only, so it holds no channel of what goes in
 
 
-def _constant_rule(walk: Any, node: fx.Node, name: str, module: Any) -> bool:
-    walk.make_constant(node, name, module.out_channels)
+def _constant_rule(flow: Flow, node: fx.Node, name: str, module: Any) -> bool:
+    flow.make_constant(node, name, module.out_channels)
     return True
 
 
-def _constant_batch_norm_rule(walk: Any, node: fx.Node, name: str, module: Any) -> bool:
-    source = node.args[0]
-    if source not in walk.channels or node.kwargs.keys() - {"relu"}:
+def _constant_batch_norm_rule(flow: Flow, node: fx.Node, name: str, module: Any) -> bool:
+    value = flow.channels_of(node.args[0])
+    if value is None or node.kwargs.keys() - {"relu"}:
         return False
-    return walk.follow_value(node, name, "batch_norm", walk.channels[source])
+    return flow.follow_value(node, name, "batch_norm", value)
 
 
 register_rule(RemovedLayer, _removed_rule)

@@ -31,8 +31,10 @@ from prunetrain_kernels.errors import DivergedError, InputError
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig
-from prunetrain_kernels.train.distributed import Ranks, answering, distributed, one_after_the_other, rebuild_buckets
-from prunetrain_kernels.train.prunetrain import SAFE_CHANNELS, PruneReport, PruneTrain, unsafe_in_channels_last
+from prunetrain_kernels.train.distributed import Ranks, answering, distributed, one_after_the_other
+from prunetrain_kernels.train.layout import leave_channels_last
+from prunetrain_kernels.train.prune_report import PruneReport
+from prunetrain_kernels.train.prunetrain import PruneTrain
 from prunetrain_kernels.train.run_log import RunLog
 from prunetrain_kernels.train.step import Average, CapturedStep, Step
 from prunetrain_kernels.train.tally import Costs, EpochSums, Stopwatch, Totals, costs_now, is_finite, summary_of
@@ -263,17 +265,10 @@ class _Run:
         return [] if self.average is None else [self.average.network]
 
     def _leave_unsafe_layout(self) -> None:
-        """Goes on in contiguous format where a CPU's channels_last would corrupt memory."""
-        unsafe = unsafe_in_channels_last(self.model) if self.channels_last else []
-        if unsafe:
+        said = leave_channels_last(self.model, self.ddp) if self.channels_last else ""
+        if said:
             self.channels_last = False
-            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            if self.ddp is not None:
-                rebuild_buckets(self.ddp)
-            self.say(
-                f"{unsafe[0]} has fewer than {SAFE_CHANNELS} input channels, for which PyTorch's strided 1x1 "
-                "convolution is unsafe in channels_last on a CPU: going on in contiguous format"
-            )
+            self.say(said)
 
     def _costs(self) -> Costs:
         return costs_now(self.prunetrain, self.example, self.optimizer, self.batch_size // self.parts)

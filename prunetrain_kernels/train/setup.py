@@ -20,6 +20,7 @@ from prunetrain_kernels.machine import processor
 from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import synchronize_batch_norm
 from prunetrain_kernels.optim import SGD, ProximalSGD
+from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.checkpoint import read_checkpoint
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.distributed import Ranks
@@ -134,7 +135,7 @@ def device_of(config: TrainConfig) -> torch.device:
             raise InputError(f"--cuda-graphs needs a GPU, and this run is on the {name}; leave it out.")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {config.device} cannot be used here: {first_line(error)}.") from error
     if many and device.type == "cuda":
         torch.cuda.set_device(device)
     return device

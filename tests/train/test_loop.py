@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 import prunetrain_kernels.files
 import prunetrain_kernels.prune.checkpoint
-import prunetrain_kernels.train.prunetrain
 from prunetrain_kernels.cost import batch_norm_bytes, count_flops, gradient_bytes
 from prunetrain_kernels.data import load
 from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError
 from prunetrain_kernels.models import build
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint
-from prunetrain_kernels.train import loop
+from prunetrain_kernels.train import layout, loop
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.run_log import LOG_COLUMNS, read_run
@@ -623,9 +622,7 @@ def test_a_run_leaves_channels_last_where_a_cpu_would_corrupt_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A ResNet's strided 1x1 shortcut left with few input channels: the process used to die of a broken heap."""
-    monkeypatch.setattr(
-        prunetrain_kernels.train.prunetrain, "SAFE_CHANNELS", 12
-    )  # fewer are left here, but not under 8
+    monkeypatch.setattr(layout, "SAFE_CHANNELS", 12)  # fewer are left here, but not under 8
     path = tmp_path / "run"
     few = TrainConfig(
         out=str(path), model="resnet20", data="synthetic:64x16x16", epochs=2, batch=16, interval=1, penalty_ratio=0.9,

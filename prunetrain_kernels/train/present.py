@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.cost import Flops, FlopTable, flop_table
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
+from prunetrain_kernels.graph.gating import ConvolutionCost, cost_of
 from prunetrain_kernels.nn import FuseReport, GatedConv2d
 from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.prune.also import inputs_for
@@ -43,6 +45,25 @@ def fuse_all(model: nn.Module, copies: Sequence[nn.Module], example_inputs: tupl
     for copy in copies:
         fuse_model(copy, inputs_for(copy, model, example_inputs))
     return fused
+
+
+def look_first(
+    model: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    amp: torch.dtype | None,
+    cost: ConvolutionCost | str,
+    choice: dict[str, Any],
+) -> Present:
+    """Traces and counts a model as it is given; refuses, before any training, what cannot be chosen by.
+
+    Args:
+        cost: as of `ChannelGraph.keep`; `choice`: its threshold, relative, policy and round_to.
+    """
+    graph = trace_channels(model, example_inputs)
+    if choice["policy"] == "auto":
+        cost_of(cost, model)  # refuses an unknown name
+    graph.keep(model, **choice)
+    return look(model, graph, amp)
 
 
 def look(model: nn.Module, graph: ChannelGraph, amp: torch.dtype | None) -> Present:

@@ -19,28 +19,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import Compilations, eagerly, forget_compiled, is_compiled_module
 from prunetrain_kernels.cost import Flops, autocast_around, reasons
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
-from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost, cost_of
+from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost
 from prunetrain_kernels.nn import FuseReport
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.also import copies_of, unwrapped
 from prunetrain_kernels.prune.changes import Reconfiguration
 from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE
-from prunetrain_kernels.prune.optimizer_holdings import params_of
 from prunetrain_kernels.prune.optimizers import as_list, check_at_construction
 from prunetrain_kernels.prune.reconfigure import reconfiguring
 from prunetrain_kernels.regularizer import GroupLasso, one_number, penalty_coefficient
-from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
+from prunetrain_kernels.train.distributed import rebuild_buckets
+from prunetrain_kernels.train.lasso_step import add_gradient_, optimizer_with, regularize_inside
 from prunetrain_kernels.train.layout import warn_of_layout
 from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
 from prunetrain_kernels.train.original import OriginalChannels
-from prunetrain_kernels.train.present import Present, fuse_all, look, look_again
+from prunetrain_kernels.train.present import Present, fuse_all, look_again, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.prunetrain_checks import (
     check_arguments,
@@ -55,6 +54,7 @@ from prunetrain_kernels.train.transaction import (
     on_all_ranks,
     put_back_batch,
     put_back_buckets,
+    ranks_in,
 )
 
 __all__ = ["PruneReport", "PruneTrain"]
@@ -149,11 +149,7 @@ class PruneTrain:
         keep_momentum: bool = False,
     ) -> None:
         check_arguments(penalty_ratio, interval, amp, zeroing_tolerance)
-        self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
-        self.ranks = Ranks()
-        if self.ddp is not None:
-            check_rebuildable(self.ddp)
-            self.ranks = Ranks.of(self.ddp.process_group)
+        self.ddp, self.ranks = ranks_in(model)
         self.is_compiled = is_compiled_module(model) or any("_compiled_call_impl" in vars(m) for m in model.modules())
         model, _ = unwrapped(model)
         check_parts(model)
@@ -178,11 +174,8 @@ class PruneTrain:
         self._compilations = Compilations()
         with eagerly(model, *self.also):
             self.fused: FuseReport | None = fuse_all(model, self.also, example_inputs) if fuse else None
-            graph = trace_channels(model, example_inputs)
-            if policy == "auto":
-                cost_of(cost, model)  # refuses an unknown name
-            graph.keep(model, threshold, relative, policy, round_to)  # refuses bad arguments before any training
-            self._present = look(model, graph, self.amp)
+            choice = {"threshold": threshold, "relative": relative, "policy": policy, "round_to": round_to}
+            self._present = look_first(model, example_inputs, self.amp, cost, choice)
         self.dense_flops = self.flops
         self.original = OriginalChannels.of_graph(self.graph)
         if fuse:
@@ -255,11 +248,7 @@ class PruneTrain:
 
     @property
     def _inside(self) -> SGD | None:
-        """The optimizer whose update can add the lasso: it holds every weight that has one."""
-        for one in self.optimizers:
-            if isinstance(one, SGD) and (len(self.optimizers) == 1 or _holds(one, self.lasso.weights()[0])):
-                return one
-        return None
+        return optimizer_with(self.lasso, self.optimizers)
 
     @property
     def last_penalty(self) -> Tensor | None:
@@ -296,17 +285,10 @@ class PruneTrain:
         inside = self._inside
         if inside is not None:
             wanted, coefficient = (self.lasso, self.coefficient or 0.0) if self.active else (None, 0.0)
-            if inside.lasso is not wanted or inside.lasso_coefficient != coefficient:
-                inside.regularize_with(wanted, coefficient)
+            regularize_inside(inside, wanted, coefficient)
         elif self.active:
             assert self.coefficient is not None
-            if optimizer is None:
-                self._last_penalty = self.lasso.add_gradient_(self.coefficient)
-                return
-            held = {id(p) for p in params_of(optimizer)}
-            if any(id(weight) in held for weight in self.lasso.weights()[0]):
-                self.lasso.add_gradient_(self.coefficient, held)
-            self._last_penalty = self.lasso.penalty().detach()
+            self._last_penalty = add_gradient_(self.lasso, self.coefficient, optimizer)
 
     def set_coefficient(self, loss: Tensor, penalty: Tensor) -> float:
         """lambda, set once, from the mean of all ranks' losses; waits for the device, and the ranks, that once."""
@@ -466,8 +448,3 @@ class PruneTrain:
         self.ranks.agree("the states of PruneTrain", self.coefficient, self.epochs, sorted(self.removed))
         if self.ddp is not None:
             rebuild_buckets(self.ddp)
-
-
-def _holds(optimizer: Optimizer, weights: Sequence[Tensor]) -> bool:
-    held = {id(p) for p in params_of(optimizer)}
-    return all(id(weight) in held for weight in weights)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.errors import InputError, PruneTrainError, RankLostError, RanksDifferError
 from prunetrain_kernels.graph import Keep
-from prunetrain_kernels.train.distributed import Ranks, rebuild_buckets
+from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
 from prunetrain_kernels.train.mini_batch import MiniBatch, rates_put_back
 
 _Result = TypeVar("_Result")
@@ -19,6 +19,19 @@ Leave = Callable[..., None]  # what `ExitStack.push` takes: called with the exce
 
 
 # -- what the ranks agree on -------------------------------------------------------------------------------------------
+
+
+def ranks_in(model: nn.Module) -> tuple[DistributedDataParallel | None, Ranks]:
+    """The `DistributedDataParallel` in or around a model, if any, and the ranks that train it.
+
+    Raises:
+        InputError: it has an option that cannot be pruned.
+    """
+    ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    if ddp is None:
+        return None, Ranks()
+    check_rebuildable(ddp)
+    return ddp, Ranks.of(ddp.process_group)
 
 
 def agree_on_networks(ranks: Ranks, networks: Iterable[nn.Module], epochs: float, batch_size: int | None) -> None:

@@ -6,6 +6,7 @@ it gives up and runs that function uncompiled from then on. So a reconfiguration
 """
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +74,7 @@ class Compilations:
     def __init__(self) -> None:
         self.last = _counters()
         self.graphs, self.seconds, self.given_up = 0, 0.0, 0
+        self.warned_of = 0
 
     def look(self) -> None:
         """Adds what has been counted since the last look."""
@@ -92,6 +94,18 @@ class Compilations:
         taken = self.graphs, self.seconds
         self.graphs, self.seconds = 0, 0.0
         return taken
+
+    def warn_if_given_up(self) -> None:
+        """Whenever `torch.compile` has given up functions, which run uncompiled since."""
+        self.look()
+        new, self.warned_of = self.given_up - self.warned_of, self.given_up
+        if new > 0:
+            warnings.warn(
+                f"torch.compile has given up {new} functions, which run uncompiled until the next reconfiguration: "
+                "they were compiled anew too often, or cannot be; TORCH_LOGS=recompiles says why. Compile the whole "
+                "model once, keep to a few batch sizes, or raise torch._dynamo.config.recompile_limit.",
+                stacklevel=3,
+            )
 
 
 TIMED = ("_compile.compile_inner", "backward._backward_impl")  # the compiler's names for forward and backward graphs

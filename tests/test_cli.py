@@ -317,15 +317,15 @@ def test_a_loss_that_is_no_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "there is no checkpoint yet" in refusal(capsys, *arguments(tmp_path / "a", "--lr", "1e35"))
-    original = loop._Run.train_epoch
+    original = loop.train_epoch
 
-    def explode(self: Any, epoch: int) -> None:
+    def explode(training: Any, progress: Any, epoch: int) -> None:
         if epoch == 1:
-            self.optimizer.param_groups[0]["lr"] = 1e35
-        original(self, epoch)
+            training.optimizer.param_groups[0]["lr"] = 1e35
+        original(training, progress, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "train_epoch", explode)
+        patch.setattr(loop, "train_epoch", explode)
         assert "epoch 1 is kept" in refusal(capsys, *arguments(tmp_path / "b"))
     assert not (tmp_path / "b" / "summary.json").exists()
     assert cli.main(arguments(tmp_path / "b", "--resume")) == 0
@@ -334,19 +334,19 @@ def test_a_loss_that_is_no_number(
 def test_an_interrupt_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(self: Any, epoch: int) -> None:
+    def interrupt(training: Any, progress: Any, epoch: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Run, "train_epoch", interrupt)
+    monkeypatch.setattr(loop, "train_epoch", interrupt)
     assert cli.main(arguments(tmp_path / "run")) == 130
     assert "--resume" in capsys.readouterr().err
 
 
 def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def defect(self: Any, epoch: int) -> None:
+    def defect(training: Any, progress: Any, epoch: int) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(loop._Run, "train_epoch", defect)
+    monkeypatch.setattr(loop, "train_epoch", defect)
     with pytest.raises(ZeroDivisionError):
         cli.main(arguments(tmp_path / "run"))
 
@@ -358,14 +358,14 @@ import resource, signal, sys
 sys.path.insert(0, {str(module)!r})
 from prunetrain_kernels import cli
 from prunetrain_kernels.train import loop
-save, saves = loop._Run._save, []
-def full(self):
+save, saves = loop.save, []
+def full(*arguments):
     saves.append(1)
     if len(saves) == 2:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    save(self)
-loop._Run._save = full
+    save(*arguments)
+loop.save = full
 sys.exit(cli.main({arguments(folder)!r}))
 """
     done = subprocess.run(
@@ -493,15 +493,15 @@ def test_training_torchvisions_resnet(tmp_path: Path) -> None:
 def test_report_on_a_finished_and_an_unfinished_run(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop._Run.train_epoch
+    original = loop.train_epoch
 
-    def interrupt(self: Any, epoch: int) -> None:
+    def interrupt(training: Any, progress: Any, epoch: int) -> None:
         if epoch == 1:
             raise KeyboardInterrupt
-        original(self, epoch)
+        original(training, progress, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "train_epoch", interrupt)
+        patch.setattr(loop, "train_epoch", interrupt)
         assert cli.main(arguments(tmp_path / "unfinished")) == 130
     capsys.readouterr()
     assert cli.main(["report", str(finished), str(tmp_path / "unfinished"), "--out", str(tmp_path / "report")]) == 0

@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.prune.shape import describe_shape, restore_shape
 from prunetrain_kernels.prune.slices import set_data
-from prunetrain_kernels.train.prunetrain import PruneReport, PruneTrain
+from prunetrain_kernels.train.original import OriginalChannels
+from prunetrain_kernels.train.prune_report import PruneReport
+from prunetrain_kernels.train.prunetrain import PruneTrain
 
 if TYPE_CHECKING:
     Callback = Any
@@ -108,7 +110,7 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
                 "added; build it without fused=True, or use prunetrain_kernels.optim.SGD."
             )
         if saved is not None:  # the model has its smaller shape by now
-            prunetrain.dense_layers = {name: tuple(sizes) for name, sizes in saved["dense_layers"].items()}
+            prunetrain.original = OriginalChannels.of_dense(saved["dense_layers"])
             prunetrain.dense_flops = type(prunetrain.flops)(**saved["dense_flops"])
             prunetrain.load_state_dict(saved["prunetrain"])
         # counted with another Trainer; this one begins at 0

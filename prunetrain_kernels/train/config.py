@@ -118,6 +118,10 @@ class TrainConfig:
         ):
             if not ok:
                 raise InputError(f"--{name} must {must}, not {getattr(self, name.replace('-', '_'))}.")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raises InputError for options that are in range, but cannot go together."""
         if self.dense and self.reconfigure_once is not None:
             raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
         if self.dense and self.proximal:

@@ -27,6 +27,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from prunetrain_kernels.errors import InputError, PruneTrainError, RankLostError, RanksDifferError
+from prunetrain_kernels.probe import first_line
 
 TIMEOUT = 60.0  # seconds until a rank that does not answer is given up
 WAIT_FOR_DATA = timedelta(days=1)  # the first process of a machine may have a whole data set to decode
@@ -81,7 +82,7 @@ class Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             raise RankLostError(
-                f"the {os.environ['WORLD_SIZE']} processes did not find each other: {_first_line(error)}; start them "
+                f"the {os.environ['WORLD_SIZE']} processes did not find each other: {first_line(error)}; start them "
                 "with torchrun."
             ) from error
         return cls(dist.get_rank(), dist.get_world_size(), owns_group=True)
@@ -271,10 +272,6 @@ def explain(sentence: str) -> None:
     """Prints why this process ends; `speak_when_terminated` then keeps silent."""
     _explained.set()
     print(sentence, file=sys.stderr, flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 # -- DistributedDataParallel -------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """The training loop (paper Algorithm 1), from a configuration to a run folder.
 
-Read `train` from top to bottom: set up, then for each epoch the steps, the reconfiguration, the validation, the log and
-the checkpoint. The folder's `checkpoint.pt` carries everything, the log too, so a run killed at any moment goes on from
-its last checkpoint to the same result.
+Read it from top to bottom: `train`; `begin`, before the first step; `train_epoch`, the steps and the reconfigurations;
+`end_epoch`, the validation, the log and the checkpoint; `finish`. All are functions over a `Training`, which is what a
+run is made of, and a `Progress`, which is how far it is.
 
-Under torchrun the same loop runs in every process. Each makes its share of every batch, `DistributedDataParallel`
-averages the gradients, and the first process writes the folder (`distributed.py`).
+The folder's `checkpoint.pt` carries everything, the log too, so a run killed at any moment goes on from its last
+checkpoint to the same result. Under torchrun the same loop runs in every process. Each makes its share of every batch,
+`DistributedDataParallel` averages the gradients, and the first process writes the folder (`distributed.py`).
 """
 
 import json
@@ -13,8 +14,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunetrain_kernels.compiled import Compilations, compiling, eagerly
+from prunetrain_kernels.compiled import compiling, eagerly
 from prunetrain_kernels.cost import share, share_text
-from prunetrain_kernels.data import batch, epoch_order, record_of
+from prunetrain_kernels.data import epoch_order
 from prunetrain_kernels.data.dataset import seeded_generator
 from prunetrain_kernels.errors import DivergedError, InputError
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train import setup
-from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig
-from prunetrain_kernels.train.distributed import Ranks, answering, distributed, one_after_the_other, rebuild_buckets
-from prunetrain_kernels.train.prunetrain import SAFE_CHANNELS, PruneReport, PruneTrain, unsafe_in_channels_last
-from prunetrain_kernels.train.run_log import RunLog
-from prunetrain_kernels.train.step import Average, CapturedStep, Step
-from prunetrain_kernels.train.tally import Costs, EpochSums, Stopwatch, Totals, costs_now, is_finite, summary_of
+from prunetrain_kernels.train.config import TrainConfig
+from prunetrain_kernels.train.distributed import answering
+from prunetrain_kernels.train.layout import leave_channels_last
+from prunetrain_kernels.train.prune_report import PruneReport
+from prunetrain_kernels.train.setup import Training
+from prunetrain_kernels.train.step import CapturedStep
+from prunetrain_kernels.train.tally import Costs, EpochSums, Totals, costs_now, is_finite, summary_of
 
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
 VALIDATION_BATCH = 500
+
+
+@dataclass
+class Progress:
+    """What changes between epochs, beside the objects of the `Training`.
+
+    Attributes:
+        channels_last: whether images are in that layout; a run may have to leave it.
+        epoch: finished epochs; `totals`: sums over them.
+        costs: of the network in its present shape.
+        sums: over the steps of the epoch that runs.
+        loss, accuracy: of that epoch's images so far, as of the last look.
+        mark: `time.perf_counter()` when the last epoch ended.
+        bar: shows the images trained.
+    """
+
+    channels_last: bool
+    costs: Costs
+    epoch: int = 0
+    totals: Totals = field(default_factory=Totals)
+    sums: EpochSums = field(init=False)
+    loss: float = math.nan
+    accuracy: float = math.nan
+    mark: float = 0.0
+    bar: Any = None
 
 
 def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Path:
@@ -63,470 +89,432 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         answering("the last checkpoint is kept, start again with --resume, on any number of processes"),
         compiling("leave --compile out"),
     ):
-        return _train(config, resume, overwrite, progress)
+        return _train(config, resume=resume, overwrite=overwrite, show=progress)
 
 
-def _train(config: TrainConfig, resume: bool, overwrite: bool, progress: bool) -> Path:
+def _train(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) -> Path:
     try:
-        run = _Run(config, resume, overwrite, progress)
+        training, progress = begin(config, resume=resume, overwrite=overwrite, show=show)
     except torch.OutOfMemoryError:
         raise InputError(
             f"a step of {config.batch} images does not fit the device's memory; use a smaller --batch."
         ) from None
-    total = config.epochs + config.fine_tune_epochs
     try:
-        for epoch in range(run.epoch, total):
+        for epoch in range(progress.epoch, training.total_epochs):
             if epoch == config.epochs:
-                run.prunetrain.regularizing = False
-            run.train_epoch(epoch)
-            run.end_epoch(epoch)
+                training.prunetrain.regularizing = False
+            train_epoch(training, progress, epoch)
+            end_epoch(training, progress, epoch)
     finally:
-        run.bar.close()
-    run.finish()
-    return run.folder
+        progress.bar.close()
+    finish(training, progress)
+    return training.folder
 
 
-class _Run:
-    def __init__(self, config: TrainConfig, resume: bool, overwrite: bool, progress: bool) -> None:
-        self.config = config
-        self.folder = Path(config.out)
-        self.checkpoint = self.folder / setup.CHECKPOINT
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        self.device = setup.device_of(config)
-        if self.device.type == "cpu":
-            torch.set_flush_denormal(True)  # before any worker thread starts, so that all of them inherit it
-        torch.manual_seed(config.seed)
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
+# -- before the first step ---------------------------------------------------------------------------------------------
 
-        saved = setup.saved_state(config, resume, overwrite)
-        start = setup.dense_start(config) if saved is None and config.start_from is not None else None
-        self.ranks = ranks = Ranks.of_environment(self.device.type == "cuda", config.rank_timeout)
-        setup.check_ranks(config, ranks)
-        ranks.agree("the checkpoints to go on from", -1 if saved is None else saved["extra"]["epoch"])
-        # of a batch: side by side in the ranks, one after the other in each
-        self.parts = ranks.world * config.accumulate
-        self.smallest_batch = setup.SMALLEST_BATCH * self.parts
-        progress = progress and ranks.first
-        self.say: Callable[[str], None] = tqdm.write if progress else lambda text: None
-        self.log = RunLog(self.folder)
-        self.data = one_after_the_other(ranks, lambda: setup.load_data(config, self.device))
-        self.data_record = record_of(self.data)
-        ranks.agree("the data", self.data.image_shape, json.dumps(self.data_record))
-        self._compare_data(saved, start)
-        self.model = setup.build_model(config, self.data, self.device, ranks)
-        self.channels_last = config.channels_last
-        self.optimizer = setup.optimizer_class(config)(
-            setup.parameter_groups(config, self.model),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        self.average = None if config.ema is None else Average(self.model, config.ema)
-        if config.compile:
-            self.model.compile()
-        self.ddp, self.sent = distributed(self.model, self.device, ranks)
-        total = config.epochs + config.fine_tune_epochs
-        self.scheduler = setup.scheduler(config, self.optimizer)
-        self.amp = AMP_DTYPES[config.amp]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
-        # the same on every rank, which then trace and measure the same
-        indices = torch.arange(min(8, len(self.data.val_labels)), device="cpu")
-        self.example = (self._batch(indices, 0, 0, train=False, share=slice(0, len(indices)))[0],)
-        self.prunetrain = PruneTrain(
-            self.ddp or self.model,
-            self.optimizer,
-            self.example,
-            penalty_ratio=0 if config.dense else config.penalty_ratio,
-            interval=config.interval,
-            threshold=config.threshold,
-            relative=config.relative,
-            policy=config.policy,
-            round_to=config.round_to,
-            batch=setup.mini_batch(config, len(self.data.train_labels), ranks),
-            scheduler=self.scheduler,
-            fuse=config.fuse,
-            cost=config.policy_cost,
-            also=self._copies(),
-            amp=self.amp,
-            zeroing_tolerance=config.zeroing_tolerance,
-            keep_momentum=config.keep_momentum,
-        )
-        setup.check_logits(config, self.model, self.example, self.data.classes)
-        self.epoch = 0
-        self.totals = Totals()
-        self.lasso_watch = Stopwatch(self.device)
-        self.compilations = Compilations()
-        self.step: Step | CapturedStep = Step(
-            self.ddp or self.model,
-            self.optimizer,
-            self.scaler,
-            self.prunetrain,
-            self.device,
-            self.amp,
-            ranks.world,
-            config.accumulate,
-            config.clip_grad,
-            self.average,
-            self.lasso_watch,
-        )
-        if config.cuda_graphs:
-            self.step = CapturedStep(self.step)
-        if saved is None:
-            if start is not None:
-                self._start_from(start["model"])
-            self.costs = self._costs()
-            self.totals.dense = asdict(self.costs)
-            self._begin_folder()
-            self._log_channels()
-            self.log.add_slices(0, self.prunetrain.slice_sizes())
-        else:
-            self._restore()
-        if ranks.first:
-            self.log.save()
-        self.bar = tqdm(
-            total=total * len(self.data.train_labels),
-            initial=self.epoch * len(self.data.train_labels),
-            unit="img",
-            unit_scale=True,
-            disable=None if progress else True,
-            dynamic_ncols=True,
-        )
-        if self.costs.unknown:
-            self.say(f"costs that stay unknown, here and in the log: {self.costs.unknown}")
-        if saved is not None:
-            self.say(f"resuming after epoch {self.epoch} of {total}")
-        self.mark = time.perf_counter()
 
-    # -- setting up -----------------------------------------------------------------------------------------------
+def begin(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) -> tuple[Training, Progress]:
+    """Sets everything up, anew or from the folder's checkpoint, and writes the folder's first files.
 
-    def _compare_data(self, saved: dict[str, Any] | None, start: dict[str, Any] | None) -> None:
-        """Refuses data that are not those of the run that goes on, or that this one starts from."""
-        known = [setup.check_same_data(self.config, saved, self.data_record)] if saved is not None else []
-        known += [setup.check_start_data(self.config, start, self.data_record)] if start is not None else []
-        if not all(known):
-            what = f"'{self.folder}'" if saved is not None else f"--start-from {self.config.start_from}"
-            self.say(
-                f"{what} was written by a version that kept no record of its data: they could not be compared with "
-                f"'{self.config.data}'"
-            )
+    Args:
+        resume, overwrite: as of `train`; `show`: its `progress`.
+    """
+    device = setup.prepare_process(config)
+    saved = setup.saved_state(config, resume, overwrite)
+    start = setup.dense_start(config) if saved is None and config.start_from is not None else None
+    training = setup.training_of(config, device, saved, start, show=show)
+    if saved is not None:
+        progress = restore(training)
+    else:
+        progress = begin_anew(training, None if start is None else start["model"])
+    if training.ranks.first:
+        training.log.save()
+    images = len(training.data.train_labels)
+    progress.bar = tqdm(
+        total=training.total_epochs * images,
+        initial=progress.epoch * images,
+        unit="img",
+        unit_scale=True,
+        disable=None if show and training.ranks.first else True,
+        dynamic_ncols=True,
+    )
+    if progress.costs.unknown:
+        training.say(f"costs that stay unknown, here and in the log: {progress.costs.unknown}")
+    if saved is not None:
+        training.say(f"resuming after epoch {progress.epoch} of {training.total_epochs}")
+    progress.mark = time.perf_counter()
+    return training, progress
 
-    def _begin_folder(self) -> None:
-        """Only now, when nothing in the options can fail any more."""
-        if not self.ranks.first:
-            return
-        try:
-            self.checkpoint.unlink(missing_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot remove '{self.checkpoint}': {error.strerror or error}.") from error
-        self.log.write_config(
-            {**asdict(self.config), **setup.environment(self.device, self.ranks), "data_record": self.data_record}
-        )
 
-    def _restore(self) -> None:
-        extra = load_pruned(self.checkpoint, self.model, self.optimizer, self.prunetrain, self._copies())
-        if isinstance(self.step, CapturedStep):
-            self.step.rates_to_device()
-        self.scheduler.load_state_dict(extra["scheduler"])
-        self.scaler.load_state_dict(extra["scaler"])
-        self.log.load_state_dict(extra["log"])
-        self.totals = Totals(**extra["totals"])
-        self.epoch = extra["epoch"]
-        self._leave_unsafe_layout()
-        self.costs = self._costs()
-        # last: nothing may draw between here and the next step
-        torch.set_rng_state(extra["rng"])
-        if self.device.type == "cuda" and extra["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(extra["cuda_rng"], self.device)
+def begin_anew(training: Training, start: dict[str, Tensor] | None) -> Progress:
+    """The first records of a new run; `start` has the tensors of the dense network that it starts from."""
+    if start is not None:
+        start_from(training, start)
+    progress = Progress(training.config.channels_last, present_costs(training))
+    progress.totals.dense = asdict(progress.costs)
+    begin_folder(training)
+    log_channels(training)
+    training.log.add_slices(0, training.prunetrain.slice_sizes())
+    return progress
 
-    def _start_from(self, start: dict[str, Tensor]) -> None:
-        """Sets lambda from the fresh network, as a run without a start would, then takes up the trained one's tensors.
 
-        A trained network's first loss is next to nothing, and lambda by Eq. 3 with it; this is the lambda of the
-        PruneTrain run with the same ratio and seed (paper section 5.2: "we apply our proposed mechanism to SSL").
-        """
-        setup.check_dense_start(self.config, self.model, start)
-        if self.prunetrain.penalty_ratio > 0:
-            devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices), torch.no_grad(), self._autocast(), eagerly(self.model):
-                order = epoch_order(len(self.data.train_labels), self.config.seed, 0)
-                indices = order[: self.batch_size]
-                images, labels = self._batch(indices, 0, 0, train=True)
-                self.model.train()
-                loss = F.cross_entropy(self.model(images), labels) * self._weight(labels, indices)
-            self.prunetrain.set_coefficient(loss, self.prunetrain.lasso.penalty())
-        for network in (self.model, *self._copies()):
-            network.load_state_dict(start)
+def begin_folder(training: Training) -> None:
+    """Only now, when nothing in the options can fail any more."""
+    if not training.ranks.first:
+        return
+    try:
+        training.checkpoint.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot remove '{training.checkpoint}': {error.strerror or error}.") from error
+    environment = setup.environment(training.device, training.ranks)
+    training.log.write_config({**asdict(training.config), **environment, "data_record": training.batches.record})
 
-    def _copies(self) -> list[nn.Module]:
-        return [] if self.average is None else [self.average.network]
 
-    def _leave_unsafe_layout(self) -> None:
-        """Goes on in contiguous format where a CPU's channels_last would corrupt memory."""
-        unsafe = unsafe_in_channels_last(self.model) if self.channels_last else []
-        if unsafe:
-            self.channels_last = False
-            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            if self.ddp is not None:
-                rebuild_buckets(self.ddp)
-            self.say(
-                f"{unsafe[0]} has fewer than {SAFE_CHANNELS} input channels, for which PyTorch's strided 1x1 "
-                "convolution is unsafe in channels_last on a CPU: going on in contiguous format"
-            )
+def restore(training: Training) -> Progress:
+    """Takes up the folder's checkpoint."""
+    extra = load_pruned(training.checkpoint, training.model, training.optimizer, training.prunetrain, training.copies)
+    if isinstance(training.step, CapturedStep):
+        training.step.rates_to_device()
+    training.scheduler.load_state_dict(extra["scheduler"])
+    training.scaler.load_state_dict(extra["scaler"])
+    training.log.load_state_dict(extra["log"])
+    channels_last = stays_channels_last(training, training.config.channels_last)
+    progress = Progress(channels_last, present_costs(training), extra["epoch"], Totals(**extra["totals"]))
+    # last: nothing may draw between here and the next step
+    torch.set_rng_state(extra["rng"])
+    if training.device.type == "cuda" and extra["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(extra["cuda_rng"], training.device)
+    return progress
 
-    def _costs(self) -> Costs:
-        return costs_now(self.prunetrain, self.example, self.optimizer, self.batch_size // self.parts)
 
-    def _log_channels(self) -> None:
-        number, epoch = len(self.prunetrain.history), round(self.prunetrain.epochs, 9)
-        rows = self.prunetrain.channel_table()
-        self.log.add_channels([{"reconfiguration": number, "epoch": epoch, **row} for row in rows])
+def start_from(training: Training, start: dict[str, Tensor]) -> None:
+    """Sets lambda from the fresh network, as a run without a start would, then takes up the trained one's tensors.
 
-    # -- one epoch ------------------------------------------------------------------------------------------------
+    A trained network's first loss is next to nothing, and lambda by Eq. 3 with it; this is the lambda of the
+    PruneTrain run with the same ratio and seed (paper section 5.2: "we apply our proposed mechanism to SSL").
+    """
+    config, model, prunetrain = training.config, training.model, training.prunetrain
+    setup.check_dense_start(config, model, start)
+    if prunetrain.penalty_ratio > 0:
+        devices = [training.device] if training.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), training.autocast(), eagerly(model):
+            order = epoch_order(len(training.data.train_labels), config.seed, 0)
+            indices = order[: training.batch_size]
+            images, labels = training.batches.share(indices, 0, 0, train=True, channels_last=config.channels_last)
+            model.train()
+            # of the mean loss of this share in the mean over ranks: 1, but where the batch has unequal shares
+            weight = len(labels) * training.ranks.world / len(indices)
+            loss = F.cross_entropy(model(images), labels) * weight
+        prunetrain.set_coefficient(loss, prunetrain.lasso.penalty())
+    for network in (model, *training.copies):
+        network.load_state_dict(start)
 
-    @property
-    def batch_size(self) -> int:
-        """Images per update, of all ranks and micro-batches together."""
-        share = self.prunetrain.batch_size
-        return self.config.batch if share is None else share * self.parts
 
-    def _batch(
-        self, indices: Tensor, epoch: int, step: int, *, train: bool, share: slice | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """This rank's share of a batch."""
-        share = self.ranks.share(len(indices)) if share is None else share
-        where = {"epoch": epoch, "step": step, "device": self.device, "train": train}
-        images, labels = batch(self.data, indices, seed=self.config.seed, share=share, **where)  # type: ignore[arg-type]
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, labels
+# -- what a change of the network brings with it -----------------------------------------------------------------------
 
-    def _weight(self, labels: Tensor, indices: Tensor) -> float:
-        """Of the mean loss of this share in the mean over ranks: 1, but where a last batch has unequal shares."""
-        return len(labels) * self.ranks.world / len(indices)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, self.amp) if self.amp is not None else nullcontext()
+def present_costs(training: Training) -> Costs:
+    images = training.batch_size // training.parts
+    return costs_now(training.prunetrain, training.example, training.optimizer, images)
 
-    def train_epoch(self, epoch: int) -> None:
-        """Steps over all training images, with reconfigurations inside the epoch where the interval asks for it."""
-        images_in_epoch = len(self.data.train_labels)
-        order = epoch_order(images_in_epoch, self.config.seed, epoch)
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        self.sums = sums = EpochSums(self.batch_size, rate, self.device)
-        self.sent.total = 0
-        self.model.train()
-        self.bar.set_description(f"epoch {epoch + 1}/{self.config.epochs + self.config.fine_tune_epochs}")
-        position = 0
-        while images_in_epoch - position >= self.smallest_batch:
-            size = min(self.batch_size, images_in_epoch - position)
-            start = time.perf_counter()
-            fits = True
-            try:
-                self._step(order[position : position + size], epoch, sums.steps)
-            except torch.OutOfMemoryError:
-                fits = False  # dealt with below, where the exception no longer holds the step's tensors
-            if not fits:
-                self._fall_back()
-                continue
-            if size == self.batch_size:
-                sums.step_times.append(time.perf_counter() - start)
-            position += size
-            self._count(size)
-            if sums.steps % CHECK_EVERY == 0:
-                self._look(epoch)
-            if self.config.interval % 1 and self._reconfigures(epoch):
-                self._advance(epoch, epoch + position / images_in_epoch)
-        self._look(epoch)
-        sums.stop()
-        if not is_finite(self.model):  # before it reaches a checkpoint: the last step's loss does not show it
-            raise self._diverged(epoch, "a weight became nan or infinite")
-        if self._reconfigures(epoch):
-            self._advance(epoch, epoch + 1)
-        self.bar.update((epoch + 1) * images_in_epoch - self.bar.n if not self.bar.disable else 0)
 
-    def _reconfigures(self, epoch: int) -> bool:
-        return not self.config.dense and self.config.reconfigure_once is None and epoch < self.config.epochs
+def stays_channels_last(training: Training, channels_last: bool) -> bool:
+    """Whether images are in channels_last from now on; the model leaves it where a CPU would corrupt memory."""
+    reason = leave_channels_last(training.model, training.ddp) if channels_last else ""
+    if reason:
+        training.say(reason)
+    return channels_last and not reason
 
-    def _step(self, indices: Tensor, epoch: int, step: int) -> None:
-        if self.ranks.world > 1:  # dropout: otherwise on every rank, and known without the steps before
-            place = seeded_generator("dropout", self.config.seed, epoch, step, self.ranks.rank)
-            torch.manual_seed(place.initial_seed())
-        images, labels = self._batch(indices, epoch, step, train=True)
-        loss, hits = self.step(images, labels, len(indices))
-        self.sums.loss += loss * (len(indices) / self.ranks.world)
-        self.sums.correct += hits
 
-    def _fall_back(self) -> None:
-        """After running out of memory: one granule fewer images, if PruneTrain manages the batch."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step.reset()
-        torch.cuda.empty_cache()
-        if self.ranks.world > 1:  # the others are in the middle of this step, and wait for this rank's gradients
-            raise InputError(
-                f"a step of {self.batch_size} images on {self.ranks.world} ranks does not fit the memory of rank "
-                f"{self.ranks.rank}; start anew with a smaller --batch, --batch-limit or --memory-budget."
-            )
-        if self.prunetrain.batch is None or self.batch_size <= self.smallest_batch:
-            raise InputError(
-                f"a step of {self.batch_size} images does not fit the device's memory; use a smaller --batch."
-            )
-        self.prunetrain.batch.fall_back(self.optimizer, self.scheduler)
-        self.say(f"out of memory: going on with {self.batch_size} images per step")
+def log_channels(training: Training) -> None:
+    prunetrain = training.prunetrain
+    number, epoch = len(prunetrain.history), round(prunetrain.epochs, 9)
+    training.log.add_channels(
+        [{"reconfiguration": number, "epoch": epoch, **row} for row in prunetrain.channel_table()]
+    )
 
-    def _count(self, size: int) -> None:
-        self.sums.count(size, self.parts, self.costs)
-        sizes = self.totals.batch_sizes
-        if not sizes or sizes[-1] != self.batch_size:
-            sizes.append(self.batch_size)
-        self.bar.update(size)
 
-    def _look(self, epoch: int) -> None:
-        """Waits for the device, shows how it goes, and stops if the loss is not a number."""
-        loss_sum, correct = self.ranks.sum(torch.stack([self.sums.loss, self.sums.correct])).tolist()
-        self.loss, self.accuracy = loss_sum / max(self.sums.images, 1), correct / max(self.sums.images, 1)
-        if not math.isfinite(self.loss):
-            raise self._diverged(epoch, f"the loss became {self.loss}")
-        left = share_text(self.prunetrain.flops.of(self.prunetrain.dense_flops)[0])
-        self.bar.set_postfix_str(
-            f"loss {self.loss:.3f}, accuracy {self.accuracy:.1%}, FLOPs {left}, batch {self.batch_size}"
-        )
+# -- one epoch ---------------------------------------------------------------------------------------------------------
 
-    def _diverged(self, epoch: int, what: str) -> DivergedError:
-        kept = f"epoch {self.epoch} is kept in '{self.checkpoint}'" if self.epoch else "there is no checkpoint yet"
-        return DivergedError(
-            f"{what} in epoch {epoch + 1} (by step {self.sums.steps}); {kept}. "
-            "Start anew with a lower --lr or --penalty-ratio."
-        )
 
-    def _advance(self, epoch: int, reached: float) -> None:
-        """Counts up to `reached` epochs; reconfigures if that is due."""
-        step = max(0.0, reached - self.prunetrain.epochs)
-        if self.prunetrain.is_due(step):
-            self._reconfigured(epoch, lambda: self.prunetrain.advance(step))
-        else:
-            self.prunetrain.advance(step)
-
-    def _reconfigured(self, epoch: int, act: Callable[[], PruneReport | None]) -> None:
-        """Runs a reconfiguration, with its time, log rows and new costs."""
-        self._look(epoch)  # waits for the steps, whose time is none of the reconfiguration's
+def train_epoch(training: Training, progress: Progress, epoch: int) -> None:
+    """Steps over all training images, with reconfigurations inside the epoch where the interval asks for it."""
+    begin_epoch(training, progress, epoch)
+    images_in_epoch, sums = len(training.data.train_labels), progress.sums
+    order = epoch_order(images_in_epoch, training.config.seed, epoch)
+    position = 0
+    while images_in_epoch - position >= training.smallest_batch:
+        size = min(training.batch_size, images_in_epoch - position)
         start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*in channels_last writes beyond")  # heeded below
-            report = act()
-        assert report is not None
-        self._leave_unsafe_layout()
-        if report.reconfiguration.changed or report.batch != report.batch_before:
-            self.step.reset()
-        done = time.perf_counter()
-        self.sums.reconfigure_seconds += done - start
-        if report.reconfiguration.changed:
-            self.costs = self._costs()
-        self._log_channels()
-        self.sums.measure_seconds += time.perf_counter() - done  # for the log only: a user without one does not pay it
-        if report.reconfiguration.changed:
-            self.say(str(report))
+        fits = True
+        try:
+            make_step(training, progress, order[position : position + size], epoch)
+        except torch.OutOfMemoryError:
+            fits = False  # dealt with below, where the exception no longer holds the step's tensors
+        if not fits:
+            fall_back(training)
+            continue
+        if size == training.batch_size:
+            sums.step_times.append(time.perf_counter() - start)
+        position += size
+        count(training, progress, size)
+        if sums.steps % CHECK_EVERY == 0:
+            look(training, progress, epoch)
+        if training.config.interval % 1 and reconfigures(training, epoch):
+            advance(training, progress, epoch, epoch + position / images_in_epoch)
+    look(training, progress, epoch)
+    sums.stop()
+    if not is_finite(training.model):  # before it reaches a checkpoint: the last step's loss does not show it
+        raise diverged(training, progress, epoch, "a weight became nan or infinite")
+    if reconfigures(training, epoch):
+        advance(training, progress, epoch, epoch + 1)
+    bar = progress.bar
+    bar.update((epoch + 1) * images_in_epoch - bar.n if not bar.disable else 0)
 
-    # -- after each epoch -----------------------------------------------------------------------------------------
 
-    def end_epoch(self, epoch: int) -> None:
-        """Remaining reconfigurations, validation, log and checkpoint."""
-        config, finished = self.config, epoch + 1
-        if finished == config.reconfigure_once:
-            self.prunetrain.epochs = finished
-            self._reconfigured(epoch, self.prunetrain.reconfigure)
-        elif finished == config.epochs and self._reconfigures(epoch):
-            done = self.prunetrain.history
-            if not done or done[-1]["epoch"] < self.prunetrain.epochs - 1e-6:
-                self._reconfigured(epoch, self.prunetrain.reconfigure)  # what the last epochs made sparse
-        accuracy = self.validate(self.model)
-        ema_accuracy = None if self.average is None else self.validate(self.average.network)
-        lasso = self.lasso_watch.take()
-        compilations, compile_seconds = self.compilations.take()
-        if config.schedule == "step" or finished < config.epochs:  # other schedules end with the lasso
-            self.scheduler.step()
-        self.epoch = finished
-        now = time.perf_counter()
-        self.totals.add(self.sums, lasso, now - self.mark, self.sent.total)
-        self.totals.compilations += compilations
-        self.totals.compile += compile_seconds
-        self.mark = now
-        with torch.no_grad():
-            penalty = float(self.prunetrain.lasso.penalty()) if self.prunetrain.penalty_ratio else None
-        self.log.add_epoch(
+def begin_epoch(training: Training, progress: Progress, epoch: int) -> None:
+    rate = float(training.optimizer.param_groups[0]["lr"])
+    progress.sums = EpochSums(training.batch_size, rate, training.device)
+    training.sent.total = 0
+    training.model.train()
+    progress.bar.set_description(f"epoch {epoch + 1}/{training.total_epochs}")
+
+
+def make_step(training: Training, progress: Progress, indices: Tensor, epoch: int) -> None:
+    """One update, on the images of the given numbers."""
+    ranks, sums = training.ranks, progress.sums
+    if ranks.world > 1:  # dropout: otherwise on every rank, and known without the steps before
+        place = seeded_generator("dropout", training.config.seed, epoch, sums.steps, ranks.rank)
+        torch.manual_seed(place.initial_seed())
+    images, labels = training.batches.share(
+        indices, epoch, sums.steps, train=True, channels_last=progress.channels_last
+    )
+    loss, hits = training.step(images, labels, len(indices))
+    sums.loss += loss * (len(indices) / ranks.world)
+    sums.correct += hits
+
+
+def fall_back(training: Training) -> None:
+    """After running out of memory: one granule fewer images, if PruneTrain manages the batch."""
+    ranks, size = training.ranks, training.batch_size
+    training.optimizer.zero_grad(set_to_none=True)
+    training.step.reset()
+    torch.cuda.empty_cache()
+    if ranks.world > 1:  # the others are in the middle of this step, and wait for this rank's gradients
+        raise InputError(
+            f"a step of {size} images on {ranks.world} ranks does not fit the memory of rank "
+            f"{ranks.rank}; start anew with a smaller --batch, --batch-limit or --memory-budget."
+        )
+    if training.prunetrain.batch is None or size <= training.smallest_batch:
+        raise InputError(f"a step of {size} images does not fit the device's memory; use a smaller --batch.")
+    training.prunetrain.batch.fall_back(training.optimizer, training.scheduler)
+    training.say(f"out of memory: going on with {training.batch_size} images per step")
+
+
+def count(training: Training, progress: Progress, size: int) -> None:
+    progress.sums.count(size, training.parts, progress.costs)
+    sizes = progress.totals.batch_sizes
+    if not sizes or sizes[-1] != training.batch_size:
+        sizes.append(training.batch_size)
+    progress.bar.update(size)
+
+
+def look(training: Training, progress: Progress, epoch: int) -> None:
+    """Waits for the device, shows how it goes, and stops if the loss is not a number."""
+    sums, prunetrain = progress.sums, training.prunetrain
+    loss_sum, correct = training.ranks.sum(torch.stack([sums.loss, sums.correct])).tolist()
+    progress.loss, progress.accuracy = loss_sum / max(sums.images, 1), correct / max(sums.images, 1)
+    if not math.isfinite(progress.loss):
+        raise diverged(training, progress, epoch, f"the loss became {progress.loss}")
+    left = share_text(prunetrain.flops.of(prunetrain.dense_flops)[0])
+    progress.bar.set_postfix_str(
+        f"loss {progress.loss:.3f}, accuracy {progress.accuracy:.1%}, FLOPs {left}, batch {training.batch_size}"
+    )
+
+
+def diverged(training: Training, progress: Progress, epoch: int, what: str) -> DivergedError:
+    finished = progress.epoch
+    kept = f"epoch {finished} is kept in '{training.checkpoint}'" if finished else "there is no checkpoint yet"
+    return DivergedError(
+        f"{what} in epoch {epoch + 1} (by step {progress.sums.steps}); {kept}. "
+        "Start anew with a lower --lr or --penalty-ratio."
+    )
+
+
+# -- reconfigurations --------------------------------------------------------------------------------------------------
+
+
+def reconfigures(training: Training, epoch: int) -> bool:
+    """Whether the interval rules in this epoch."""
+    config = training.config
+    return not config.dense and config.reconfigure_once is None and epoch < config.epochs
+
+
+def advance(training: Training, progress: Progress, epoch: int, reached: float) -> None:
+    """Counts up to `reached` epochs; reconfigures if that is due."""
+    prunetrain = training.prunetrain
+    step = max(0.0, reached - prunetrain.epochs)
+    if prunetrain.is_due(step):
+        reconfigure(training, progress, epoch, lambda: prunetrain.advance(step))
+    else:
+        prunetrain.advance(step)
+
+
+def reconfigure(training: Training, progress: Progress, epoch: int, act: Callable[[], PruneReport | None]) -> None:
+    """Runs a reconfiguration, with its time, log rows and new costs."""
+    look(training, progress, epoch)  # waits for the steps, whose time is none of the reconfiguration's
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*in channels_last writes beyond")  # heeded below
+        report = act()
+    assert report is not None
+    progress.channels_last = stays_channels_last(training, progress.channels_last)
+    if report.reconfiguration.changed or report.batch != report.batch_before:
+        training.step.reset()
+    done = time.perf_counter()
+    progress.sums.reconfigure_seconds += done - start
+    if report.reconfiguration.changed:
+        progress.costs = present_costs(training)
+    log_channels(training)
+    # for the log only: a user without one does not pay it
+    progress.sums.measure_seconds += time.perf_counter() - done
+    if report.reconfiguration.changed:
+        training.say(str(report))
+
+
+def reconfigure_at_the_end(training: Training, progress: Progress, epoch: int) -> None:
+    """The single reconfiguration of --reconfigure-once, or the last one, of what the last epochs made sparse."""
+    config, prunetrain, finished = training.config, training.prunetrain, epoch + 1
+    if finished == config.reconfigure_once:
+        prunetrain.epochs = finished
+        reconfigure(training, progress, epoch, prunetrain.reconfigure)
+    elif finished == config.epochs and reconfigures(training, epoch):
+        history = prunetrain.history
+        if not history or history[-1]["epoch"] < prunetrain.epochs - 1e-6:
+            reconfigure(training, progress, epoch, prunetrain.reconfigure)
+
+
+# -- after each epoch --------------------------------------------------------------------------------------------------
+
+
+def end_epoch(training: Training, progress: Progress, epoch: int) -> None:
+    """Remaining reconfigurations, validation, log and checkpoint."""
+    config, average = training.config, training.average
+    reconfigure_at_the_end(training, progress, epoch)
+    accuracy = validate(training, progress, training.model)
+    ema_accuracy = None if average is None else validate(training, progress, average.network)
+    lasso = training.watch.take()
+    compilations, compile_seconds = training.compilations.take()
+    if config.schedule == "step" or epoch + 1 < config.epochs:  # other schedules end with the lasso
+        training.scheduler.step()
+    progress.epoch = epoch + 1
+    now = time.perf_counter()
+    progress.totals.add(progress.sums, lasso, now - progress.mark, training.sent.total)
+    progress.totals.compilations += compilations
+    progress.totals.compile += compile_seconds
+    progress.mark = now
+    log_epoch(
+        training,
+        progress,
+        lasso,
+        val_accuracy=accuracy,
+        ema_accuracy=ema_accuracy,
+        compilations=compilations,
+        compile_seconds=compile_seconds,
+    )
+    if training.ranks.first:
+        save(training, progress)
+        training.log.save()
+    training.ranks.wait()
+    if progress.bar.disable:
+        training.say(line_of_epoch(training, progress, accuracy, ema_accuracy))
+
+
+def log_epoch(training: Training, progress: Progress, lasso: float, **cells: Any) -> None:
+    """The epoch's row in log.csv, of which the last `cells` are given, and its sizes in slices.npz.
+
+    Args:
+        lasso: seconds that it took in this epoch.
+    """
+    prunetrain, finished = training.prunetrain, progress.epoch
+    with torch.no_grad():
+        penalty = float(prunetrain.lasso.penalty()) if prunetrain.penalty_ratio else None
+    training.log.add_epoch(
+        {
+            "epoch": finished,
+            "phase": "fine-tune" if finished > training.config.epochs else "train",
+            "loss": progress.loss,
+            "penalty": penalty,
+            "train_accuracy": progress.accuracy,
+            **cells,
+            **progress.sums.row(progress.costs, lasso, training.sent.total),
+            "wall_seconds": progress.totals.wall,
+        }
+    )
+    training.log.add_slices(finished, prunetrain.slice_sizes())
+
+
+def line_of_epoch(training: Training, progress: Progress, accuracy: float, ema_accuracy: float | None) -> str:
+    flops = share(progress.costs.training_flops, progress.totals.dense["training_flops"])
+    return (
+        f"epoch {progress.epoch}: loss {progress.loss:.4f}, accuracy {accuracy:.1%}"
+        f"{'' if ema_accuracy is None else f' (average {ema_accuracy:.1%})'}, "
+        f"training FLOPs {share_text(flops)}, batch {training.batch_size}, {progress.sums.seconds:.1f} s"
+    )
+
+
+@torch.no_grad()
+def validate(training: Training, progress: Progress, network: nn.Module) -> float:
+    """Share of validation images that a network classifies correctly, 0..1."""
+    training.ranks.share_buffers(network)
+    network.eval()
+    total = len(training.data.val_labels)
+    correct = torch.zeros((), device=training.device)
+    for indices in torch.arange(total, device="cpu").split(VALIDATION_BATCH):
+        images, labels = training.batches.share(indices, 0, 0, train=False, channels_last=progress.channels_last)
+        if len(labels):
+            with training.autocast():
+                correct += (network(images).argmax(1) == labels).sum()
+    network.train()
+    return float(training.ranks.sum(correct)) / total
+
+
+def save(training: Training, progress: Progress) -> None:
+    """Writes the checkpoint, which carries everything."""
+    device = training.device
+    save_pruned(
+        training.checkpoint,
+        training.model,
+        training.optimizer,
+        training.prunetrain,
+        training.copies,
+        epoch=progress.epoch,
+        scheduler=training.scheduler.state_dict(),
+        scaler=training.scaler.state_dict(),
+        log=training.log.state_dict(),
+        totals=asdict(progress.totals),
+        rng=torch.get_rng_state(),
+        cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        config=json.dumps(asdict(training.config)),
+        data=training.batches.record,
+    )
+
+
+def finish(training: Training, progress: Progress) -> None:
+    """Writes summary.json, which marks the run as finished."""
+    full, rest = divmod(len(training.data.train_labels), training.config.batch)
+    dense_steps = progress.epoch * (full + (rest >= training.smallest_batch))
+    epochs = training.log.state_dict()["epochs"]
+    if training.ranks.first:
+        training.log.write_summary(
             {
-                "epoch": finished,
-                "phase": "fine-tune" if finished > config.epochs else "train",
-                "loss": self.loss,
-                "penalty": penalty,
-                "train_accuracy": self.accuracy,
-                "val_accuracy": accuracy,
-                "ema_accuracy": ema_accuracy,
-                "compilations": compilations,
-                "compile_seconds": compile_seconds,
-                **self.sums.row(self.costs, lasso, self.sent.total),
-                "wall_seconds": self.totals.wall,
+                **summary_of(progress.totals, progress.costs, dense_steps, epochs),
+                "lambda": training.prunetrain.coefficient,
+                "removed_layers": training.prunetrain.removed,
+                "reconfigurations": training.prunetrain.history,
+                **setup.environment(training.device, training.ranks),
             }
         )
-        self.log.add_slices(finished, self.prunetrain.slice_sizes())
-        if self.ranks.first:
-            self._save()
-            self.log.save()
-        self.ranks.wait()
-        if self.bar.disable:
-            self.say(
-                f"epoch {finished}: loss {self.loss:.4f}, accuracy {accuracy:.1%}"
-                f"{'' if ema_accuracy is None else f' (average {ema_accuracy:.1%})'}, "
-                f"training FLOPs {share_text(share(self.costs.training_flops, self.totals.dense['training_flops']))}, "
-                f"batch {self.batch_size}, {self.sums.seconds:.1f} s"
-            )
-
-    @torch.no_grad()
-    def validate(self, network: nn.Module) -> float:
-        """Share of validation images that a network classifies correctly, 0..1."""
-        self.ranks.share_buffers(network)
-        network.eval()
-        correct = torch.zeros((), device=self.device)
-        for indices in torch.arange(len(self.data.val_labels), device="cpu").split(VALIDATION_BATCH):
-            images, labels = self._batch(indices, 0, 0, train=False)
-            if len(labels):
-                with self._autocast():
-                    correct += (network(images).argmax(1) == labels).sum()
-        network.train()
-        return float(self.ranks.sum(correct)) / len(self.data.val_labels)
-
-    def _save(self) -> None:
-        save_pruned(
-            self.checkpoint,
-            self.model,
-            self.optimizer,
-            self.prunetrain,
-            self._copies(),
-            epoch=self.epoch,
-            scheduler=self.scheduler.state_dict(),
-            scaler=self.scaler.state_dict(),
-            log=self.log.state_dict(),
-            totals=asdict(self.totals),
-            rng=torch.get_rng_state(),
-            cuda_rng=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            config=json.dumps(asdict(self.config)),
-            data=self.data_record,
-        )
-
-    def finish(self) -> None:
-        """Writes summary.json, which marks the run as finished."""
-        full, rest = divmod(len(self.data.train_labels), self.config.batch)
-        dense_steps = self.epoch * (full + (rest >= self.smallest_batch))
-        if self.ranks.first:
-            self.log.write_summary(
-                {
-                    **summary_of(self.totals, self.costs, dense_steps, self.log.state_dict()["epochs"]),
-                    "lambda": self.prunetrain.coefficient,
-                    "removed_layers": self.prunetrain.removed,
-                    "reconfigurations": self.prunetrain.history,
-                    **setup.environment(self.device, self.ranks),
-                }
-            )
-        self.ranks.wait()
-        self.ranks.close()
+    training.ranks.wait()
+    training.ranks.close()

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from prunetrain_kernels.cost import MemoryModel, Unknown, batches_near, or_unknown, step_memory
+from prunetrain_kernels.cost import MemoryModel, Unknown, batches_near, gradient_bytes, or_unknown, step_memory
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.optimizers import groups_to_schedule
@@ -240,6 +241,13 @@ class MiniBatch:
                 f"a number of processes that divides it, such as {before}."
             )
         self.size = together // self.ranks
+
+
+def bytes_beside(model: nn.Module, copies: Sequence[nn.Module], ddp: DistributedDataParallel | None) -> int:
+    """Of the copies, and of the second place that `DistributedDataParallel` holds every gradient in."""
+    held = sum(t.nbytes for copy in copies for t in (*copy.parameters(), *copy.buffers()))
+    twice = ddp is not None and not ddp.gradient_as_bucket_view
+    return held + (gradient_bytes(model) if twice else 0)
 
 
 def scale_learning_rate(optimizer: Optimizer | Sequence[Optimizer], scheduler: Any, factor: float) -> None:

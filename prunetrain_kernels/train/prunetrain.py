@@ -10,120 +10,54 @@ The model may be compiled, and wrapped in `DistributedDataParallel`; then every 
 same calls.
 """
 
-import dataclasses
 import math
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import Compilations, eagerly, forget_compiled, is_compiled_module
-from prunetrain_kernels.cost import (
-    Flops,
-    FlopTable,
-    autocast_around,
-    flop_table,
-    gradient_bytes,
-    known_or_none,
-    reasons,
-    share_text,
-)
-from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainError, RankLostError, RanksDifferError
+from prunetrain_kernels.cost import Flops, autocast_around, reasons
+from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
-from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost, cost_of
-from prunetrain_kernels.nn import FuseReport, GatedConv2d
-from prunetrain_kernels.nn import fuse as fuse_model
-from prunetrain_kernels.ops.group_lasso import slice_max_abs
+from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost
+from prunetrain_kernels.nn import FuseReport
 from prunetrain_kernels.optim import SGD
-from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
+from prunetrain_kernels.prune.also import copies_of, unwrapped
 from prunetrain_kernels.prune.changes import Reconfiguration
-from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE, check_tolerance
-from prunetrain_kernels.prune.optimizer_holdings import params_of
+from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE
 from prunetrain_kernels.prune.optimizers import as_list, check_at_construction
 from prunetrain_kernels.prune.reconfigure import reconfiguring
 from prunetrain_kernels.regularizer import GroupLasso, one_number, penalty_coefficient
-from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
-from prunetrain_kernels.train.mini_batch import MiniBatch, rates_put_back
+from prunetrain_kernels.train.distributed import rebuild_buckets
+from prunetrain_kernels.train.lasso_step import add_gradient_, optimizer_with, regularize_inside
+from prunetrain_kernels.train.layout import warn_of_layout
+from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
+from prunetrain_kernels.train.original import OriginalChannels
+from prunetrain_kernels.train.present import Present, fuse_all, look_again, look_first
+from prunetrain_kernels.train.prune_report import PruneReport
+from prunetrain_kernels.train.prunetrain_checks import (
+    check_arguments,
+    check_parts,
+    check_state_fits,
+    check_state_is_of,
+)
+from prunetrain_kernels.train.transaction import (
+    agree_on_networks,
+    agreed,
+    grow,
+    on_all_ranks,
+    put_back_batch,
+    put_back_buckets,
+    ranks_in,
+)
 
-_Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What one reconfiguration changed.
-
-    Attributes:
-        epoch: epochs trained so far.
-        reconfiguration: layer by layer, with max|dy| of zeroing and of cutting, and seconds.
-        flops: FLOPs per image, now; NaN where they cannot be counted.
-        training_ratio, inference_ratio: those FLOPs as a share of the dense network's; NaN where either is unknown.
-        batch_before, batch: images per step of one rank, if PruneTrain manages the batch, else None.
-        seconds: wall time of all of it: choosing, rewriting, tracing and counting anew, fitting the batch.
-        ranks: processes that train together.
-        compilations, compile_seconds: graphs that `torch.compile` has compiled in this process since the last
-            reconfiguration, which made it forget the ones before, and the time that took; 0 where it is not in use.
-        unknown: which costs cannot be counted, and why; empty where all are known.
-    """
-
-    epoch: float
-    reconfiguration: Reconfiguration
-    flops: Flops
-    training_ratio: float
-    inference_ratio: float
-    batch_before: int | None
-    batch: int | None
-    seconds: float
-    ranks: int = 1
-    compilations: int = 0
-    compile_seconds: float = 0.0
-    unknown: str = ""
-
-    def __str__(self) -> str:
-        """One line for a log."""
-        done = self.reconfiguration
-        text = (
-            f"epoch {self.epoch:g}: training FLOPs {share_text(self.training_ratio)} of dense, inference "
-            f"{share_text(self.inference_ratio)}, parameters {done.parameters_before:,} -> {done.parameters_after:,}, "
-            f"{done.moved}, {self.seconds:.2f} s"
-        )
-        if done.removed:
-            text += f", removed {', '.join(done.removed)}"
-        if self.batch != self.batch_before:
-            text += f", batch {self.batch_before} -> {self.batch}"
-            text += f" on each of {self.ranks} ranks" if self.ranks > 1 else ""
-        if self.compilations:
-            graphs = "1 graph" if self.compilations == 1 else f"{self.compilations} graphs"
-            text += f", {graphs} compiled in {self.compile_seconds:.1f} s since the last"
-        if self.unknown:
-            text += f", unknown {self.unknown}"
-        return text
-
-
-SAFE_CHANNELS = 8
-
-
-def unsafe_in_channels_last(model: nn.Module) -> list[str]:
-    """Convolutions that corrupt the heap when they are trained in channels_last on a CPU: strided, 1x1, few channels.
-
-    In torch 2.13 (oneDNN, AVX2) the weight gradient of a 1x1 convolution with stride 2 and fewer than 8 input channels
-    writes beyond its memory if input or weight is channels_last. Networks are rarely built so, but pruned to it.
-    """
-    return [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Conv2d)
-        and m.weight.device.type == "cpu"
-        and m.kernel_size == (1, 1)
-        and max(m.stride) > 1
-        and m.weight.shape[1] < SAFE_CHANNELS  # of a gated one: it may be given its live channels only
-    ]
+__all__ = ["PruneReport", "PruneTrain"]
 
 
 class PruneTrain:
@@ -179,8 +113,9 @@ class PruneTrain:
         regularizing: set it to False for fine-tuning epochs without the lasso.
         epochs: epochs counted so far.
         history: one entry per reconfiguration: epoch, seconds, max_abs_dy, train_flops, ...
-        removed: names of the layers that went with dead branches.
+        original: the dense network's channels that are left; `kept`, `removed` and `dense_layers` are its fields.
         also: the networks inside the copies.
+        graph, lasso: of the channels that the model has now.
         flops, dense_flops: FLOPs per image, now and at first. Costs are information: where one cannot be counted it is
             NaN, `flops.unknown` says why, and all else goes on.
 
@@ -213,92 +148,87 @@ class PruneTrain:
         zeroing_tolerance: float = ZEROING_TOLERANCE,
         keep_momentum: bool = False,
     ) -> None:
-        if not 0 <= penalty_ratio < 1:
-            raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
-        if not interval > 0:
-            raise InputError(f"interval must be a positive number of epochs, not {interval}.")
-        if amp not in (None, torch.float16, torch.bfloat16):
-            raise InputError(f"amp must be torch.bfloat16, torch.float16 or None, not {amp!r}.")
-        check_tolerance(zeroing_tolerance)
-        self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
-        self.ranks = Ranks()
-        if self.ddp is not None:
-            check_rebuildable(self.ddp)
-            self.ranks = Ranks.of(self.ddp.process_group)
+        check_arguments(penalty_ratio, interval, amp, zeroing_tolerance)
+        self.ddp, self.ranks = ranks_in(model)
         self.is_compiled = is_compiled_module(model) or any("_compiled_call_impl" in vars(m) for m in model.modules())
         model, _ = unwrapped(model)
-        _check_parts(model)
+        check_parts(model)
         self.also = [copy.network for copy in copies_of(model, also)]
         self.optimizers = check_at_construction(model, as_list(optimizer), self.also)
         if not self.optimizers:
             raise InputError("PruneTrain needs the optimizer that trains the model, or a list of several.")
         if not any(p.is_cuda for p in model.parameters()):
             torch.set_flush_denormal(True)
-        self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.penalty_ratio = penalty_ratio
-        self.interval = interval
-        self.threshold = threshold
-        self.relative = relative
-        self.policy = policy
-        self.cost = cost
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.penalty_ratio, self.interval = penalty_ratio, interval
+        self.threshold, self.relative, self.policy = threshold, relative, policy
+        self.cost, self.round_to = cost, round_to
         self.amp = amp or autocast_around(model)
-        self.round_to = round_to
-        self.zeroing_tolerance = zeroing_tolerance
-        self.keep_momentum = keep_momentum
+        self.zeroing_tolerance, self.keep_momentum = zeroing_tolerance, keep_momentum
         self.coefficient: float | None = None
         self._last_penalty: Tensor | None = None
         self.regularizing = True
         self.epochs = 0.0
         self.history: list[dict[str, Any]] = []
-        self.removed: list[str] = []
         self._warned_of_layout = False
         self._compilations = Compilations()
-        self._warned_of = 0
         with eagerly(model, *self.also):
-            self._look_first(example_inputs, fuse)
+            self.fused: FuseReport | None = fuse_all(model, self.also, example_inputs) if fuse else None
+            choice = {"threshold": threshold, "relative": relative, "policy": policy, "round_to": round_to}
+            self._present = look_first(model, example_inputs, self.amp, cost, choice)
+        self.dense_flops = self.flops
+        self.original = OriginalChannels.of_graph(self.graph)
+        if fuse:
+            forget_compiled()
         settings = (penalty_ratio, interval, threshold, relative, policy, round_to, zeroing_tolerance, keep_momentum)
         self.ranks.agree("the network and PruneTrain's arguments", settings, sorted(self.dense_layers.items()))
         self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
         if self.batch is not None:
-            self.batch.ranks = self.ranks.world
-            self.batch.beside = self._bytes_beside
-            self.batch.amp = self.amp
+            self.batch.ranks, self.batch.amp = self.ranks.world, self.amp
+            self.batch.beside = partial(bytes_beside, model, self.also, self.ddp)
             with eagerly(model):
                 self.batch.start(model, self.graph.example_inputs, optimizer)
 
-    def _look_first(self, example_inputs: tuple[Tensor, ...], fuse: bool) -> None:
-        """Traces and counts the model as it is given."""
-        model, cost = self.model, self.cost
-        self.fused: FuseReport | None = fuse_model(model, example_inputs) if fuse else None
-        for copy in self.also if fuse else ():
-            fuse_model(copy, inputs_for(copy, model, example_inputs))
-        self.graph = trace_channels(model, example_inputs)
-        if self.policy == "auto":
-            cost_of(cost, model)  # refuses an unknown name
-        # refuses bad arguments before any training
-        self.graph.keep(model, self.threshold, self.relative, self.policy, self.round_to)
-        lasso = GroupLasso(model, self.graph.example_inputs, graph=self.graph)
-        self._take_up(_Seen(self.graph, lasso, *self._count_flops()))
-        self.dense_flops = self.flops
-        # The original numbers of each layer's present channels: for channels.csv and the sparsity map.
-        self.dense_layers = {
-            layer.name: (layer.kind, self.graph.spaces[layer.input].size, self.graph.spaces[layer.output].size)
-            for layer in self.graph.layers.values()
-        }
-        self.kept = {
-            name: (torch.arange(ins, device="cpu"), torch.arange(outs, device="cpu"))
-            for name, (_, ins, outs) in self.dense_layers.items()
-        }
-        if fuse:
-            forget_compiled()
+    # -- what is known of the network -----------------------------------------------------------------------------
 
-    def _bytes_beside(self) -> int:
-        """Of the copies, and of the second place that `DistributedDataParallel` holds every gradient in."""
-        copies = sum(t.nbytes for copy in self.also for t in (*copy.parameters(), *copy.buffers()))
-        twice = self.ddp is not None and not self.ddp.gradient_as_bucket_view
-        return copies + (gradient_bytes(self.model) if twice else 0)
+    @property
+    def graph(self) -> ChannelGraph:
+        return self._present.graph
+
+    @property
+    def lasso(self) -> GroupLasso:
+        return self._present.lasso
+
+    @property
+    def flops(self) -> Flops:
+        return self._present.flops
+
+    @property
+    def dense_layers(self) -> dict[str, tuple[str, int, int]]:
+        return self.original.dense_layers
+
+    @property
+    def kept(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return self.original.kept
+
+    @property
+    def removed(self) -> list[str]:
+        """Names of the layers that went with dead branches."""
+        return list(self.original.removed)
+
+    def channel_table(self) -> list[dict[str, Any]]:
+        """Original channels of every layer's spaces, those kept, and those that it computes (fewer than are kept under
+        gating); removed layers included."""
+        return self.original.table(self.graph)
+
+    def slice_sizes(self) -> dict[str, Tensor]:
+        """Largest absolute weight of each *original* output channel of each layer, fp32; NaN where pruned (Fig. 4)."""
+        return self.original.slice_sizes(self.model, self.graph)
+
+    def unknown_costs(self, flops: Flops | None = None) -> str:
+        """Which costs cannot be counted, and why; empty where all are known."""
+        memory = "" if self.batch is None else self.batch.unknown
+        return reasons({"FLOPs": (flops or self.flops).unknown or self.dense_flops.unknown, "memory": memory})
 
     @property
     def batch_size(self) -> int | None:
@@ -318,15 +248,7 @@ class PruneTrain:
 
     @property
     def _inside(self) -> SGD | None:
-        """The optimizer whose update can add the lasso: it holds every weight that has one."""
-        for one in self.optimizers:
-            if isinstance(one, SGD) and (len(self.optimizers) == 1 or self._holds_the_lasso(one)):
-                return one
-        return None
-
-    def _holds_the_lasso(self, optimizer: Optimizer) -> bool:
-        held = {id(p) for p in params_of(optimizer)}
-        return all(id(weight) in held for weight in self.lasso.weights()[0])
+        return optimizer_with(self.lasso, self.optimizers)
 
     @property
     def last_penalty(self) -> Tensor | None:
@@ -363,17 +285,10 @@ class PruneTrain:
         inside = self._inside
         if inside is not None:
             wanted, coefficient = (self.lasso, self.coefficient or 0.0) if self.active else (None, 0.0)
-            if inside.lasso is not wanted or inside.lasso_coefficient != coefficient:
-                inside.regularize_with(wanted, coefficient)
+            regularize_inside(inside, wanted, coefficient)
         elif self.active:
             assert self.coefficient is not None
-            if optimizer is None:
-                self._last_penalty = self.lasso.add_gradient_(self.coefficient)
-                return
-            held = {id(p) for p in params_of(optimizer)}
-            if any(id(weight) in held for weight in self.lasso.weights()[0]):
-                self.lasso.add_gradient_(self.coefficient, held)
-            self._last_penalty = self.lasso.penalty().detach()
+            self._last_penalty = add_gradient_(self.lasso, self.coefficient, optimizer)
 
     def set_coefficient(self, loss: Tensor, penalty: Tensor) -> float:
         """lambda, set once, from the mean of all ranks' losses; waits for the device, and the ranks, that once."""
@@ -404,7 +319,7 @@ class PruneTrain:
             raise InputError(f"advance takes the epochs since the last call, 0 or more, not {epochs}.")
         due = self.is_due(epochs)
         self.epochs += epochs
-        self._warn_if_given_up()
+        self._compilations.warn_if_given_up()
         return self.reconfigure() if due else None
 
     def is_due(self, epochs: float) -> bool:
@@ -432,38 +347,49 @@ class PruneTrain:
             keep = self._agreed_keep()
         batch_before = self.batch_size
         with ExitStack() as transaction:
-            transaction.push(self._rebuild_if_it_fails)
-            done, seen, fits = self._on_all_ranks(lambda: self._prune(keep, transaction))
-            kept = self._kept_after(done)
+            transaction.push(put_back_buckets(self.ddp))
+            done, present, fits = on_all_ranks(self.ranks, lambda: self._prune(keep, transaction))
+            original = self.original.after(done)
             if self.batch is not None and done.changed:
-                self._grow(self.batch, fits)
+                with eagerly(self.model):
+                    grow(
+                        self.batch,
+                        fits,
+                        self.ranks,
+                        self.model,
+                        self.graph.example_inputs,
+                        self.optimizer,
+                        self.scheduler,
+                    )
             if self.ddp is not None and done.changed:
                 rebuild_buckets(self.ddp)
-            if done.changed:
-                self._warn_of_layout()  # which may be an error to the user
-            compilations, compile_seconds = self._compilations.take()
-            training_ratio, inference_ratio = seen.flops.of(self.dense_flops)
+            if done.changed and not self._warned_of_layout:  # the warning may be an error to the user
+                self._warned_of_layout = warn_of_layout(self.model)
             report = PruneReport(
-                epoch=round(self.epochs, 9),
-                reconfiguration=done,
-                flops=seen.flops,
-                training_ratio=training_ratio,
-                inference_ratio=inference_ratio,
-                batch_before=batch_before,
-                batch=self.batch_size,
-                seconds=time.perf_counter() - start,
-                ranks=self.ranks.world,
-                compilations=compilations,
-                compile_seconds=compile_seconds,
-                unknown=self.unknown_costs(seen.flops),
+                round(self.epochs, 9),
+                done,
+                present.flops,
+                *present.flops.of(self.dense_flops),
+                batch_before,
+                self.batch_size,
+                time.perf_counter() - start,
+                self.ranks.world,
+                *self._compilations.take(),
+                self.unknown_costs(present.flops),
             )
         # From here on nothing fails.
-        self.kept, self.removed = kept, [*self.removed, *done.removed]
-        self._take_up(seen)
-        self.history.append(_entry(report))
+        self.original, self._present = original, present
+        self.history.append(report.entry())
         return report
 
-    def _prune(self, keep: Keep, transaction: ExitStack) -> tuple[Reconfiguration, "_Seen", int]:
+    def _agreed_keep(self) -> Keep:
+        """What to keep: the same on all ranks, or an error on all of them."""
+        agree_on_networks(self.ranks, (self.model, *self.also), self.epochs, self.batch_size)
+        batch = self.batch_size or BATCH
+        keep = self.graph.keep(self.model, self.threshold, self.relative, self.policy, self.round_to, self.cost, batch)
+        return agreed(self.ranks, keep, timed=self.policy == "auto")
+
+    def _prune(self, keep: Keep, transaction: ExitStack) -> tuple[Reconfiguration, Present, int]:
         """What one rank does by itself: the reconfiguration, which `transaction` can still undo, a look at the network
         in its new shape, and the images per step that fit now."""
         done = transaction.enter_context(
@@ -477,201 +403,13 @@ class PruneTrain:
             )
         )
         if not done.changed:
-            return done, self._seen, 0
-        seen = self._look_again(None if done.removed else keep)
+            return done, self._present, 0
+        present = look_again(self.model, self._present, self.amp, None if done.removed else keep)
         if self.batch is None:
-            return done, seen, 0
-        transaction.push(self._batch_put_back_if_it_fails(self.batch))
+            return done, present, 0
+        transaction.push(put_back_batch(self.batch, self.optimizer, self.scheduler))
         with eagerly(self.model):
-            return done, seen, self.batch.fitting(self.model, self.graph.example_inputs, self.optimizer)
-
-    def _on_all_ranks(self, act: Callable[[], _Result]) -> _Result:
-        """What `act` returns, if it does on every rank; else the error on all of them."""
-        if self.ranks.world == 1:
-            return act()
-        failed: Exception | None = None
-        try:
-            result = act()
-        except Exception as error:
-            failed = error
-        try:
-            self.ranks.agree("the outcomes of the reconfiguration", type(failed).__name__)
-        except RanksDifferError as differ:
-            raise differ from failed
-        if failed is not None:
-            raise failed
-        return result
-
-    def _batch_put_back_if_it_fails(self, batch: MiniBatch) -> Callable[..., None]:
-        """For `ExitStack.push`: puts the mini-batch and all learning rates back to what they are now."""
-        before, put_rates_back = dict(vars(batch)), rates_put_back(self.optimizer, self.scheduler)
-
-        def leave(kind: type[BaseException] | None, *_: object) -> None:
-            if kind is not None:
-                vars(batch).update(before)
-                put_rates_back()
-
-        return leave
-
-    def _rebuild_if_it_fails(self, kind: type[BaseException] | None, *_: object) -> None:
-        """For `ExitStack.push`: where all ranks fail together, the old tensors are back, but with new gradient
-        accumulators, which DDP must find. One that is interrupted alone must not wait for the others there."""
-        together = kind is not None and issubclass(kind, Exception) and not issubclass(kind, RankLostError)
-        if self.ddp is not None and together:
-            rebuild_buckets(self.ddp)
-
-    def _kept_after(self, done: Reconfiguration) -> dict[str, tuple[Tensor, Tensor]]:
-        kept = dict(self.kept)
-        for change in done.layers if done.changed else ():
-            if change.name in kept:  # a depthwise convolution down to one channel looks like any other
-                ins, outs = kept[change.name]
-                kept[change.name] = (ins[change.kept_in], outs[change.kept_out])
-        return kept
-
-    def unknown_costs(self, flops: Flops | None = None) -> str:
-        """Which costs cannot be counted, and why; empty where all are known."""
-        memory = "" if self.batch is None else self.batch.unknown
-        return reasons({"FLOPs": (flops or self.flops).unknown or self.dense_flops.unknown, "memory": memory})
-
-    def _agreed_keep(self) -> Keep:
-        """What to keep: the same on all ranks, or an error on all of them."""
-        ranks, batch = self.ranks, self.batch_size or BATCH
-        for network in (self.model, *self.also):
-            ranks.share_buffers(network)
-        ranks.agree("the epochs counted and the mini-batch", round(self.epochs, 9), self.batch_size)
-        ranks.agree_on_weights(self.model, *self.also)
-        keep = self.graph.keep(self.model, self.threshold, self.relative, self.policy, self.round_to, self.cost, batch)
-        if ranks.world == 1:
-            return keep
-        masks = [mask for name in sorted(keep.sparse) for mask in (keep.sparse[name].inputs, keep.sparse[name].outputs)]
-        ranks.agree("the sparse slices", *masks)
-        if self.policy == "auto":  # each rank has timed its own device: rank 0's choice holds
-            channels, live, choices, branches = ranks.broadcast((keep.channels, keep.live, keep.choices, keep.branches))
-            keep = dataclasses.replace(keep, channels=channels, live=live, choices=choices, branches=branches)
-        computed = [side for name in sorted(keep.live) for side in keep.live[name]]
-        ranks.agree("the kept channels", *keep.channels, *computed, keep.branches)
-        return keep
-
-    def _grow(self, batch: MiniBatch, fits: int) -> None:
-        """Grows the mini-batch to what fits every rank; `fits` is what fits this one.
-
-        One process finds out in its next step whether it really fits, and falls back by itself. Among several, a rank
-        that runs out of memory in a step leaves the others waiting for its gradients: so they try before.
-        """
-        before = batch.size
-        batch.grow_to(self.ranks.least(fits), self.optimizer, self.scheduler)
-        with eagerly(self.model):
-            self._fit_every_rank(batch, before)
-
-    def _fit_every_rank(self, batch: MiniBatch, before: int) -> None:
-        while self.ranks.world > 1 and batch.size > before:
-            failed: Exception | None = None
-            try:
-                batch.measure(self.model, self.graph.example_inputs, self.optimizer)
-            except Exception as error:
-                failed = error
-            # memory that cannot be counted for the larger batch is no reason to end the run: the batch stays smaller
-            does_not_fit = isinstance(failed, torch.OutOfMemoryError | InputError)
-            worst = self.ranks.least(1 if failed is None else 0 if does_not_fit else -1)
-            if worst < 0:
-                raise failed or PruneTrainError("another rank failed while it measured the memory of a larger batch.")
-            if worst:
-                return
-            batch.fall_back(self.optimizer, self.scheduler)
-
-    def _look_again(self, keep: Keep | None = None) -> "_Seen":
-        """Finds and counts the channels of the model in its present shape: what it has kept since the last look, or by
-        tracing and running it anew. Changes nothing here; `_take_up` does."""
-        with eagerly(self.model):
-            if keep is not None and keep.graph is self.graph:
-                graph = keep.graph_after()
-            else:
-                graph = trace_channels(self.model, self.graph.example_inputs)
-            lasso = GroupLasso(self.model, graph.example_inputs, graph=graph)
-            table = None if keep is None or self._trained() != self._seen.trained else self._seen.flop_table
-            if table is None or any(isinstance(module, GatedConv2d) for module in self.model.modules()):
-                return _Seen(graph, lasso, *self._count_flops())  # a gated layer may compute more than its weight holds
-            return _Seen(graph, lasso, table.flops(self.model), table, self._seen.trained)
-
-    def _count_flops(self) -> tuple[Flops, FlopTable | None, frozenset[str]]:
-        """By running the model dry, which takes longer than all the rest; the table spares that next time."""
-        return *flop_table(self.model, self.graph.example_inputs, amp=self.amp), self._trained()
-
-    def _take_up(self, seen: "_Seen") -> None:
-        """From now on this is what is known of the model."""
-        self._seen = seen
-        self.graph = seen.graph
-        self.lasso: GroupLasso = seen.lasso
-        self.flops: Flops = seen.flops
-
-    def _trained(self) -> frozenset[str]:
-        """Parameters that get gradients, which decides what is computed for them."""
-        return frozenset(name for name, p in self.model.named_parameters() if p.requires_grad)
-
-    def _warn_if_given_up(self) -> None:
-        """Whenever `torch.compile` has given up functions, which run uncompiled since."""
-        self._compilations.look()
-        new, self._warned_of = self._compilations.given_up - self._warned_of, self._compilations.given_up
-        if new > 0:
-            warnings.warn(
-                f"torch.compile has given up {new} functions, which run uncompiled until the next reconfiguration: "
-                "they were compiled anew too often, or cannot be; TORCH_LOGS=recompiles says why. Compile the whole "
-                "model once, keep to a few batch sizes, or raise torch._dynamo.config.recompile_limit.",
-                stacklevel=3,
-            )
-
-    def _warn_of_layout(self) -> None:
-        """Once, if the CPU's convolutions would corrupt memory in the layout that the model is in."""
-        unsafe = unsafe_in_channels_last(self.model)
-        weights = [m.weight for m in self.model.modules() if isinstance(m, nn.Conv2d)]
-        in_use = any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
-        if unsafe and in_use and not self._warned_of_layout:
-            warnings.warn(
-                f"'{unsafe[0]}' is left with fewer than {SAFE_CHANNELS} input channels: on a CPU PyTorch's gradient of "
-                "such a strided 1x1 convolution in channels_last writes beyond its memory; go on in contiguous format: "
-                "model.to(memory_format=torch.contiguous_format), and the images likewise.",
-                stacklevel=3,
-            )
-            self._warned_of_layout = True
-
-    # -- what the logs show ---------------------------------------------------------------------------------------
-
-    def channel_table(self) -> list[dict[str, Any]]:
-        """Original channels of every layer's spaces, those kept, and those that it computes (fewer than are kept under
-        gating); removed layers included."""
-        table = []
-        for name, (kind, ins, outs) in self.dense_layers.items():
-            kept = tuple(len(side) for side in self.kept[name])
-            live = tuple(len(side) for side in self.graph.computed(name)) if name in self.graph.layers else kept
-            table.append(
-                {
-                    "layer": name,
-                    "kind": kind,
-                    "in_kept": kept[0],
-                    "in_total": ins,
-                    "out_kept": kept[1],
-                    "out_total": outs,
-                    "removed": int(name in self.removed),
-                    "in_live": live[0],
-                    "out_live": live[1],
-                }
-            )
-        return table
-
-    def slice_sizes(self) -> dict[str, Tensor]:
-        """Largest absolute weight of each *original* output channel of each layer, fp32; NaN where pruned (Fig. 4)."""
-        result: dict[str, Tensor] = {}
-        for name, (_, _, outs) in self.dense_layers.items():
-            values = torch.full((outs,), torch.nan, dtype=torch.float32, device="cpu")
-            layer = self.graph.layers.get(name)
-            if layer is not None:
-                weight = self.model.get_submodule(name).weight
-                assert isinstance(weight, Tensor)
-                kept, computed = self.kept[name][1], self.graph.computed(name)[1]
-                values[kept] = 0.0  # gated: not computed, but there
-                values[kept[computed]] = slice_max_abs(weight, layer.block)[layer.dims[0]].float().cpu()
-            result[name] = values
-        return result
+            return done, present, self.batch.fitting(self.model, self.graph.example_inputs, self.optimizer)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -682,8 +420,7 @@ class PruneTrain:
             "regularizing": self.regularizing,
             "epochs": self.epochs,
             "history": [dict(entry) for entry in self.history],
-            "removed": list(self.removed),
-            "kept": {name: list(sides) for name, sides in self.kept.items()},
+            **self.original.state_dict(),
             "batch": None if self.batch is None else self.batch.state_dict(),
         }
 
@@ -693,34 +430,16 @@ class PruneTrain:
         Raises:
             CheckpointError: the state is of another network, or of a run that managed its batch otherwise.
         """
-        if set(state["kept"]) != set(self.dense_layers):
-            raise CheckpointError("the PruneTrain state is of another network: its layers are not this model's.")
-        if (state["batch"] is None) != (self.batch is None):
-            raise CheckpointError(
-                "the PruneTrain state was saved with mini-batch growth on and is loaded with it off, or the other way "
-                "round; pass the same `batch`."
-            )
+        check_state_is_of(self.original, state, manages_batch=self.batch is not None)
         with eagerly(self.model):
-            graph = trace_channels(self.model, self.graph.example_inputs)
-        for layer in graph.layers.values():
-            if layer.name not in state["kept"]:  # a depthwise convolution down to one channel
-                continue
-            saved = tuple(len(side) for side in state["kept"][layer.name])
-            if saved != (graph.spaces[layer.input].size, graph.spaces[layer.output].size):
-                raise CheckpointError(
-                    f"the PruneTrain state has {saved[0]} x {saved[1]} channels for layer '{layer.name}', the model "
-                    "has other ones; load both with load_pruned(path, model, optimizer, prunetrain)."
-                )
-        for copy in self.also:
-            _check_follows(graph, copy)
+            check_state_fits(trace_channels(self.model, self.graph.example_inputs), self.also, state)
         self.coefficient = state["coefficient"]
         self.regularizing = state["regularizing"]
         self.epochs = state["epochs"]
         self.history = [dict(entry) for entry in state["history"]]
-        self.removed = list(state["removed"])
-        self.kept = {name: (sides[0], sides[1]) for name, sides in state["kept"].items()}
+        self.original = self.original.loaded(state)
         self._last_penalty = None
-        self._take_up(self._look_again())
+        self._present = look_again(self.model, self._present, self.amp)
         if self.batch is not None:
             self.batch.load_state_dict(state["batch"])
             with eagerly(self.model):
@@ -729,52 +448,3 @@ class PruneTrain:
         self.ranks.agree("the states of PruneTrain", self.coefficient, self.epochs, sorted(self.removed))
         if self.ddp is not None:
             rebuild_buckets(self.ddp)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What is known of the model in one shape: its channels, its lasso and its FLOPs; the table that gives those of
-    smaller shapes, and the parameters that got gradients when it was made."""
-
-    graph: ChannelGraph
-    lasso: GroupLasso
-    flops: Flops
-    flop_table: FlopTable | None
-    trained: frozenset[str]
-
-
-def _entry(report: PruneReport) -> dict[str, Any]:
-    """A reconfiguration in the history: plain numbers."""
-    done = report.reconfiguration
-    return {
-        "epoch": report.epoch,
-        "seconds": report.seconds,
-        "max_abs_dy": done.max_abs_dy,
-        "max_abs_dy_zeroing": done.max_abs_dy_zeroing,
-        "scale": done.scale,
-        "train_flops": known_or_none(report.flops.training),
-        "inference_flops": known_or_none(report.flops.inference),
-        "parameters": done.parameters_after,
-        "batch": report.batch,
-        "compilations": report.compilations,
-        "compile_seconds": report.compile_seconds,
-    }
-
-
-def _check_follows(graph: ChannelGraph, copy: nn.Module) -> None:
-    try:
-        graph.check(copy)
-    except InputError as error:
-        raise CheckpointError(
-            "a copy in `also` does not have the shape of the loaded model; save and load it with the model: "
-            "save_pruned(..., also=[...]) and load_pruned(..., also=[...])."
-        ) from error
-
-
-def _check_parts(model: nn.Module) -> None:
-    wrapped = [name for name, module in model.named_modules() if is_compiled_module(module)]
-    if wrapped:
-        raise InputError(
-            f"'{wrapped[0]}' is what torch.compile(part) returned, inside which no channels can be followed; compile "
-            "the part in place, part.compile(), or the whole model."
-        )

@@ -1,29 +1,38 @@
-"""From options to what a training starts with: device, ranks, data, network, and the checkpoint to go on from."""
+"""From options to a `Training`: device, ranks, data, network, PruneTrain; and the checkpoint to go on from."""
 
 import dataclasses
 import json
 import math
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, SequentialLR
+from tqdm import tqdm
 
-from prunetrain_kernels.compiled import eagerly
-from prunetrain_kernels.data import ImageData, difference_of_data, load
+from prunetrain_kernels.compiled import Compilations, eagerly
+from prunetrain_kernels.data import ImageData, batch, difference_of_data, load, record_of
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.machine import processor
 from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import synchronize_batch_norm
 from prunetrain_kernels.optim import SGD, ProximalSGD
+from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.checkpoint import read_checkpoint
-from prunetrain_kernels.train.config import TrainConfig
-from prunetrain_kernels.train.distributed import Ranks
+from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig
+from prunetrain_kernels.train.distributed import Ranks, SentBytes, distributed, one_after_the_other
 from prunetrain_kernels.train.mini_batch import MiniBatch
+from prunetrain_kernels.train.prunetrain import PruneTrain
+from prunetrain_kernels.train.run_log import RunLog
+from prunetrain_kernels.train.step import Average, CapturedStep, Step
+from prunetrain_kernels.train.tally import Stopwatch
 
 SMALLEST_BATCH = 2  # batch norm refuses one image
 CHECKPOINT = "checkpoint.pt"
@@ -31,6 +40,231 @@ RUN_FILES = ("config.json", "log.csv", "channels.csv", "slices.npz", "summary.js
 # options that a resumed run, or another rank, may have otherwise: they decide no result
 NOT_COMPARED = ("out", "cache", "threads", "rank_timeout", "zeroing_tolerance")
 FIT_ON_DEVICE = 4 << 30  # bytes of images that are worth keeping on a GPU whole
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The images of a run, batch by batch; each rank gets its share of a batch."""
+
+    data: ImageData
+    record: dict[str, Any]  # what the data are, for the checkpoint and later comparisons
+    seed: int
+    device: torch.device
+    ranks: Ranks
+
+    def share(
+        self, indices: Tensor, epoch: int, step: int, *, train: bool, channels_last: bool, whole: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's images and labels of the given indices, on the device; with `whole` all of them."""
+        share = slice(0, len(indices)) if whole else self.ranks.share(len(indices))
+        images, labels = batch(
+            self.data, indices, seed=self.seed, epoch=epoch, step=step, device=self.device, train=train, share=share
+        )
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that a run is made of. The objects change as it trains; which objects they are does not.
+
+    Attributes:
+        batches: the data; `example`: a few of its validation images, the same on every rank.
+        model: the network itself, whose forward may be compiled; `ddp`: its `DistributedDataParallel`, or None.
+        sent: counts the bytes that the ranks have averaged.
+        amp: dtype of the forward's operations, None for the parameters'.
+        average: the network's moving average, or None.
+        step: one update; `watch`: takes the time of the lasso in it.
+        compilations: counts what has been compiled since the last epoch.
+        say: prints a line, in the first process and if the user wants progress shown.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    ranks: Ranks
+    batches: Batches
+    model: nn.Module
+    ddp: DistributedDataParallel | None
+    sent: SentBytes
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    amp: torch.dtype | None
+    scaler: torch.amp.GradScaler
+    average: Average | None
+    example: tuple[Tensor, ...]
+    prunetrain: PruneTrain
+    step: Step | CapturedStep
+    watch: Stopwatch
+    compilations: Compilations
+    log: RunLog
+    say: Callable[[str], None]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / CHECKPOINT
+
+    @property
+    def data(self) -> ImageData:
+        return self.batches.data
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        """What follows the model."""
+        return [] if self.average is None else [self.average.network]
+
+    @property
+    def parts(self) -> int:
+        """Parts of a batch: side by side in the ranks, one after the other in each."""
+        return self.ranks.world * self.config.accumulate
+
+    @property
+    def smallest_batch(self) -> int:
+        return SMALLEST_BATCH * self.parts
+
+    @property
+    def batch_size(self) -> int:
+        """Images per update, of all ranks and micro-batches together."""
+        share = self.prunetrain.batch_size
+        return self.config.batch if share is None else share * self.parts
+
+    @property
+    def total_epochs(self) -> int:
+        return self.config.epochs + self.config.fine_tune_epochs
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.amp) if self.amp is not None else nullcontext()
+
+
+# -- the training of a configuration -----------------------------------------------------------------------------------
+
+
+def prepare_process(config: TrainConfig) -> torch.device:
+    """Threads, seeds and cuDNN's choices, for this process; returns the device to train on."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = device_of(config)
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)  # before any worker thread starts, so that all of them inherit it
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    return device
+
+
+def training_of(
+    config: TrainConfig,
+    device: torch.device,
+    saved: dict[str, Any] | None,
+    start: dict[str, Any] | None,
+    *,
+    show: bool,
+) -> Training:
+    """Builds all that a run is made of; nothing is written yet, and no saved tensor loaded.
+
+    Args:
+        device: as `prepare_process` returned it.
+        saved: the checkpoint to go on from; `start`: the dense network's to start from.
+        show: whether `say` says anything.
+
+    Raises:
+        InputError, CheckpointError, RanksDifferError, RankLostError: as `train`.
+    """
+    ranks = Ranks.of_environment(device.type == "cuda", config.rank_timeout)
+    check_ranks(config, ranks)
+    ranks.agree("the checkpoints to go on from", -1 if saved is None else saved["extra"]["epoch"])
+    say: Callable[[str], None] = tqdm.write if show and ranks.first else _say_nothing
+    log = RunLog(Path(config.out))
+    data = one_after_the_other(ranks, lambda: load_data(config, device))
+    batches = Batches(data, record_of(data), config.seed, device, ranks)
+    ranks.agree("the data", data.image_shape, json.dumps(batches.record))
+    compare_data(config, batches.record, saved, start, say)
+    model = build_model(config, data, device, ranks)
+    optimizer = optimizer_of(config, model)
+    average = None if config.ema is None else Average(model, config.ema)
+    if config.compile:
+        model.compile()
+    ddp, sent = distributed(model, device, ranks)
+    rates = scheduler(config, optimizer)
+    amp = AMP_DTYPES[config.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    example = example_of(batches, channels_last=config.channels_last)
+    prunetrain = PruneTrain(
+        ddp or model,
+        optimizer,
+        example,
+        scheduler=rates,
+        batch=mini_batch(config, len(data.train_labels), ranks),
+        also=[] if average is None else [average.network],
+        amp=amp,
+        **pruning_options(config),
+    )
+    check_logits(config, model, example, data.classes)
+    watch, compilations = Stopwatch(device), Compilations()
+    step = step_of(config, prunetrain, scaler, average, watch, device)
+    return Training(
+        config, device, ranks, batches, model, ddp, sent, optimizer, rates, amp, scaler, average, example, prunetrain,
+        step, watch, compilations, log, say,
+    )  # fmt: skip
+
+
+def example_of(batches: Batches, *, channels_last: bool) -> tuple[Tensor, ...]:
+    """A few validation images, the same on every rank, which then trace and measure the same."""
+    indices = torch.arange(min(8, len(batches.data.val_labels)), device="cpu")
+    return batches.share(indices, 0, 0, train=False, channels_last=channels_last, whole=True)[:1]
+
+
+def step_of(
+    config: TrainConfig,
+    prunetrain: PruneTrain,
+    scaler: torch.amp.GradScaler,
+    average: Average | None,
+    watch: Stopwatch,
+    device: torch.device,
+) -> Step | CapturedStep:
+    """One update; `watch` takes the time of the lasso in it."""
+    assert isinstance(prunetrain.optimizer, torch.optim.Optimizer)
+    step = Step(
+        prunetrain.ddp or prunetrain.model,
+        prunetrain.optimizer,
+        scaler,
+        prunetrain,
+        device,
+        AMP_DTYPES[config.amp],
+        ranks=prunetrain.ranks.world,
+        parts=config.accumulate,
+        clip=config.clip_grad,
+        average=average,
+        watch=watch,
+    )
+    return CapturedStep(step) if config.cuda_graphs else step
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
+def pruning_options(config: TrainConfig) -> dict[str, Any]:
+    """Those arguments of PruneTrain that are options of the configuration."""
+    return {
+        "penalty_ratio": 0 if config.dense else config.penalty_ratio,
+        "interval": config.interval,
+        "threshold": config.threshold,
+        "relative": config.relative,
+        "policy": config.policy,
+        "round_to": config.round_to,
+        "fuse": config.fuse,
+        "cost": config.policy_cost,
+        "zeroing_tolerance": config.zeroing_tolerance,
+        "keep_momentum": config.keep_momentum,
+    }
+
+
+# -- the checkpoint to go on from --------------------------------------------------------------------------------------
 
 
 def saved_state(config: TrainConfig, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -63,6 +297,24 @@ def saved_state(config: TrainConfig, resume: bool, overwrite: bool) -> dict[str,
                 "resume with the same options, or choose another --out."
             )
     return saved
+
+
+def compare_data(
+    config: TrainConfig,
+    record: dict[str, Any],
+    saved: dict[str, Any] | None,
+    start: dict[str, Any] | None,
+    say: Callable[[str], None],
+) -> None:
+    """Refuses data that are not those of the run that goes on, or that this one starts from."""
+    known = [check_same_data(config, saved, record)] if saved is not None else []
+    known += [check_start_data(config, start, record)] if start is not None else []
+    if not all(known):
+        what = f"'{Path(config.out)}'" if saved is not None else f"--start-from {config.start_from}"
+        say(
+            f"{what} was written by a version that kept no record of its data: they could not be compared with "
+            f"'{config.data}'"
+        )
 
 
 def check_same_data(config: TrainConfig, saved: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -110,6 +362,9 @@ def difference_from(path: Path, payload: dict[str, Any], now: dict[str, Any]) ->
         raise CheckpointError(f"the record of the data in '{path}' cannot be read; choose another --out.") from error
 
 
+# -- parts of a training -----------------------------------------------------------------------------------------------
+
+
 def device_of(config: TrainConfig) -> torch.device:
     """The device to train on; of several processes on a machine, each has a GPU of its own."""
     name, local, many = (
@@ -134,7 +389,7 @@ def device_of(config: TrainConfig) -> torch.device:
             raise InputError(f"--cuda-graphs needs a GPU, and this run is on the {name}; leave it out.")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {config.device} cannot be used here: {first_line(error)}.") from error
     if many and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -176,6 +431,12 @@ def optimizer_class(config: TrainConfig) -> type[torch.optim.SGD]:
     if config.proximal:
         return ProximalSGD
     return SGD if config.fuse or config.cuda_graphs else torch.optim.SGD
+
+
+def optimizer_of(config: TrainConfig, model: nn.Module) -> torch.optim.SGD:
+    return optimizer_class(config)(
+        parameter_groups(config, model), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
 
 
 def parameter_groups(config: TrainConfig, model: nn.Module) -> list[Any]:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.optim import SGD
+from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.train.prunetrain import PruneTrain
 from prunetrain_kernels.train.tally import Stopwatch
 
@@ -238,7 +239,7 @@ class CapturedStep:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise InputError(
-                f"this network's step cannot be captured as a CUDA graph ({str(error).splitlines()[0].rstrip('.')}); "
+                f"this network's step cannot be captured as a CUDA graph ({first_line(error)}); "
                 "leave --cuda-graphs out, or have its forward ask the device for no values."
             ) from error
         self.graph = graph

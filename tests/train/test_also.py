@@ -164,15 +164,15 @@ def test_the_loops_average_is_pytorchs() -> None:
 
 def halted(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains one epoch, stops in the next and resumes."""
-    original = loop._Run.train_epoch
+    original = loop.train_epoch
 
-    def stop(self: Any, epoch: int) -> None:
+    def stop(training: Any, progress: Any, epoch: int) -> None:
         if epoch == 1:
             raise KeyboardInterrupt
-        original(self, epoch)
+        original(training, progress, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "train_epoch", stop)
+        patch.setattr(loop, "train_epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             train(options, progress=False)
     train(options, resume=True, progress=False)

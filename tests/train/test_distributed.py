@@ -32,7 +32,7 @@ from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainErr
 from prunetrain_kernels.graph import ChannelGraph
 from prunetrain_kernels.nn import BatchNormAct2d, SyncBatchNorm, synchronize_batch_norm
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
-from prunetrain_kernels.train import loop, mini_batch
+from prunetrain_kernels.train import loop, mini_batch, setup
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.distributed import (
     Ranks,
@@ -94,7 +94,7 @@ class Dies(Net):
         return super().forward(x)
 '''
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-plain_step = loop._Run._step
+plain_step = loop.make_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,13 +123,13 @@ def config(out: Path, **changes: Any) -> TrainConfig:
     return replace(default, **changes)
 
 
-def withering_step(self: Any, indices: Tensor, epoch: int, step: int) -> None:
+def withering_step(training: Any, progress: Any, indices: Tensor, epoch: int) -> None:
     """A step after which more and more channels are zero, and a whole block: the lasso's work in a few steps."""
-    plain_step(self, indices, epoch, step)
-    prunetrain, share = self.prunetrain, min(0.7, 0.15 * (epoch + 1))
+    plain_step(training, progress, indices, epoch)
+    prunetrain, share = training.prunetrain, min(0.7, 0.15 * (epoch + 1))
     with torch.no_grad():
         for name, layer in prunetrain.graph.layers.items():
-            weight = self.model.get_submodule(name)._parameters.get("weight")
+            weight = training.model.get_submodule(name)._parameters.get("weight")
             if weight is None or weight.dim() < 2:
                 continue
             if name == "c.conv2" and epoch >= 1:
@@ -192,32 +192,34 @@ def _train(rank: int, options: TrainConfig, stop_at: int | None = None, resume: 
 
     With synchronised statistics in double precision: in single, rounding alone makes another curve within 20 steps.
     """
-    run: Any = loop._Run
-    finish, epoch_of, images_of = run.finish, run.train_epoch, run._batch
+    loops: Any = loop
+    finish, epoch_of, share_of = loop.finish, loop.train_epoch, setup.Batches.share
     held: dict[str, Any] = {}
 
-    def look(self: Any) -> None:
-        held.update({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
-        held["momentum"] = [state["momentum_buffer"].clone() for state in self.optimizer.state.values()]
-        finish(self)
+    def hold(training: Any, progress: Any) -> None:
+        held.update({name: tensor.clone() for name, tensor in training.model.state_dict().items()})
+        held["momentum"] = [state["momentum_buffer"].clone() for state in training.optimizer.state.values()]
+        finish(training, progress)
 
-    def stop(self: Any, epoch: int) -> None:
+    def stop(training: Any, progress: Any, epoch: int) -> None:
         if epoch == stop_at:
             raise InterruptedError
-        epoch_of(self, epoch)
+        epoch_of(training, progress, epoch)
 
-    def doubled(self: Any, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-        images, labels = images_of(self, *arguments, **keywords)
+    def doubled(batches: Any, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        images, labels = share_of(batches, *arguments, **keywords)
         return images.to(torch.get_default_dtype()), labels
 
-    run.finish, run.train_epoch, run._step, run._batch = look, stop, withering_step, doubled
+    loops.finish, loops.train_epoch, loops.make_step = hold, stop, withering_step
+    setup.Batches.share = doubled  # type: ignore[method-assign]
     torch.set_default_dtype(torch.float64 if options.sync_batch_norm else torch.float32)
     try:
         train(options, resume=resume, progress=False)
     except InterruptedError:
         held["stopped"] = torch.ones(())
     finally:
-        run.finish, run.train_epoch, run._step, run._batch = finish, epoch_of, plain_step, images_of
+        loops.finish, loops.train_epoch, loops.make_step = finish, epoch_of, plain_step
+        setup.Batches.share = share_of  # type: ignore[method-assign]
         torch.set_default_dtype(torch.float32)
     return held
 

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 import prunetrain_kernels.files
 import prunetrain_kernels.prune.checkpoint
-import prunetrain_kernels.train.prunetrain
 from prunetrain_kernels.cost import batch_norm_bytes, count_flops, gradient_bytes
 from prunetrain_kernels.data import load
 from prunetrain_kernels.errors import CheckpointError, DivergedError, InputError
 from prunetrain_kernels.models import build
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint
-from prunetrain_kernels.train import loop
+from prunetrain_kernels.train import layout, loop
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.run_log import LOG_COLUMNS, read_run
@@ -76,7 +75,7 @@ def tiny(num_classes=10, in_channels=3):
 def wrong_logits(num_classes=10, in_channels=3):
     return Net(num_classes + 1, in_channels)
 '''
-plain_step = loop._Run._step
+plain_step = loop.make_step
 SHORT: dict[str, Any] = {"epochs": 2, "fine_tune_epochs": 0, "interval": 1}
 TIMES = ["train_seconds", "lasso_seconds", "reconfigure_seconds", "wall_seconds"]
 
@@ -117,18 +116,19 @@ def resnet(out: Path, **changes: Any) -> TrainConfig:
     return config(out, model="resnet20", epochs=2, fine_tune_epochs=0, interval=1, **changes)
 
 
-def withering_step(self: Any, indices: Tensor, epoch: int, step: int) -> None:
+def withering_step(training: Any, progress: Any, indices: Tensor, epoch: int) -> None:
     """A training step after which more and more channels are zero: the lasso's work in a few steps.
 
     A function of epoch and step alone, so that resumed runs see the same. The blocks a and c die as a whole.
     """
-    plain_step(self, indices, epoch, step)
-    if self.config.dense or epoch >= self.config.epochs:
+    plain_step(training, progress, indices, epoch)
+    step = progress.sums.steps
+    if training.config.dense or epoch >= training.config.epochs:
         return
-    prunetrain, share = self.prunetrain, min(0.7, 0.1 * (epoch + step / 4))
+    prunetrain, share = training.prunetrain, min(0.7, 0.1 * (epoch + step / 4))
     with torch.no_grad():
         for name, layer in prunetrain.graph.layers.items():
-            weight = self.model.get_submodule(name)._parameters.get("weight")
+            weight = training.model.get_submodule(name)._parameters.get("weight")
             if weight is None or weight.dim() < 2:
                 continue
             if (name == "c.conv2" and (epoch, step) >= (0, 2)) or (name == "a.conv2" and epoch >= 3):
@@ -142,7 +142,7 @@ def withering_step(self: Any, indices: Tensor, epoch: int, step: int) -> None:
 
 @pytest.fixture(autouse=True)
 def withering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop._Run, "_step", withering_step)
+    monkeypatch.setattr(loop, "make_step", withering_step)
 
 
 def checkpoint_of(folder: Path) -> dict[str, Any]:
@@ -213,8 +213,7 @@ def _child(options: TrainConfig, kill: tuple[str, int] | None) -> None:
         if kill == ("save", counts["save"]):
             die()  # the checkpoint is there, the log is not
 
-    run: Any = loop._Run
-    run._step = counted("step", withering_step)
+    loop.make_step = counted("step", withering_step)
     write = prunetrain_kernels.files.write_atomically
     prunetrain_kernels.prune.checkpoint.write_atomically = half_written  # type: ignore[assignment]
     if kill is not None and kill[0] == "after":  # milliseconds of its own work, so the machine's load does not matter
@@ -310,12 +309,12 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, undisturbed: Pa
 def test_wall_time_goes_on_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = config(tmp_path / "run", epochs=3, fine_tune_epochs=0, interval=1)
 
-    def stop(self: Any, epoch: int) -> None:
+    def stop(training: Any, progress: Any, epoch: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        original = loop._Run.train_epoch
-        patch.setattr(loop._Run, "train_epoch", lambda self, e: stop(self, e) if e == 2 else original(self, e))
+        original = loop.train_epoch
+        patch.setattr(loop, "train_epoch", lambda t, p, e: stop(t, p, e) if e == 2 else original(t, p, e))
         with pytest.raises(KeyboardInterrupt):
             train(options, progress=False)
     before = read_run(tmp_path / "run").log
@@ -344,14 +343,14 @@ def test_the_progress_bar_counts_the_epochs_before_a_resume(tmp_path: Path, monk
             bars.append(self)
 
     monkeypatch.setattr(loop, "tqdm", Bar)
-    original = loop._Run.train_epoch
+    original = loop.train_epoch
 
-    def stop(self: Any, epoch: int) -> None:
+    def stop(training: Any, progress: Any, epoch: int) -> None:
         if epoch == 2 and len(bars) == 1:
             raise KeyboardInterrupt
-        original(self, epoch)
+        original(training, progress, epoch)
 
-    monkeypatch.setattr(loop._Run, "train_epoch", stop)
+    monkeypatch.setattr(loop, "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         train(options, progress=False)
     train(options, resume=True, progress=False)
@@ -366,7 +365,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of `config(**SHORT)`; tests copy it before they change it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_step", withering_step)
+        patch.setattr(loop, "make_step", withering_step)
         train(config(folder, **SHORT), progress=False)
     return folder
 
@@ -424,10 +423,10 @@ def test_overwriting_with_options_that_cannot_be_used_keeps_the_old_run(copy_of_
 
 
 def test_overwriting_leaves_nothing_of_the_old_run(copy_of_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: Any, epoch: int) -> None:
+    def stop(training: Any, progress: Any, epoch: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Run, "train_epoch", stop)
+    monkeypatch.setattr(loop, "train_epoch", stop)
     (copy_of_run / ".checkpoint.pt.123-0123abcd.tmp").write_bytes(b"half")
     (copy_of_run / "notes.txt").write_text("mine")
     with pytest.raises(KeyboardInterrupt):
@@ -623,9 +622,7 @@ def test_a_run_leaves_channels_last_where_a_cpu_would_corrupt_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A ResNet's strided 1x1 shortcut left with few input channels: the process used to die of a broken heap."""
-    monkeypatch.setattr(
-        prunetrain_kernels.train.prunetrain, "SAFE_CHANNELS", 12
-    )  # fewer are left here, but not under 8
+    monkeypatch.setattr(layout, "SAFE_CHANNELS", 12)  # fewer are left here, but not under 8
     path = tmp_path / "run"
     few = TrainConfig(
         out=str(path), model="resnet20", data="synthetic:64x16x16", epochs=2, batch=16, interval=1, penalty_ratio=0.9,
@@ -638,14 +635,14 @@ def test_a_run_leaves_channels_last_where_a_cpu_would_corrupt_memory(
     assert checkpoint_of(path)["model"]["layer1.0.conv1.weight"].is_contiguous()
 
 
-def unevenly(self: Any, indices: Tensor, epoch: int, step: int) -> None:
+def unevenly(training: Any, progress: Any, indices: Tensor, epoch: int) -> None:
     """As `withering_step`, and some channels go in the layers that write them only."""
-    withering_step(self, indices, epoch, step)
+    withering_step(training, progress, indices, epoch)
     with torch.no_grad():
-        for name in self.prunetrain.graph.layers:
+        for name in training.prunetrain.graph.layers:
             if name.endswith(".conv1"):
-                kept = self.prunetrain.kept[name][1][self.prunetrain.graph.computed(name)[1]]
-                self.model.get_submodule(name).weight[(kept % 3 == 0).nonzero().flatten()] = 0
+                kept = training.prunetrain.kept[name][1][training.prunetrain.graph.computed(name)[1]]
+                training.model.get_submodule(name).weight[(kept % 3 == 0).nonzero().flatten()] = 0
 
 
 @pytest.mark.parametrize(
@@ -660,19 +657,19 @@ def unevenly(self: Any, indices: Tensor, epoch: int, step: int) -> None:
 )
 def test_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     if "policy" in changes:
-        monkeypatch.setattr(loop._Run, "_step", unevenly)
+        monkeypatch.setattr(loop, "make_step", unevenly)
     options = config(tmp_path / "whole", **SHORT, **changes)
     train(options, progress=False)
     assert bool(checkpoint_of(tmp_path / "whole")["gated"]) == ("policy" in changes)
-    original = loop._Run.train_epoch
+    original = loop.train_epoch
 
-    def stop(self: Any, epoch: int) -> None:
+    def stop(training: Any, progress: Any, epoch: int) -> None:
         if epoch == 1:
             raise KeyboardInterrupt
-        original(self, epoch)
+        original(training, progress, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "train_epoch", stop)
+        patch.setattr(loop, "train_epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             train(replace(options, out=str(tmp_path / "halves")), progress=False)
     train(replace(options, out=str(tmp_path / "halves")), resume=True, progress=False)
@@ -699,7 +696,7 @@ def test_fused_training_is_training(tmp_path: Path) -> None:
 
 def test_a_gated_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gating prunes the spaces as union does, and computes less of them."""
-    monkeypatch.setattr(loop._Run, "_step", unevenly)
+    monkeypatch.setattr(loop, "make_step", unevenly)
     runs = {}
     for policy in ("union", "gating", "auto"):
         out = tmp_path / policy
@@ -795,16 +792,16 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = config(tmp_path / "run", **{**SHORT, "epochs": 3}, dense=True)
-    original = loop._Run._step
+    original = loop.make_step
 
-    def poison(self: Any, indices: Tensor, epoch: int, step: int) -> None:
-        original(self, indices, epoch, step)
-        if epoch == 1 and step == 1:
+    def poison(training: Any, progress: Any, indices: Tensor, epoch: int) -> None:
+        original(training, progress, indices, epoch)
+        if epoch == 1 and progress.sums.steps == 1:
             with torch.no_grad():
-                self.model.stem.weight[0, 0, 0, 0] = math.nan
+                training.model.stem.weight[0, 0, 0, 0] = math.nan
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_step", poison)
+        patch.setattr(loop, "make_step", poison)
         with pytest.raises(DivergedError, match=r"nan in epoch 2 .*epoch 1 is kept"):
             train(options, progress=False)
     run = read_run(tmp_path / "run")
@@ -820,15 +817,15 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
 def test_weights_spoilt_by_an_epochs_last_step_reach_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: float
 ) -> None:
-    original = loop._Run._step
+    original = loop.make_step
 
-    def poison(self: Any, indices: Tensor, epoch: int, step: int) -> None:
-        original(self, indices, epoch, step)
-        if epoch == 1 and self.sums.images + len(indices) == 60:  # no loss of this epoch has seen it
+    def poison(training: Any, progress: Any, indices: Tensor, epoch: int) -> None:
+        original(training, progress, indices, epoch)
+        if epoch == 1 and progress.sums.images + len(indices) == 60:  # no loss of this epoch has seen it
             with torch.no_grad():
-                self.model.fc.bias[0] = math.inf
+                training.model.fc.bias[0] = math.inf
 
-    monkeypatch.setattr(loop._Run, "_step", poison)
+    monkeypatch.setattr(loop, "make_step", poison)
     with pytest.raises(DivergedError, match="epoch 1 is kept"):
         train(config(tmp_path / "run", **{**SHORT, "interval": interval}), progress=False)
     saved = checkpoint_of(tmp_path / "run")
@@ -851,21 +848,21 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> list[list[int]]:
     """The forward of the given steps runs out of memory; returns the images of every step that went through."""
     done: list[list[int]] = []
     calls = itertools.count()
-    original = loop._Run._step
+    original = loop.make_step
 
-    def step(self: Any, indices: Tensor, epoch: int, number: int) -> None:
+    def step(training: Any, progress: Any, indices: Tensor, epoch: int) -> None:
         def refuse(module: nn.Module, arguments: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
-        handle = self.model.fc.register_forward_pre_hook(refuse) if next(calls) in at else None
+        handle = training.model.fc.register_forward_pre_hook(refuse) if next(calls) in at else None
         try:
-            original(self, indices, epoch, number)
+            original(training, progress, indices, epoch)
         finally:
             if handle is not None:
                 handle.remove()
         done.append(indices.tolist())
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(loop, "make_step", step)
     return done
 
 
@@ -897,17 +894,17 @@ def test_out_of_memory_for_ever_ends(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def _fill_the_disk(options: TrainConfig, messages: Any) -> None:
     """Trains one epoch, then resumes with a limit on the size of files that no checkpoint fits in."""
-    original = loop._Run._save
+    original = loop.save
     saves = itertools.count()
 
-    def save(self: Any) -> None:
+    def save(training: Any, progress: Any) -> None:
         if next(saves) == 1:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        original(self)
+        original(training, progress)
 
-    loop._Run._save = save  # type: ignore[method-assign]
-    loop._Run._step = withering_step  # type: ignore[method-assign]
+    loop.save = save
+    loop.make_step = withering_step
     try:
         train(options, progress=False)
     except CheckpointError as error:

@@ -89,15 +89,15 @@ def command(config: TrainConfig, *more: str) -> list[str]:
 
 
 def killed_after_one_epoch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    original = loop._Run.train_epoch
+    original = loop.train_epoch
 
-    def stop(self: Any, epoch: int) -> None:
+    def stop(training: Any, progress: Any, epoch: int) -> None:
         if epoch == 1:
             raise KeyboardInterrupt
-        original(self, epoch)
+        original(training, progress, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "train_epoch", stop)
+        patch.setattr(loop, "train_epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             train(replace(config, **changes), progress=False)
 

@@ -18,8 +18,9 @@ from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import BatchNormAct2d, GatedConv2d
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
+from prunetrain_kernels.train.layout import unsafe_in_channels_last
 from prunetrain_kernels.train.mini_batch import MiniBatch
-from prunetrain_kernels.train.prunetrain import PruneTrain, unsafe_in_channels_last
+from prunetrain_kernels.train.prunetrain import PruneTrain
 
 
 class Net(nn.Module):

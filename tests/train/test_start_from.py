@@ -52,14 +52,15 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def test_it_starts_with_the_dense_networks_tensors_and_a_fresh_optimizer(dense: Path, tmp_path: Path) -> None:
     trained = read_checkpoint(dense / "checkpoint.pt")["model"]
-    run = loop._Run(config(tmp_path / "run", start_from=str(dense / "checkpoint.pt")), False, False, False)
+    options = config(tmp_path / "run", start_from=str(dense / "checkpoint.pt"))
+    run, progress = loop.begin(options, resume=False, overwrite=False, show=False)
     started = run.model.state_dict()
     assert started.keys() == trained.keys()
     assert any("running_var" in name for name in trained)
     for name, tensor in trained.items():
         assert torch.equal(started[name], tensor), name
     assert not run.optimizer.state
-    assert run.epoch == 0
+    assert progress.epoch == 0
     # the log's first record is the network that it starts with, not the fresh one it was built as
     sizes = read_run(dense).slices["layer1.0.conv1"]
     first = read_run(tmp_path / "run").slices["layer1.0.conv1"][0]
@@ -77,7 +78,7 @@ def test_lambda_is_that_of_the_run_from_scratch(dense: Path, tmp_path: Path, cha
 
 def test_lambda_is_not_set_by_the_trained_network(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above could not fail if six steps left the first loss as it was."""
-    monkeypatch.setattr(loop._Run, "_start_from", lambda self, start: self.model.load_state_dict(start))
+    monkeypatch.setattr(loop, "start_from", lambda training, start: training.model.load_state_dict(start))
     train(config(tmp_path / "ssl", start_from=str(dense)), progress=False)
     monkeypatch.undo()
     train(config(tmp_path / "scratch"), progress=False)
@@ -96,15 +97,15 @@ def test_a_resumed_run_does_not_start_again(
     start = tmp_path / "start"
     shutil.copytree(dense, start)
     options = config(tmp_path / "run", start_from=str(start))
-    original = loop._Run.train_epoch
+    original = loop.train_epoch
 
-    def stop(self: Any, epoch: int) -> None:
+    def stop(training: Any, progress: Any, epoch: int) -> None:
         if epoch == 1:
             raise KeyboardInterrupt
-        original(self, epoch)
+        original(training, progress, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "train_epoch", stop)
+        patch.setattr(loop, "train_epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             train(options, progress=False)
     shutil.rmtree(start)

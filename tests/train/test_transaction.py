@@ -15,6 +15,9 @@ from prunetrain_kernels import MiniBatch, PruneTrain, ZeroingError
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.models import resnet20
 from prunetrain_kernels.prune.branches import ConstantConv
+from prunetrain_kernels.train import layout
+from prunetrain_kernels.train import present as looking
+from prunetrain_kernels.train.original import OriginalChannels
 
 module = __import__("prunetrain_kernels.train.prunetrain", fromlist=["PruneTrain"])
 
@@ -98,15 +101,15 @@ def same(a: Any, b: Any) -> bool:
 
 
 FAILING: dict[str, tuple[Any, str]] = {
-    "_look_again": (PruneTrain, "_look_again"),
-    "_grow": (PruneTrain, "_grow"),
-    "_kept_after": (PruneTrain, "_kept_after"),
-    "_warn_of_layout": (PruneTrain, "_warn_of_layout"),
-    "_count_flops": (PruneTrain, "_count_flops"),
+    "look_again": (module, "look_again"),
+    "grow": (module, "grow"),
+    "after": (OriginalChannels, "after"),
+    "warn_of_layout": (module, "warn_of_layout"),
+    "count_flops": (looking, "count_flops"),
     "graph_after": (Keep, "graph_after"),
-    "trace_channels": (module, "trace_channels"),
-    "GroupLasso": (module, "GroupLasso"),
-    "flop_table": (module, "flop_table"),
+    "trace_channels": (looking, "trace_channels"),
+    "GroupLasso": (looking, "GroupLasso"),
+    "flop_table": (looking, "flop_table"),
     "PruneReport": (module, "PruneReport"),
     "measure": (MiniBatch, "measure"),
     "grow_to": (MiniBatch, "grow_to"),
@@ -134,7 +137,7 @@ def test_whatever_fails_all_is_undone(
 
     before = state(model, optimizer, prunetrain)
     monkeypatch.setattr(owner, attribute, fails)
-    if name in ("graph_after", "trace_channels", "_count_flops", "flop_table") and branch == (name == "graph_after"):
+    if name in ("graph_after", "trace_channels", "count_flops", "flop_table") and branch == (name == "graph_after"):
         prunetrain.reconfigure()  # not needed here
         assert not called
         return
@@ -160,7 +163,7 @@ def test_a_later_step_is_that_of_a_run_without_the_failure(monkeypatch: pytest.M
         model, optimizer, prunetrain = training()
         if fails:
             with monkeypatch.context() as patch:
-                patch.setattr(module, "GroupLasso", None)
+                patch.setattr(looking, "GroupLasso", None)
                 with pytest.raises(TypeError):
                     prunetrain.reconfigure()
         losses.append([step(model, optimizer, prunetrain) for _ in range(3)])
@@ -180,7 +183,7 @@ def test_a_step_of_the_undoing_that_fails_leaves_none_of_the_others_out(monkeypa
             raise ValueError("an undoing step failed")
 
     monkeypatch.setattr(undone, "_restore", fails)
-    monkeypatch.setattr(module, "GroupLasso", None)
+    monkeypatch.setattr(looking, "GroupLasso", None)
     with pytest.raises(ValueError, match="an undoing step failed") as error:
         prunetrain.reconfigure()
     assert isinstance(error.value.__context__, TypeError)
@@ -213,7 +216,7 @@ def test_a_dead_branch_with_a_bias_is_removed_and_counted(bias: bool, norms: boo
 
 def test_a_warning_that_is_an_error_undoes_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, prunetrain = training()
-    monkeypatch.setattr(module, "unsafe_in_channels_last", lambda model: ["stem"])
+    monkeypatch.setattr(layout, "unsafe_in_channels_last", lambda model: ["stem"])
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     before = state(model, optimizer, prunetrain)
     with warnings.catch_warnings():
@@ -252,14 +255,14 @@ def test_learning_rates_are_put_back(kind: str, monkeypatch: pytest.MonkeyPatch)
 
     before = rates()
     grown: list[float] = []
-    old = PruneTrain._grow
+    old = module.grow
 
-    def fails(self: PruneTrain, *args: Any) -> None:
-        old(self, *args)
+    def fails(*args: Any) -> None:
+        old(*args)
         grown.append(float(optimizer.param_groups[0]["lr"]))
         raise RuntimeError("forced")
 
-    monkeypatch.setattr(PruneTrain, "_grow", fails)
+    monkeypatch.setattr(module, "grow", fails)
     with pytest.raises(RuntimeError, match="forced"):
         prunetrain.reconfigure()
     assert grown != [pytest.approx(rate)]

@@ -1,0 +1,103 @@
+"""What is known of a network in its present shape: its channels, its lasso and its FLOPs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunetrain_kernels.compiled import eagerly
+from prunetrain_kernels.cost import Flops, FlopTable, flop_table
+from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
+from prunetrain_kernels.graph.gating import ConvolutionCost, cost_of
+from prunetrain_kernels.nn import FuseReport, GatedConv2d
+from prunetrain_kernels.nn import fuse as fuse_model
+from prunetrain_kernels.prune.also import inputs_for
+from prunetrain_kernels.regularizer import GroupLasso
+
+
+@dataclass(frozen=True)
+class Present:
+    """A network in one shape.
+
+    Attributes:
+        graph, lasso: of its channels.
+        flops: per image.
+        flop_table: gives the FLOPs of smaller shapes; None where it cannot.
+        trained: parameters that got gradients when the table was made, which decides what is computed for them.
+    """
+
+    graph: ChannelGraph
+    lasso: GroupLasso
+    flops: Flops
+    flop_table: FlopTable | None
+    trained: frozenset[str]
+
+    @property
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        return self.graph.example_inputs
+
+
+def fuse_all(model: nn.Module, copies: Sequence[nn.Module], example_inputs: tuple[Tensor, ...]) -> FuseReport:
+    """Fuses a model and its copies in place; what was swapped in the model."""
+    fused = fuse_model(model, example_inputs)
+    for copy in copies:
+        fuse_model(copy, inputs_for(copy, model, example_inputs))
+    return fused
+
+
+def look_first(
+    model: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    amp: torch.dtype | None,
+    cost: ConvolutionCost | str,
+    choice: dict[str, Any],
+) -> Present:
+    """Traces and counts a model as it is given; refuses, before any training, what cannot be chosen by.
+
+    Args:
+        cost: as of `ChannelGraph.keep`; `choice`: its threshold, relative, policy and round_to.
+    """
+    graph = trace_channels(model, example_inputs)
+    if choice["policy"] == "auto":
+        cost_of(cost, model)  # refuses an unknown name
+    graph.keep(model, **choice)
+    return look(model, graph, amp)
+
+
+def look(model: nn.Module, graph: ChannelGraph, amp: torch.dtype | None) -> Present:
+    """Counts a network that has been traced. The model must run uncompiled (`eagerly`)."""
+    lasso = GroupLasso(model, graph.example_inputs, graph=graph)
+    return Present(graph, lasso, *count_flops(model, graph.example_inputs, amp))
+
+
+def look_again(model: nn.Module, before: Present, amp: torch.dtype | None, keep: Keep | None = None) -> Present:
+    """Finds and counts the channels of a model whose shape has changed since `before`.
+
+    Args:
+        keep: what the model has kept since, which spares the tracing and often the counting; None if that is not known.
+    """
+    with eagerly(model):
+        if keep is not None and keep.graph is before.graph:
+            graph = keep.graph_after()
+        else:
+            graph = trace_channels(model, before.example_inputs)
+        gated = any(isinstance(module, GatedConv2d) for module in model.modules())
+        same = keep is not None and not gated and trained_parameters(model) == before.trained
+        if not same or before.flop_table is None:  # a gated layer may compute more than its weight holds
+            return look(model, graph, amp)
+        lasso = GroupLasso(model, graph.example_inputs, graph=graph)
+        return Present(graph, lasso, before.flop_table.flops(model), before.flop_table, before.trained)
+
+
+def count_flops(
+    model: nn.Module, example_inputs: tuple[Tensor, ...], amp: torch.dtype | None
+) -> tuple[Flops, FlopTable | None, frozenset[str]]:
+    """By running the model dry, which takes longer than all the rest; the table spares that next time."""
+    return *flop_table(model, example_inputs, amp=amp), trained_parameters(model)
+
+
+def trained_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that get gradients."""
+    return frozenset(name for name, p in model.named_parameters() if p.requires_grad)

@@ -1,0 +1,141 @@
+"""What makes a reconfiguration all or nothing, on one rank or many: agreeing, putting back, a batch that fits."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from prunetrain_kernels.errors import InputError, PruneTrainError, RankLostError, RanksDifferError
+from prunetrain_kernels.graph import Keep
+from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
+from prunetrain_kernels.train.mini_batch import MiniBatch, rates_put_back
+
+_Result = TypeVar("_Result")
+Leave = Callable[..., None]  # what `ExitStack.push` takes: called with the exception's type first, or None
+
+
+# -- what the ranks agree on -------------------------------------------------------------------------------------------
+
+
+def ranks_in(model: nn.Module) -> tuple[DistributedDataParallel | None, Ranks]:
+    """The `DistributedDataParallel` in or around a model, if any, and the ranks that train it.
+
+    Raises:
+        InputError: it has an option that cannot be pruned.
+    """
+    ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    if ddp is None:
+        return None, Ranks()
+    check_rebuildable(ddp)
+    return ddp, Ranks.of(ddp.process_group)
+
+
+def agree_on_networks(ranks: Ranks, networks: Iterable[nn.Module], epochs: float, batch_size: int | None) -> None:
+    """Raises RanksDifferError on all ranks where their weights or their counts differ; shares rank 0's buffers."""
+    networks = list(networks)
+    for network in networks:
+        ranks.share_buffers(network)
+    ranks.agree("the epochs counted and the mini-batch", round(epochs, 9), batch_size)
+    ranks.agree_on_weights(*networks)
+
+
+def agreed(ranks: Ranks, keep: Keep, *, timed: bool) -> Keep:
+    """What to keep: the same on all ranks, or RanksDifferError on all of them.
+
+    Args:
+        timed: each rank has timed its own device to choose, so that rank 0's choice holds.
+    """
+    if ranks.world == 1:
+        return keep
+    masks = [mask for name in sorted(keep.sparse) for mask in (keep.sparse[name].inputs, keep.sparse[name].outputs)]
+    ranks.agree("the sparse slices", *masks)
+    if timed:
+        channels, live, choices, branches = ranks.broadcast((keep.channels, keep.live, keep.choices, keep.branches))
+        keep = dataclasses.replace(keep, channels=channels, live=live, choices=choices, branches=branches)
+    computed = [side for name in sorted(keep.live) for side in keep.live[name]]
+    ranks.agree("the kept channels", *keep.channels, *computed, keep.branches)
+    return keep
+
+
+def on_all_ranks(ranks: Ranks, act: Callable[[], _Result]) -> _Result:
+    """What `act` returns, if it does on every rank; else the error on all of them."""
+    if ranks.world == 1:
+        return act()
+    failed: Exception | None = None
+    try:
+        result = act()
+    except Exception as error:
+        failed = error
+    try:
+        ranks.agree("the outcomes of the reconfiguration", type(failed).__name__)
+    except RanksDifferError as differ:
+        raise differ from failed
+    if failed is not None:
+        raise failed
+    return result
+
+
+# -- what is put back where a reconfiguration fails --------------------------------------------------------------------
+
+
+def put_back_batch(batch: MiniBatch, optimizer: Optimizer | Sequence[Optimizer], scheduler: Any) -> Leave:
+    """For `ExitStack.push`: on an exception puts the mini-batch and all learning rates back to what they are now."""
+    before, put_rates_back = dict(vars(batch)), rates_put_back(optimizer, scheduler)
+
+    def leave(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            vars(batch).update(before)
+            put_rates_back()
+
+    return leave
+
+
+def put_back_buckets(ddp: DistributedDataParallel | None) -> Leave:
+    """For `ExitStack.push`: where all ranks fail together, the old tensors are back, but with new gradient
+    accumulators, which DDP must find. One that is interrupted alone must not wait for the others there."""
+
+    def leave(kind: type[BaseException] | None, *_: object) -> None:
+        together = kind is not None and issubclass(kind, Exception) and not issubclass(kind, RankLostError)
+        if ddp is not None and together:
+            rebuild_buckets(ddp)
+
+    return leave
+
+
+# -- a batch that fits every rank --------------------------------------------------------------------------------------
+
+
+def grow(
+    batch: MiniBatch,
+    fits: int,
+    ranks: Ranks,
+    model: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    optimizer: Optimizer | Sequence[Optimizer],
+    scheduler: Any,
+) -> None:
+    """Grows the mini-batch to what fits every rank; `fits` is what fits this one.
+
+    One process finds out in its next step whether it really fits, and falls back by itself. Among several, a rank that
+    runs out of memory in a step leaves the others waiting for its gradients: so they try before.
+    """
+    before = batch.size
+    batch.grow_to(ranks.least(fits), optimizer, scheduler)
+    while ranks.world > 1 and batch.size > before:
+        failed: Exception | None = None
+        try:
+            batch.measure(model, example_inputs, optimizer)
+        except Exception as error:
+            failed = error
+        # memory that cannot be counted for the larger batch is no reason to end the run: the batch stays smaller
+        does_not_fit = isinstance(failed, torch.OutOfMemoryError | InputError)
+        worst = ranks.least(1 if failed is None else 0 if does_not_fit else -1)
+        if worst < 0:
+            raise failed or PruneTrainError("another rank failed while it measured the memory of a larger batch.")
+        if worst:
+            return
+        batch.fall_back(optimizer, scheduler)

@@ -130,7 +130,8 @@ def _holds_proxies(value: Any, depth: int = 0) -> bool:
 
 def _maker_of(value: Any, held: dict[str, Any]) -> Callable[..., Any]:
     """A function of what is held in an object that makes another with everything else alike."""
-    cls, rest = type(value), {name: part for name, part in held_by(value).items() if name not in held}
+    cls: Any = type(value)
+    rest = {name: part for name, part in held_by(value).items() if name not in held}
 
     def make(**tensors: Any) -> Any:
         made = cls.__new__(cls)

@@ -17,7 +17,8 @@ because a fused batch norm that is called plainly is a plain batch norm; it runs
 * for a call that the traced program cannot serve: None for an argument that has no default, another value of an
   optional argument, a changed attribute that the forward reads,
 * where the model was changed since: a module that the program calls, or whose call it took over, was replaced, removed,
-  set to None or parametrized, a container has other members, a class's or an instance's forward was patched,
+  set to None or parametrized, a container has other members, a class's or an instance's forward, or a class's method or
+  attribute that the forward reads, was patched,
 * while hooks would miss something: on a fused batch norm, on a ReLU that it took over, or on all modules (PyTorch's
   global hooks). So hooks may be registered before `fuse` (what they watch is left alone) and after it,
 * on a model that was pickled and loaded again, until it is fused again.
@@ -524,6 +525,7 @@ def _bind(forward: _Forward) -> None:
     for i, (name, value) in enumerate(forward.guards.items()):
         space[f"_guard_{i}"] = copy.deepcopy(value) if _is_plain(value) else value
         holds.append(_unchanged(f"self.{name}", f"_guard_{i}", value))
+        holds += _inside_holds(f"self.{name}", value, forward.names, space)
     holds += _class_holds(forward, space) + _parts_hold(forward, space)
     chosen = "_training" if sources[0] == sources[1] else "(_training if self.training else _evaluation)"
     source = (
@@ -567,23 +569,39 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _class_holds(forward: _Forward, space: dict[str, Any]) -> list[str]:
-    """The class's forward, and the methods that it may call, are those that were traced."""
+    """The class's forward, and the methods and class attributes that it may read, are those that were traced."""
     module = forward.module
     space["_original"], space["_everywhere"] = type(module).forward, nn_module
     holds = ["type(self).forward is _original"]
     holds += [f"not _everywhere._global{name}" for name in _HOOKS]
-    methods = [
+    read = [
         (cls, name)
         for cls in type(module).__mro__
         if not cls.__module__.startswith("torch.") and cls is not object
-        for name in sorted(forward.names - {"forward"})
-        if isinstance(vars(cls).get(name), types.FunctionType | property | staticmethod | classmethod)
+        for name in sorted((forward.names & vars(cls).keys()) - {"forward"})
     ]
-    for i, (cls, name) in enumerate(methods):
-        space[f"_class_{i}"], space[f"_method_{i}"] = cls, vars(cls)[name]
-        holds.append(f"_class_{i}.__dict__[{name!r}] is _method_{i}")
+    for i, (cls, name) in enumerate(read):
+        value = vars(cls)[name]
+        space[f"_class_{i}"] = cls
+        space[f"_value_{i}"] = copy.deepcopy(value) if _is_plain(value) else value
+        holds.append(_unchanged(f"_class_{i}.__dict__.get({name!r})", f"_value_{i}", value))
+        if getattr(type(module), name, None) is value:  # no class between them has it, nor may one that is put there
+            holds.append(_unchanged(f"getattr(type(self), {name!r}, None)", f"_value_{i}", value))
         if name not in vars(module):
             holds.append(f"{name!r} not in self.__dict__")
+    return holds
+
+
+def _inside_holds(expression: str, value: Any, names: set[str], space: dict[str, Any], depth: int = 3) -> list[str]:
+    """What a forward may read of an object that its module holds, such as a configuration, is as it was."""
+    if depth == 0 or isinstance(value, Tensor | nn.Module | type | types.ModuleType | types.FunctionType):
+        return []
+    holds: list[str] = []
+    for name in sorted(names & getattr(value, "__dict__", {}).keys()):
+        inside, key = vars(value)[name], f"_inside_{len(space)}"
+        space[key] = copy.deepcopy(inside) if _is_plain(inside) else inside
+        holds.append(_unchanged(f"getattr({expression}, {name!r}, None)", key, inside))
+        holds += _inside_holds(f"getattr({expression}, {name!r})", inside, names, space, depth - 1)
     return holds
 
 

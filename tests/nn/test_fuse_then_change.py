@@ -4,7 +4,8 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -327,6 +328,77 @@ def test_a_class_patched_later(
     fuse(fused)
     monkeypatch.setattr(cls, name, new)
     assert_same(run(fused), run(plain))
+
+
+class Scaled(nn.Module):
+    """What it reads of its class, a number, a list, a helper, and of an object that it holds."""
+
+    scale = 2.0
+    shifts: ClassVar[list[float]] = [1.0, 2.0]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.config = SimpleNamespace(head=SimpleNamespace(factor=1.5), powers=[1.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.more(F.relu(self.bn(self.conv(x))) * self.scale + self.shifts[1])
+        return y * self.config.head.factor * self.config.powers[0]
+
+    def more(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class ScaledMore(Scaled):
+    scale = 3.0
+
+
+class ScaledLess(Scaled):
+    def more(self, x: Tensor) -> Tensor:
+        return x - 1
+
+
+class ScaledByProperty(Scaled):
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        return 0.5
+
+
+def _become(cls: type) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
+    return lambda model, patch: setattr(model, "__class__", cls)
+
+
+READ_BY_THE_FORWARD: dict[str, Callable[[nn.Module, pytest.MonkeyPatch], Any]] = {
+    "the class's number": lambda model, patch: patch.setattr(Scaled, "scale", 5.0),
+    "the instance's number": lambda model, patch: setattr(model, "scale", 5.0),
+    "the class's list, in place": lambda model, patch: patch.setitem(Scaled.shifts, 1, 7.0),
+    "the instance's list": lambda model, patch: setattr(model, "shifts", [0.0, 7.0]),
+    "a configuration's list, in place": lambda model, patch: model.config.powers.__setitem__(0, 3.0),
+    "inside a configuration": lambda model, patch: setattr(model.config.head, "factor", 3.0),
+    "a part of a configuration": lambda model, patch: setattr(model.config, "head", SimpleNamespace(factor=3.0)),
+    "another configuration": lambda model, patch: setattr(
+        model, "config", SimpleNamespace(head=SimpleNamespace(factor=3.0), powers=[1.0])
+    ),
+    "a subclass with another number": _become(ScaledMore),
+    "a subclass with another helper": _become(ScaledLess),
+    "a subclass with a property": _become(ScaledByProperty),
+}
+
+
+@pytest.mark.parametrize("name", READ_BY_THE_FORWARD)
+def test_what_a_forward_reads_is_heeded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    plain, x = Scaled().double(), torch.randn(3, 4, 5, 5).double()
+    fused = copy.deepcopy(plain)
+    assert len(fuse(fused).fused) == 1
+    compiled = torch.compile(copy.deepcopy(fused), backend="eager", fullgraph=True)
+    before = plain(x).detach()
+    assert torch.allclose(compiled(x), before, rtol=1e-9)
+    for model in (plain, fused):
+        READ_BY_THE_FORWARD[name](model, monkeypatch)
+    after = plain(x)
+    assert (after - before).abs().max() > 0.1
+    assert torch.allclose(fused(x), after, rtol=1e-9)
 
 
 def test_compiled_then_changed() -> None:

@@ -50,6 +50,14 @@ class Runs:
             self.known[training, start] = run(self.model, self.inputs, training=training, start=start)
         return self.known[training, start]
 
+    @property
+    def alike_in_both_modes(self) -> bool:
+        """Whether the outputs of both modes have the same names, shapes and dtypes, as far as it runs in both."""
+        training, evaluation = (self.known.get((mode, Start()), {}) for mode in (True, False))
+        return evaluation.keys() == training.keys() and all(
+            (t.shape, t.dtype) == (training[name].shape, training[name].dtype) for name, t in evaluation.items()
+        )
+
     def repeats_itself(self, *, training: bool, start: Start) -> bool:
         """Whether a second run from the same start gives the same: else nothing can be compared with it."""
         again = run(self.model, self.inputs, training=training, start=start)

@@ -118,6 +118,8 @@ class ChannelSpaces:
             head for later. They stay whole; but what they read of the network, other than its outputs, is not known,
             and may lose channels.
         doubts: where tracing was found wrong when it was held beside the model; what they touch is frozen.
+        alike_in_both_modes: whether the model returned things of one structure, of the same shapes, in training and
+            evaluation mode when it was traced, so that evaluation mode shows all that there is to compare.
     """
 
     spaces: list[Space]
@@ -133,6 +135,7 @@ class ChannelSpaces:
     tracer: str = "torch.fx"
     uncalled: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    alike_in_both_modes: bool = False
 
     @property
     def free_channels(self) -> int:

@@ -89,6 +89,7 @@ def _graph(runs: Runs, by: str) -> ChannelGraph:
     modes = [False] if one and False in runs.modes else list(runs.modes)
     ways = [way for mode in modes for way in [w for w in runs.known if w[0] == mode][:TRIED]]
     graph.doubts = distrusted + freeze_what_fails(graph, runs, ways)
+    graph.alike_in_both_modes = runs.alike_in_both_modes
     return graph
 
 

@@ -5,14 +5,13 @@ and cutting change there they change in training too. Training mode is compared 
 where it returns other things, or nothing that could be compared.
 """
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.errors import InputError, PruneTrainError, ZeroingError
@@ -70,27 +69,26 @@ class Comparison:
         return {IN_TRAINING + name: tensor for name, tensor in outputs.items()}
 
 
-# Programs whose model returned the same things in both modes: it is looked at in training mode once for each.
-_ALIKE_IN_BOTH_MODES: "weakref.WeakSet[fx.Graph]" = weakref.WeakSet()
+def comparison_of(
+    model: nn.Module, inputs: tuple[Tensor, ...], *, alike_in_both_modes: bool
+) -> tuple[Comparison, Outputs]:
+    """What can be compared of this model's outputs, and those outputs.
 
-
-def comparison_of(model: nn.Module, inputs: tuple[Tensor, ...], program: fx.Graph) -> tuple[Comparison, Outputs]:
-    """What can be compared of this model's outputs, and those outputs; `program` is what was traced of the model.
+    Args:
+        alike_in_both_modes: as in `ChannelSpaces`, which spares a look in training mode.
 
     Raises:
         InputError: the model does not run on the inputs in any mode, or nothing that it returns can be compared.
     """
     with eagerly(model), without_dropout(model):
         evaluation, why = _tried(model, inputs)
-        if program in _ALIKE_IN_BOTH_MODES and evaluation is not None and _shows_something(evaluation):
+        if alike_in_both_modes and evaluation is not None and _shows_something(evaluation):
             return Comparison(evaluation=True), evaluation
         training, _ = _tried(model, inputs, training=True)
         if evaluation is None and training is None:
             raise InputError(f"{type(model).__name__} does not run on the example inputs: {why}; nothing was pruned.")
         how = ""
-        if training is not None and _is_enough(evaluation, training):
-            _ALIKE_IN_BOTH_MODES.add(program)
-        elif training is not None:
+        if training is not None and not _is_enough(evaluation, training):
             chance, _ = _tried(model, inputs, training=True, other_chance=True)
             how = _how(training, chance)
     comparison = Comparison(evaluation is not None, how)

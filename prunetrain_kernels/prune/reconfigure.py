@@ -266,7 +266,7 @@ def _apply_and_measure(plan: _Plan, zeroing_tolerance: float, undo: ExitStack) -
         _forget_momentum(plan, undo)
         return _Moves()
     model, inputs = plan.model, plan.keep.graph.example_inputs
-    comparison, as_given = comparison_of(model, inputs, plan.keep.graph.program)
+    comparison, as_given = comparison_of(model, inputs, alike_in_both_modes=plan.keep.graph.alike_in_both_modes)
     zeroed, zeroing = as_given, difference(as_given, as_given)
     scale = zeroing.scale
     if zeroes:

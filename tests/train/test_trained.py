@@ -21,7 +21,14 @@ DATA = "synthetic:40x1x8x8"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose network has lost channels; a relative threshold takes some in so few steps."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    options = {"relative": True, "threshold": 0.75, "policy": "gating", "fuse": True, "interval": 1}
+    options = {
+        "relative": True,
+        "threshold": 0.75,
+        "policy": "gating",
+        "fuse": True,
+        "interval": 1,
+        "zeroing_tolerance": 1e6,
+    }
     train(TrainConfig(out=str(folder), data=DATA, epochs=2, batch=20, lr=0.05, **options), progress=False)  # type: ignore[arg-type]
     return folder
 

@@ -707,7 +707,8 @@ def test_a_gated_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         alive = last[last.removed == 0]
         assert (alive.in_live <= alive.in_kept).all()
         fewer = (alive.in_live < alive.in_kept) | (alive.out_live < alive.out_kept)
-        assert fewer.any() == (run is not runs["union"])
+        if run is not runs["auto"]:  # which decides by the roof of this machine, busy or not
+            assert fewer.any() == (run is runs["gating"])
     saved = {name: run.summary["inference_flops"] for name, run in runs.items() if run.summary}
     assert saved["gating"] < saved["union"]
 

@@ -127,7 +127,11 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            vars(module)["training"] = mode  # not by setattr, which takes as long as a small layer's forward
+            own = vars(module)
+            if "training" in own:  # by setattr it would take as long as a small layer's forward
+                own["training"] = mode
+            else:  # TorchScript keeps it elsewhere
+                module.training = mode
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,12 +51,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     tensors = (t for m in modules for table in (m._parameters, m._buffers) for t in table.values())
     devices = sorted({t.get_device() for t in tensors if t is not None and t.is_cuda})
-    put_back = random_state()
+    put_back, put_own_back = random_state(), _generators_of(modules)
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         put_back()
+        put_own_back()
         for module, before in attributes:
             restore_attributes(module, before)
         with torch.no_grad():
@@ -114,6 +116,24 @@ def random_state() -> Callable[[], None]:
         random.setstate(pythons)
         if numpy is not None:
             numpy.set_state(numpys)
+
+    return put_back
+
+
+def _generators_of(modules: Sequence[nn.Module]) -> Callable[[], None]:
+    """Puts the generators that modules hold in their attributes back when it is called."""
+    states: list[tuple[Any, Any]] = []
+    for value in (value for module in modules for value in vars(module).values()):
+        if isinstance(value, torch.Generator):
+            states.append((value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            states.append((value.setstate, value.getstate()))
+        elif hasattr(value, "bit_generator"):  # NumPy's
+            states.append((partial(setattr, value.bit_generator, "state"), value.bit_generator.state))
+
+    def put_back() -> None:
+        for put, state in states:
+            put(state)
 
     return put_back
 

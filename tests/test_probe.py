@@ -63,6 +63,22 @@ def test_torchs_generator_is_as_it_was() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_generators_that_modules_hold_are_as_they_were() -> None:
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.torchs, self.numpys, self.pythons = torch.Generator(), np.random.default_rng(0), random.Random(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rand((), generator=self.torchs) * self.numpys.random() * self.pythons.random()
+
+    model = Drawing()
+    first, second = (probe.outputs_of(model, (torch.ones(1),))[""] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first, model(torch.ones(1)))
+    assert not torch.equal(first, model(torch.ones(1)))
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [

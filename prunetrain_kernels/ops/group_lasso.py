@@ -298,12 +298,12 @@ def _gradient_tile(
 ):  # fmt: skip
     norm0, used = tl.load(entry + 9), tl.load(entry + 10)
     cols = column0 + tl.arange(0, COLUMNS)
-    by_column = inverse_norms(norms, norm0 + (cols // inner) % channels, cols < columns * (used & 1).to(tl.int32))
+    by_column = inverse_norms(norms, norm0 + (cols // inner) % channels, (cols < columns) & ((used & 1) != 0))
     factor = tl.load(scale).to(ACC)
     for step in range(0, tl.minimum(ROWS, height - row0), STEP):
         rows, start, offsets, exists = tile_of(height, columns, numel, row0 + step, column0, VECTOR, STEP, COLUMNS)
         out = pointer_to(gradient, start, VECTOR, DTYPE)
-        by_row = inverse_norms(norms, norm0 + channels + rows, rows < height * (used >> 1).to(tl.int32))
+        by_row = inverse_norms(norms, norm0 + channels + rows, (rows < height) & ((used & 2) != 0))
         w = tl.load(pointer_to(address, start, VECTOR, DTYPE) + offsets, mask=exists, other=0.0).to(ACC)
         result = w * ((by_column[None, :] + by_row[:, None]) * factor)
         if ADD:

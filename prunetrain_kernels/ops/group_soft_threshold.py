@@ -70,13 +70,11 @@ def _shrink_tile(
 ):  # fmt: skip
     norm0, used = tl.load(entry + 9), tl.load(entry + 10)
     cols = column0 + tl.arange(0, COLUMNS)
-    by_column = _shrinkage(
-        norms, norm0 + (cols // inner) % channels, cols < columns * (used & 1).to(tl.int32), threshold
-    )
+    by_column = _shrinkage(norms, norm0 + (cols // inner) % channels, (cols < columns) & ((used & 1) != 0), threshold)
     for step in range(0, tl.minimum(ROWS, height - row0), STEP):
         rows, start, offsets, exists = tile_of(height, columns, numel, row0 + step, column0, VECTOR, STEP, COLUMNS)
         weight = pointer_to(address, start, VECTOR, DTYPE)
-        by_row = _shrinkage(norms, norm0 + channels + rows, rows < height * (used >> 1).to(tl.int32), threshold)
+        by_row = _shrinkage(norms, norm0 + channels + rows, (rows < height) & ((used & 2) != 0), threshold)
         w = tl.load(weight + offsets, mask=exists, other=0.0).to(ACC)
         tl.store(weight + offsets, (w * by_column[None, :] * by_row[:, None]).to(DTYPE), mask=exists)
 

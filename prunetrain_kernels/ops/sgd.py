@@ -139,13 +139,10 @@ def _sgd_tile(
     momentum, undamped = tl.load(settings), tl.load(settings + 1)
     decay, nesterov, sign = tl.load(settings + 2), tl.load(settings + 3), tl.load(settings + 4)
     row_slots, column_slots, norm0 = tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9)
-    # Rows of the buffer to write and to read. (A condition of the whole tile is no mask in Triton 3.9's interpreter.)
-    written_rows = height * (buffer != 0).to(tl.int32)
-    read_rows = written_rows * (begins == 0).to(tl.int32)
     if LASSO:
         pull = tl.load(coefficient).to(ACC)
         cols = column0 + tl.arange(0, COLUMNS)
-        by_column = inverse_norms(norms, norm0 + (cols // inner) % channels, cols < columns * (used & 1).to(tl.int32))
+        by_column = inverse_norms(norms, norm0 + (cols // inner) % channels, (cols < columns) & ((used & 1) != 0))
     if MEASURE:
         column_square = tl.zeros((STEP, COLUMNS), ACC)
         column_size = tl.zeros((STEP, COLUMNS), BITS)
@@ -153,18 +150,19 @@ def _sgd_tile(
         rows, start, offsets, exists = tile_of(height, columns, numel, row0 + step, column0, VECTOR, STEP, COLUMNS)
         p_at, g_at = pointer_to(param, start, VECTOR, DTYPE), pointer_to(grad, start, VECTOR, DTYPE)
         b_at = pointer_to(buffer, start, VECTOR, DTYPE)
+        has_buffer = exists & (buffer != 0)
         p = tl.load(p_at + offsets, mask=exists, other=0.0).to(ACC)
         g = tl.load(g_at + offsets, mask=exists, other=0.0).to(ACC)
-        b = tl.load(b_at + offsets, mask=exists & (rows < read_rows)[:, None], other=0.0).to(ACC)
+        b = tl.load(b_at + offsets, mask=has_buffer & (begins == 0), other=0.0).to(ACC)
         if SCALED:
             g = g / tl.load(grad_scale).to(ACC)
             tl.store(g_at + offsets, g.to(DTYPE), mask=exists)
         g = g * sign + p * decay
         if LASSO:
-            by_row = inverse_norms(norms, norm0 + channels + rows, rows < height * (used >> 1).to(tl.int32))
+            by_row = inverse_norms(norms, norm0 + channels + rows, (rows < height) & ((used & 2) != 0))
             g += p * ((by_column[None, :] + by_row[:, None]) * pull)
         b = tl.where(begins != 0, g, momentum * b + undamped * g)
-        tl.store(b_at + offsets, b.to(DTYPE), mask=exists & (rows < written_rows)[:, None])
+        tl.store(b_at + offsets, b.to(DTYPE), mask=has_buffer)
         move = tl.where(buffer == 0, g, tl.where(nesterov != 0, g + momentum * b, b))
         new = (p - lr * move).to(DTYPE)
         tl.store(p_at + offsets, new, mask=exists)

@@ -261,7 +261,7 @@ def train_epoch(training: Training, progress: Progress, epoch: int) -> None:
         count(training, progress, size)
         if sums.steps % CHECK_EVERY == 0:
             look(training, progress, epoch)
-        if training.config.interval % 1 and reconfigures(training, epoch):
+        if training.prunetrain.interval % 1 and reconfigures(training, epoch):
             advance(training, progress, epoch, epoch + position / images_in_epoch)
     look(training, progress, epoch)
     sums.stop()
@@ -450,9 +450,20 @@ def log_epoch(training: Training, progress: Progress, lasso: float, **cells: Any
             **cells,
             **progress.sums.row(progress.costs, lasso, training.sent.total),
             "wall_seconds": progress.totals.wall,
+            **forecast_cells(training),
         }
     )
     training.log.add_slices(finished, prunetrain.slice_sizes())
+
+
+def forecast_cells(training: Training) -> dict[str, float]:
+    """Lambda, the slices and where they lead, for the log; nothing where there is no lasso."""
+    prunetrain = training.prunetrain
+    if prunetrain.course is None or not prunetrain.active:
+        return {}
+    ahead = prunetrain.forecast()
+    cells = {"lambda": prunetrain.coefficient or 0.0, "smallest_slice": ahead.smallest, "median_slice": ahead.median}
+    return cells if math.isnan(ahead.inference) else {**cells, "expected_inference": ahead.inference}
 
 
 def line_of_epoch(training: Training, progress: Progress, accuracy: float, ema_accuracy: float | None) -> str:
@@ -461,7 +472,16 @@ def line_of_epoch(training: Training, progress: Progress, accuracy: float, ema_a
         f"epoch {progress.epoch}: loss {progress.loss:.4f}, accuracy {accuracy:.1%}"
         f"{'' if ema_accuracy is None else f' (average {ema_accuracy:.1%})'}, "
         f"training FLOPs {share_text(flops)}, batch {training.batch_size}, {progress.sums.seconds:.1f} s"
+        f"{forecast_text(training, progress)}"
     )
+
+
+def forecast_text(training: Training, progress: Progress) -> str:
+    """Where the lasso will lead, as a part of the epoch's line; nothing where there is none."""
+    prunetrain = training.prunetrain
+    if prunetrain.course is None or not prunetrain.active or progress.costs.unknown:
+        return ""
+    return f", lambda {prunetrain.coefficient or 0:.2g}, {prunetrain.forecast()}"
 
 
 @torch.no_grad()
@@ -503,6 +523,9 @@ def save(training: Training, progress: Progress) -> None:
 
 def finish(training: Training, progress: Progress) -> None:
     """Writes summary.json, which marks the run as finished."""
+    prunetrain = training.prunetrain
+    if prunetrain.steering is not None:
+        training.say(prunetrain.verdict())
     full, rest = divmod(len(training.data.train_labels), training.config.batch)
     dense_steps = progress.epoch * (full + (rest >= training.smallest_batch))
     epochs = training.log.state_dict()["epochs"]
@@ -510,7 +533,8 @@ def finish(training: Training, progress: Progress) -> None:
         training.log.write_summary(
             {
                 **summary_of(progress.totals, progress.costs, dense_steps, epochs),
-                "lambda": training.prunetrain.coefficient,
+                "lambda": prunetrain.coefficient,
+                "target": None if prunetrain.steering is None else prunetrain.verdict(),
                 "removed_layers": training.prunetrain.removed,
                 "reconfigurations": training.prunetrain.history,
                 **setup.environment(training.device, training.ranks),

@@ -19,7 +19,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from prunetrain_kernels.regularizer import GroupLasso, SliceNorms
 from prunetrain_kernels.train.original import OriginalChannels
 from prunetrain_kernels.train.present import Present
 
+SHORTEST = 1e-30  # reach that takes nothing to zero but what is there
 SMOOTHING = 0.5  # of the resistance: how much of it the latest epoch decides
 
 Sides = tuple[Tensor, Tensor]  # numbers of a layer's input slices (C,) and output slices (K,), on the CPU
@@ -66,9 +67,56 @@ class Forecast:
         """A part of a line for a log."""
         held = "" if self.measured else ", if nothing resists"
         return (
-            f"slices {self.smallest:.2g} (median {self.median:.2g}), {self.moves:.2g} to go by epoch {self.epochs:g}: "
-            f"{share_text(self.inference)} of the inference FLOPs expected{held}"
+            f"smallest slice {self.smallest:.2g}, median {self.median:.2g} (sparse below {self.threshold:g}), the "
+            f"lasso moves them by {self.moves:.2g} until epoch {self.epochs:g}: {share_text(self.inference)} of the "
+            f"inference FLOPs expected{held}"
         )
+
+
+@dataclass(frozen=True)
+class Now:
+    """A training at one moment: what a forecast is made from.
+
+    Attributes:
+        original: the dense network's channels that are left.
+        scheduler: of the learning rate, or a list of several, or None.
+        passed: epochs trained.
+        coefficient: lambda, 0 where there is no lasso.
+    """
+
+    model: nn.Module
+    present: Present
+    original: OriginalChannels
+    scheduler: Any
+    passed: float
+    coefficient: float
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Training and inference FLOPs per image."""
+        return self.present.flops.training, self.present.flops.inference
+
+    def shape_flops(self) -> "ShapeFlops":
+        return ShapeFlops.of(self.present, self.model)
+
+    def slice_norms(self) -> dict[str, SliceNorms]:
+        return self.present.lasso.slice_norms()
+
+    def by_original(self, of_slices: Mapping[str, Sequence[Any]]) -> dict[str, "Sides"]:
+        """Numbers of the present slices at their places in the dense network; NaN where no slice is any more."""
+        result = {}
+        for name, sides in of_slices.items():
+            if name not in self.original.kept:  # a depthwise convolution down to one channel looks like any other
+                continue
+            whole = [torch.full((n,), torch.nan, device="cpu") for n in self.original.dense_layers[name][1:]]
+            for side in (0, 1):
+                whole[side][self.numbers(name, side)] = sides[side].float()
+            result[name] = whole[0], whole[1]
+        return result
+
+    def numbers(self, name: str, side: int) -> Tensor:
+        """The original numbers of a layer's present input (0) or output (1) slices."""
+        return self.original.kept[name][side][self.present.graph.computed(name)[side]]
 
 
 # -- FLOPs of a shape --------------------------------------------------------------------------------------------------
@@ -270,11 +318,11 @@ class Course:
     def measured(self) -> bool:
         return bool(self.resistance)
 
-    def note_step(self, lasso: GroupLasso, graph: ChannelGraph, original: OriginalChannels) -> None:
+    def note_step(self, now: Callable[[], Now]) -> None:
         """Before each step: notes the norms before the first one, and the learning rate at the first of an epoch."""
         self.calls += 1
         if not self.norms:
-            self.norms = _by_original(lasso.slice_norms(), graph, original)
+            self.norms = now().by_original(now().slice_norms())
         if self.rate is None and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self.rate = self._rate_now()
 
@@ -286,46 +334,39 @@ class Course:
         replayed = getattr(self.optimizer, "replays", 0)
         return self.steps + replayed - self.replays or self.calls
 
-    def look(
-        self, lasso: GroupLasso, graph: ChannelGraph, original: OriginalChannels, coefficient: float, passed: float
-    ) -> None:
-        """Measures what the last epoch, or a part of it, did to the slices.
-
-        Args:
-            coefficient: lambda, as it was since the last look; 0 where there was no lasso.
-            passed: epochs trained so far.
-        """
-        norms = lasso.slice_norms()
-        now = _by_original(norms, graph, original)
+    def look(self, now: Now) -> None:
+        """Measures what the last epoch, or a part of it, did to the slices, under the lambda that holds now."""
+        norms = now.slice_norms()
+        after = now.by_original(norms)
         rate, steps = self._rate_now(), self._steps_made()
         mean_rate = (rate + (rate if self.rate is None else self.rate)) / 2
         reach = steps * mean_rate * reach_per_rate(self.optimizer, self.group)
         if self.norms and 0 < reach < math.inf:
-            pulls = _by_original(pulls_of(norms), graph, original)
-            for name, sides in now.items():
-                moved = [(before - after) / reach for before, after in zip(self.norms[name], sides, strict=True)]
-                fresh = [coefficient * pull - each for pull, each in zip(pulls[name], moved, strict=True)]
+            pulls = now.by_original(pulls_of(norms))
+            for name, sides in after.items():
+                moved = [(was - side) / reach for was, side in zip(self.norms[name], sides, strict=True)]
+                fresh = [now.coefficient * pull - each for pull, each in zip(pulls[name], moved, strict=True)]
                 known = self.resistance.get(name, (fresh[0], fresh[1]))
                 first, second = (
                     torch.where(old.isnan(), new, old.lerp(new, SMOOTHING))
                     for old, new in zip(known, fresh, strict=True)
                 )
                 self.resistance[name] = first, second
-        if steps and passed > self.passed:
-            self.steps_per_epoch = steps / (passed - self.passed)
-        self.norms, self.rate, self.passed = now, None, passed
+        if steps and now.passed > self.passed:
+            self.steps_per_epoch = steps / (now.passed - self.passed)
+        self.norms, self.rate, self.passed = after, None, now.passed
         self.steps, self.calls, self.replays = 0, 0, getattr(self.optimizer, "replays", 0)
 
-    def reach(self, scheduler: Any, epochs: float) -> float:
+    def reach(self, now: Now, epochs: float) -> float:
         """The reach of the coming epochs; 0 before the first look."""
         whole = math.ceil(epochs - 1e-6)
-        rates = rates_to_come(scheduler, self.optimizer, self.group, self.passed, whole)
+        rates = rates_to_come(now.scheduler, self.optimizer, self.group, self.passed, whole)
         sum_of_rates = sum(rates) - (rates[-1] * (whole - epochs) if rates else 0.0)
         return self.steps_per_epoch * sum_of_rates * reach_per_rate(self.optimizer, self.group)
 
-    def needs(self, lasso: GroupLasso, graph: ChannelGraph, original: OriginalChannels, reach: float) -> list[Tensor]:
+    def needs(self, now: Now, reach: float) -> list[Tensor]:
         """The lambda at which each channel of each space goes within a reach, 0 or more; infinite where it stays."""
-        norms = lasso.slice_norms()
+        graph, norms = now.present.graph, now.slice_norms()
         pulls = pulls_of(norms)
         of_slices: dict[str, Sides] = {}
         for name, layer in graph.layers.items():
@@ -336,9 +377,8 @@ class Course:
             sides = []
             for side in (0, 1):
                 held: Tensor | float = 0.0
-                if name in self.resistance and name in original.kept:
-                    numbers = original.kept[name][side][graph.computed(name)[side]]
-                    held = self.resistance[name][side][numbers].nan_to_num(0.0)
+                if name in self.resistance:
+                    held = self.resistance[name][side][now.numbers(name, side)].nan_to_num(0.0)
                 need = (norms[name][side] / reach + held) / pulls[name][side]
                 need = torch.where(pulls[name][side] > 0, need.clamp(min=0.0), math.inf)
                 whole = torch.zeros(sizes[side], device="cpu")  # what a gated layer does not compute has gone
@@ -381,21 +421,6 @@ def pulls_of(norms: dict[str, SliceNorms]) -> dict[str, Sides]:
     return pulls
 
 
-def _by_original(of_slices: dict[str, Any], graph: ChannelGraph, original: OriginalChannels) -> dict[str, Sides]:
-    """Numbers of the present slices at their places in the dense network; NaN where there is no slice any more."""
-    result = {}
-    for name, sides in of_slices.items():
-        if name not in original.kept:  # a depthwise convolution down to one channel looks like any other
-            continue
-        sizes = original.dense_layers[name][1:]
-        whole = [torch.full((size,), torch.nan, device="cpu") for size in sizes]
-        for side in (0, 1):
-            numbers = original.kept[name][side][graph.computed(name)[side]]
-            whole[side][numbers] = sides[side].float()
-        result[name] = whole[0], whole[1]
-    return result
-
-
 # -- where it leads ----------------------------------------------------------------------------------------------------
 
 
@@ -404,30 +429,20 @@ def flops_at(needs: Sequence[Tensor], flops: ShapeFlops, coefficient: float) -> 
     return flops.of_counts([int((need > coefficient).sum()) for need in needs])
 
 
-def forecast(
-    course: Course,
-    present: Present,
-    original: OriginalChannels,
-    model: nn.Module,
-    *,
-    epochs: float,
-    coefficient: float,
-    reach: float,
-    threshold: float,
-    dense: Flops,
-) -> Forecast:
-    """What is expected at the end of the training.
+def forecast(course: Course, now: Now, *, epochs: float, threshold: float, dense: Flops) -> Forecast:
+    """What is expected at the end of the training, if lambda stays as it is.
 
     Args:
-        epochs: of the whole training; coefficient: lambda, from now on.
-        reach: of the lasso until the end, for lambda 1.
+        epochs: of the whole training.
+        threshold: of the sparse test.
+        dense: FLOPs per image of the dense network.
     """
-    norms = present.lasso.slice_norms()
-    pulled = torch.cat([side for each in norms.values() for side, used in zip(each[:2], each[2:], strict=True) if used])
-    flops = ShapeFlops.of(present, model)
-    needs = course.needs(present.lasso, present.graph, original, max(reach, 1e-30))
-    training, inference = flops_at(needs, flops, coefficient)
+    sides = [(side, used) for each in now.slice_norms().values() for side, used in zip(each[:2], each[2:], strict=True)]
+    norms = torch.cat([side for side, used in sides if used])
+    reach = course.reach(now, max(0.0, epochs - now.passed))
+    needs = course.needs(now, max(reach, SHORTEST))
+    training, inference = flops_at(needs, now.shape_flops(), now.coefficient)
     return Forecast(
-        course.passed, epochs, float(pulled.min()), float(pulled.median()), threshold, coefficient * reach,
+        now.passed, epochs, float(norms.min()), float(norms.median()), threshold, now.coefficient * reach,
         share(inference, dense.inference), share(training, dense.training), course.measured,
     )  # fmt: skip

@@ -12,8 +12,10 @@ same calls.
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +37,7 @@ from prunetrain_kernels.prune.optimizers import as_list, check_at_construction
 from prunetrain_kernels.prune.reconfigure import reconfiguring
 from prunetrain_kernels.regularizer import GroupLasso, one_number, penalty_coefficient
 from prunetrain_kernels.train.distributed import rebuild_buckets
-from prunetrain_kernels.train.forecast import Course, Forecast, ShapeFlops, forecast
+from prunetrain_kernels.train.forecast import Course, Forecast, Now, forecast
 from prunetrain_kernels.train.lasso_step import add_gradient_, optimizer_with, regularize_inside
 from prunetrain_kernels.train.layout import warn_of_layout
 from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
@@ -334,7 +336,7 @@ class PruneTrain:
 
     def _note_step(self) -> None:
         if self.course is not None:
-            self.course.note_step(self.lasso, self.graph, self.original)
+            self.course.note_step(self._now)
 
     # -- in every epoch -------------------------------------------------------------------------------------------
 
@@ -358,7 +360,10 @@ class PruneTrain:
         self._compilations.warn_if_given_up()
         if self.course is not None and (due or multiples(self.epochs, 1) > multiples(before, 1)):
             self._look()
-        return self.reconfigure() if due else None
+        report = self.reconfigure() if due else None
+        if self.steering is not None and self.steering.has_failed(before, self.epochs):
+            warnings.warn(self.verdict(), stacklevel=3)
+        return report
 
     def is_due(self, epochs: float) -> bool:
         """Whether `advance(epochs)` would reconfigure: at multiples of the interval, and at the end of the epoch that
@@ -374,35 +379,21 @@ class PruneTrain:
         assert self.steering is not None
         with eagerly(self.model):
             keep = self.graph.keep(self.model, self.threshold, self.relative, "union", self.round_to)
-            flops = ShapeFlops.of(self._present, self.model)
-        return self.steering.after(epochs, self.flops).is_met(flops.of_keep(keep), epochs)
+        return self.steering.would_meet(replace(self._now(), passed=epochs), keep)
 
     def _look(self) -> None:
         """Measures what the epoch did to the slices, and adjusts lambda to the target."""
-        course, coefficient = self.course, self.coefficient if self.active else 0.0
-        assert course is not None
-        course.look(self.lasso, self.graph, self.original, coefficient or 0.0, self.epochs)
+        assert self.course is not None
+        now = self._now()
+        self.course.look(now)
         if self.steering is not None:
-            self.steering.count(self.epochs, self.flops)
-        if self.steering is None or not self.active or self.coefficient is None:
-            return
-        self.steering.begin(self.coefficient, self.penalty_ratio)
-        reach = course.reach(self.scheduler, self.steering.epochs_to_go(self.epochs))
-        if reach > 0:
-            steered = self.steering.steered(
-                self.coefficient,
-                course.needs(self.lasso, self.graph, self.original, reach),
-                ShapeFlops.of(self._present, self.model),
-                self.epochs,
-                (self.flops.training, self.flops.inference),
-            )
-            self.coefficient = self.ranks.broadcast(steered)
+            self.steering.count(now)
+            if now.coefficient:
+                self.coefficient = self.ranks.broadcast(self.steering.steered(self.course, now, self.penalty_ratio))
 
-    def verdict(self) -> str:
-        """One sentence on whether the target was met, and if not, why and what helps; empty without a target."""
-        if self.steering is None:
-            return ""
-        return self.steering.verdict((self.flops.training, self.flops.inference), self.epochs, self.coefficient)
+    def _now(self) -> Now:
+        coefficient = (self.coefficient or 0.0) if self.active else 0.0
+        return Now(self.model, self._present, self.original, self.scheduler, self.epochs, coefficient)
 
     def forecast(self, epochs: float | None = None) -> Forecast:
         """Where the slices are, and what lambda and the schedule are expected to make of them by the end.
@@ -411,24 +402,16 @@ class PruneTrain:
             epochs: of the whole training; by default what PruneTrain was given.
 
         Raises:
-            InputError: the epochs are not known, or no step has been made yet.
+            InputError: PruneTrain was not given the epochs.
         """
-        total = epochs if epochs is not None else self.course.epochs if self.course is not None else None
-        if total is None or self.course is None:
+        if self.course is None:
             raise InputError("a forecast needs the length of the training: give PruneTrain epochs=..., all of them.")
-        reach = self.course.reach(self.scheduler, max(0.0, total - self.epochs))
-        coefficient = (self.coefficient or 0.0) if self.active else 0.0
-        return forecast(
-            self.course,
-            self._present,
-            self.original,
-            self.model,
-            epochs=total,
-            coefficient=coefficient,
-            reach=reach,
-            threshold=self.threshold,
-            dense=self.dense_flops,
-        )
+        total = self.course.epochs if epochs is None else epochs
+        return forecast(self.course, self._now(), epochs=total, threshold=self.threshold, dense=self.dense_flops)
+
+    def verdict(self) -> str:
+        """One sentence on whether the target was met, and if not, why and what helps; empty without a target."""
+        return "" if self.steering is None else self.steering.verdict(self._now())
 
     def reconfigure(self) -> PruneReport:
         """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it.
@@ -487,10 +470,8 @@ class PruneTrain:
     def _agreed_keep(self) -> Keep:
         """What to keep: the same on all ranks, or an error on all of them."""
         agree_on_networks(self.ranks, (self.model, *self.also), self.epochs, self.batch_size)
-        batch, enough = self.batch_size or BATCH, None
-        if self.steering is not None:
-            steering, flops = self.steering, ShapeFlops.of(self._present, self.model)
-            enough = lambda keep: steering.is_enough(flops.of_keep(keep), self.epochs)  # noqa: E731
+        batch = self.batch_size or BATCH
+        enough = None if self.steering is None else self.steering.enough(self._now())
         keep = self.graph.keep(
             self.model,
             self.threshold,

@@ -9,7 +9,7 @@ below. The paper has one constant lambda; that stays the default.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from prunetrain_kernels.cost import Flops, share
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.train.forecast import ShapeFlops, flops_at
+from prunetrain_kernels.graph import Keep
+from prunetrain_kernels.train.forecast import Course, Now, ShapeFlops, flops_at
 from prunetrain_kernels.train.present import Present
 
 BY = 0.25  # share of the training by which the target is to be met: the rest trains the smaller network
@@ -129,16 +130,21 @@ class Steering:
         steering.check_reachable(ShapeFlops.of(dense, model))
         return steering
 
-    def count(self, passed: float, flops: Flops) -> None:
-        """Adds what the epochs until now have cost, with a network of these FLOPs per image."""
-        self.spent += (passed - self.counted) * share(flops.training, self.dense.training)
-        self.counted = passed
+    def count(self, now: Now) -> None:
+        """Adds what the epochs until now have cost, with the network as it is."""
+        self.spent += (now.passed - self.counted) * self.shares(now.flops)[TRAINING]
+        self.counted = now.passed
 
-    def after(self, passed: float, flops: Flops) -> "Steering":
-        """A copy that has counted up to then."""
-        copy = dataclasses.replace(self)
-        copy.count(passed, flops)
-        return copy
+    def would_meet(self, now: Now, keep: Keep) -> bool:
+        """Whether the network would meet the target with these channels; `now` may be a little ahead."""
+        then = dataclasses.replace(self)
+        then.count(now)
+        return then.is_met(now.shape_flops().of_keep(keep), now.passed)
+
+    def enough(self, now: Now) -> Callable[[Keep], bool]:
+        """Tells of a choice whether it keeps enough not to be below the target."""
+        flops = now.shape_flops()
+        return lambda keep: self.is_enough(flops.of_keep(keep), now.passed)
 
     # -- what to shrink to --------------------------------------------------------------------------------------
 
@@ -184,12 +190,6 @@ class Steering:
 
     # -- lambda -------------------------------------------------------------------------------------------------
 
-    def begin(self, coefficient: float, ratio: float) -> None:
-        """Notes the lambda that the training begins with, and the penalty's share in the first loss."""
-        if self.first is None:
-            self.first = coefficient
-            self.largest = coefficient * LARGEST_RATIO / (1 - LARGEST_RATIO) / (ratio / (1 - ratio))
-
     def epochs_to_go(self, passed: float) -> float:
         """Epochs in which the target is to be met: until it is due, but not fewer than a twentieth of the training."""
         target = self.target
@@ -197,32 +197,39 @@ class Steering:
         planned = (target.by * target.epochs - passed) * PLANNED
         return min(max(planned, least), max(target.epochs - passed, least))
 
-    def steered(
-        self, coefficient: float, needs: Sequence[Tensor], flops: ShapeFlops, passed: float, now: tuple[float, float]
-    ) -> float:
-        """The next lambda.
+    def steered(self, course: Course, now: Now, ratio: float) -> float:
+        """Lambda for the next epoch.
 
         Args:
-            coefficient: lambda as it is.
-            needs: of each channel of each space, for the reach of `epochs_to_go`.
-            now: present FLOPs per image.
+            ratio: the penalty's share in the first loss, which lambda began with.
         """
+        if self.first is None:
+            self.first = now.coefficient
+            self.largest = now.coefficient * LARGEST_RATIO / (1 - LARGEST_RATIO) / (ratio / (1 - ratio))
+        reach = course.reach(now, self.epochs_to_go(now.passed))
+        if not reach > 0:
+            return now.coefficient
         which = self.target.which
-        goal = self.goal(passed, self.shares(now)[which])
-        wanted = smallest_coefficient(needs, flops, lambda then: self.shares(then)[which] <= goal)
-        return min(max(wanted, coefficient / FACTOR), coefficient * FACTOR, self.largest)
+        goal = self.goal(now.passed, self.shares(now.flops)[which])
+        needs = course.needs(now, reach)
+        wanted = smallest_coefficient(needs, now.shape_flops(), lambda then: self.shares(then)[which] <= goal)
+        return min(max(wanted, now.coefficient / FACTOR), now.coefficient * FACTOR, self.largest)
+
+    def has_failed(self, before: float, passed: float) -> bool:
+        """Whether the training ended between these epochs without meeting the target."""
+        return not self.met and before < self.target.epochs - 1e-6 <= passed
 
     # -- what is told of it -------------------------------------------------------------------------------------
 
-    def verdict(self, flops: tuple[float, float], passed: float, coefficient: float | None) -> str:
+    def verdict(self, now: Now) -> str:
         """One sentence at the end of the training: whether the target was met, and if not, why and what helps."""
         target, which = self.target, self.target.which
-        reached = self.shares(flops)[which]
+        reached = self.shares(now.flops)[which]
         if target.training is not None:
-            reached = (self.spent + reached * max(0.0, target.epochs - passed)) / target.epochs
+            reached = (self.spent + reached * max(0.0, target.epochs - now.passed)) / target.epochs
         if self.met or reached <= target.share + 2 * WITHIN:
             return f"target of {target.share:.0%} of the {target.name} met: {reached:.1%}"
-        strongest = coefficient is not None and coefficient >= self.largest * 0.999
+        strongest = now.coefficient >= self.largest * 0.999
         why = (
             "the lasso was as strong as it may be"
             if strongest

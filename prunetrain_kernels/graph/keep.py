@@ -288,14 +288,13 @@ def keep_enough(graph: ChannelGraph, model: nn.Module, enough: Callable[[Keep], 
     keep = choose(graph, model, sizes=sizes, **options)
     if enough(keep):
         return keep
-    largest = largest_in_spaces(graph, sizes)
-    going: list[tuple[float, int, int]] = []  # size, space, channel
-    for i, (space, kept) in enumerate(zip(graph.spaces, keep.channels, strict=True)):
-        if space.members is None:
-            gone = (
-                torch.ones(space.size, dtype=torch.bool, device="cpu").index_fill_(0, kept, False).nonzero().flatten()
-            )
-            going += [(float(largest[i][channel]), i, channel) for channel in gone.tolist()]
+    largest, live = _per_space(graph, sizes, keep.sparse, set())
+    going = [  # size, space, channel; also the one that stays because a layer needs one
+        (float(largest[i][channel]), i, channel)
+        for i, space in enumerate(graph.spaces)
+        if space.members is None and not space.frozen
+        for channel in (~live[i]).nonzero().flatten().tolist()
+    ]
     going.sort(key=lambda each: (-each[0], *each[1:]))
 
     def sparing(count: int) -> Keep:

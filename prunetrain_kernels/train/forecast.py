@@ -233,7 +233,10 @@ def _run_ahead(scheduler: Any, group: int, passed: float, epochs: int) -> list[f
     ]
     stand_in = torch.optim.SGD([torch.zeros(1, device="cpu")], lr=1.0)
     stand_in.param_groups = [{**each, "params": []} for each in settings]
-    steps = getattr(scheduler, "last_epoch", 0)
+    counting = (
+        scheduler if hasattr(scheduler, "last_epoch") else next(iter(getattr(scheduler, "_schedulers", [])), None)
+    )
+    steps = getattr(counting, "last_epoch", round(passed))
     per_epoch = max(1, round(steps / passed)) if passed >= 1 else 1
     rates = []
     with warnings.catch_warnings():
@@ -244,11 +247,12 @@ def _run_ahead(scheduler: Any, group: int, passed: float, epochs: int) -> list[f
         for _ in range(due):
             ahead.step()
         for _ in range(epochs):
-            first = float(stand_in.param_groups[group]["lr"])
+            of_epoch = 0.0
             for _ in range(per_epoch):
-                last = float(stand_in.param_groups[group]["lr"])
-                ahead.step()
-            rates.append((first + last) / 2)
+                of_epoch += float(stand_in.param_groups[group]["lr"])
+                with contextlib.suppress(ValueError):  # one with an end has come to it: the last rate stays
+                    ahead.step()
+            rates.append(of_epoch / per_epoch)
     return rates
 
 

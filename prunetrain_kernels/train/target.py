@@ -27,7 +27,7 @@ BY = 0.25  # share of the training by which the target is to be met: the rest tr
 PLANNED = 0.5
 WITHIN = 0.01  # of the dense network's FLOPs: so near to the target the lasso may rest
 FACTOR = 2.0  # lambda changes by at most this from one look to the next
-LARGEST_RATIO = 0.97  # of the lasso in the first loss: a lambda beyond that would drown the loss
+LARGEST_RATIO = 0.9  # of the lasso in the first loss: a lambda beyond that would drown the loss
 
 TRAINING, INFERENCE = 0, 1  # places in a pair of FLOPs
 

@@ -361,7 +361,8 @@ class PruneTrain:
         if self.course is not None and (due or multiples(self.epochs, 1) > multiples(before, 1)):
             self._look()
         report = self.reconfigure() if due else None
-        if self.steering is not None and self.steering.has_failed(before, self.epochs):
+        ends = self.steering is not None and multiples(self.epochs, self.steering.target.epochs) == 1
+        if ends and before < self.epochs and self.steering.falls_short(self._now()):
             warnings.warn(self.verdict(), stacklevel=3)
         return report
 

@@ -180,11 +180,11 @@ class Steering:
     def check_reachable(self, flops: ShapeFlops) -> None:
         """Raises InputError where even the smallest shape is above the target."""
         spaces = flops.graph.spaces
-        smallest = self.shares(flops.of_counts([space.size if space.frozen else 0 for space in spaces]))
+        smallest = self.shares(flops.of_counts([s.size if s.frozen else min(s.least, s.size) for s in spaces]))
         least = smallest[self.target.which]
         if not least < self.target.share:
             raise InputError(
-                f"{self.target.share:.0%} of the {self.target.name} cannot be reached: {least:.0%} are in channels "
+                f"{self.target.share:g} of the {self.target.name} cannot be reached: {least:.2g} are in channels "
                 "that stay (see `print(prunetrain.graph)`); choose a target above that, or exclude less."
             )
 
@@ -215,19 +215,23 @@ class Steering:
         wanted = smallest_coefficient(needs, now.shape_flops(), lambda then: self.shares(then)[which] <= goal)
         return min(max(wanted, now.coefficient / FACTOR), now.coefficient * FACTOR, self.largest)
 
-    def has_failed(self, before: float, passed: float) -> bool:
-        """Whether the training ended between these epochs without meeting the target."""
-        return not self.met and before < self.target.epochs - 1e-6 <= passed
+    def reached(self, now: Now) -> float:
+        """The share that was reached, of what the target is about."""
+        share_now = self.shares(now.flops)[self.target.which]
+        if self.target.training is None:
+            return share_now
+        return (self.spent + share_now * max(0.0, self.target.epochs - now.passed)) / self.target.epochs
+
+    def falls_short(self, now: Now) -> bool:
+        """Whether the target is not met, by more than two points."""
+        return not self.met and self.reached(now) > self.target.share + 2 * WITHIN
 
     # -- what is told of it -------------------------------------------------------------------------------------
 
     def verdict(self, now: Now) -> str:
         """One sentence at the end of the training: whether the target was met, and if not, why and what helps."""
-        target, which = self.target, self.target.which
-        reached = self.shares(now.flops)[which]
-        if target.training is not None:
-            reached = (self.spent + reached * max(0.0, target.epochs - now.passed)) / target.epochs
-        if self.met or reached <= target.share + 2 * WITHIN:
+        target, reached = self.target, self.reached(now)
+        if not self.falls_short(now):
             return f"target of {target.share:.0%} of the {target.name} met: {reached:.1%}"
         strongest = now.coefficient >= self.largest * 0.999
         why = (

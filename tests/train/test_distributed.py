@@ -298,6 +298,7 @@ def test_with_plain_batch_norm_ranks_are_equal_and_the_curve_is_near(
         {"policy": "auto", "policy_cost": "measure"},
         {"interval": 0.4, "proximal": True, "fine_tune_epochs": 1},
         {"amp": "bf16", "channels_last": True},
+        {"target_flops": 0.6, "target_by": 1.0},
     ],
 )
 def test_ranks_end_bitwise_equal_with(on_ranks: OnRanks, tmp_path: Path, changes: dict[str, Any]) -> None:

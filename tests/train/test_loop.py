@@ -653,6 +653,7 @@ def unevenly(training: Any, progress: Any, indices: Tensor, epoch: int) -> None:
         {"fuse": True, "proximal": True},
         {"policy": "gating"},
         {"policy": "gating", "fuse": True},
+        {"target_flops": 0.6, "target_by": 1.0},
     ],
 )
 def test_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:

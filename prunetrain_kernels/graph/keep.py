@@ -76,6 +76,7 @@ class ChannelGraph(ChannelSpaces):
         round_to: int = 1,
         cost: ConvolutionCost | str | None = None,
         batch: int = BATCH,
+        dying: float = 0.0,
         enough: "Callable[[Keep], bool] | None" = None,
     ) -> "Keep":
         """The channels of each space that survive a reconfiguration; see `prunetrain_kernels.graph.keep.choose`.
@@ -90,6 +91,7 @@ class ChannelGraph(ChannelSpaces):
             "round_to": round_to,
             "cost": cost,
             "batch": batch,
+            "dying": dying,
         }
         return choose(self, model, **options) if enough is None else keep_enough(self, model, enough, **options)
 
@@ -179,6 +181,7 @@ def choose(
     round_to: int,
     cost: ConvolutionCost | str | None = None,
     batch: int = BATCH,
+    dying: float = 0.0,
     spare: Sequence[Tensor] | None = None,
     sizes: SliceSizes | None = None,
 ) -> Keep:
@@ -196,6 +199,8 @@ def choose(
         cost: how "auto" finds out: "roof" (also None), a closed form on the device's measured roof; "measure", a short
             measurement of each form of each layer; or a function that gives the seconds of a `Convolution` in a `Form`.
         batch: images of the training step whose costs "auto" compares.
+        dying: a channel none of whose slices, in any layer, has a weight as large as this goes too: its slices are
+            sparse though above the threshold. Of no effect with `relative`.
         spare: for each space, a bool mask of the channels whose slices count as live, whatever their size.
         sizes: what `slice_sizes(graph, model)` returns, if it is at hand.
 
@@ -211,6 +216,14 @@ def choose(
         name: SparseSlices(_is_sparse(sides[0], threshold, relative), _is_sparse(sides[1], threshold, relative))
         for name, sides in sizes.items()
     }
+    if dying > threshold and not relative:
+        small = [numbers < dying for numbers in largest_in_spaces(graph, sizes)]
+        sparse = {
+            name: SparseSlices(
+                masks.inputs | small[graph.layers[name].input], masks.outputs | small[graph.layers[name].output]
+            )
+            for name, masks in sparse.items()
+        }
     if spare is not None:
         spare = everywhere(graph, spare)
         sparse = {

@@ -361,6 +361,10 @@ class Course:
         self.norms, self.rate, self.passed = after, None, now.passed
         self.steps, self.calls, self.replays = 0, 0, getattr(self.optimizer, "replays", 0)
 
+    def hop(self, now: Now) -> float:
+        """How far the lasso moves a slice per step, and keeps a dying one hopping around zero, at the present rate."""
+        return now.coefficient * self._rate_now() * reach_per_rate(self.optimizer, self.group)
+
     def reach(self, now: Now, epochs: float) -> float:
         """The reach of the coming epochs; 0 before the first look."""
         whole = math.ceil(epochs - 1e-6)

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import Compilations, eagerly, forget_compiled, is_compiled_module
 from prunetrain_kernels.cost import Flops, autocast_around, reasons
-from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.errors import InputError, ZeroingError
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.graph.gating import BATCH, ConvolutionCost
 from prunetrain_kernels.nn import FuseReport
@@ -361,8 +361,7 @@ class PruneTrain:
         if self.course is not None and (due or multiples(self.epochs, 1) > multiples(before, 1)):
             self._look()
         report = self.reconfigure() if due else None
-        ends = self.steering is not None and multiples(self.epochs, self.steering.target.epochs) == 1
-        if ends and before < self.epochs and self.steering.falls_short(self._now()):
+        if self.steering is not None and self.steering.ends(before, self._now()):
             warnings.warn(self.verdict(), stacklevel=3)
         return report
 
@@ -379,8 +378,15 @@ class PruneTrain:
         """Whether the network would meet the target, if it lost now what is sparse."""
         assert self.steering is not None
         with eagerly(self.model):
-            keep = self.graph.keep(self.model, self.threshold, self.relative, "union", self.round_to)
+            keep = self.graph.keep(
+                self.model, self.threshold, self.relative, "union", self.round_to, dying=self._dying()
+            )
         return self.steering.would_meet(replace(self._now(), passed=epochs), keep)
+
+    def _dying(self) -> float:
+        """Below which all weights of a channel go on the way to a target: the lasso's hops keep them above the
+        threshold."""
+        return 0.0 if self.steering is None or self.course is None else self.course.hop(self._now())
 
     def _look(self) -> None:
         """Measures what the epoch did to the slices, and adjusts lambda to the target."""
@@ -425,10 +431,19 @@ class PruneTrain:
             ZeroingError: setting the sparse slices to zero moves the output by more than `zeroing_tolerance`.
             PruneTrainError: the pruned network computes something else.
         """
+        dying = self._dying()
+        try:
+            return self._reconfigure(dying)
+        except ZeroingError:
+            if not dying > self.threshold:
+                raise
+            return self._reconfigure(0.0)
+
+    def _reconfigure(self, dying: float) -> PruneReport:
         start = time.perf_counter()
         self._compilations.look()
         with eagerly(self.model):
-            keep = self._agreed_keep()
+            keep, limited = self._agreed_keep(dying)
         batch_before = self.batch_size
         with ExitStack() as transaction:
             transaction.push(put_back_buckets(self.ddp))
@@ -464,16 +479,21 @@ class PruneTrain:
         # From here on nothing fails.
         self.original, self._present = original, present
         if self.steering is not None and self.active:
-            self.steering.met = self.steering.is_met((present.flops.training, present.flops.inference), self.epochs)
+            now = present.flops.training, present.flops.inference
+            self.steering.met = limited or self.steering.is_met(now, self.epochs)
         self.history.append({**report.entry(), "coefficient": self.coefficient})
         return report
 
-    def _agreed_keep(self) -> Keep:
-        """What to keep: the same on all ranks, or an error on all of them."""
+    def _agreed_keep(self, dying: float) -> tuple[Keep, bool]:
+        """What to keep, the same on all ranks, or an error on all of them; and whether less would do but for a target.
+
+        Args:
+            dying: as of `choose`.
+        """
         agree_on_networks(self.ranks, (self.model, *self.also), self.epochs, self.batch_size)
         batch = self.batch_size or BATCH
-        enough = None if self.steering is None else self.steering.enough(self._now())
-        keep = self.graph.keep(
+        choose = partial(
+            self.graph.keep,
             self.model,
             self.threshold,
             self.relative,
@@ -481,9 +501,14 @@ class PruneTrain:
             self.round_to,
             self.cost,
             batch,
-            enough,
+            dying,
         )
-        return agreed(self.ranks, keep, timed=self.policy == "auto")
+        keep, limited = choose(), False
+        if self.steering is not None:
+            enough = self.steering.enough(self._now())
+            if not enough(keep):
+                keep, limited = choose(enough), True
+        return agreed(self.ranks, keep, timed=self.policy == "auto"), limited
 
     def _prune(self, keep: Keep, transaction: ExitStack) -> tuple[Reconfiguration, Present, int]:
         """What one rank does by itself: the reconfiguration, which `transaction` can still undo, a look at the network

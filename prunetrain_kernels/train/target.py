@@ -222,6 +222,10 @@ class Steering:
             return share_now
         return (self.spent + share_now * max(0.0, self.target.epochs - now.passed)) / self.target.epochs
 
+    def ends(self, before: float, now: Now) -> bool:
+        """Whether the training has ended since the epoch `before`, and the target is not met."""
+        return before < self.target.epochs - 1e-6 <= now.passed and self.falls_short(now)
+
     def falls_short(self, now: Now) -> bool:
         """Whether the target is not met, by more than two points."""
         return not self.met and self.reached(now) > self.target.share + 2 * WITHIN

@@ -124,8 +124,14 @@ def configuration(
     """What `prunetrain train` is to be run with; `extra` are further options of it, which win over the training's own.
 
     Raises:
-        InputError: `extra` has quotes that do not close.
+        InputError: `extra` has quotes that do not close, or `prunetrain train` lacks an option that is needed.
     """
+    lacking = sorted(set(training.options) - {f.name for f in dataclasses.fields(TrainConfig)})
+    if lacking:
+        raise InputError(
+            f"{training.name} needs --{lacking[0].replace('_', '-')}, which this version of prunetrain_kernels lacks; "
+            "update it, or leave such trainings out with --only."
+        )
     out = str(runs / training.path)
     start = None if training.start is None else str(runs / training.start.path)
     config = TrainConfig(out=out, data=data, start_from=start, device=device, threads=threads, **training.options)

@@ -8,8 +8,9 @@ Tab. 1 gives for CIFAR-100, ResNet-50 those for ImageNet at the three ratios. Wh
     compile          the same through torch.compile
     eager, BN folded batch norms folded into the convolutions before them, as one would deploy it
 
-On CUDA weights and images are in --dtype (fp32: as they are), channels_last; on a CPU all is fp32 and contiguous. Calls
-are replays of CUDA graphs where `mode` says so: launches then cost less than in the paper's loop.
+On CUDA weights and images are in --dtype (fp32: as they are), channels_last; on a CPU they are contiguous, fp32 unless
+--dtype bf16 says otherwise; fp16, which CPUs emulate, is refused. Calls are replays of CUDA graphs where `mode` says
+so: launches then cost less than in the paper's loop.
 
 `p50_us` is of a batch of `n` images; the floor is max(input, weight and output of each convolution once, FLOPs).
 `flops_ratio` is of inference FLOPs, `time_ratio` compares with the dense network by the same provider. Of Tab. 2 as
@@ -30,6 +31,7 @@ from bench import profiles
 from bench.harness import COMPILED, EAGER, Provider, Session, against_dense, attempt, compiled, measure
 from bench.profiles import Profile
 from prunetrain_kernels.cost import count_flops
+from prunetrain_kernels.errors import InputError
 
 FOLDED = "eager, BN folded"
 BATCHES = (10, 100)
@@ -85,6 +87,7 @@ def cases(session: Session) -> list[Case]:
 
 
 def run(session: Session) -> None:
+    check_dtype(session)
     batches = (session.batch,) if session.batch else BATCHES[:1] if session.quick else BATCHES
     for case in cases(session):
         if not session.wants(case.network):
@@ -99,6 +102,14 @@ def run(session: Session) -> None:
             )
 
 
+def check_dtype(session: Session) -> None:
+    """Raises InputError for a dtype that a CPU would not compute in."""
+    if session.device.type == "cpu" and session.dtype == torch.float16:
+        raise InputError(
+            "the suite inference measures fp32 and bf16 on a CPU, which only emulates fp16; use --dtype bf16"
+        )
+
+
 @dataclass
 class Dense:
     """The dense network's inference FLOPs per image, and its microseconds by (provider, batch)."""
@@ -111,7 +122,7 @@ def _measure(
     session: Session, case: Case, profile: Profile, row: str | None, dense: Dense, batches: tuple[int, ...]
 ) -> None:
     on_gpu = session.device.type == "cuda"
-    dtype, name = (session.dtype, session.dtype_name) if on_gpu else (torch.float32, "fp32")
+    dtype, name = session.dtype, session.dtype_name
     layout = torch.channels_last if on_gpu else torch.contiguous_format
     plain = profiles.prune(profile, case.image).model
     sizes = profiles.conv_shapes(plain, case.image)

@@ -31,7 +31,6 @@ from bench import profiles
 from bench.harness import COMPILED, EAGER, Provider, Session, against_dense, attempt, compiled, measure
 from bench.profiles import Profile
 from prunetrain_kernels.cost import count_flops
-from prunetrain_kernels.errors import InputError
 
 FOLDED = "eager, BN folded"
 BATCHES = (10, 100)
@@ -87,7 +86,10 @@ def cases(session: Session) -> list[Case]:
 
 
 def run(session: Session) -> None:
-    check_dtype(session)
+    if session.device.type == "cpu" and session.dtype == torch.float16:
+        session.refused.append("inference: a CPU only emulates fp16; use --dtype bf16 or fp32")
+        print(f"  REFUSED {session.refused[-1]}")
+        return
     batches = (session.batch,) if session.batch else BATCHES[:1] if session.quick else BATCHES
     for case in cases(session):
         if not session.wants(case.network):
@@ -100,14 +102,6 @@ def run(session: Session) -> None:
                 f"{case.network} {profile.label}",
                 lambda c=case, p=profile, r=row, d=dense: _measure(session, c, p, r, d, batches),  # type: ignore[misc]
             )
-
-
-def check_dtype(session: Session) -> None:
-    """Raises InputError for a dtype that a CPU would not compute in."""
-    if session.device.type == "cpu" and session.dtype == torch.float16:
-        raise InputError(
-            "the suite inference measures fp32 and bf16 on a CPU, which only emulates fp16; use --dtype bf16"
-        )
 
 
 @dataclass

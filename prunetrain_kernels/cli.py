@@ -173,10 +173,38 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="share of the lasso in the first loss, which sets lambda (paper: 0.1 to 0.25)",
     )
     add(
+        "--target-flops",
+        type=float,
+        metavar="SHARE",
+        help="shrink to this share of the dense network's inference FLOPs, such as 0.5: lambda begins as "
+        "--penalty-ratio has it and is adjusted after every epoch; the lasso rests once the target is met",
+    )
+    add(
+        "--target-train-flops",
+        type=float,
+        metavar="SHARE",
+        help="the same for the FLOPs of the whole training, as a share of what the dense network would take",
+    )
+    add(
+        "--target-by",
+        type=float,
+        default=defaults["target_by"],
+        metavar="SHARE",
+        help="the share of --epochs by which the target is to be met",
+    )
+    add(
+        "--exclude",
+        type=_names,
+        default=(),
+        metavar="NAME,NAME",
+        help="layers, or modules around some, whose channels all stay and that have no lasso",
+    )
+    add("--min-channels", type=int, default=1, metavar="N", help="no layer keeps fewer channels")
+    add(
         "--interval",
         type=float,
-        default=defaults["interval"],
-        help="epochs, or a fraction of one, between reconfigurations (paper: 10, 5 for ImageNet)",
+        help="epochs, or a fraction of one, between reconfigurations (paper: 10, 5 for ImageNet; default: 10, with a "
+        "target a twentieth of --epochs)",
     )
     add(
         "--reconfigure-once",
@@ -363,6 +391,10 @@ def _shares(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers such as 0.5,0.75") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for part in text.split(",") if (name := part.strip()))
 
 
 def _bytes(text: str) -> int:

@@ -30,6 +30,15 @@ class Group(NamedTuple):
     max_abs: float
 
 
+class SliceNorms(NamedTuple):
+    """Norms of a layer's input slices (C,) and output slices (K,), and which of the two sides have a lasso."""
+
+    inputs: Tensor
+    outputs: Tensor
+    inputs_pulled: bool
+    outputs_pulled: bool
+
+
 class GroupLasso:
     """R(W) of a model (paper Eq. 2): one norm per input channel and one per output channel of every layer.
 
@@ -67,7 +76,7 @@ class GroupLasso:
         self._sides: dict[str, tuple[str, str]] = {}
         for layer in graph.layers.values():
             sides = not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output
-            if any(sides):
+            if any(sides) and layer.name not in graph.excluded:
                 # as `Groups` has it the weight's first dimension is the output
                 self._groups[layer.name] = Groups(layer.block, *(reversed(sides) if layer.transposed else sides))
                 self._sides[layer.name] = ("out", "in") if layer.transposed else ("in", "out")
@@ -101,6 +110,18 @@ class GroupLasso:
         """
         pairs = [(w, g) for w, g in zip(*self.weights(), strict=True) if only is None or id(w) in only]
         return add_group_lasso_gradient_([w for w, _ in pairs], [g for _, g in pairs], coefficient, self.eps)
+
+    def slice_norms(self) -> dict[str, "SliceNorms"]:
+        """Norms of the channel slices of every layer that has a lasso, with eps, on the CPU, by layer."""
+        weights, groups = self.weights()
+        names = [name for name in self._groups if self._weight(name) is not None]
+        by_side: dict[str, SliceNorms] = {}
+        for name, group, norms in zip(names, groups, slice_statistics(weights, groups, self.eps)[0], strict=True):
+            (first, second), used = (norms[0].cpu(), norms[1].cpu()), (group.inputs, group.outputs)
+            if self._sides[name] == ("out", "in"):
+                first, second, used = second, first, (used[1], used[0])
+            by_side[name] = SliceNorms(first, second, *used)
+        return by_side
 
     def groups(self) -> list[Group]:
         """Every penalised group, in the order of the layers; `pandas.DataFrame(lasso.groups())` makes a table of it."""

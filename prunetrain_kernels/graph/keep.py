@@ -11,10 +11,12 @@ contiguous ranges, as far as that is possible (`order.py`): a range needs no ind
 """
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,7 @@ from prunetrain_kernels.graph.spaces import ChannelSpaces, Layer, Space
 from prunetrain_kernels.ops.group_lasso import Groups, slice_statistics
 
 POLICIES = ("union", "gating", "auto")
+SliceSizes = dict[str, tuple[Tensor, Tensor]]  # by layer: a number for each input slice and each output slice
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,22 @@ class ChannelGraph(ChannelSpaces):
         round_to: int = 1,
         cost: ConvolutionCost | str | None = None,
         batch: int = BATCH,
+        enough: "Callable[[Keep], bool] | None" = None,
     ) -> "Keep":
-        """The channels of each space that survive a reconfiguration; see `prunetrain_kernels.graph.keep.choose`."""
-        return choose(
-            self,
-            model,
-            threshold=threshold,
-            relative=relative,
-            policy=policy,
-            round_to=round_to,
-            cost=cost,
-            batch=batch,
-        )
+        """The channels of each space that survive a reconfiguration; see `prunetrain_kernels.graph.keep.choose`.
+
+        Args:
+            enough: tells whether a choice keeps enough; see `prunetrain_kernels.graph.keep.keep_enough`.
+        """
+        options: dict[str, Any] = {
+            "threshold": threshold,
+            "relative": relative,
+            "policy": policy,
+            "round_to": round_to,
+            "cost": cost,
+            "batch": batch,
+        }
+        return choose(self, model, **options) if enough is None else keep_enough(self, model, enough, **options)
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,8 @@ def choose(
     round_to: int,
     cost: ConvolutionCost | str | None = None,
     batch: int = BATCH,
+    spare: Sequence[Tensor] | None = None,
+    sizes: SliceSizes | None = None,
 ) -> Keep:
     """Chooses the kept channels of each space.
 
@@ -187,6 +196,8 @@ def choose(
         cost: how "auto" finds out: "roof" (also None), a closed form on the device's measured roof; "measure", a short
             measurement of each form of each layer; or a function that gives the seconds of a `Convolution` in a `Form`.
         batch: images of the training step whose costs "auto" compares.
+        spare: for each space, a bool mask of the channels whose slices count as live, whatever their size.
+        sizes: what `slice_sizes(graph, model)` returns, if it is at hand.
 
     A space in which nothing is live keeps its largest channel (before rounding up): a layer needs one.
 
@@ -195,11 +206,19 @@ def choose(
     """
     _refuse(threshold=threshold, relative=relative, policy=policy, round_to=round_to)
     graph.check(model)
-    sizes = _slice_sizes(graph, model)
+    sizes = slice_sizes(graph, model) if sizes is None else sizes
     sparse = {
         name: SparseSlices(_is_sparse(sides[0], threshold, relative), _is_sparse(sides[1], threshold, relative))
         for name, sides in sizes.items()
     }
+    if spare is not None:
+        spare = everywhere(graph, spare)
+        sparse = {
+            name: SparseSlices(
+                masks.inputs & ~spare[graph.layers[name].input], masks.outputs & ~spare[graph.layers[name].output]
+            )
+            for name, masks in sparse.items()
+        }
     branches = tuple(dead_branches(graph, model, {name for name, masks in sparse.items() if masks.all_zero}))
     removed = {name for branch in branches for name in branch.layers}
     channels = _channels(graph, *_per_space(graph, sizes, sparse, removed), int(round_to))
@@ -217,6 +236,78 @@ def choose(
         for layer in graph.layers.values()
     }
     return Keep(graph, tuple(channels), computed, choices, sparse, branches, threshold, relative, policy, int(round_to))
+
+
+def restricted(graph: ChannelGraph, exclude: Sequence[str] = (), min_channels: int = 1) -> ChannelGraph:
+    """The graph with further limits on what may go.
+
+    Args:
+        exclude: names of layers, or of modules around several: their channels all stay, and no lasso pulls at their
+            weights.
+        min_channels: no space keeps fewer channels, or all that it has if they are fewer. Branches that no longer
+            depend on their input go all the same.
+
+    Raises:
+        InputError: a name that no layer has, or a count below 1.
+    """
+    if not _is_number(min_channels) or not min_channels >= 1 or min_channels % 1:
+        raise InputError(f"min_channels must be a whole number from 1 upwards, not {min_channels!r}.")
+    spaces = [dataclasses.replace(s, least=max(s.least, min(int(min_channels), s.size))) for s in graph.spaces]
+    pinned, excluded = dict(graph.pinned), set(graph.excluded)
+    touched: set[int] = set()
+    for name in exclude:
+        layers = [layer for layer in graph.layers.values() if _is_in(layer.name, name)]
+        followers = [follower for follower in graph.followers.values() if _is_in(follower.name, name)]
+        if not layers and not followers:
+            like = difflib.get_close_matches(name, [*graph.layers, *graph.followers], 3, 0.0)
+            raise InputError(f"exclude: no layer is called, or lies in, '{name}'; there are {', '.join(like)}, ...")
+        touched |= {space for layer in layers for space in (layer.input, layer.output)}
+        touched |= {follower.space for follower in followers}
+        excluded |= {layer.name for layer in layers}
+        pinned |= dict.fromkeys([*(layer.name for layer in layers), *(f.name for f in followers)], "excluded")
+    for space in list(touched):
+        touched |= {n for n, _, _ in _members(spaces[space])}
+    for space in touched:
+        spaces[space] = dataclasses.replace(spaces[space], frozen=spaces[space].frozen or "excluded")
+    return dataclasses.replace(graph, spaces=spaces, pinned=pinned, excluded=frozenset(excluded))
+
+
+def _is_in(layer: str, module: str) -> bool:
+    return layer == module or layer.startswith(f"{module}.")
+
+
+def keep_enough(graph: ChannelGraph, model: nn.Module, enough: Callable[[Keep], bool], **options: Any) -> Keep:
+    """Chooses as `choose` does, but where that keeps too little, the largest of the channels that would go stay: as few
+    of them as make it enough. Their slices are not set to zero.
+
+    Args:
+        enough: true of a choice that keeps enough, and of every one that keeps more.
+        options: as of `choose`.
+    """
+    sizes = slice_sizes(graph, model)
+    keep = choose(graph, model, sizes=sizes, **options)
+    if enough(keep):
+        return keep
+    largest, live = _per_space(graph, sizes, keep.sparse, set())
+    going = [  # size, space, channel; also the one that stays because a layer needs one
+        (float(largest[i][channel]), i, channel)
+        for i, space in enumerate(graph.spaces)
+        if space.members is None and not space.frozen
+        for channel in (~live[i]).nonzero().flatten().tolist()
+    ]
+    going.sort(key=lambda each: (-each[0], *each[1:]))
+
+    def sparing(count: int) -> Keep:
+        spare = [torch.zeros(space.size, dtype=torch.bool, device="cpu") for space in graph.spaces]
+        for _, space, channel in going[:count]:
+            spare[space][channel] = True
+        return choose(graph, model, sizes=sizes, spare=spare, **options)
+
+    too_few, count = 0, len(going)
+    while count - too_few > 1:
+        middle = (too_few + count) // 2
+        too_few, count = (too_few, middle) if enough(sparing(middle)) else (middle, count)
+    return sparing(count)
 
 
 def _refuse(*, threshold: float, relative: bool, policy: str, round_to: int) -> None:
@@ -240,7 +331,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _slice_sizes(graph: ChannelSpaces, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+def slice_sizes(graph: ChannelSpaces, model: nn.Module) -> SliceSizes:
     """Largest absolute weight of each input and output slice of each layer, on the CPU; of a channel that a gated layer
     does not compute, 0."""
     by_device: dict[torch.device, list[Layer]] = {}
@@ -279,30 +370,46 @@ def _is_sparse(size: Tensor, threshold: float, relative: bool) -> Tensor:
 
 
 def _per_space(
-    graph: ChannelSpaces,
-    sizes: dict[str, tuple[Tensor, Tensor]],
-    sparse: dict[str, SparseSlices],
-    removed: set[str],
+    graph: ChannelSpaces, sizes: SliceSizes, sparse: dict[str, SparseSlices], removed: set[str]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """For each space the largest slice and whether it is live, of each channel, over all layers that remain."""
+    live = {name: (~masks.inputs, ~masks.outputs) for name, masks in sparse.items()}
+    return (
+        largest_in_spaces(graph, sizes, removed),
+        [channels > 0 for channels in largest_in_spaces(graph, live, removed)],
+    )
+
+
+def largest_in_spaces(graph: ChannelSpaces, of_slices: SliceSizes, removed: Container[str] = ()) -> list[Tensor]:
+    """For each channel of each space the largest of the numbers that the slices of its layers have.
+
+    Args:
+        of_slices: numbers from 0 upwards, or bools.
+        removed: layers that do not count.
+
+    Returns:
+        One fp32 tensor per space. A channel that several spaces hold, because one is put together from others, has the
+        same number in all of them.
+    """
     largest = [torch.zeros(space.size, device="cpu") for space in graph.spaces]
-    live = [torch.zeros(space.size, dtype=torch.bool, device="cpu") for space in graph.spaces]
     for layer in graph.layers.values():
-        if layer.name in removed:
-            continue
-        masks = sparse[layer.name]
-        for space, size, mask in (
-            (layer.input, sizes[layer.name][0], masks.inputs),
-            (layer.output, sizes[layer.name][1], masks.outputs),
-        ):
-            largest[space] = torch.maximum(largest[space], size)
-            live[space] |= ~mask
+        if layer.name not in removed:
+            for space, numbers in zip((layer.input, layer.output), of_slices[layer.name], strict=True):
+                largest[space] = torch.maximum(largest[space], numbers.float())
     for i, whole in enumerate(graph.spaces):
         for n, positions, channels in _members(whole):
             # a channel may have several positions in the space, all of which it stays or goes with
             largest[n].scatter_reduce_(0, channels, largest[i][positions], "amax")
-            live[n].index_put_((channels[live[i][positions]],), torch.tensor(True, device="cpu"))
-    return largest, live
+    return everywhere(graph, largest)
+
+
+def everywhere(graph: ChannelSpaces, of_channels: Sequence[Tensor]) -> list[Tensor]:
+    """Numbers or masks of the channels of each space, where a space that is put together has those of its members."""
+    result = [each.clone() for each in of_channels]
+    for i, whole in enumerate(graph.spaces):  # members come before what is put together from them
+        for n, positions, channels in _members(whole):
+            result[i][positions] = result[n][channels]
+    return result
 
 
 def _members(space: Space) -> Iterable[tuple[int, Tensor, Tensor]]:
@@ -364,7 +471,7 @@ def _kept(live: Tensor, largest: Tensor, round_to: int, least: int = 1) -> Tenso
 def _gate(
     graph: ChannelSpaces,
     model: nn.Module,
-    sizes: dict[str, tuple[Tensor, Tensor]],
+    sizes: SliceSizes,
     sparse: dict[str, SparseSlices],
     channels: list[Tensor],
     removed: set[str],

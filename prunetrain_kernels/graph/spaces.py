@@ -120,6 +120,7 @@ class ChannelSpaces:
         doubts: where tracing was found wrong when it was held beside the model; what they touch is frozen.
         alike_in_both_modes: whether the model returned things of one structure, of the same shapes, in training and
             evaluation mode when it was traced, so that evaluation mode shows all that there is to compare.
+        excluded: layers whose channels the user has said must stay; no lasso pulls at them.
     """
 
     spaces: list[Space]
@@ -136,6 +137,7 @@ class ChannelSpaces:
     uncalled: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     alike_in_both_modes: bool = False
+    excluded: frozenset[str] = frozenset()
 
     @property
     def free_channels(self) -> int:

@@ -226,6 +226,7 @@ class SGD(torch.optim.SGD):
         held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in held if "momentum_buffer" in self.state.get(p, {})]
         increment_version([*held, *buffers])
+        self.replays = getattr(self, "replays", 0) + 1  # counted for forecasts
         self._norms_after_replay()
 
     def _norms_after_replay(self) -> None:

@@ -9,6 +9,7 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.gating import COSTS
 from prunetrain_kernels.graph.keep import POLICIES
 from prunetrain_kernels.train.mini_batch import LEARNING_RATE_RULES
+from prunetrain_kernels.train.target import BY, interval_of
 
 SCHEDULES = ("step", "cosine", "onecycle")
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,7 +44,12 @@ class TrainConfig:
     ema: float | None = None
     dense: bool = False
     penalty_ratio: float = 0.25
-    interval: float = 10
+    interval: float | None = None
+    target_flops: float | None = None
+    target_train_flops: float | None = None
+    target_by: float = BY
+    exclude: tuple[str, ...] = ()
+    min_channels: int = 1
     reconfigure_once: int | None = None
     threshold: float = 1e-4
     relative: bool = False
@@ -71,6 +77,15 @@ class TrainConfig:
     threads: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """An interval that is left out becomes a number: the paper's 10, or with a target a twentieth of the epochs."""
+        if self.interval is None:
+            self.interval = interval_of(None, self.epochs if self.has_target else None)
+
+    @property
+    def has_target(self) -> bool:
+        return self.target_flops is not None or self.target_train_flops is not None
+
     def check(self) -> None:
         """Raises InputError for the first option that is out of range."""
         for name, ok, must in (
@@ -88,7 +103,16 @@ class TrainConfig:
             ("ema", self.ema is None or 0 <= self.ema < 1, "be from 0 up to, but not including, 1"),
             ("decay-at", all(0 < d <= 1 for d in self.decay_at), "be shares of the epochs, between 0 and 1"),
             ("penalty-ratio", 0 <= self.penalty_ratio < 1, "be from 0 up to, but not including, 1"),
-            ("interval", 0 < self.interval < math.inf, "be a positive number of epochs"),
+            ("interval", 0 < (self.interval or 0) < math.inf, "be a positive number of epochs"),
+            *(
+                (name, value is None or 0 < value < 1, "be a share of the dense network's, between 0 and 1")
+                for name, value in (
+                    ("target-flops", self.target_flops),
+                    ("target-train-flops", self.target_train_flops),
+                )
+            ),
+            ("target-by", 0 < self.target_by <= 1, "be a share of the epochs, above 0 and up to 1"),
+            ("min-channels", self.min_channels >= 1, "be at least 1"),
             ("threshold", 0 <= self.threshold < math.inf, "be 0 or more (paper: 1e-4)"),
             (
                 "zeroing-tolerance",
@@ -124,6 +148,15 @@ class TrainConfig:
         """Raises InputError for options that are in range, but cannot go together."""
         if self.dense and self.reconfigure_once is not None:
             raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
+        if self.target_flops is not None and self.target_train_flops is not None:
+            raise InputError("--target-flops and --target-train-flops each decide lambda by themselves; choose one.")
+        target = "target-flops" if self.target_flops is not None else "target-train-flops"
+        if self.has_target and self.dense:
+            raise InputError(f"--dense prunes nothing, so it cannot go with --{target}; choose one.")
+        if self.has_target and not self.penalty_ratio:
+            raise InputError(f"--{target} needs a lasso to begin with: a --penalty-ratio above 0.")
+        if self.has_target and self.reconfigure_once is not None:
+            raise InputError(f"--{target} decides when to reconfigure; leave --reconfigure-once out.")
         if self.dense and self.proximal:
             raise InputError("--dense has no lasso, so it cannot go with --proximal; choose one.")
         if self.start_from_other_data and self.start_from is None:

@@ -52,6 +52,7 @@ class Progress:
         costs: of the network in its present shape.
         sums: over the steps of the epoch that runs.
         loss, accuracy: of that epoch's images so far, as of the last look.
+        expected: what the forecast says of the inference FLOPs at the end, for the bar.
         mark: `time.perf_counter()` when the last epoch ended.
         bar: shows the images trained.
     """
@@ -63,6 +64,7 @@ class Progress:
     sums: EpochSums = field(init=False)
     loss: float = math.nan
     accuracy: float = math.nan
+    expected: str = ""
     mark: float = 0.0
     bar: Any = None
 
@@ -261,7 +263,7 @@ def train_epoch(training: Training, progress: Progress, epoch: int) -> None:
         count(training, progress, size)
         if sums.steps % CHECK_EVERY == 0:
             look(training, progress, epoch)
-        if training.config.interval % 1 and reconfigures(training, epoch):
+        if training.prunetrain.interval % 1 and reconfigures(training, epoch):
             advance(training, progress, epoch, epoch + position / images_in_epoch)
     look(training, progress, epoch)
     sums.stop()
@@ -327,7 +329,7 @@ def look(training: Training, progress: Progress, epoch: int) -> None:
     progress.loss, progress.accuracy = loss_sum / max(sums.images, 1), correct / max(sums.images, 1)
     if not math.isfinite(progress.loss):
         raise diverged(training, progress, epoch, f"the loss became {progress.loss}")
-    left = share_text(prunetrain.flops.of(prunetrain.dense_flops)[0])
+    left = share_text(prunetrain.flops.of(prunetrain.dense_flops)[0]) + progress.expected
     progress.bar.set_postfix_str(
         f"loss {progress.loss:.3f}, accuracy {progress.accuracy:.1%}, FLOPs {left}, batch {training.batch_size}"
     )
@@ -355,10 +357,12 @@ def advance(training: Training, progress: Progress, epoch: int, reached: float) 
     """Counts up to `reached` epochs; reconfigures if that is due."""
     prunetrain = training.prunetrain
     step = max(0.0, reached - prunetrain.epochs)
-    if prunetrain.is_due(step):
-        reconfigure(training, progress, epoch, lambda: prunetrain.advance(step))
-    else:
-        prunetrain.advance(step)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="target of .* not met")  # said at the end of the run
+        if prunetrain.is_due(step):
+            reconfigure(training, progress, epoch, lambda: prunetrain.advance(step))
+        else:
+            prunetrain.advance(step)
 
 
 def reconfigure(training: Training, progress: Progress, epoch: int, act: Callable[[], PruneReport | None]) -> None:
@@ -438,6 +442,7 @@ def log_epoch(training: Training, progress: Progress, lasso: float, **cells: Any
         lasso: seconds that it took in this epoch.
     """
     prunetrain, finished = training.prunetrain, progress.epoch
+    ahead = forecast_cells(training)
     with torch.no_grad():
         penalty = float(prunetrain.lasso.penalty()) if prunetrain.penalty_ratio else None
     training.log.add_epoch(
@@ -450,9 +455,24 @@ def log_epoch(training: Training, progress: Progress, lasso: float, **cells: Any
             **cells,
             **progress.sums.row(progress.costs, lasso, training.sent.total),
             "wall_seconds": progress.totals.wall,
+            **ahead,
         }
     )
+    expected = ahead.get("expected_inference")
+    progress.expected = "" if expected is None else f" (inference {expected:.0%} at the end)"
     training.log.add_slices(finished, prunetrain.slice_sizes())
+
+
+def forecast_cells(training: Training) -> dict[str, float]:
+    """Lambda, the slices and where they lead, for the log; nothing where there is no lasso."""
+    prunetrain = training.prunetrain
+    if prunetrain.course is None or not prunetrain.active:
+        return {}
+    ahead = prunetrain.forecast()
+    cells = {"lambda": prunetrain.coefficient or 0.0, "smallest_slice": ahead.smallest, "median_slice": ahead.median}
+    if math.isnan(ahead.inference):
+        return cells
+    return {**cells, "expected_inference": ahead.inference}
 
 
 def line_of_epoch(training: Training, progress: Progress, accuracy: float, ema_accuracy: float | None) -> str:
@@ -461,7 +481,16 @@ def line_of_epoch(training: Training, progress: Progress, accuracy: float, ema_a
         f"epoch {progress.epoch}: loss {progress.loss:.4f}, accuracy {accuracy:.1%}"
         f"{'' if ema_accuracy is None else f' (average {ema_accuracy:.1%})'}, "
         f"training FLOPs {share_text(flops)}, batch {training.batch_size}, {progress.sums.seconds:.1f} s"
+        f"{forecast_text(training, progress)}"
     )
+
+
+def forecast_text(training: Training, progress: Progress) -> str:
+    """Where the lasso will lead, as a part of the epoch's line; nothing where there is none."""
+    prunetrain = training.prunetrain
+    if prunetrain.course is None or not prunetrain.active or progress.costs.unknown:
+        return ""
+    return f", lambda {prunetrain.coefficient or 0:.2g}, {prunetrain.forecast()}"
 
 
 @torch.no_grad()
@@ -503,6 +532,9 @@ def save(training: Training, progress: Progress) -> None:
 
 def finish(training: Training, progress: Progress) -> None:
     """Writes summary.json, which marks the run as finished."""
+    prunetrain = training.prunetrain
+    if prunetrain.steering is not None:
+        training.say(prunetrain.verdict())
     full, rest = divmod(len(training.data.train_labels), training.config.batch)
     dense_steps = progress.epoch * (full + (rest >= training.smallest_batch))
     epochs = training.log.state_dict()["epochs"]
@@ -510,7 +542,8 @@ def finish(training: Training, progress: Progress) -> None:
         training.log.write_summary(
             {
                 **summary_of(progress.totals, progress.costs, dense_steps, epochs),
-                "lambda": training.prunetrain.coefficient,
+                "lambda": prunetrain.coefficient,
+                "target": None if prunetrain.steering is None else prunetrain.verdict(),
                 "removed_layers": training.prunetrain.removed,
                 "reconfigurations": training.prunetrain.history,
                 **setup.environment(training.device, training.ranks),

@@ -11,10 +11,29 @@ from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.cost import Flops, FlopTable, flop_table
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.graph.gating import ConvolutionCost, cost_of
+from prunetrain_kernels.graph.keep import restricted
 from prunetrain_kernels.nn import FuseReport, GatedConv2d
 from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.prune.also import inputs_for
 from prunetrain_kernels.regularizer import GroupLasso
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user has said must stay: arguments of `restricted`."""
+
+    exclude: tuple[str, ...] = ()
+    min_channels: int = 1
+
+    def on(self, graph: ChannelGraph) -> ChannelGraph:
+        """The graph with these limits."""
+        return restricted(graph, self.exclude, self.min_channels)
+
+    def on_again(self, graph: ChannelGraph) -> ChannelGraph:
+        """The same for a network that may have lost layers since."""
+        names = [*graph.layers, *graph.followers]
+        left = [each for each in self.exclude if any(name == each or name.startswith(f"{each}.") for name in names)]
+        return restricted(graph, left, self.min_channels)
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,7 @@ class Present:
         flops: per image.
         flop_table: gives the FLOPs of smaller shapes; None where it cannot.
         trained: parameters that got gradients when the table was made, which decides what is computed for them.
+        limits: on what may go.
     """
 
     graph: ChannelGraph
@@ -33,6 +53,7 @@ class Present:
     flops: Flops
     flop_table: FlopTable | None
     trained: frozenset[str]
+    limits: Limits
 
     @property
     def example_inputs(self) -> tuple[Tensor, ...]:
@@ -53,23 +74,24 @@ def look_first(
     amp: torch.dtype | None,
     cost: ConvolutionCost | str,
     choice: dict[str, Any],
+    limits: Limits,
 ) -> Present:
     """Traces and counts a model as it is given; refuses, before any training, what cannot be chosen by.
 
     Args:
         cost: as of `ChannelGraph.keep`; `choice`: its threshold, relative, policy and round_to.
     """
-    graph = trace_channels(model, example_inputs)
+    graph = limits.on(trace_channels(model, example_inputs))
     if choice["policy"] == "auto":
         cost_of(cost, model)  # refuses an unknown name
     graph.keep(model, **choice)
-    return look(model, graph, amp)
+    return look(model, graph, amp, limits)
 
 
-def look(model: nn.Module, graph: ChannelGraph, amp: torch.dtype | None) -> Present:
+def look(model: nn.Module, graph: ChannelGraph, amp: torch.dtype | None, limits: Limits) -> Present:
     """Counts a network that has been traced. The model must run uncompiled (`eagerly`)."""
     lasso = GroupLasso(model, graph.example_inputs, graph=graph)
-    return Present(graph, lasso, *count_flops(model, graph.example_inputs, amp))
+    return Present(graph, lasso, *count_flops(model, graph.example_inputs, amp), limits)
 
 
 def look_again(model: nn.Module, before: Present, amp: torch.dtype | None, keep: Keep | None = None) -> Present:
@@ -82,13 +104,14 @@ def look_again(model: nn.Module, before: Present, amp: torch.dtype | None, keep:
         if keep is not None and keep.graph is before.graph:
             graph = keep.graph_after()
         else:
-            graph = trace_channels(model, before.example_inputs)
+            graph = before.limits.on_again(trace_channels(model, before.example_inputs))
         gated = any(isinstance(module, GatedConv2d) for module in model.modules())
         same = keep is not None and not gated and trained_parameters(model) == before.trained
         if not same or before.flop_table is None:  # a gated layer may compute more than its weight holds
-            return look(model, graph, amp)
+            return look(model, graph, amp, before.limits)
         lasso = GroupLasso(model, graph.example_inputs, graph=graph)
-        return Present(graph, lasso, before.flop_table.flops(model), before.flop_table, before.trained)
+        flops = before.flop_table.flops(model)
+        return Present(graph, lasso, flops, before.flop_table, before.trained, before.limits)
 
 
 def count_flops(

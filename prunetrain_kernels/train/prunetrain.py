@@ -12,8 +12,10 @@ same calls.
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,18 +37,22 @@ from prunetrain_kernels.prune.optimizers import as_list, check_at_construction
 from prunetrain_kernels.prune.reconfigure import reconfiguring
 from prunetrain_kernels.regularizer import GroupLasso, one_number, penalty_coefficient
 from prunetrain_kernels.train.distributed import rebuild_buckets
+from prunetrain_kernels.train.forecast import Course, Forecast, Now, forecast
 from prunetrain_kernels.train.lasso_step import add_gradient_, optimizer_with, regularize_inside
 from prunetrain_kernels.train.layout import warn_of_layout
 from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
 from prunetrain_kernels.train.original import OriginalChannels
-from prunetrain_kernels.train.present import Present, fuse_all, look_again, look_first
+from prunetrain_kernels.train.present import Limits, Present, fuse_all, look_again, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.prunetrain_checks import (
     check_arguments,
     check_parts,
     check_state_fits,
     check_state_is_of,
+    check_state_steers,
+    multiples,
 )
+from prunetrain_kernels.train.target import BY, Steering, interval_of, target_of
 from prunetrain_kernels.train.transaction import (
     agree_on_networks,
     agreed,
@@ -89,7 +95,8 @@ class PruneTrain:
             can follow.
         example_inputs: the model's positional arguments, a few examples, on the model's device.
         penalty_ratio: share of the lasso in the first total loss, which sets lambda (Eq. 3); 0 means no lasso.
-        interval: epochs between reconfigurations, whole or a fraction (paper: 10 for CIFAR, 5 for ImageNet).
+        interval: epochs between reconfigurations, whole or a fraction (paper: 10 for CIFAR, 5 for ImageNet). By default
+            10; with a target a twentieth of the epochs, but at least 1.
         threshold, relative, policy, round_to: as for `ChannelGraph.keep`.
         cost: how the policy "auto" finds out what is faster: "roof", "measure", or a function; as for `choose`.
         batch: a `MiniBatch`, or a starting size that may grow into the freed memory; None leaves the batch alone.
@@ -103,6 +110,14 @@ class PruneTrain:
             default that of the autocast around this call, or none. Without it a batch that grows stays half of what
             fits.
         zeroing_tolerance, keep_momentum: as for `reconfigure`.
+        epochs: of the whole training; lets `forecast` say where it will end, and is needed for a target.
+        target: FLOPs of one inference to end with, as a share of the dense network's, such as 0.5: lambda, which begins
+            as `penalty_ratio` has it, is then adjusted at every epoch's end, and the lasso rests once the target is
+            met; never less is kept. Whether it was met, and if not why, is said at the end.
+        target_training: FLOPs of the whole training instead, as a share of what the dense network would take.
+        target_by: the share of the epochs by which the target is to be met.
+        exclude: names of layers, or of modules around some, whose channels all stay, and that have no lasso.
+        min_channels: as for `restricted`: no layer keeps fewer channels.
 
     Attributes:
         coefficient: lambda, or None before the first step.
@@ -134,7 +149,7 @@ class PruneTrain:
         optimizer: Optimizer | Sequence[Optimizer],
         example_inputs: tuple[Tensor, ...],
         penalty_ratio: float = 0.25,
-        interval: float = 10,
+        interval: float | None = None,
         threshold: float = 1e-4,
         relative: bool = False,
         policy: str = "union",
@@ -147,8 +162,16 @@ class PruneTrain:
         amp: torch.dtype | None = None,
         zeroing_tolerance: float = ZEROING_TOLERANCE,
         keep_momentum: bool = False,
+        epochs: float | None = None,
+        target: float | None = None,
+        target_training: float | None = None,
+        target_by: float = BY,
+        exclude: Sequence[str] = (),
+        min_channels: int = 1,
     ) -> None:
-        check_arguments(penalty_ratio, interval, amp, zeroing_tolerance)
+        wanted = target_of(target, target_training, epochs, target_by)
+        interval = interval_of(interval, None if wanted is None else wanted.epochs)
+        check_arguments(penalty_ratio, interval, amp, zeroing_tolerance, steers=wanted is not None)
         self.ddp, self.ranks = ranks_in(model)
         self.is_compiled = is_compiled_module(model) or any("_compiled_call_impl" in vars(m) for m in model.modules())
         model, _ = unwrapped(model)
@@ -175,13 +198,17 @@ class PruneTrain:
         with eagerly(model, *self.also):
             self.fused: FuseReport | None = fuse_all(model, self.also, example_inputs) if fuse else None
             choice = {"threshold": threshold, "relative": relative, "policy": policy, "round_to": round_to}
-            self._present = look_first(model, example_inputs, self.amp, cost, choice)
+            limits = Limits(tuple(exclude), min_channels)
+            self._present = look_first(model, example_inputs, self.amp, cost, choice, limits)
         self.dense_flops = self.flops
+        self.course = None if epochs is None else Course.counting(self.optimizers, self.lasso, epochs)
+        self.steering = None if wanted is None else Steering.towards(wanted, self._present, model)
         self.original = OriginalChannels.of_graph(self.graph)
         if fuse:
             forget_compiled()
         settings = (penalty_ratio, interval, threshold, relative, policy, round_to, zeroing_tolerance, keep_momentum)
-        self.ranks.agree("the network and PruneTrain's arguments", settings, sorted(self.dense_layers.items()))
+        more = (epochs, wanted, limits)
+        self.ranks.agree("the network and PruneTrain's arguments", settings, more, sorted(self.dense_layers.items()))
         self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
         if self.batch is not None:
             self.batch.ranks, self.batch.amp = self.ranks.world, self.amp
@@ -238,8 +265,10 @@ class PruneTrain:
 
     @property
     def active(self) -> bool:
-        """Whether there is a lasso to add: not with a ratio of 0, nor while fine-tuning (`regularizing = False`)."""
-        return self.regularizing and self.penalty_ratio > 0
+        """Whether there is a lasso to add: not with a ratio of 0, nor while fine-tuning (`regularizing = False`), nor
+        once the target is met."""
+        rests = self.steering is not None and self.steering.met
+        return self.regularizing and self.penalty_ratio > 0 and not rests
 
     @property
     def lasso_inside(self) -> bool:
@@ -263,9 +292,10 @@ class PruneTrain:
 
     def regularize(self, loss: Tensor) -> Tensor:
         """loss + lambda * R(W); sets lambda from this very loss on the first call (Eq. 3)."""
+        self._note_step()
         inside = self._inside
         if inside is not None:
-            self.add_gradient_(loss)
+            self._add_gradient(loss, None)
             return loss + (self.coefficient or 0.0) * inside.penalty() if self.active else loss
         if not self.active:
             return loss
@@ -280,6 +310,10 @@ class PruneTrain:
         Where the lasso is inside the optimizer's update, only sees to it that the update has it; nothing needs to be
         unscaled for its sake then. Of several optimizers that step at different times, give the one that is about to:
         the gradient is then added to the weights that it holds."""
+        self._note_step()
+        self._add_gradient(loss, optimizer)
+
+    def _add_gradient(self, loss: Tensor, optimizer: Optimizer | None) -> None:
         if self.active and self.coefficient is None:
             self.set_coefficient(loss, self.lasso.penalty())
         inside = self._inside
@@ -300,6 +334,10 @@ class PruneTrain:
             self.ranks.agree("lambda and the penalty's share", self.coefficient, self.penalty_ratio)
         return self.coefficient
 
+    def _note_step(self) -> None:
+        if self.course is not None:
+            self.course.note_step(self._now)
+
     # -- in every epoch -------------------------------------------------------------------------------------------
 
     def epoch_end(self) -> PruneReport | None:
@@ -318,17 +356,62 @@ class PruneTrain:
         if not 0 <= epochs < math.inf:
             raise InputError(f"advance takes the epochs since the last call, 0 or more, not {epochs}.")
         due = self.is_due(epochs)
-        self.epochs += epochs
+        before, self.epochs = self.epochs, self.epochs + epochs
         self._compilations.warn_if_given_up()
-        return self.reconfigure() if due else None
+        if self.course is not None and (due or multiples(self.epochs, 1) > multiples(before, 1)):
+            self._look()
+        report = self.reconfigure() if due else None
+        if self.steering is not None and self.steering.has_failed(before, self.epochs):
+            warnings.warn(self.verdict(), stacklevel=3)
+        return report
 
     def is_due(self, epochs: float) -> bool:
-        """Whether `advance(epochs)` would reconfigure."""
+        """Whether `advance(epochs)` would reconfigure: at multiples of the interval, and at the end of the epoch that
+        meets the target."""
+        then = self.epochs + epochs
+        if multiples(then, self.interval) > multiples(self.epochs, self.interval):
+            return True
+        steered = self.steering is not None and self.active and self.coefficient is not None
+        return steered and multiples(then, 1) > multiples(self.epochs, 1) and self._meets_target(then)
 
-        def multiples(reached: float) -> int:
-            return math.floor(reached / self.interval + 1e-6)  # ten steps of 0.1 reach an interval of 1
+    def _meets_target(self, epochs: float) -> bool:
+        """Whether the network would meet the target, if it lost now what is sparse."""
+        assert self.steering is not None
+        with eagerly(self.model):
+            keep = self.graph.keep(self.model, self.threshold, self.relative, "union", self.round_to)
+        return self.steering.would_meet(replace(self._now(), passed=epochs), keep)
 
-        return multiples(self.epochs + epochs) > multiples(self.epochs)
+    def _look(self) -> None:
+        """Measures what the epoch did to the slices, and adjusts lambda to the target."""
+        assert self.course is not None
+        now = self._now()
+        self.course.look(now)
+        if self.steering is not None:
+            self.steering.count(now)
+            if now.coefficient:
+                self.coefficient = self.ranks.broadcast(self.steering.steered(self.course, now, self.penalty_ratio))
+
+    def _now(self) -> Now:
+        coefficient = (self.coefficient or 0.0) if self.active else 0.0
+        return Now(self.model, self._present, self.original, self.scheduler, self.epochs, coefficient)
+
+    def forecast(self, epochs: float | None = None) -> Forecast:
+        """Where the slices are, and what lambda and the schedule are expected to make of them by the end.
+
+        Args:
+            epochs: of the whole training; by default what PruneTrain was given.
+
+        Raises:
+            InputError: PruneTrain was not given the epochs.
+        """
+        if self.course is None:
+            raise InputError("a forecast needs the length of the training: give PruneTrain epochs=..., all of them.")
+        total = self.course.epochs if epochs is None else epochs
+        return forecast(self.course, self._now(), epochs=total, threshold=self.threshold, dense=self.dense_flops)
+
+    def verdict(self) -> str:
+        """One sentence on whether the target was met, and if not, why and what helps; empty without a target."""
+        return "" if self.steering is None else self.steering.verdict(self._now())
 
     def reconfigure(self) -> PruneReport:
         """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it.
@@ -379,14 +462,26 @@ class PruneTrain:
             )
         # From here on nothing fails.
         self.original, self._present = original, present
-        self.history.append(report.entry())
+        if self.steering is not None and self.active:
+            self.steering.met = self.steering.is_met((present.flops.training, present.flops.inference), self.epochs)
+        self.history.append({**report.entry(), "coefficient": self.coefficient})
         return report
 
     def _agreed_keep(self) -> Keep:
         """What to keep: the same on all ranks, or an error on all of them."""
         agree_on_networks(self.ranks, (self.model, *self.also), self.epochs, self.batch_size)
         batch = self.batch_size or BATCH
-        keep = self.graph.keep(self.model, self.threshold, self.relative, self.policy, self.round_to, self.cost, batch)
+        enough = None if self.steering is None else self.steering.enough(self._now())
+        keep = self.graph.keep(
+            self.model,
+            self.threshold,
+            self.relative,
+            self.policy,
+            self.round_to,
+            self.cost,
+            batch,
+            enough,
+        )
         return agreed(self.ranks, keep, timed=self.policy == "auto")
 
     def _prune(self, keep: Keep, transaction: ExitStack) -> tuple[Reconfiguration, Present, int]:
@@ -422,6 +517,8 @@ class PruneTrain:
             "history": [dict(entry) for entry in self.history],
             **self.original.state_dict(),
             "batch": None if self.batch is None else self.batch.state_dict(),
+            "course": None if self.course is None else self.course.state_dict(),
+            "steering": None if self.steering is None else self.steering.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -433,12 +530,17 @@ class PruneTrain:
         check_state_is_of(self.original, state, manages_batch=self.batch is not None)
         with eagerly(self.model):
             check_state_fits(trace_channels(self.model, self.graph.example_inputs), self.also, state)
+        check_state_steers(state, self.steering)
         self.coefficient = state["coefficient"]
         self.regularizing = state["regularizing"]
         self.epochs = state["epochs"]
         self.history = [dict(entry) for entry in state["history"]]
         self.original = self.original.loaded(state)
         self._last_penalty = None
+        if self.course is not None and state.get("course") is not None:
+            self.course.load_state_dict(state["course"])
+        if self.steering is not None:
+            self.steering.load_state_dict(state["steering"])
         self._present = look_again(self.model, self._present, self.amp)
         if self.batch is not None:
             self.batch.load_state_dict(state["batch"])

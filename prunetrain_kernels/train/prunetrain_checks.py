@@ -1,5 +1,6 @@
 """What PruneTrain refuses: arguments out of range, parts that cannot be followed, states of another network."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,24 @@ from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.graph import ChannelGraph
 from prunetrain_kernels.prune.measure import check_tolerance
 from prunetrain_kernels.train.original import OriginalChannels
+from prunetrain_kernels.train.target import Steering
 
 
-def check_arguments(penalty_ratio: float, interval: float, amp: Any, zeroing_tolerance: float) -> None:
-    """Raises InputError for a number out of range or a dtype that autocast does not take."""
+def multiples(reached: float, interval: float) -> int:
+    """How many whole intervals have passed: ten steps of 0.1 reach an interval of 1."""
+    return math.floor(reached / interval + 1e-6)
+
+
+def check_arguments(penalty_ratio: float, interval: float, amp: Any, zeroing_tolerance: float, *, steers: bool) -> None:
+    """Raises InputError for a number out of range or a dtype that autocast does not take.
+
+    Args:
+        steers: whether lambda is steered to a target.
+    """
     if not 0 <= penalty_ratio < 1:
         raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
+    if steers and not penalty_ratio:
+        raise InputError("a target needs a lasso to begin with: a penalty_ratio above 0, such as the paper's 0.25.")
     if not interval > 0:
         raise InputError(f"interval must be a positive number of epochs, not {interval}.")
     if amp not in (None, torch.float16, torch.bfloat16):
@@ -64,3 +77,12 @@ def check_state_fits(graph: ChannelGraph, copies: Sequence[nn.Module], state: di
                 "a copy in `also` does not have the shape of the loaded model; save and load it with the model: "
                 "save_pruned(..., also=[...]) and load_pruned(..., also=[...])."
             ) from error
+
+
+def check_state_steers(state: dict[str, Any], steering: Steering | None) -> None:
+    """Raises CheckpointError where the state was saved with a target and is loaded without, or the other way round."""
+    if (state.get("steering") is None) != (steering is None):
+        raise CheckpointError(
+            "the PruneTrain state was saved with a target and is loaded without one, or the other way round; pass the "
+            "same `target`."
+        )

@@ -58,6 +58,10 @@ LOG_COLUMNS = (
     "compile_seconds",  # in this epoch, inside the other times
     "wall_seconds",  # since the start of the run, time before a resume included
     "unknown_costs",  # text: which cannot be counted, and why; their cells are empty
+    "lambda",  # of the lasso from now on; empty where there is none
+    "smallest_slice",  # norm of the smallest slice that has a lasso
+    "median_slice",
+    "expected_inference",  # forecast: FLOPs per image at the end, as a share of the dense network's
 )
 CHANNEL_COLUMNS = (
     "reconfiguration",  # 0: the network before training
@@ -79,6 +83,10 @@ LATER_LOG_COLUMNS = {
     "compilations": 0,
     "compile_seconds": 0.0,
     "unknown_costs": None,
+    "lambda": None,
+    "smallest_slice": None,
+    "median_slice": None,
+    "expected_inference": None,
 }
 COMPUTED = {"in_kept": "in_live", "out_kept": "out_live"}  # the latter came later: runs before gating have none
 TEXT_COLUMNS = frozenset({"phase", "layer", "kind", "unknown_costs"})

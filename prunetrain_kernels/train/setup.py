@@ -261,6 +261,12 @@ def pruning_options(config: TrainConfig) -> dict[str, Any]:
         "cost": config.policy_cost,
         "zeroing_tolerance": config.zeroing_tolerance,
         "keep_momentum": config.keep_momentum,
+        "epochs": None if config.dense else config.epochs,
+        "target": config.target_flops,
+        "target_training": config.target_train_flops,
+        "target_by": config.target_by,
+        "exclude": config.exclude,
+        "min_channels": config.min_channels,
     }
 
 

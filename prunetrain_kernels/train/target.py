@@ -1,0 +1,266 @@
+"""Lambda steered to a target: "half the FLOPs" instead of a penalty ratio.
+
+At the end of every epoch, and at every reconfiguration, lambda becomes what the forecast (`forecast.py`) says is needed
+for the network to have shrunk to the target by a given share of the training. It changes by a bounded factor each time,
+so that a wrong forecast is corrected before it does harm. Once the target is met the lasso rests, and the remaining
+epochs fine-tune; the reconfiguration that meets it keeps as many sparse channels, the largest, as it takes not to fall
+below. The paper has one constant lambda; that stays the default.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunetrain_kernels.cost import Flops, share
+from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph import Keep
+from prunetrain_kernels.train.forecast import Course, Now, ShapeFlops, flops_at
+from prunetrain_kernels.train.present import Present
+
+BY = 0.25  # share of the training by which the target is to be met: the rest trains the smaller network
+# Lambda is set for this share of the epochs that are left until then: what resists grows as slices become small, and a
+# slice that produces a channel is held up until those that read it are gone.
+PLANNED = 0.5
+WITHIN = 0.01  # of the dense network's FLOPs: so near to the target the lasso may rest
+FACTOR = 2.0  # lambda changes by at most this from one look to the next
+LARGEST_RATIO = 0.97  # of the lasso in the first loss: a lambda beyond that would drown the loss
+
+TRAINING, INFERENCE = 0, 1  # places in a pair of FLOPs
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to shrink to.
+
+    Attributes:
+        inference: FLOPs of one inference at the end, as a share of the dense network's; None if not asked for.
+        training: FLOPs of the whole training, as a share of what the dense network would take; None likewise.
+        epochs: of the whole training.
+        by: the share of them by which the network is to have its final shape, about.
+    """
+
+    inference: float | None
+    training: float | None
+    epochs: float
+    by: float = BY
+
+    @property
+    def share(self) -> float:
+        return self.training if self.inference is None else self.inference  # type: ignore[return-value]
+
+    @property
+    def which(self) -> int:
+        """Which of a pair of FLOPs it is about."""
+        return TRAINING if self.inference is None else INFERENCE
+
+    @property
+    def name(self) -> str:
+        return "training FLOPs of the whole run" if self.inference is None else "inference FLOPs"
+
+
+def target_of(inference: float | None, training: float | None, epochs: float | None, by: float) -> Target | None:
+    """The target that PruneTrain's arguments ask for, or None.
+
+    Raises:
+        InputError: a number out of range, both targets, or none of the epochs that they need.
+    """
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise InputError(f"epochs must be a positive number, the length of the whole training, not {epochs}.")
+    if inference is None and training is None:
+        return None
+    if inference is not None and training is not None:
+        raise InputError("give a target for inference or one for training, not both: each decides lambda by itself.")
+    for name, value in (("target", inference), ("target_training", training)):
+        if value is not None and not 0 < value < 1:
+            raise InputError(f"{name} must be a share of the dense network's FLOPs between 0 and 1, not {value}.")
+    if not 0 < by <= 1:
+        raise InputError(f"target_by must be a share of the training, above 0 and up to 1, not {by}.")
+    if epochs is None:
+        raise InputError("a target needs the length of the training: give PruneTrain epochs=..., all of them together.")
+    return Target(inference, training, float(epochs), by)
+
+
+def interval_of(interval: float | None, steered_epochs: float | None) -> float:
+    """The interval as it was given, or the default: the paper's 10, or with a target a twentieth of the epochs.
+
+    Args:
+        steered_epochs: of the training, where there is a target.
+    """
+    if interval is not None:
+        return interval
+    return 10 if steered_epochs is None else max(1, round(steered_epochs / 20))
+
+
+@dataclass
+class Steering:
+    """Lambda on its way to a target.
+
+    Attributes:
+        target: to be met.
+        dense: FLOPs of the dense network.
+        spent: FLOPs of the training so far, in epochs of the dense network; `counted`: until which epoch.
+        first: the lambda that the training began with, None before.
+        largest: lambda is never larger.
+        met: whether the target has been met.
+    """
+
+    target: Target
+    dense: Flops
+    spent: float = 0.0
+    first: float | None = None
+    largest: float = math.inf
+    met: bool = False
+
+    counted: float = 0.0
+
+    @classmethod
+    def towards(cls, target: Target, dense: Present, model: nn.Module) -> "Steering":
+        """Steering from a dense network.
+
+        Raises:
+            InputError: the target cannot be reached, or the FLOPs cannot be counted.
+        """
+        if dense.flops.unknown:
+            raise InputError(f"a target needs FLOPs, which cannot be counted here: {dense.flops.unknown}.")
+        steering = cls(target, dense.flops)
+        steering.check_reachable(ShapeFlops.of(dense, model))
+        return steering
+
+    def count(self, now: Now) -> None:
+        """Adds what the epochs until now have cost, with the network as it is."""
+        self.spent += (now.passed - self.counted) * self.shares(now.flops)[TRAINING]
+        self.counted = now.passed
+
+    def would_meet(self, now: Now, keep: Keep) -> bool:
+        """Whether the network would meet the target with these channels; `now` may be a little ahead."""
+        then = dataclasses.replace(self)
+        then.count(now)
+        return then.is_met(now.shape_flops().of_keep(keep), now.passed)
+
+    def enough(self, now: Now) -> Callable[[Keep], bool]:
+        """Tells of a choice whether it keeps enough not to be below the target."""
+        flops = now.shape_flops()
+        return lambda keep: self.is_enough(flops.of_keep(keep), now.passed)
+
+    # -- what to shrink to --------------------------------------------------------------------------------------
+
+    def goal(self, passed: float, now: float | None = None) -> float:
+        """The share of the dense network's FLOPs per image to shrink to.
+
+        Args:
+            passed: epochs trained.
+            now: the present share, from which the network is to go down steadily until the target is due; None for
+                what it would have to be from this moment on.
+        """
+        target = self.target
+        if target.inference is not None:
+            return target.inference
+        assert target.training is not None
+        left = max(1e-9, target.epochs - passed)
+        down = 0.0 if now is None else min(left, max(0.0, target.by * target.epochs - passed))
+        rest = target.training * target.epochs - self.spent - down * (now or 0.0) / 2
+        return min(1.0, max(0.0, rest / (left - down / 2)))
+
+    def shares(self, flops: tuple[float, float]) -> tuple[float, float]:
+        """Training and inference FLOPs per image as shares of the dense network's."""
+        return share(flops[TRAINING], self.dense.training), share(flops[INFERENCE], self.dense.inference)
+
+    def is_met(self, flops: tuple[float, float], passed: float) -> bool:
+        """Whether a network with these FLOPs per image is near enough to the target."""
+        return self.shares(flops)[self.target.which] <= self.goal(passed) + WITHIN
+
+    def is_enough(self, flops: tuple[float, float], passed: float) -> bool:
+        """Whether a network with these FLOPs per image is not below the target."""
+        return self.shares(flops)[self.target.which] >= min(self.goal(passed), 1.0) - 1e-9
+
+    def check_reachable(self, flops: ShapeFlops) -> None:
+        """Raises InputError where even the smallest shape is above the target."""
+        spaces = flops.graph.spaces
+        smallest = self.shares(flops.of_counts([space.size if space.frozen else 0 for space in spaces]))
+        least = smallest[self.target.which]
+        if not least < self.target.share:
+            raise InputError(
+                f"{self.target.share:.0%} of the {self.target.name} cannot be reached: {least:.0%} are in channels "
+                "that stay (see `print(prunetrain.graph)`); choose a target above that, or exclude less."
+            )
+
+    # -- lambda -------------------------------------------------------------------------------------------------
+
+    def epochs_to_go(self, passed: float) -> float:
+        """Epochs in which the target is to be met: until it is due, but not fewer than a twentieth of the training."""
+        target = self.target
+        least = max(1.0, target.epochs / 20)
+        planned = (target.by * target.epochs - passed) * PLANNED
+        return min(max(planned, least), max(target.epochs - passed, least))
+
+    def steered(self, course: Course, now: Now, ratio: float) -> float:
+        """Lambda for the next epoch.
+
+        Args:
+            ratio: the penalty's share in the first loss, which lambda began with.
+        """
+        if self.first is None:
+            self.first = now.coefficient
+            self.largest = now.coefficient * LARGEST_RATIO / (1 - LARGEST_RATIO) / (ratio / (1 - ratio))
+        reach = course.reach(now, self.epochs_to_go(now.passed))
+        if not reach > 0:
+            return now.coefficient
+        which = self.target.which
+        goal = self.goal(now.passed, self.shares(now.flops)[which])
+        needs = course.needs(now, reach)
+        wanted = smallest_coefficient(needs, now.shape_flops(), lambda then: self.shares(then)[which] <= goal)
+        return min(max(wanted, now.coefficient / FACTOR), now.coefficient * FACTOR, self.largest)
+
+    def has_failed(self, before: float, passed: float) -> bool:
+        """Whether the training ended between these epochs without meeting the target."""
+        return not self.met and before < self.target.epochs - 1e-6 <= passed
+
+    # -- what is told of it -------------------------------------------------------------------------------------
+
+    def verdict(self, now: Now) -> str:
+        """One sentence at the end of the training: whether the target was met, and if not, why and what helps."""
+        target, which = self.target, self.target.which
+        reached = self.shares(now.flops)[which]
+        if target.training is not None:
+            reached = (self.spent + reached * max(0.0, target.epochs - now.passed)) / target.epochs
+        if self.met or reached <= target.share + 2 * WITHIN:
+            return f"target of {target.share:.0%} of the {target.name} met: {reached:.1%}"
+        strongest = now.coefficient >= self.largest * 0.999
+        why = (
+            "the lasso was as strong as it may be"
+            if strongest
+            else "the slices that are left did not come to zero in time"
+        )
+        return (
+            f"target of {target.share:.0%} of the {target.name} not met: {reached:.1%}, because {why}; train for more "
+            "epochs, start with a larger penalty ratio, take a larger threshold, or use the proximal step"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "spent": self.spent,
+            "first": self.first,
+            "largest": self.largest,
+            "met": self.met,
+            "counted": self.counted,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.spent, self.first = state["spent"], state["first"]
+        self.largest, self.met, self.counted = state["largest"], state["met"], state["counted"]
+
+
+def smallest_coefficient(needs: Sequence[Tensor], flops: ShapeFlops, is_small: Any) -> float:
+    """The smallest lambda at which `is_small` is true of the FLOPs that are left; infinite where none is."""
+    candidates = sorted({value for need in needs for value in need.tolist() if math.isfinite(value)})
+    if not candidates or not is_small(flops_at(needs, flops, candidates[-1])):
+        return math.inf
+    low, high = 0, len(candidates) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_small(flops_at(needs, flops, candidates[middle])) else (middle + 1, high)
+    return candidates[low]

@@ -51,11 +51,7 @@ def is_committed(out: Path, training: Training) -> bool:
 
 def wanted(training: Training) -> dict[str, Any]:
     """All options that decide a training's result."""
-    # those of targets by name: a version that has none of them has no run with a target
-    known = {"target_flops": None, "target_train_flops": None} | {
-        f.name: f.default for f in dataclasses.fields(TrainConfig)
-    }
-    options = known | training.options
+    options = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | training.options
     return {name: value for name, value in options.items() if name not in (*IGNORED, "data", "device", "rank_timeout")}
 
 

@@ -193,7 +193,7 @@ def _config(run: Run, device: str) -> TrainConfig:
     options: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items() if name in known
     }
-    options |= {name: None for name in ("target_flops", "target_train_flops") if name in known}
+    options |= {"target_flops": None, "target_train_flops": None}
     options |= {"out": str(run.directory), "device": device, "threads": run.config.get("threads_used") or 1}
     options |= {"lr": TIMED_LR, "start_from": None, "grow_batch": False, "cuda_graphs": False}
     return TrainConfig(**options)

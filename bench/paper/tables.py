@@ -131,8 +131,9 @@ def _form_claim(rows: Sequence[Row]) -> str:
         "the dense run of the same seed. 'To 50%': lambda is steered to that share of the inference FLOPs. Steps are "
         "timed side by side after the trainings: the dense network without a lasso, the network's last shape without, "
         "and with the run's own lasso inside; the last one's training FLOPs and time are shares of the first's, and "
-        "eta = (1 - time) / (1 - FLOPs). An empty or – cell has not been measured. *paper*: Tab. 1, 182 epochs, eta of "
-        "the whole training on a TITAN Xp, without the time of reconfigurations."
+        "eta = (1 - time) / (1 - FLOPs). Once a target is met the lasso rests, and a step takes what the last shape "
+        "does without. An empty or – cell has not been measured. *paper*: Tab. 1, 182 epochs, eta of the whole "
+        "training on a TITAN Xp, without the time of reconfigurations."
     )
     return f"{_grid(header, lines)}\n\n{note}"
 

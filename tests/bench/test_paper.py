@@ -22,9 +22,8 @@ from torch import nn
 
 from bench.paper import add_command, experiments, numbers, results, runner, tables
 from bench.paper.experiments import EXPERIMENTS, Training, names_at, trainings_of
-from bench.paper.networks import BRANCH_ENDS, densities, final_network, gating_flops
+from bench.paper.networks import densities, final_network
 from prunetrain_kernels.cli import train_config
-from prunetrain_kernels.cost import count_flops
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.prune.checkpoint import read_checkpoint
 from prunetrain_kernels.train.config import TrainConfig
@@ -56,10 +55,6 @@ def paper(*words: str) -> int:
 # -- the list of trainings ---------------------------------------------------------------------------------------------
 
 
-LACKS_TARGETS = "target_flops" not in asdict(TrainConfig("x"))
-TAKEN = ("small", "full") if LACKS_TARGETS else experiments.SCALES
-
-
 @pytest.mark.parametrize("scale", experiments.SCALES)
 def test_one_folder_is_one_training_whoever_asks_for_it(scale: str) -> None:
     seen: dict[str, Training] = {}
@@ -73,7 +68,7 @@ def test_one_folder_is_one_training_whoever_asks_for_it(scale: str) -> None:
     assert {path.split("/")[1] for path in seen} == (set(experiments.DATASETS) if scale == "full" else {"cifar10"})
 
 
-@pytest.mark.parametrize("scale", TAKEN)
+@pytest.mark.parametrize("scale", experiments.SCALES)
 def test_every_training_is_one_that_the_command_line_takes(scale: str) -> None:
     for training in trainings_of(names_at(scale), scale, seeds=1):
         config = runner.configuration(training, Path("runs"), "digits", "cpu", 1)
@@ -174,6 +169,11 @@ def test_done_cut_off_and_new_trainings_are_told_apart(tmp_path: Path) -> None:
     pretend(trainings[0], tmp_path, out="elsewhere", cache="x", threads=7)
     pretend(trainings[1], tmp_path, finished=False)
     pretend(trainings[2], tmp_path, start_from="moved/dense")
+    assert states(trainings, tmp_path) == ["done", "resume", "done"]
+    # a run from before an option came was as if its default had been given
+    path = tmp_path / trainings[2].path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in ("exclude", "fuse")}))
     assert states(trainings, tmp_path) == ["done", "resume", "done"]
 
 
@@ -404,51 +404,6 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path, words: list[str], says: 
 
 
 # -- the trained networks ----------------------------------------------------------------------------------------------
-
-
-class HandMade(nn.Module):
-    """A residual network of five layers whose FLOPs fit on the back of an envelope: 4 x 4 pixels all the way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 1, bias=False)
-        self.a = nn.Conv2d(8, 6, 3, padding=1, bias=False)
-        self.b = nn.Conv2d(6, 8, 3, padding=1, bias=False)
-        self.last = nn.Conv2d(8, 4, 1, bias=False)
-        self.fc = nn.Linear(4, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.stem(x))
-        x = torch.relu(x + self.b(torch.relu(self.a(x))))
-        return self.fc(torch.relu(self.last(x)).mean((2, 3)))
-
-
-def test_gating_flops_of_a_hand_made_network() -> None:
-    torch.manual_seed(0)
-    model, example = HandMade(), (torch.zeros(1, 3, 4, 4),)
-    dense = count_flops(model, example)
-    pixels = 2 * 4 * 4
-    by_hand = {"stem": 3 * 8, "a": 8 * 6 * 9, "b": 6 * 8 * 9, "last": 8 * 4}
-    assert dense.inference == pixels * sum(by_hand.values()) + 2 * 4 * 5
-    assert gating_flops(model, example, 1e-4) == dense
-    with torch.no_grad():
-        model.stem.weight[:, 0] = 0  # an input of the network: nobody gates that
-        model.stem.weight[5:] = 0  # 5 of 8 outputs live
-        model.a.weight[:, 6:] = 1e-5  # 6 of 8 inputs live
-        model.a.weight[4:] = 0  # 4 of 6 outputs live
-        model.b.weight[:, 3:] = 0  # 3 of 6 inputs live
-        model.b.weight[7:] = 0  # 7 of 8 outputs live
-        model.fc.weight[:2] = 0  # an output of the network
-    gated = {"stem": 3 * 5, "a": 6 * 4 * 9, "b": 3 * 7 * 9, "last": 8 * 4}
-    found = gating_flops(model, example, 1e-4)
-    assert found.inference == pixels * sum(gated.values()) + 2 * 4 * 5
-    saved = {name: pixels * (by_hand[name] - gated[name]) for name in gated}
-    assert found.training == dense.training - 2 * saved["stem"] - 3 * (saved["a"] + saved["b"])
-    assert gating_flops(model, example, 1e-6).inference > found.inference  # 1e-5 is live there
-    # the paper's: gates where the branch leaves the sum and where it comes back; inside union keeps 4 channels
-    ends = {"stem": 3 * 8, "a": 6 * 4 * 9, "b": 4 * 7 * 9, "last": 8 * 4}
-    at_ends = gating_flops(model, example, 1e-4, where=BRANCH_ENDS)
-    assert at_ends.inference == pixels * sum(ends.values()) + 2 * 4 * 5
 
 
 @pytest.fixture(scope="module")

@@ -123,12 +123,6 @@ def test_the_small_scale_follows_the_linear_rule() -> None:
     assert experiments.SMALL["lr"] == 0.1 * experiments.SMALL["batch"] / 128
 
 
-def test_an_option_that_is_lacking_is_one_sentence(tmp_path: Path) -> None:
-    training = Training("medium", "cifar10", "resnet20", "target", None, 0, options={"no_such_option": 1})
-    with pytest.raises(InputError, match="needs --no-such-option, which this version"):
-        runner.configuration(training, tmp_path, "digits")
-
-
 # -- committed runs ----------------------------------------------------------------------------------------------------
 
 

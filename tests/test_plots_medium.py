@@ -16,7 +16,7 @@ import matplotlib
 from plots import __main__ as command
 from plots import common, fig2, fig4, fig6, fig8, fig10, fig11
 
-AIMS = {
+AIMS: dict[str, tuple[str, float | str, float | str]] = {
     "PruneTrain, ratio 0.25": ("prunetrain", 0.25, ""),
     "PruneTrain, to 50 %": ("target", "", 0.5),
     "proximal, ratio 0.25": ("proximal", 0.25, ""),

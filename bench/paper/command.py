@@ -2,8 +2,10 @@
 
 import argparse
 import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bench.paper import runner
 from bench.paper.experiments import EXPERIMENTS, MEDIUM_SEEDS, SCALES, Training, names_at, trainings_of
@@ -54,6 +56,19 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--only", default="", metavar="TEXT", help="train only what has this in its folder's name")
     add("--dry-run", action="store_true", help="say what would be trained, with the commands, and stop")
     add("--tabulate", action="store_true", help="train nothing; write the tables of what is finished")
+    _add_committed(add)
+    add("--overwrite", action="store_true", help="train anew where a folder holds a run with other options")
+    add(
+        "--train-options",
+        default="",
+        metavar="TEXT",
+        help="further options of `prunetrain train` for every training, which win over the experiment's own, such as "
+        "--train-options='--amp fp16 --fuse'",
+    )
+
+
+def _add_committed(add: Callable[..., Any]) -> None:
+    """Options about committed runs."""
     add(
         "--adopt",
         type=Path,
@@ -70,14 +85,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "append to OUT/medium/steps.csv, and write the tables",
     )
     add("--even-if-busy", action="store_true", help="let --time-steps measure on a machine that does other work")
-    add("--overwrite", action="store_true", help="train anew where a folder holds a run with other options")
-    add(
-        "--train-options",
-        default="",
-        metavar="TEXT",
-        help="further options of `prunetrain train` for every training, which win over the experiment's own, such as "
-        "--train-options='--amp fp16 --fuse'",
-    )
 
 
 def _paper(options: argparse.Namespace) -> int:

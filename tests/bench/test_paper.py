@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from bench.paper import add_command, experiments, numbers, results, runner, tables
 from bench.paper.experiments import EXPERIMENTS, Training, names_at, trainings_of

@@ -1,4 +1,4 @@
-"""FLOPs under channel gating, everywhere and at branch ends, of a network whose FLOPs fit on the back of an envelope."""
+"""FLOPs under channel gating, everywhere and at branch ends, of a network small enough for the back of an envelope."""
 
 import torch
 from torch import nn

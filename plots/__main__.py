@@ -16,6 +16,10 @@ FIGURES: dict[str, ModuleType] = {
 }  # fmt: skip
 
 
+# drawn of the medium scale where it has them, and of the small one, which proves plumbing only, where not
+MEDIUM_FIRST = ("fig2", "fig4", "fig6", "fig8", "fig10", "fig11")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draws figures; returns the exit code: 0, or 2 where an input cannot be used."""
     options = _parser().parse_args(arguments)
@@ -70,6 +74,8 @@ def draw_all(names: Sequence[str], results: Path, out: Path) -> int:
         for name in names:
             module = FIGURES[name]
             found = [folder for folder in folders if any((folder / file).exists() for file in module.FILES)]
+            if name in MEDIUM_FIRST and results / "paper" / "medium" in found:
+                found = [folder for folder in found if folder != results / "paper" / "small"]
             if not found:
                 print(f"{name:<11}skipped: no {' or '.join(module.FILES)} in a folder of {results}")
             for folder in found:

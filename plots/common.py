@@ -31,9 +31,14 @@ PAPER_LINE: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 2)), "linewidt
 # what every table of a paper run begins with (bench/paper); `ratio` is the penalty ratio, empty for a dense run
 RUN_TEXTS = ("scale", "run", "network", "dataset", "method", "seed", "device", "date")
 RUN_NUMBERS = ("ratio", "epochs")
+RUN_OPTIONAL = ("target",)  # share of the inference FLOPs that lambda is steered to; tables from before it lack it
+# by their order in figures; what a run with a target aims at is told beside its method
 METHODS = {
     "dense": "dense",
     "prunetrain": "PruneTrain",
+    "target": "PruneTrain",
+    "proximal": "proximal",
+    "proximal-target": "proximal",
     "once": "reconfigured once",
     "ssl": "SSL",
     "adjusted": "PruneTrain, batch grown",
@@ -172,25 +177,67 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
 
 
-def ratio_label(ratio: float) -> str:
-    return "dense" if math.isnan(ratio) else f"ratio {ratio:g}"
+def aim(ratio: float, target: float) -> str:
+    """What sets how much a run prunes: its penalty ratio, or the share of the inference FLOPs to end with."""
+    if not math.isnan(target):
+        return f"to {percent(target)}"
+    return "" if math.isnan(ratio) else f"ratio {ratio:g}"
+
+
+def with_series(rows: "pd.DataFrame") -> "tuple[pd.DataFrame, list[str]]":
+    """The rows with a column `series`, which names method and aim, and the series in the order of figures.
+
+    The method is left out where all pruned rows have the same. One that reconfigures once belongs to PruneTrain's.
+    """
+    methods = rows["method"].replace("once", "prunetrain")
+    shown = methods.map(lambda method: METHODS.get(method, method))
+    several = shown[methods != "dense"].nunique() > 1
+    targets = rows["target"]
+    labels = []
+    for method, name, ratio, target in zip(methods, shown, rows["ratio"], targets, strict=True):
+        aims = aim(ratio, target)
+        labels.append(", ".join(filter(None, (name, aims))) if several or method == "dense" or not aims else aims)
+    rows = rows.assign(series=labels)
+    rank = {method: position for position, method in enumerate(METHODS)}
+    keys = {
+        label: (rank.get(method, len(rank)), 0 if math.isnan(ratio) else ratio, 0 if math.isnan(target) else target)
+        for label, method, ratio, target in zip(labels, methods, rows["ratio"], targets, strict=True)
+    }
+    return rows, sorted(keys, key=lambda label: keys[label])
+
+
+def ticks_of_series(ax: "Axes", series: Sequence[str]) -> None:
+    """Names series below the bars of an axis; penalty ratios alone as numbers."""
+    ratios = [label.removeprefix("ratio ") for label in series]
+    if all(label.startswith("ratio ") for label in series):
+        ax.set_xticks(range(len(series)), ratios)
+        ax.set_xlabel("penalty ratio")
+        return
+    ax.set_xticks(range(len(series)), [label.replace(", ", "\n") for label in series], fontsize=5.5)
+    ax.set_xlabel("method and aim")
 
 
 def run_labels(rows: "pd.DataFrame") -> dict[str, str]:
     """A label per run that names what tells it from the others; the folder's name where that does not suffice."""
     runs = rows.drop_duplicates("run").set_index("run")
-    varied = [name for name in ("network", "dataset", "method", "ratio", "seed") if runs[name].nunique() > 1]
+    runs["method"] = runs["method"].map(lambda method: METHODS.get(method, method))
+    if "target" not in runs:
+        runs["target"] = math.nan
+    varied = [name for name in ("network", "dataset", "method", "seed") if runs[name].nunique() > 1]
+    if runs[["ratio", "target"]].drop_duplicates().shape[0] > 1:
+        varied.insert(len(varied) - ("seed" in varied), "aim")
     forms: Mapping[str, Any] = {
         "network": network_name,
         "dataset": dataset_name,
-        "method": lambda method: METHODS.get(method, method),
-        "ratio": lambda ratio: "" if math.isnan(ratio) else f"ratio {ratio:g}",
+        "method": str,
         "seed": lambda seed: f"seed {seed}",
     }
     labels = {}
     for run, row in runs.iterrows():
-        parts = [forms[name](row[name]) for name in varied or ("ratio",)]
-        labels[str(run)] = ", ".join(part for part in parts if part) or METHODS.get(row["method"], row["method"])
+        parts = [
+            aim(row["ratio"], row["target"]) if name == "aim" else forms[name](row[name]) for name in varied or ("aim",)
+        ]
+        labels[str(run)] = ", ".join(part for part in parts if part) or row["method"]
     return labels if len(set(labels.values())) == len(labels) else {run: run for run in labels}
 
 
@@ -331,12 +378,15 @@ def provenance(rows: "pd.DataFrame", verb: str = "Measured") -> str:
 
 
 def training_note(rows: "pd.DataFrame") -> str:
-    """Where and when runs were trained, and what a small scale is."""
+    """Where and when runs were trained, and what a small or medium scale is."""
     epochs = sorted({int(value) for value in rows["epochs"].dropna()})
     length = f" ({listed([str(value) for value in epochs])} epochs)" if epochs else ""
-    small = "small" in set(rows["scale"])
-    scale = f" Small scale{length}: a subset of the data, not the paper's setting; its values are not the paper's."
-    return provenance(rows, "Trained") + (scale if small else f" Full scale{length}.")
+    notes = {
+        "small": f" Small scale{length}: plumbing only, on a subset of the data; its values are not the paper's.",
+        "medium": f" Medium scale{length}: the paper's batch, learning rate and threshold; the paper has 182 epochs.",
+    }
+    scale = next((note for name, note in notes.items() if name in set(rows["scale"])), f" Full scale{length}.")
+    return provenance(rows, "Trained") + scale
 
 
 def measuring_note(rows: "pd.DataFrame") -> str:

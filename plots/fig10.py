@@ -13,7 +13,7 @@ FILES = ("fig10.csv",)
 
 def figures(folder: Path) -> list[common.Drawing]:
     numbers = (*common.RUN_NUMBERS, "interval", "accuracy", "inference_mflops", "inference_flops_ratio")
-    rows = common.read(folder / FILES[0], common.RUN_TEXTS, numbers)
+    rows = common.read(folder / FILES[0], common.RUN_TEXTS, numbers, common.RUN_OPTIONAL)
     return [common.Drawing(f"fig10-{folder.name}", draw(rows))]
 
 
@@ -59,7 +59,7 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     ]
     if (rows["method"] == "dense").any():
         handles.append(Line2D([], [], color="black", marker="^", markersize=7, linestyle="", label="dense"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=4)
+    figure.legend(handles=handles, loc="outside upper left", ncols=4 if len(subjects) > 1 else 3)
     ratios = common.listed([f"{ratio:g}" for ratio in sorted(pruned["ratio"].dropna().unique())])
     return common.finish(
         figure,

@@ -15,7 +15,7 @@ PANELS = (("bytes_per_iteration_ratio", "per iteration"), ("bytes_per_epoch_rati
 
 def figures(folder: Path) -> list[common.Drawing]:
     numbers = (*common.RUN_NUMBERS, "epoch", "gpus", *(column for column, _ in PANELS), "average_saving")
-    rows = common.read(folder / FILES[0], common.RUN_TEXTS, numbers)
+    rows = common.read(folder / FILES[0], common.RUN_TEXTS, numbers, common.RUN_OPTIONAL)
     return [common.Drawing(f"fig11-{folder.name}", draw(rows))]
 
 

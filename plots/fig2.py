@@ -16,8 +16,11 @@ PHASE_NAMES = ("first third of epochs", "second", "last")
 
 def figures(folder: Path) -> list[common.Drawing]:
     rows = common.read(
-        folder / FILES[0], (*common.RUN_TEXTS, "panel", "label"), (*common.RUN_NUMBERS, "x", "y")
-    )  # fmt: skip
+        folder / FILES[0],
+        (*common.RUN_TEXTS, "panel", "label"),
+        (*common.RUN_NUMBERS, "x", "y"),
+        common.RUN_OPTIONAL,
+    )
     return [common.Drawing(f"fig2-{folder.name}", draw(rows))]
 
 
@@ -35,24 +38,27 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     if rows.empty:
         return None
     subjects = list(rows[["network", "dataset"]].drop_duplicates().itertuples(index=False))
-    looks = common.looks(sorted(rows["ratio"].unique(), key=str))
+    rows, series = common.with_series(rows)
+    looks = common.looks(series)
     figure = common.new_figure(2.35 * len(subjects) + 0.45)
     grid = figure.subplots(len(subjects), 3, squeeze=False)
     for axes, (network, dataset) in zip(grid, subjects, strict=True):
         own = rows[(rows["network"] == network) & (rows["dataset"] == dataset)]
         _draw_flops(axes[0], own[own["panel"] == "a"], looks)
-        _draw_phases(axes[1], own[own["panel"] == "b"])
+        _draw_phases(axes[1], own[own["panel"] == "b"], series)
         _draw_once(axes[2], own[own["panel"] == "c"], looks)
         if len(subjects) > 1:
             axes[0].set_title(f"(a) {common.network_name(network)}, {common.dataset_name(dataset)}")
-    lines = [Line2D([], [], **common.line_look(look), label=common.ratio_label(r)) for r, look in looks.items()]
+    lines = [Line2D([], [], **common.line_look(look), label=label) for label, look in looks.items()]
     phases = [
         Patch(facecolor=colour, edgecolor=common.GREY, linewidth=0.5, label=f"(b) {name}")
         for colour, name in zip(PHASES, _phase_names(rows), strict=True)
     ]
     run = [Line2D([], [], color=common.GREY, marker="o", linestyle="", markerfacecolor="white", label="(c) really run")]
     some_run = bool(((rows["panel"] == "c") & (rows["label"] == "run")).any())
-    handles = lines + phases + run * some_run
+    # in the legend, not on the panel: wherever it stood there, some curve would run through it
+    quoted = [Line2D([], [], **common.PAPER_LINE, label="paper, section 3: above 1.25")]
+    handles = lines + phases + run * some_run + quoted
     figure.legend(handles=handles, loc="outside upper left", ncols=4, handlelength=2.6)
     c = rows[(rows["panel"] == "c") & (rows["label"] != "run")]
     best = c.groupby("run")["y"].min()
@@ -80,15 +86,16 @@ def _range(low: float, high: float) -> str:
 def _draw_flops(ax: "Axes", rows: "pd.DataFrame", looks: dict[Any, Any]) -> None:
     for _, run in rows.groupby("run", sort=False):
         run = run.sort_values("x")
-        ax.plot(run["x"], 100 * run["y"], drawstyle="steps-pre", **common.line_look(looks[run["ratio"].iloc[0]]))
+        ax.plot(run["x"], 100 * run["y"], drawstyle="steps-pre", **common.line_look(looks[run["series"].iloc[0]]))
     ax.set(title="(a) FLOPs over training", xlabel="epoch", ylabel="FLOPs per image, % of dense")
     ax.set_ylim(0, max(105, 105 * rows["y"].max() if len(rows) else 0))
     ax.grid(axis="y")
     common.whole_epochs(ax)
 
 
-def _draw_phases(ax: "Axes", rows: "pd.DataFrame") -> None:
-    shares = 100 * rows.pivot_table(index="ratio", columns="x", values="y", aggfunc="mean").sort_index()
+def _draw_phases(ax: "Axes", rows: "pd.DataFrame", series: list[str]) -> None:
+    shares = 100 * rows.pivot_table(index="series", columns="x", values="y", aggfunc="mean")
+    shares = shares.reindex([label for label in series if label in shares.index])
     below = shares.iloc[:, 0] * 0 if shares.shape[1] else None
     for phase, colour, ink in zip((1, 2, 3), PHASES, ("white", "black", "black"), strict=True):
         if phase not in shares:
@@ -100,21 +107,21 @@ def _draw_phases(ax: "Axes", rows: "pd.DataFrame") -> None:
             bars, [f"{v:.0f}" if v >= 8 else "" for v in shares[phase]], label_type="center", color=ink, fontsize=7
         )
         below = below + shares[phase].fillna(0)
-    ax.set_xticks(range(len(shares)), [f"{ratio:g}" for ratio in shares.index])
-    ax.set(title="(b) when it is pruned", xlabel="penalty ratio", ylabel="% of all pruned FLOPs")
+    common.ticks_of_series(ax, list(shares.index))
+    ax.set(title="(b) when it is pruned", ylabel="% of all pruned FLOPs")
     ax.grid(axis="y")
 
 
 def _draw_once(ax: "Axes", rows: "pd.DataFrame", looks: dict[Any, Any]) -> None:
-    for ratio, of_ratio in rows.groupby("ratio"):
-        look = looks[ratio]
-        for _, run in of_ratio[of_ratio["label"] != "run"].groupby("run", sort=False):
+    for label, own in rows.groupby("series"):
+        look = looks[label]
+        for _, run in own[own["label"] != "run"].groupby("run", sort=False):
             run = run.sort_values("x")
             ax.plot(run["x"], run["y"], **common.line_look(look))
-        really = of_ratio[of_ratio["label"] == "run"]
+        really = own[own["label"] == "run"]
         ax.plot(really["x"], really["y"], "o", color=look["color"], markerfacecolor="white", markersize=4.5, zorder=4)
     ax.axhline(1, color="black", linewidth=0.7)
-    common.paper_level(ax, paper.ONCE_OVERHEAD, "paper, section 3: above 1.25", above=False)
+    ax.axhline(paper.ONCE_OVERHEAD, **common.PAPER_LINE)
     ax.set(title="(c) reconfigured once", xlabel="epoch of the reconfiguration", ylabel="FLOPs, × PruneTrain's")
     low = rows["y"].min() if len(rows) else 1
     ax.set_ylim(min(0.95, low - 0.05), max(1.4, 1.05 * rows["y"].max() if len(rows) else 0))

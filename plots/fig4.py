@@ -20,7 +20,7 @@ def figures(folder: Path) -> list[common.Drawing]:
         folder / FILES[0],
         (*common.RUN_TEXTS, "layer"),
         (*common.RUN_NUMBERS, "epoch", "channel", "max_abs"),
-        ("threshold",),
+        ("threshold", *common.RUN_OPTIONAL),
     )
     return [common.Drawing(f"fig4-{folder.name}", draw(rows))]
 

@@ -1,7 +1,11 @@
-"""Fig. 6: FLOPs that channel union needs above channel gating, by pruning strength (section 4.2)."""
+"""Fig. 6: FLOPs that channel union needs above channel gating, by pruning strength (section 4.2).
+
+The paper's gating is at the ends of residual branches; ours, of every convolution, stands beside it. Tables from before
+the former was counted have the latter only.
+"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plots import common, paper
 
@@ -10,92 +14,122 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILES = ("fig6.csv",)
-POLICIES = {"gating": "#E69F00", "union": "#0072B2"}  # light and dark in grey print
+ENDS, EVERYWHERE = "gating at branch ends", "gating"  # policies in the table (bench/paper/results.py)
+# light, dark and paler in grey print; in the order of the bars
+POLICIES = {ENDS: "#E69F00", "union": "#0072B2", EVERYWHERE: "#F7DDA4"}
+NAMES = {
+    ENDS: "channel gating at branch ends, as in the paper",
+    "union": "channel union",
+    EVERYWHERE: "channel gating everywhere",
+}
+BAND = "#E3E3E3"
 PANELS = {"inference_flops_ratio": "inference", "train_flops_ratio_final": "training, at the end"}
 
 
 def figures(folder: Path) -> list[common.Drawing]:
-    rows = common.read(folder / FILES[0], (*common.RUN_TEXTS, "policy"), (*common.RUN_NUMBERS, *PANELS))
+    numbers = (*common.RUN_NUMBERS, *PANELS)
+    rows = common.read(folder / FILES[0], (*common.RUN_TEXTS, "policy"), numbers, common.RUN_OPTIONAL)
     return [common.Drawing(f"fig6-{folder.name}", draw(rows))]
 
 
 def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
-    """Bars of both policies by ratio, and their difference below; a column of panels per network.
+    """Bars of the policies by pruning strength, and what union needs more below; a column of panels per network.
 
-    rows: columns of a run, and policy (union, gating), inference_flops_ratio and train_flops_ratio_final (of dense).
+    rows: columns of a run, and policy (of POLICIES), inference_flops_ratio and train_flops_ratio_final (of dense).
     """
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    rows = rows[rows["policy"].isin(POLICIES)].dropna(subset=["ratio", "inference_flops_ratio"])
+    rows = rows[rows["policy"].isin(POLICIES) & (rows["method"] != "dense")].dropna(subset=["inference_flops_ratio"])
     if rows.empty:
         return None
+    rows, series = common.with_series(rows)
+    there = [policy for policy in POLICIES if policy in set(rows["policy"])]
     subjects = list(rows[["network", "dataset"]].drop_duplicates().itertuples(index=False))
-    figure = common.new_figure(4.6)
+    figure = common.new_figure(4.8)
     grid = figure.subplots(3, len(subjects), squeeze=False, sharex="col", height_ratios=(3, 3, 2))
-    extras = []
+    extras: dict[str, list[float]] = {ENDS: [], EVERYWHERE: []}
     for axes, (network, dataset) in zip(grid.T, subjects, strict=True):
         own = rows[(rows["network"] == network) & (rows["dataset"] == dataset)]
+        labels = [label for label in series if label in set(own["series"])]
         for ax, (column, name) in zip(axes, PANELS.items(), strict=False):
-            _draw_bars(ax, own, column)
+            _draw_bars(ax, _by_policy(own, column, labels), there)
             ax.set_ylabel(f"{name},\nFLOPs, % of dense" if ax in grid[:, 0] else "")
-        extra = _difference(own, "inference_flops_ratio")
-        extras += list(extra)
+        extra = {policy: _extra(own, policy, labels) for policy in extras if policy in there}
+        for policy, values in extra.items():
+            extras[policy] += [value for value in values if value == value]
         _draw_difference(axes[2], extra)
         axes[0].set_title(f"{common.network_name(network)}, {common.dataset_name(dataset)}")
-        axes[2].set_xticks(range(len(extra)), [f"{ratio:g}" for ratio in extra.index])
-        axes[2].set_xlabel("penalty ratio")
-    top = max(100 * extra for extra in (*extras, paper.UNION_EXTRA[1]))
+        common.ticks_of_series(axes[2], labels)
+    every = [100 * value for values in extras.values() for value in values]
     for ax in grid[2]:
-        ax.set_ylim(min(0, 110 * min(extras)), 1.25 * top)
+        ax.set_ylim(min(0, 1.1 * min(every, default=0)), 1.25 * max(*every, 100 * paper.UNION_EXTRA[1]))
     grid[2, 0].set_ylabel("union − gating,\npoints")
-    handles = [Patch(facecolor=c, label=f"channel {p}") for p, c in POLICIES.items()]
+    handles: list[Any] = [Patch(facecolor=POLICIES[policy], label=NAMES[policy]) for policy in there]
+    handles += [
+        Line2D([], [], **LINES[policy], label=f"union − {policy}{' everywhere' * (policy == EVERYWHERE)}")
+        for policy, values in extras.items()
+        if values
+    ]
+    handles.append(Patch(facecolor=BAND, label="paper, section 4.2: 1–6 %"))
     figure.legend(handles=handles, loc="outside upper left", ncols=2)
-    found = f"{100 * min(extras):.1f} to {100 * max(extras):.1f} points"
     return common.finish(
         figure,
-        f"FLOPs left under channel gating and channel union, {common.subject(rows)}, as the paper's Fig. 6. Gating is "
-        "computed from the same final weights: each layer's own live channels. Below: inference FLOPs that union needs "
-        f"above gating, {found} of dense here; the paper finds 1 to 6 % (section 4.2, grey band, read as points of the "
-        f"normalised FLOPs). {common.training_note(rows)}",
+        f"FLOPs left under channel union and channel gating, {common.subject(rows)}, as the paper's Fig. 6. Gating is "
+        "computed from the same final weights, each layer's own live channels: at branch ends the first convolution of "
+        "a residual path selects its inputs and the last one places its outputs, as in the paper; everywhere, the "
+        f"convolutions inside a path do so too. Below: inference FLOPs that union needs more, {_found(extras)}; the "
+        "paper finds 1 to 6 % (section 4.2, grey band, read as points of the normalised FLOPs). "
+        f"{common.training_note(rows)}",
     )
 
 
-def _by_policy(rows: "pd.DataFrame", column: str) -> "pd.DataFrame":
-    """[ratio, policy], the mean over seeds."""
-    return rows.pivot_table(index="ratio", columns="policy", values=column, aggfunc="mean").sort_index()
+LINES: dict[str, dict[str, Any]] = {
+    ENDS: {"color": "black", "marker": "o", "markersize": 4, "linewidth": 1},
+    EVERYWHERE: {"color": common.GREY, "marker": "s", "markersize": 3.5, "linewidth": 1, "linestyle": (0, (3, 1.5)),
+                 "markerfacecolor": "white"},
+}  # fmt: skip
 
 
-def _difference(rows: "pd.DataFrame", column: str) -> "pd.Series[float]":
-    shares = _by_policy(rows, column).reindex(columns=list(POLICIES))
-    return (shares["union"] - shares["gating"]).dropna()
+def _found(extras: dict[str, list[float]]) -> str:
+    texts = []
+    for policy, where in ((ENDS, "at branch ends"), (EVERYWHERE, "everywhere")):
+        values = extras[policy]
+        texts.append(
+            f"{100 * min(values):.1f} to {100 * max(values):.1f} points of dense against gating {where}"
+            if values
+            else f"not counted {where}"
+        )
+    return "; ".join(texts)
 
 
-def _draw_bars(ax: "Axes", rows: "pd.DataFrame", column: str) -> None:
-    shares = 100 * _by_policy(rows, column)
-    for offset, (policy, colour) in zip((-0.2, 0.2), POLICIES.items(), strict=True):
+def _by_policy(rows: "pd.DataFrame", column: str, series: list[str]) -> "pd.DataFrame":
+    """[series, policy], the mean over seeds."""
+    return rows.pivot_table(index="series", columns="policy", values=column, aggfunc="mean").reindex(series)
+
+
+def _extra(rows: "pd.DataFrame", policy: str, series: list[str]) -> list[float]:
+    """What union needs more than a policy, of dense, by series; NaN where either is missing."""
+    shares = _by_policy(rows, "inference_flops_ratio", series).reindex(columns=list(POLICIES))
+    return [float(value) for value in shares["union"] - shares[policy]]
+
+
+def _draw_bars(ax: "Axes", shares: "pd.DataFrame", policies: list[str]) -> None:
+    width = 0.8 / len(policies)
+    for position, policy in enumerate(policies):
         if policy in shares:
-            places = [place + offset for place in range(len(shares))]
-            bars = ax.bar(places, shares[policy], 0.38, color=colour)
-            ax.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
-    ax.set_ylim(0, max(100, 1.1 * float(shares.max().max()) if len(shares) else 0))
+            places = [place + (position - (len(policies) - 1) / 2) * width for place in range(len(shares))]
+            bars = ax.bar(places, 100 * shares[policy], 0.95 * width, color=POLICIES[policy])
+            labels = [f"{100 * value:.0f}" if value == value else "" for value in shares[policy]]
+            ax.bar_label(bars, labels, fontsize=6 if len(policies) > 2 else 7, padding=1)
+    ax.set_ylim(0, max(100, 110 * float(shares.max().max()) if len(shares) else 0))
     ax.grid(axis="y")
 
 
-def _draw_difference(ax: "Axes", extra: "pd.Series[float]") -> None:
+def _draw_difference(ax: "Axes", extra: dict[str, list[float]]) -> None:
     low, high = (100 * share for share in paper.UNION_EXTRA)
-    ax.axhspan(low, high, color="#E3E3E3", zorder=0)
-    ax.annotate(
-        "paper, section 4.2: 1–6 %",
-        (0.99, high),
-        xycoords=ax.get_yaxis_transform(),
-        xytext=(0, -2),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=6.5,
-        color=common.GREY,
-        path_effects=common.halo(),
-    )
-    ax.plot(range(len(extra)), 100 * extra, "ko-", markersize=4, linewidth=1)
+    ax.axhspan(low, high, color=BAND, zorder=0)
+    for policy, values in extra.items():
+        ax.plot(range(len(values)), [100 * value for value in values], **LINES[policy])
     ax.axhline(0, color="black", linewidth=0.7)
     ax.grid(axis="y")

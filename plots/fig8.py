@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILES = ("fig8.csv",)
-METHODS = {"prunetrain": "PruneTrain", "ssl": "SSL", "dense": "dense"}
+METHODS = {
+    "prunetrain": "PruneTrain", "target": "PruneTrain, to a target", "proximal": "proximal",
+    "proximal-target": "proximal, to a target", "ssl": "SSL", "dense": "dense",
+}  # fmt: skip
 PANELS = (
     ("inference_mflops", "inference, MFLOPs per image"),
     ("train_tflops", "whole training, TFLOPs"),
@@ -24,7 +27,7 @@ def figures(folder: Path) -> list[common.Drawing]:
         *common.RUN_NUMBERS, "accuracy", "inference_mflops", "train_tflops", "train_flops_ratio", "bn_gb",
         "bn_bytes_ratio",
     )  # fmt: skip
-    rows = common.read(folder / FILES[0], common.RUN_TEXTS, numbers)
+    rows = common.read(folder / FILES[0], common.RUN_TEXTS, numbers, common.RUN_OPTIONAL)
     return [common.Drawing(f"fig8-{folder.name}", draw(rows))]
 
 
@@ -62,15 +65,16 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     ]
     handles += [
         Line2D([], [], color="black", marker=MARKS[method]["marker"], linestyle=MARKS[method]["linestyle"],
-               markerfacecolor="white" if method == "ssl" else "black", markersize=5, linewidth=1, label=name)
+               markerfacecolor="white" if method in HOLLOW else "black", markersize=5, linewidth=1, label=name)
         for method, name in METHODS.items() if method in set(rows["method"])
     ]  # fmt: skip
     if marked:
         handles.append(Line2D([], [], **PAPER_MARK, label="paper, Tab. 1"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=6, handlelength=2.2, columnspacing=1.2)
+    columns = 6 if len(handles) <= 6 else 4
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.2)
     return common.finish(
         figure,
-        f"Accuracy against cost by penalty ratio, {common.subject(rows)}, as the paper's Fig. 8; "
+        f"Accuracy against cost by pruning strength, {common.subject(rows)}, as the paper's Fig. 8; "
         f"{_ratios(rows)}; triangles are the dense networks. SSL starts from the trained dense network: its training "
         f"costs more than dense training, and is not shown.{_seeds(rows)}{_ends(rows)} {_paper_says(rows, marked)}"
         f"{common.training_note(rows)}",
@@ -79,9 +83,13 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
 
 MARKS: dict[str, dict[str, Any]] = {
     "prunetrain": {"marker": "o", "linestyle": "-"},
+    "target": {"marker": "P", "linestyle": (0, (1, 1))},
+    "proximal": {"marker": "v", "linestyle": "-"},
+    "proximal-target": {"marker": "X", "linestyle": (0, (1, 1))},
     "ssl": {"marker": "s", "linestyle": (0, (3, 1.5))},
     "dense": {"marker": "^", "linestyle": ""},
 }
+HOLLOW = ("ssl", "proximal", "proximal-target")
 PAPER_MARK: dict[str, Any] = {
     "color": common.GREY, "marker": "D", "linestyle": "", "markerfacecolor": "none", "markersize": 6,
 }  # fmt: skip
@@ -92,7 +100,7 @@ def _draw_network(ax: "Axes", rows: "pd.DataFrame", column: str, look: dict[str,
         own = rows[rows["method"] == method].dropna(subset=[column])
         if own.empty or (method == "ssl" and column != "inference_mflops"):
             continue
-        means = own.groupby("ratio", dropna=False)[[column, "accuracy"]].mean().sort_index()
+        means = own.groupby(["ratio", "target"], dropna=False)[[column, "accuracy"]].mean().sort_index()
         if len(own) > len(means):  # several seeds: each beside their mean
             ax.plot(own[column], own["accuracy"], ".", color=look["color"], markersize=3, alpha=0.6)
         ax.plot(
@@ -100,7 +108,7 @@ def _draw_network(ax: "Axes", rows: "pd.DataFrame", column: str, look: dict[str,
             means["accuracy"],
             color=look["color"],
             markersize=7 if method == "dense" else 4.5,
-            markerfacecolor="white" if method == "ssl" else look["color"],
+            markerfacecolor="white" if method in HOLLOW else look["color"],
             linewidth=1.2,
             **marks,
         )
@@ -111,7 +119,7 @@ def _mark_paper(ax: "Axes", rows: "pd.DataFrame", column: str, look: dict[str, A
     dense = rows.loc[rows["method"] == "dense", column].mean()
     key = (str(rows["dataset"].iloc[0]), str(rows["network"].iloc[0])) if len(rows) else ("", "")
     found = paper.outcome(*key)
-    if found is None or math.isnan(dense) or "small" in set(rows["scale"]) or column == "bn_gb":
+    if found is None or math.isnan(dense) or set(rows["scale"]) != {"full"} or column == "bn_gb":
         return False
     share = found.inference_flops if column == "inference_mflops" else found.train_flops
     mark = {**PAPER_MARK, "markeredgecolor": look["color"]}
@@ -121,7 +129,10 @@ def _mark_paper(ax: "Axes", rows: "pd.DataFrame", column: str, look: dict[str, A
 
 def _ratios(rows: "pd.DataFrame") -> str:
     ratios = sorted(rows["ratio"].dropna().unique())
-    return f"ratios {common.listed([f'{ratio:g}' for ratio in ratios])}" if ratios else "no pruned runs yet"
+    targets = [common.percent(target) for target in sorted(rows["target"].dropna().unique())]
+    texts = [f"ratios {common.listed([f'{ratio:g}' for ratio in ratios])}"] if ratios else []
+    texts += [f"targets {common.listed(targets)} of the inference FLOPs"] if targets else []
+    return ", ".join(texts) or "no pruned runs yet"
 
 
 def _seeds(rows: "pd.DataFrame") -> str:
@@ -130,17 +141,24 @@ def _seeds(rows: "pd.DataFrame") -> str:
 
 
 def _ends(rows: "pd.DataFrame") -> str:
-    """The cheapest PruneTrain run of each network, in words."""
+    """The cheapest PruneTrain run of each network, with the proximal step or without, in words."""
     texts = []
-    for (network, dataset), own in rows[rows["method"] == "prunetrain"].groupby(["network", "dataset"], sort=False):
+    ours = rows[rows["method"].isin([name for name in METHODS if name not in ("dense", "ssl")])]
+    for (network, dataset), own in ours.groupby(["network", "dataset"], sort=False):
         row = own.loc[own["train_flops_ratio"].idxmin()] if own["train_flops_ratio"].notna().any() else None
         if row is not None:
             texts.append(
-                f"{common.network_name(network)} on {common.dataset_name(dataset)} at ratio {row['ratio']:g}: training "
+                f"{common.network_name(network)} on {common.dataset_name(dataset)} {_how(row)}: training "
                 f"FLOPs {common.percent(row['train_flops_ratio'])}, BN bytes {common.percent(row['bn_bytes_ratio'])} "
                 f"of dense, accuracy {row['accuracy']:.1f} %"
             )
     return f" Cheapest: {'; '.join(texts)}." if texts else ""
+
+
+def _how(row: Any) -> str:
+    aim = common.aim(row["ratio"], row["target"])
+    proximal = ", proximal" * row["method"].startswith("proximal")
+    return f"{'at ' * aim.startswith('ratio')}{aim}{proximal}"
 
 
 def _paper_says(rows: "pd.DataFrame", marked: bool) -> str:
@@ -148,7 +166,7 @@ def _paper_says(rows: "pd.DataFrame", marked: bool) -> str:
     if marked:
         text += "Paper's points: Tab. 1's shares of FLOPs, of this dense network's; accuracy as in Tab. 1. "
     keys = set(rows[["dataset", "network"]].itertuples(index=False, name=None))
-    if "small" in set(rows["scale"]):
+    if set(rows["scale"]) != {"full"}:
         known = [
             f"{common.network_name(network)}: {common.percent(row.inference_flops)} of the inference FLOPs, "
             f"{common.percent(row.train_flops)} of the training FLOPs, {row.accuracy_delta:+.1f} points"

@@ -1,6 +1,8 @@
 """What a run's last checkpoint says of the network: FLOPs under channel gating, density of channels and weights."""
 
 import copy
+import dataclasses
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -10,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from prunetrain_kernels.cost import Flops, count_flops
+from prunetrain_kernels.cost.convolution import Form
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.files import reason
 from prunetrain_kernels.graph import trace_channels
+from prunetrain_kernels.graph.gating import UNION, Choice
+from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import GatedConv2d
 from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint
@@ -65,8 +71,19 @@ def _image_size(config: dict[str, Any]) -> tuple[int, int]:
     return (int(synthetic[1]), int(synthetic[2])) if synthetic else (CIFAR_SIDE, CIFAR_SIDE)
 
 
+# Where convolutions are gated. The paper gates the ends of residual branches (section 4.2, Fig. 5b and c: the first
+# convolution of a path selects its inputs, the last one scatters its outputs); ours gates every convolution.
+BRANCH_ENDS, EVERYWHERE = "branch ends", "everywhere"
+COUNTS = "gating.json"  # beside a run whose weights are not there: what `gating_counts` said of them
+
+
 def gating_flops(
-    model: nn.Module, example_inputs: tuple[Tensor, ...], threshold: float, relative: bool = False
+    model: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    threshold: float,
+    relative: bool = False,
+    *,
+    where: str = EVERYWHERE,
 ) -> Flops:
     """FLOPs per image of the network that channel gating makes of `model` (design section 4, paper Fig. 6).
 
@@ -78,6 +95,8 @@ def gating_flops(
         model: a network that `trace_channels` can follow, in its shape after the last reconfiguration.
         example_inputs: the model's positional arguments.
         threshold, relative: what sparse is, as for `ChannelGraph.keep`.
+        where: "branch ends": only on the sides of convolutions where residual branches begin and end, as in the paper;
+            "everywhere": also between the convolutions of a branch, and of the first convolution.
 
     Raises:
         TraceError: the model cannot be traced.
@@ -85,11 +104,63 @@ def gating_flops(
     gated = copy.deepcopy(model)
     graph = trace_channels(gated, example_inputs)
     keep = graph.keep(gated, threshold, relative, policy="gating")
+    if where == BRANCH_ENDS:
+        keep = at_branch_ends(keep)
     reconfigure(gated, None, keep, zeroing_tolerance=math.inf)  # FLOPs are all that is asked of it
     for module in gated.modules():
         if isinstance(module, GatedConv2d):
             module.backend = "naive"  # computes nothing but live channels
     return count_flops(gated, example_inputs)
+
+
+def at_branch_ends(keep: Keep) -> Keep:
+    """The same choice with gates only where residual branches begin and end: on the channels that several layers
+    produce, but for the convolution in front of all branches, which stands on none."""
+    graph = keep.graph
+    live, choices = dict(keep.live), dict(keep.choices)
+    for name, choice in keep.choices.items():
+        layer = graph.layers[name]
+        spaces = layer.input, layer.output
+        in_front = graph.spaces[layer.input].is_input
+        ends = [len(graph.spaces[space].producers) > 1 and not in_front for space in spaces]
+        live[name] = (
+            keep.live[name][0] if ends[0] else keep.channels[layer.input],
+            keep.live[name][1] if ends[1] else keep.channels[layer.output],
+        )
+        form = Form(choice.form.gates_input and ends[0], choice.form.gates_output and ends[1], choice.form.backend)
+        choices[name] = Choice(form if form.gated else UNION, {}, choice.reason)
+    return dataclasses.replace(keep, live=live, choices=choices)
+
+
+def gating_counts(run: Run) -> dict[str, dict[str, float]] | None:
+    """{policy: {"inference", "training": FLOPs per image}} of the policies "dense", "union", "branch ends" and
+    "everywhere", from the run's checkpoint, or from `COUNTS` where that was left behind; None without either.
+
+    Raises:
+        InputError: either is damaged, or not the run's.
+    """
+    path = run.directory / COUNTS
+    if not (run.directory / "checkpoint.pt").exists():
+        if not path.exists():
+            return None
+        try:
+            content: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+            return {
+                policy: {what: float(content[policy][what]) for what in ("inference", "training")}
+                for policy in ("dense", "union", BRANCH_ENDS, EVERYWHERE)
+            }
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {reason(error)}.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged; restore it, or adopt the run again.") from error
+    dense, final, example = final_network(run)
+    sparse = run.config["threshold"], run.config.get("relative", False)
+    counted = {
+        "dense": count_flops(dense, example),
+        "union": count_flops(final, example),
+        **{where: gating_flops(final, example, *sparse, where=where) for where in (BRANCH_ENDS, EVERYWHERE)},
+    }
+    return {policy: {"inference": f.inference, "training": f.training} for policy, f in counted.items()}
 
 
 def densities(run: Run) -> list[Density]:

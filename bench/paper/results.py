@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,24 @@ import numpy as np
 
 from bench.paper import numbers
 from bench.paper.experiments import EXPERIMENTS, Experiment, Training, trainings_of
-from bench.paper.networks import densities, final_network, gating_flops
+from bench.paper.networks import BRANCH_ENDS, EVERYWHERE, densities, gating_counts
 from bench.paper.runner import configuration, differences, recorded_options
-from prunetrain_kernels.cost import count_flops, hierarchical_all_reduce_bytes
+from bench.paper.steps import StepTimes, eta
+from prunetrain_kernels.cost import hierarchical_all_reduce_bytes
 from prunetrain_kernels.train.run_log import Run, read_run
 from prunetrain_kernels.train.run_numbers import as_number, column_of, sum_of, summary_value
 
 Row = dict[str, Any]
 
 RUN_COLUMNS = (
-    "experiment", "scale", "run", "network", "dataset", "method", "ratio", "seed", "epochs", "device", "date", "torch",
+    "experiment", "scale", "run", "network", "dataset", "method", "ratio", "target", "seed", "epochs", "device", "date",
+    "torch",
 )  # fmt: skip
 COLUMNS = {
+    "claim": (
+        "accuracy", "accuracy_delta", "train_flops_ratio", "inference_flops_ratio", "dense_step_seconds",
+        "pruned_step_seconds", "step_seconds", "step_time_ratio", "step_flops_ratio", "eta",
+    ),
     "tab1": (
         "accuracy", "accuracy_delta", "train_flops_ratio", "time_ratio", "inference_flops_ratio", "eta",
         "bn_bytes_ratio", "comm_bytes_ratio", "train_seconds", "lasso_seconds", "reconfigure_seconds",
@@ -54,6 +60,9 @@ COLUMNS = {
     "fig11": ("epoch", "gpus", "bytes_per_iteration_ratio", "bytes_per_epoch_ratio", "average_saving"),
     "fig12": ("index", "layer", "channel_density", "weight_density"),
 }  # fmt: skip
+SHOWN_LAYERS = 3  # of Fig. 4
+# of Fig. 6, and what each counts; "gating", of every convolution, has its name from when it was the only one
+POLICIES = {"union": "union", "gating at branch ends": BRANCH_ENDS, "gating": EVERYWHERE}
 GPUS = (16, 32, 64, 128, 256)  # section 5.3
 
 
@@ -83,12 +92,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Found:
-    """The finished trainings of an experiment, and a reason for each that is not there."""
+    """The finished trainings of an experiment, and a reason for each that is not there.
+
+    `steps`: the measured steps of trained shapes, by the training's path.
+    """
 
     experiment: Experiment
     scale: str
     results: list[Result]
     missing: dict[str, str]
+    steps: Mapping[str, StepTimes] = field(default_factory=dict)
 
     def dense(self, result: Result) -> Result | None:
         """The dense run of the same network, data and seed."""
@@ -98,15 +111,28 @@ class Found:
         return next((result for result in self.results if result.training.path == path), None)
 
 
-def collect(name: str, scale: str, seeds: int, runs: Path, extra: str = "") -> Found:
-    """Reads the finished runs of an experiment; `extra` are the options that they were trained with beside its own.
+def collect(
+    name: str,
+    scale: str,
+    seeds: int,
+    runs: Path,
+    extra: str = "",
+    folder_of: Callable[[Training], Path] | None = None,
+    steps: Mapping[str, StepTimes] | None = None,
+) -> Found:
+    """Reads the finished runs of an experiment.
+
+    Args:
+        extra: the options that they were trained with beside its own.
+        folder_of: where each run is; below `runs` if left out.
+        steps: the measured steps of trained shapes, by the training's path.
 
     Raises:
-        InputError: a damaged run.
+        InputError: a damaged run, or an experiment that the scale does not have.
     """
     results, missing = [], {}
     for training in trainings_of([name], scale, seeds):
-        folder = runs / training.path
+        folder = runs / training.path if folder_of is None else folder_of(training)
         recorded = recorded_options(folder)
         if recorded is None:
             missing[training.path] = "not trained"
@@ -122,11 +148,11 @@ def collect(name: str, scale: str, seeds: int, runs: Path, extra: str = "") -> F
             missing[training.path] = "unfinished"
         else:
             run = read_run(folder)
-            results.append(Result(training, run, _date(run)))
-    return Found(EXPERIMENTS[name], scale, results, missing)
+            results.append(Result(training, run, date_of(run)))
+    return Found(EXPERIMENTS[name], scale, results, missing, steps or {})
 
 
-def _date(run: Run) -> str:
+def date_of(run: Run) -> str:
     """YYYY-MM-DD: recorded, else of the last checkpoint, which nothing writes again."""
     for content in (run.summary or {}, run.config):
         if content.get("date"):
@@ -156,6 +182,7 @@ def _run_columns(found: Found, result: Result) -> Row:
         "dataset": training.dataset,
         "method": training.method,
         "ratio": training.ratio,
+        "target": training.target,
         "seed": training.seed,
         "epochs": result.run.config["epochs"],
         "device": result.device,
@@ -186,13 +213,27 @@ def _time_ratio(found: Found, result: Result) -> float:
     return sum(_seconds(result).values()) / sum(_seconds(dense).values())
 
 
-def eta(time_ratio: float, flops_ratio: float) -> float:
-    """Share of the saved FLOPs that became saved time; NaN where none were saved."""
-    return (1 - time_ratio) / (1 - flops_ratio) if flops_ratio < 1 else math.nan
-
-
 def _summary(result: Result, *names: str) -> Row:
     return {name: summary_value(result.run, name) for name in names}
+
+
+def _claim(found: Found, result: Result) -> list[Row]:
+    row = {
+        "accuracy": _accuracy(result),
+        "accuracy_delta": _accuracy_delta(found, result),
+        **_summary(result, "train_flops_ratio", "inference_flops_ratio"),
+    }
+    times = found.steps.get(result.training.path)
+    if times is not None:
+        row |= {
+            "dense_step_seconds": times.dense,
+            "pruned_step_seconds": times.pruned,
+            "step_seconds": times.ours,
+            "step_time_ratio": times.ours / times.dense,
+            "step_flops_ratio": times.flops_ratio,
+            "eta": times.eta,
+        }
+    return [row]
 
 
 def _tab1(found: Found, result: Result) -> list[Row]:
@@ -334,8 +375,11 @@ def _without_suffix(training: Training) -> str:
 def _fig4(found: Found, result: Result) -> list[Row]:
     run = result.run
     rows: list[Row] = []
+    usual = run.config["interval"] if found.scale == "medium" else None  # every epoch would be megabytes
     for layer in path_in_the_middle(run):
         for epoch, sizes in zip(run.slice_epochs.tolist(), run.slices[layer], strict=True):
+            if usual is not None and epoch % usual:
+                continue
             limit = run.config["threshold"]
             if run.config.get("relative"):  # a share of the layer's largest slice
                 limit *= float(np.nan_to_num(sizes).max())
@@ -349,8 +393,11 @@ def _fig4(found: Found, result: Result) -> list[Row]:
 def path_in_the_middle(run: Run) -> list[str]:
     """Three convolutions of one residual path near the middle of the network, of those paths that were not removed.
 
-    A basic block has two; the next block's first is the third then. A network without such blocks has its middle three.
+    A basic block has two; the next block's first is the third then. A network without such blocks has its middle three;
+    a run of which only three layers were kept has these.
     """
+    if len(run.slices) <= SHOWN_LAYERS:
+        return list(run.slices)
     blocks: dict[str, list[str]] = {}
     for layer in run.slices:
         found = re.fullmatch(r"(layer\d+\.\d+)\.conv\d+", layer)
@@ -359,27 +406,26 @@ def path_in_the_middle(run: Run) -> list[str]:
     convolutions = [name for name in run.slices if run.slices[name].shape[1]]
     if not blocks:
         middle = max(0, len(convolutions) // 2 - 1)
-        return convolutions[middle : middle + 3]
+        return convolutions[middle : middle + SHOWN_LAYERS]
     names = list(blocks)
     order = sorted(range(len(names)), key=lambda i: abs(i - len(names) // 2))
     alive = [i for i in order if all(np.isfinite(run.slices[layer][-1]).any() for layer in blocks[names[i]])]
     chosen = (alive or order)[0]
     layers = [layer for name in names[chosen : chosen + 2] for layer in blocks[name]]
-    return layers[:3]
+    return layers[:SHOWN_LAYERS]
 
 
 def _fig6(found: Found, result: Result) -> list[Row]:
-    run = result.run
-    dense, final, example = final_network(run)
-    whole, union = count_flops(dense, example), count_flops(final, example)
-    gating = gating_flops(final, example, run.config["threshold"], run.config.get("relative", False))
+    counts = gating_counts(result.run)
+    if counts is None:
+        return []
     return [
         {
             "policy": policy,
-            "inference_flops_ratio": flops.inference / whole.inference,
-            "train_flops_ratio_final": flops.training / whole.training,
+            "inference_flops_ratio": counts[which]["inference"] / counts["dense"]["inference"],
+            "train_flops_ratio_final": counts[which]["training"] / counts["dense"]["training"],
         }
-        for policy, flops in (("union", union), ("gating", gating))
+        for policy, which in POLICIES.items()
     ]
 
 
@@ -466,8 +512,8 @@ def _fig12(found: Found, result: Result) -> list[Row]:
 
 
 _ROWS: dict[str, Callable[[Found, Result], list[Row]]] = {
-    "tab1": _tab1, "tab3": _tab3, "tab4": _tab4, "fig2": _fig2, "fig4": _fig4, "fig6": _fig6, "fig8": _fig8,
-    "fig9": _fig9, "fig10": _fig10, "fig11": _fig11, "fig12": _fig12,
+    "claim": _claim, "tab1": _tab1, "tab3": _tab3, "tab4": _tab4, "fig2": _fig2, "fig4": _fig4, "fig6": _fig6,
+    "fig8": _fig8, "fig9": _fig9, "fig10": _fig10, "fig11": _fig11, "fig12": _fig12,
 }  # fmt: skip
 
 

@@ -34,7 +34,8 @@ IGNORED = ("out", "cache", "threads", "start_from", "start_from_other_data", "ze
 # A dense run never looks at these.
 PRUNING = (
     "penalty_ratio", "interval", "reconfigure_once", "threshold", "relative", "policy", "round_to", "grow_batch",
-    "batch_granularity", "memory_budget", "batch_limit", "lr_rule", "keep_momentum",
+    "batch_granularity", "memory_budget", "batch_limit", "lr_rule", "keep_momentum", "target_flops",
+    "target_train_flops", "target_by", "exclude", "min_channels",
 )  # fmt: skip
 POLL_SECONDS = 0.5
 LINES_OF_A_FAILURE = 8
@@ -154,7 +155,8 @@ def recorded_options(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"cannot read {folder / 'config.json'}: {reason(error)}.") from error
     except ValueError as error:
         raise InputError(f"{folder / 'config.json'} is damaged; remove that folder or use --overwrite.") from error
-    return {**{f.name: f.default for f in dataclasses.fields(TrainConfig)}, **content}
+    defaults = {f.name: list(v) if isinstance(v := f.default, tuple) else v for f in dataclasses.fields(TrainConfig)}
+    return {**defaults, **content}
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.paper import experiments, numbers
+from bench.paper import experiments, numbers, results
 from bench.paper.networks import CIFAR_SIDE
 from bench.paper.results import GPUS, Found, Result, Row, csv_text, paper_tab4, rows_of
 from bench.paper.runner import IGNORED, PRUNING
@@ -22,6 +22,9 @@ from prunetrain_kernels.train.run_numbers import as_percent
 METHOD_NAMES = {
     "dense": "dense",
     "prunetrain": "PruneTrain",
+    "target": "PruneTrain, to a target",
+    "proximal": "proximal",
+    "proximal-target": "proximal, to a target",
     "once": "reconfigured once",
     "ssl": "SSL",
     "adjusted": "PruneTrain, batch adjusted",
@@ -32,7 +35,7 @@ def _groups(rows: Sequence[Row], *besides: str) -> list[list[Row]]:
     """Rows that differ in their seed only, together."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = tuple(str(row.get(column)) for column in ("dataset", "network", "method", "ratio", *besides))
+        key = tuple(str(row.get(column)) for column in ("dataset", "network", "method", "ratio", "target", *besides))
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 
@@ -64,12 +67,13 @@ def _percent_of_100(value: float) -> str:
 
 def _who(group: Sequence[Row]) -> list[str]:
     row = group[0]
-    ratio = row.get("ratio")
+    ratio, target = row.get("ratio"), row.get("target")
+    aim = "–" if ratio is None else f"{ratio:g}"
     return [
         str(row["dataset"]),
         str(row["network"]),
         METHOD_NAMES.get(row["method"], str(row["method"])),
-        "–" if ratio is None else f"{ratio:g}",
+        aim if target is None else f"to {as_percent(target, 0)}",
     ]
 
 
@@ -85,6 +89,57 @@ def _grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     ]
     rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(rows)
+
+
+def _form_claim(rows: Sequence[Row]) -> str:
+    """A line for each network and method, the paper's own (Tab. 1, full scale) behind those of its networks."""
+    lines = []
+    groups = _groups(rows)
+    for position, group in enumerate(groups):
+        row, who = group[0], _who(group)
+        is_dense = row["method"] == "dense"
+        lines.append(
+            [
+                who[1],
+                who[2],
+                who[3],
+                str(len({r["seed"] for r in group})),
+                _cell(group, "accuracy", _percent_of_100),
+                "" if is_dense else _cell(group, "accuracy_delta", _points),
+                _cell(group, "train_flops_ratio", as_percent),
+                _cell(group, "inference_flops_ratio", as_percent),
+                *["" if is_dense else _cell(group, name, _seconds)
+                  for name in ("dense_step_seconds", "pruned_step_seconds", "step_seconds")],
+                "" if is_dense else _cell(group, "step_flops_ratio", as_percent),
+                "" if is_dense else _cell(group, "step_time_ratio", as_percent),
+                "" if is_dense else _cell(group, "eta", _plain),
+            ]
+        )  # fmt: skip
+        paper = numbers.TAB1_CIFAR.get((row["dataset"], row["network"]))
+        if paper is not None and (position + 1 == len(groups) or groups[position + 1][0]["network"] != row["network"]):
+            accuracy = numbers.DENSE_ACCURACY[row["dataset"], row["network"]] + paper.accuracy_delta
+            quoted = ["*paper*", "0.2–0.25", "", _percent_of_100(accuracy), _points(paper.accuracy_delta),
+                      as_percent(paper.train_flops), as_percent(paper.inference_flops), "", "", "", "", "",
+                      _plain(paper.eta)]  # fmt: skip
+            lines.append([who[1], *quoted])
+    header = (
+        "Network", "Method", "Ratio", "Seeds", "Val. acc.", "of dense, points", "Train. FLOPs", "Inf. FLOPs",
+        "s/step, dense", "last shape", "with our lasso", "its FLOPs", "its time", "eta",
+    )  # fmt: skip
+    note = (
+        "FLOPs, of the whole training and of inference, are shares of the dense network's; accuracy is compared with "
+        "the dense run of the same seed. 'To 50%': lambda is steered to that share of the inference FLOPs. Steps are "
+        "timed side by side after the trainings: the dense network without a lasso, the network's last shape without, "
+        "and with the run's own lasso inside; the last one's training FLOPs and time are shares of the first's, and "
+        "eta = (1 - time) / (1 - FLOPs). Once a target is met the lasso rests, and a step takes what the last shape "
+        "does without. An empty or – cell has not been measured. *paper*: Tab. 1, 182 epochs, eta of the whole "
+        "training on a TITAN Xp, without the time of reconfigurations."
+    )
+    return f"{_grid(header, lines)}\n\n{note}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def _form_tab1(rows: Sequence[Row]) -> str:
@@ -193,7 +248,7 @@ def _form_tab4(rows: Sequence[Row]) -> str:
 
 def _form_fig2(rows: Sequence[Row]) -> str:
     lines = []
-    for group in _groups([row for row in rows if row["method"] == "prunetrain"]):
+    for group in _groups([row for row in rows if row["method"] != "once"]):
         shares = [_cell([r for r in group if r["panel"] == "b" and r["x"] == x], "y", as_percent) for x in (1, 2, 3)]
         computed = [r for r in group if r["panel"] == "c"]
         best = min(computed, key=lambda r: float(r["y"]), default=None)
@@ -201,22 +256,22 @@ def _form_fig2(rows: Sequence[Row]) -> str:
         really = [
             r for r in rows if r["method"] == "once" and all(r[k] == group[0][k] for k in key) and r["panel"] == "c"
         ]
+        really = really if group[0]["method"] == "prunetrain" else []
         really = [r for r in really if math.isfinite(float(r["y"]))]
         best_run = min(really, key=lambda r: float(r["y"]), default=None)
-        last = max((r for r in group if r["panel"] == "a"), key=lambda r: float(r["x"]))
+        end = max(float(r["x"]) for r in group if r["panel"] == "a")
+        last = [r for r in group if r["panel"] == "a" and float(r["x"]) == end]
         who = _who(group)
         lines.append(
             [
-                who[0],
-                who[1],
-                who[3],
-                as_percent(float(last["y"])),
+                *who,
+                _cell(last, "y", as_percent),
                 *shares,
                 *["–" if r is None else f"{float(r['y']) - 1:+.1%} at epoch {r['x']:g}" for r in (best, best_run)],
             ]
         )
     header = (
-        "Data set", "Network", "Ratio", "Train. FLOPs in the last epoch", "Pruned in the first third", "second", "last",
+        *WHO, "Train. FLOPs in the last epoch", "Pruned in the first third", "second", "last",
         "Once, at best (computed)", "Once, at best (run)",
     )  # fmt: skip
     return _grid(header, lines)
@@ -248,35 +303,34 @@ def _form_fig4(rows: Sequence[Row]) -> str:
             ]
         )
     header = ("Run", "Layer", "Output channels", "Live at the end", "Revived", "Largest weight of a revived one")
+    often = "every reconfiguration interval" if rows[0]["scale"] == "medium" else "every epoch"
     note = (
-        "Weights are looked at after every epoch; a channel has revived if its largest weight was below the threshold "
+        f"Weights are looked at after {often}; a channel has revived if its largest weight was below the threshold "
         "and is at or above it later. Pruned channels cannot; those that the union keeps can."
     )
     return f"{_grid(header, lines)}\n\n{note}"
 
 
 def _form_fig6(rows: Sequence[Row]) -> str:
+    """Union, gating at the ends of branches (the paper's), gating everywhere; the latter two as union minus gating."""
     lines = []
     for group in _groups(rows):
-        cells, means = [], []
+        cells = []
         for column in ("inference_flops_ratio", "train_flops_ratio_final"):
-            by_policy = {p: [r for r in group if r["policy"] == p] for p in ("union", "gating")}
-            cells += [_cell(own, column, as_percent) for own in by_policy.values()]
-            union, gating = (statistics.fmean(r[column] for r in own) for own in by_policy.values())
-            means.append(f"{100 * (union - gating):.1f} points")
-        lines.append([*_who(group), *cells[:2], means[0], *cells[2:], means[1]])
-    header = (
-        *WHO,
-        "Inf. FLOPs, union",
-        "gating",
-        "difference",
-        "Train. FLOPs at the end, union",
-        "gating",
-        "difference",
-    )
+            by_policy = {p: [r for r in group if r["policy"] == p] for p in results.POLICIES}
+            means = {p: statistics.fmean(r[column] for r in own) for p, own in by_policy.items()}
+            for policy, own in by_policy.items():
+                cells.append(_cell(own, column, as_percent))
+                if policy != "union":
+                    cells[-1] += f" ({100 * (means['union'] - means[policy]):.1f})"
+        lines.append([*_who(group), *cells])
+    policies = ("union", "gating at branch ends", "gating everywhere")
+    header = (*WHO, *[f"{what}, {policy}" for what in ("Inf. FLOPs", "Train. FLOPs at the end") for policy in policies])
     note = (
-        "Points of the dense network's FLOPs. Gating: the network that the policy `gating` makes of the final weights; "
-        "its FLOPs are counted in a run of it."
+        "Of the dense network's FLOPs; in parentheses the points that union needs more. Gating at branch ends is the "
+        "paper's: the first convolution of each residual path selects its inputs, the last one scatters its outputs. "
+        "Gating everywhere is ours: the network that the policy `gating` makes of the final weights, which gates the "
+        "convolutions inside a path too. FLOPs are counted in a run of either."
     )
     return f"{_grid(header, lines)}\n\n{note}"
 
@@ -362,52 +416,86 @@ def _form_fig12(rows: Sequence[Row]) -> str:
 
 
 _FORMS: dict[str, Callable[[Sequence[Row]], str]] = {
-    "tab1": _form_tab1, "tab3": _form_tab3, "tab4": _form_tab4, "fig2": _form_fig2, "fig4": _form_fig4,
-    "fig6": _form_fig6, "fig8": _form_fig8, "fig9": _form_fig9, "fig10": _form_fig10, "fig11": _form_fig11,
-    "fig12": _form_fig12,
+    "claim": _form_claim, "tab1": _form_tab1, "tab3": _form_tab3, "tab4": _form_tab4, "fig2": _form_fig2,
+    "fig4": _form_fig4, "fig6": _form_fig6, "fig8": _form_fig8, "fig9": _form_fig9, "fig10": _form_fig10,
+    "fig11": _form_fig11, "fig12": _form_fig12,
 }  # fmt: skip
 
 
 def _caption(found: Found) -> list[str]:
-    results = found.results
-    dates = sorted({result.date for result in results})
-    seeds = sorted({result.training.seed for result in results})
-    versions = sorted({str(result.run.config.get("torch")) for result in results})
+    finished = found.results
+    dates = sorted({result.date for result in finished})
+    seeds = sorted({result.training.seed for result in finished})
+    versions = sorted({str(result.run.config.get("torch")) for result in finished})
     lines = [
-        f"{len(results)} training{'s' * (len(results) != 1)} on {'; '.join(sorted({r.device for r in results}))}; "
+        f"{len(finished)} training{'s' * (len(finished) != 1)} on {'; '.join(sorted({r.device for r in finished}))}; "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; torch {', '.join(versions)}; "
         f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
         + ("; ± is the sample standard deviation over seeds." if len(seeds) > 1 else ".")
     ]
-    if found.scale == "small":
-        small = {name: results[0].run.config.get(name, value) for name, value in experiments.SMALL.items()}
-        epochs = sorted({int(result.run.config["epochs"]) for result in results})
-        steps = [f"{count * (small['limit_train'] // small['batch']):,}" for count in epochs]
-        error = 100 * math.sqrt(0.25 / small["limit_val"])
-        sides = sorted({result.run.config.get("image_size") or CIFAR_SIDE for result in results})
-        pixels = " or ".join(f"{side} x {side}" for side in sides)
-        vgg = " (VGG: 32 x 32 pixels and the fewer epochs)" if len(epochs) > 1 else ""
-        lines.append(
-            f"Small scale: {found.experiment.differs}. {small['limit_train']:,} training and {small['limit_val']:,} "
-            f"validation images of {pixels} pixels, {' or '.join(map(str, epochs))} epochs, {' or '.join(steps)} steps "
-            f"of {small['batch']} images{vgg}, threshold {small['threshold']:g}; the paper has all 50,000 images of "
-            "32 x 32 pixels, 182 epochs, batch 128, threshold 1e-4. It shows that every mechanism works and which way "
-            "the numbers move. It cannot show the paper's accuracies: so few steps leave the networks half trained, a "
-            "lasso strong enough to prune in them costs points that it does not cost in 71,000, and an accuracy on "
-            f"{small['limit_val']:,} images has a standard error of up to {error:.1f} points. Nor can it show how much "
-            "the paper's ratio prunes, nor a GPU's times: at these sizes a step is mostly the overhead of operators."
-        )
-    else:
-        lines.append(
-            "Full scale: the paper's settings, on one device; bench/paper/experiments.py gives the reason for every "
-            "setting that its text leaves open."
-        )
-    further = sorted({text for result in results for text in _further_options(result)})
+    lines.append(_SCALE_NOTES[found.scale](found))
+    if found.steps and found.experiment.name == "claim":
+        lines.append(_steps_note(found))
+    further = sorted({text for result in finished for text in _further_options(result)})
     if further:
         lines.append(f"Further options: {', '.join(further)}.")
     if found.experiment.name in numbers.FIGURES:
         lines.append(numbers.FIGURES[found.experiment.name])
     return lines
+
+
+def _small(found: Found) -> str:
+    small = {name: found.results[0].run.config.get(name, value) for name, value in experiments.SMALL.items()}
+    epochs = sorted({int(result.run.config["epochs"]) for result in found.results})
+    steps = [f"{count * (small['limit_train'] // small['batch']):,}" for count in epochs]
+    error = 100 * math.sqrt(0.25 / small["limit_val"])
+    sides = sorted({result.run.config.get("image_size") or CIFAR_SIDE for result in found.results})
+    pixels = " or ".join(f"{side} x {side}" for side in sides)
+    vgg = " (VGG: 32 x 32 pixels and the fewer epochs)" if len(epochs) > 1 else ""
+    return (
+        f"Small scale: {found.experiment.differs}. {small['limit_train']:,} training and {small['limit_val']:,} "
+        f"validation images of {pixels} pixels, {' or '.join(map(str, epochs))} epochs, {' or '.join(steps)} steps "
+        f"of {small['batch']} images{vgg}, lr {small['lr']:g}, threshold {small['threshold']:g}; the paper has all "
+        "50,000 images of 32 x 32 pixels, 182 epochs, batch 128, lr 0.1, threshold 1e-4. It shows that every mechanism "
+        "works. It cannot show the paper's accuracies: so few steps leave the networks half trained, a lasso strong "
+        "enough to prune in them costs points that it does not cost in 71,000, and an accuracy on "
+        f"{small['limit_val']:,} images has a standard error of up to {error:.1f} points. Nor can it show how much "
+        "the paper's ratio prunes, nor a GPU's times: at these sizes a step is mostly the overhead of operators."
+    )
+
+
+def _medium(found: Found) -> str:
+    lengths = {}
+    for result in found.results:
+        lengths[result.training.network] = f"{result.training.network} {result.run.config['epochs']} epochs"
+    return (
+        f"Medium scale: all of CIFAR-10, and the paper's batch 128, lr 0.1 and threshold 1e-4; "
+        f"{', '.join(lengths.values())}, where the paper has 182. bf16 with fused operators, in channels_last."
+    )
+
+
+def _full(found: Found) -> str:
+    return (
+        "Full scale: the paper's settings, on one device; bench/paper/experiments.py gives the reason for every "
+        "setting that its text leaves open."
+    )
+
+
+_SCALE_NOTES = {"small": _small, "medium": _medium, "full": _full}
+PLUMBING = (
+    "**Small scale: this proves plumbing only.** What it is worth to prune cannot be read from so few steps on so few "
+    "images; see the medium scale."
+)
+
+
+def _steps_note(found: Found) -> str:
+    paths = {result.training.path for result in found.results}
+    times = [step for path, step in found.steps.items() if path in paths]
+    if not times:
+        return "Steps have not been timed yet: python -m bench paper claim --scale medium --time-steps."
+    where = sorted({f"{t.device}, {t.threads} thread{'s' * (t.threads != '1')}, torch {t.torch}" for t in times})
+    days = sorted({t.date[:10] for t in times})
+    return f"Steps were timed on {'; '.join(where)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}."
 
 
 def _further_options(result: Result) -> list[str]:
@@ -426,7 +514,9 @@ def _further_options(result: Result) -> list[str]:
 def markdown(found: Found, rows: Sequence[Row]) -> str:
     """The experiment's table, with its caption and what is missing."""
     experiment = found.experiment
-    parts = [f"# {experiment.place}: {experiment.what} ({found.scale} scale)", _FORMS[experiment.name](rows)]
+    parts = [f"# {experiment.place}: {experiment.what} ({found.scale} scale)"]
+    parts += [PLUMBING] if found.scale == "small" else []
+    parts.append(_FORMS[experiment.name](rows))
     parts += _caption(found)
     if found.missing:
         parts.append(missing(found))
@@ -436,7 +526,10 @@ def markdown(found: Found, rows: Sequence[Row]) -> str:
 def missing(found: Found) -> str:
     """One line that names what is not there."""
     total = len(found.missing) + len(found.results)
-    names = ", ".join(f"{path.split('/', 1)[1]} ({why})" for path, why in found.missing.items())
+    reasons: dict[str, list[str]] = {}
+    for path, why in found.missing.items():
+        reasons.setdefault(why, []).append(path.split("/", 1)[1])
+    names = "; ".join(f"{', '.join(paths)} ({why})" for why, paths in reasons.items())
     return f"Missing: {len(found.missing)} of {total} trainings: {names}."
 
 

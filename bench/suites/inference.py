@@ -8,8 +8,9 @@ Tab. 1 gives for CIFAR-100, ResNet-50 those for ImageNet at the three ratios. Wh
     compile          the same through torch.compile
     eager, BN folded batch norms folded into the convolutions before them, as one would deploy it
 
-On CUDA weights and images are in --dtype (fp32: as they are), channels_last; on a CPU all is fp32 and contiguous. Calls
-are replays of CUDA graphs where `mode` says so: launches then cost less than in the paper's loop.
+On CUDA weights and images are in --dtype (fp32: as they are), channels_last; on a CPU they are contiguous, fp32 unless
+--dtype bf16 says otherwise; fp16, which CPUs emulate, is refused. Calls are replays of CUDA graphs where `mode` says
+so: launches then cost less than in the paper's loop.
 
 `p50_us` is of a batch of `n` images; the floor is max(input, weight and output of each convolution once, FLOPs).
 `flops_ratio` is of inference FLOPs, `time_ratio` compares with the dense network by the same provider. Of Tab. 2 as
@@ -85,6 +86,10 @@ def cases(session: Session) -> list[Case]:
 
 
 def run(session: Session) -> None:
+    if session.device.type == "cpu" and session.dtype == torch.float16:
+        session.refused.append("inference: a CPU only emulates fp16; use --dtype bf16 or fp32")
+        print(f"  REFUSED {session.refused[-1]}")
+        return
     batches = (session.batch,) if session.batch else BATCHES[:1] if session.quick else BATCHES
     for case in cases(session):
         if not session.wants(case.network):
@@ -111,7 +116,7 @@ def _measure(
     session: Session, case: Case, profile: Profile, row: str | None, dense: Dense, batches: tuple[int, ...]
 ) -> None:
     on_gpu = session.device.type == "cuda"
-    dtype, name = (session.dtype, session.dtype_name) if on_gpu else (torch.float32, "fp32")
+    dtype, name = session.dtype, session.dtype_name
     layout = torch.channels_last if on_gpu else torch.contiguous_format
     plain = profiles.prune(profile, case.image).model
     sizes = profiles.conv_shapes(plain, case.image)

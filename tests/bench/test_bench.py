@@ -18,6 +18,7 @@ from bench.__main__ import main
 from bench.roof import Roof
 from bench.roof import measure as measure_roof
 from bench.suites import SUITES, bn, comm, conv, fig7, gather, gating, kernels
+from prunetrain_kernels import machine
 from prunetrain_kernels.cost import count_flops
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.models import build
@@ -607,6 +608,26 @@ def test_settings_are_the_commands_options() -> None:
     options = _parser().parse_args(["run", "bn"])
     assert {f.name for f in dataclasses.fields(harness.Settings)} <= set(vars(options))
     assert _parser().parse_args(["all"]).suites == list(SUITES)
+
+
+@pytest.mark.parametrize(
+    ("info", "found"),
+    [
+        ("flags\t\t: sse avx2 avx512f avx512_bf16\nmodel name\t: AMD EPYC\n", "avx512-bf16"),
+        ("flags\t\t: avx2 avx512f avx512_bf16 amx_bf16\nmodel name\t: AMD EPYC\n", "amx"),
+        ("flags\t\t: avx2 avx512f\nmodel name\t: AMD EPYC\n", "avx512"),
+        ("flags\t\t: avx avx2 fma\nmodel name\t: AMD EPYC\n", "avx2"),
+        ("model name\t: AMD EPYC\n", ""),
+    ],
+)
+def test_cpus_of_one_name_are_told_apart_by_their_instructions(
+    info: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda path, *_, **__: info)
+    assert machine.instructions() == found
+    folder = rows.results_folder(torch.device("cpu"))
+    assert folder == Path("bench/results") / "-".join(filter(None, ("amd-epyc", found)))
+    assert rows.device_name(torch.device("cpu")) == ", ".join(filter(None, ("AMD EPYC", found)))
 
 
 # -- docs/results.md ---------------------------------------------------------------------------------------------------

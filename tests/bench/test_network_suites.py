@@ -33,7 +33,7 @@ def _one_thread() -> Iterator[None]:
 
 def session(folder: Path, profile: str = "paper") -> Session:
     return Session(
-        device=CPU, dtype=torch.float16, batch=None, quick=True, compile=False, profile=profiles.parse(profile),
+        device=CPU, dtype=torch.float32, batch=None, quick=True, compile=False, profile=profiles.parse(profile),
         only="", folder=folder, roof=ROOF, environment=rows.environment(CPU),
     )  # fmt: skip
 
@@ -189,6 +189,30 @@ def test_inference_by_batch_and_provider(results: Results) -> None:
         assert float(row["flops_ratio"]) == pytest.approx(0.4, abs=0.03)
         dense = values(found, mask_profile="dense", provider=row["provider"])[0]
         assert float(row["time_ratio"]) == pytest.approx(float(row["p50_us"]) / float(dense["p50_us"]), rel=1e-4)
+
+
+def test_inference_computes_in_bf16_where_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_inference(monkeypatch)
+    seen = set()
+    right = inference._provider
+
+    def watched(model: Any, x: torch.Tensor) -> Any:
+        seen.update({x.dtype, *(parameter.dtype for parameter in model.parameters())})
+        return right(model, x)
+
+    monkeypatch.setattr(inference, "_provider", watched)
+    made = session(tmp_path)
+    made.dtype = torch.bfloat16
+    inference.run(made)
+    assert made.refused == []
+    assert seen == {torch.bfloat16}
+    with (tmp_path / "inference.csv").open(newline="") as file:
+        assert {row["dtype"] for row in csv.DictReader(file)} == {"bf16"}
+    made.dtype = torch.float16
+    inference.run(made)
+    assert made.refused == ["inference: a CPU only emulates fp16; use --dtype bf16 or fp32"]
+    with (tmp_path / "inference.csv").open(newline="") as file:
+        assert {row["dtype"] for row in csv.DictReader(file)} == {"bf16"}
 
 
 def test_folding_leaves_no_batch_norm_and_the_same_function() -> None:

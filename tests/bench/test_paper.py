@@ -18,13 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from bench.paper import add_command, experiments, numbers, results, runner, tables
-from bench.paper.experiments import EXPERIMENTS, SCALES, Training, trainings_of
-from bench.paper.networks import densities, final_network, gating_flops
+from bench.paper.experiments import EXPERIMENTS, Training, names_at, trainings_of
+from bench.paper.networks import densities, final_network
 from prunetrain_kernels.cli import train_config
-from prunetrain_kernels.cost import count_flops
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.prune.checkpoint import read_checkpoint
 from prunetrain_kernels.train.config import TrainConfig
@@ -56,22 +54,22 @@ def paper(*words: str) -> int:
 # -- the list of trainings ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", experiments.SCALES)
 def test_one_folder_is_one_training_whoever_asks_for_it(scale: str) -> None:
     seen: dict[str, Training] = {}
-    for name in EXPERIMENTS:
+    for name in names_at(scale):
         for training in trainings_of([name], scale, seeds=2):
             other = seen.setdefault(training.path, training)
             assert other == training
             assert other.options == training.options
             assert other.start == training.start
-    assert len(seen) == len(trainings_of(EXPERIMENTS, scale, seeds=2))
-    assert {path.split("/")[1] for path in seen} == ({"cifar10"} if scale == "small" else set(experiments.DATASETS))
+    assert len(seen) == len(trainings_of(names_at(scale), scale, seeds=2))
+    assert {path.split("/")[1] for path in seen} == (set(experiments.DATASETS) if scale == "full" else {"cifar10"})
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", experiments.SCALES)
 def test_every_training_is_one_that_the_command_line_takes(scale: str) -> None:
-    for training in trainings_of(EXPERIMENTS, scale, seeds=1):
+    for training in trainings_of(names_at(scale), scale, seeds=1):
         config = runner.configuration(training, Path("runs"), "digits", "cpu", 1)
         config.check()
         assert train_config(runner.arguments(config)) == config
@@ -84,7 +82,7 @@ def test_every_training_is_one_that_the_command_line_takes(scale: str) -> None:
 
 
 def test_the_full_scale_is_the_papers() -> None:
-    by_path = {training.path: training for training in trainings_of(EXPERIMENTS, "full", 1)}
+    by_path = {training.path: training for training in trainings_of(names_at("full"), "full", 1)}
     cifar = by_path["full/cifar10/resnet32-ratio-0.25-seed-0"].options
     assert (cifar["epochs"], cifar["batch"], cifar["lr"], cifar["interval"]) == (182, 128, 0.1, 10)
     imagenet = by_path["full/imagenet/resnet50-ratio-0.1-seed-0"].options
@@ -170,6 +168,11 @@ def test_done_cut_off_and_new_trainings_are_told_apart(tmp_path: Path) -> None:
     pretend(trainings[0], tmp_path, out="elsewhere", cache="x", threads=7)
     pretend(trainings[1], tmp_path, finished=False)
     pretend(trainings[2], tmp_path, start_from="moved/dense")
+    assert states(trainings, tmp_path) == ["done", "resume", "done"]
+    # a run from before an option came was as if its default had been given
+    path = tmp_path / trainings[2].path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in ("exclude", "fuse")}))
     assert states(trainings, tmp_path) == ["done", "resume", "done"]
 
 
@@ -402,47 +405,6 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path, words: list[str], says: 
 # -- the trained networks ----------------------------------------------------------------------------------------------
 
 
-class HandMade(nn.Module):
-    """A residual network of five layers whose FLOPs fit on the back of an envelope: 4 x 4 pixels all the way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 1, bias=False)
-        self.a = nn.Conv2d(8, 6, 3, padding=1, bias=False)
-        self.b = nn.Conv2d(6, 8, 3, padding=1, bias=False)
-        self.last = nn.Conv2d(8, 4, 1, bias=False)
-        self.fc = nn.Linear(4, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.stem(x))
-        x = torch.relu(x + self.b(torch.relu(self.a(x))))
-        return self.fc(torch.relu(self.last(x)).mean((2, 3)))
-
-
-def test_gating_flops_of_a_hand_made_network() -> None:
-    torch.manual_seed(0)
-    model, example = HandMade(), (torch.zeros(1, 3, 4, 4),)
-    dense = count_flops(model, example)
-    pixels = 2 * 4 * 4
-    by_hand = {"stem": 3 * 8, "a": 8 * 6 * 9, "b": 6 * 8 * 9, "last": 8 * 4}
-    assert dense.inference == pixels * sum(by_hand.values()) + 2 * 4 * 5
-    assert gating_flops(model, example, 1e-4) == dense
-    with torch.no_grad():
-        model.stem.weight[:, 0] = 0  # an input of the network: nobody gates that
-        model.stem.weight[5:] = 0  # 5 of 8 outputs live
-        model.a.weight[:, 6:] = 1e-5  # 6 of 8 inputs live
-        model.a.weight[4:] = 0  # 4 of 6 outputs live
-        model.b.weight[:, 3:] = 0  # 3 of 6 inputs live
-        model.b.weight[7:] = 0  # 7 of 8 outputs live
-        model.fc.weight[:2] = 0  # an output of the network
-    gated = {"stem": 3 * 5, "a": 6 * 4 * 9, "b": 3 * 7 * 9, "last": 8 * 4}
-    found = gating_flops(model, example, 1e-4)
-    assert found.inference == pixels * sum(gated.values()) + 2 * 4 * 5
-    saved = {name: pixels * (by_hand[name] - gated[name]) for name in gated}
-    assert found.training == dense.training - 2 * saved["stem"] - 3 * (saved["a"] + saved["b"])
-    assert gating_flops(model, example, 1e-6).inference > found.inference  # 1e-5 is live there
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ResNet-20 by every method, in short: real folders, with channels and layers pruned."""
@@ -497,7 +459,7 @@ def test_something_was_pruned(runs: Path) -> None:
         assert (summary["inference_flops_ratio"] < 1) == (training.method != "dense"), training.path
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", METHODS_OF)
 def test_every_table_is_written_from_real_runs(runs: Path, tmp_path: Path, name: str) -> None:
     found = found_in(runs, name, *METHODS_OF[name])
     text = tables.write(found, tmp_path)
@@ -559,13 +521,16 @@ def test_times_on_different_devices_are_not_compared(runs: Path, tmp_path: Path)
 
 
 def test_gating_is_below_union_and_union_is_what_the_run_ended_with(runs: Path) -> None:
-    union, gating = rows_by_method(runs, "fig6")["prunetrain"]
+    union, ends, gating = rows_by_method(runs, "fig6")["prunetrain"]
     summary = read_run(runs / every_method()[1].path).summary
     assert summary is not None
     assert union["policy"] == "union"
     assert union["inference_flops_ratio"] == pytest.approx(summary["inference_flops_ratio"], rel=1e-12)
     assert gating["inference_flops_ratio"] < union["inference_flops_ratio"]
     assert gating["train_flops_ratio_final"] < union["train_flops_ratio_final"]
+    assert ends["policy"] == "gating at branch ends"
+    for column in ("inference_flops_ratio", "train_flops_ratio_final"):
+        assert gating[column] < ends[column] < union[column]
 
 
 def test_densities_agree_with_the_channels_and_the_weights(runs: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunetrain_kernels.data.dataset import stratified_split
 from prunetrain_kernels.data.decode import Encoded, decode_cached, in_groups
-from prunetrain_kernels.data.source import FORMS, Source, Split, digest_of_files, stamps
+from prunetrain_kernels.data.source import FORMS, Listed, Source, Split, digest_of_files, stamps
 from prunetrain_kernels.errors import InputError
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -64,6 +64,7 @@ def image_folder(path: Path, image_size: int | None, cache: Path, seed: int) -> 
             lambda rows: _tree_images([files[i] for i in rows], path, image_size, cache, label),
             lambda row: str(files[row]),
             lambda rows: digest_of_files(*_named([files[i] for i in rows], path)),
+            lambda rows: Listed(label, *_named([files[i] for i in rows], path)),
         )
 
     return Source(

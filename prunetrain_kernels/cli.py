@@ -24,7 +24,7 @@ from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.graph import trace_channels
 from prunetrain_kernels.models import MODELS, build
 from prunetrain_kernels.prune.program import FORMATS, export_program
-from prunetrain_kernels.train.config import AMP_DTYPES, SCHEDULES, TrainConfig
+from prunetrain_kernels.train.config import AMP_DTYPES, AUGMENTATIONS, SCHEDULES, TrainConfig
 from prunetrain_kernels.train.distributed import explain, speak_when_terminated
 from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.trained import load_trained
@@ -102,13 +102,41 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--data", default=defaults["data"], help=DATA_HELP)
     add("--out", required=True, help="the run folder (will be made)")
     add("--classes", type=int, help="number of classes; checked against the data")
-    add("--image-size", type=int, help="side of the square that images of a folder or Parquet file are scaled to")
+    add(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side of the square that images of a folder or Parquet file are scaled to; with --augment resized-crop "
+        "what their shorter side is scaled to for validation (then by default 8/7 of --crop)",
+    )
     add(
         "--crop",
         type=int,
         metavar="N",
-        help="train on random N x N squares of the images and validate on the middle one, instead of padding them "
-        "(ImageNet: --image-size 256 --crop 224)",
+        help="train on random N x N squares of the images and validate on the middle one, instead of padding them",
+    )
+    add(
+        "--augment",
+        choices=AUGMENTATIONS,
+        default=defaults["augment"],
+        help="crop: a random square of the padded image, or of --crop pixels, from images decoded once at "
+        "--image-size; resized-crop, the recipe for ImageNet (--augment resized-crop --crop 224): a random part of 8 "
+        "to 100 %% of the image, scaled to --crop, from a folder of images that stay files; both mirror half of the "
+        "photographs",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="with --augment resized-crop: threads that decode images ahead of the training, in each process (default: "
+        "all cores)",
+    )
+    add(
+        "--cache-limit",
+        type=_bytes,
+        metavar="BYTES",
+        help="with --augment resized-crop: keep the images decoded in --cache if all of them together take no more "
+        "than this (default: 8G; 0: never)",
     )
     add("--limit-train", type=int, metavar="N", help="use N training images only, the same number of each class")
     add("--limit-val", type=int, metavar="N", help="use N validation images only")

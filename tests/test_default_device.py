@@ -6,6 +6,7 @@ tensor of the CPU.
 
 import ast
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -328,6 +329,24 @@ def data_sets(folder: Path) -> dict[str, Any]:
     return result
 
 
+def images_of_files(folder: Path) -> dict[str, Any]:
+    from PIL import Image
+
+    for split, i in itertools.product(("train", "val"), range(4)):
+        (folder / split / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").resize((30 + i, 20)).save(folder / split / "ab"[i % 2] / f"{i}.png")
+    images = data.load(str(folder), recipe=data.ResizedCrop(8, workers=2, cache_limit=0))
+    assert isinstance(images.train_images, data.ImageFiles)
+    rows = torch.arange(3, device="cpu")
+    data.read_ahead(images, rows, seed=0, epoch=1, train=True)
+    return {
+        "training": data.batch(images, rows, seed=0, epoch=1, step=0, device="cpu", train=True),
+        "validation": data.batch(images, rows, seed=0, epoch=1, step=0, device="cpu", train=False),
+        "none": images.train_images[rows[:0]],
+        "numbers": (images.mean, images.std, data.record_of(images)),
+    }
+
+
 def training(folder: Path, *, policy: str, fuse: bool) -> dict[str, Any]:
     """PruneTrain with a growing batch, a scheduler and an EMA; saved and loaded."""
     model = network()
@@ -446,6 +465,11 @@ def test_measurements() -> None:
 
 def test_data_sets(tmp_path_factory: pytest.TempPathFactory) -> None:
     same_under(lambda: data_sets(tmp_path_factory.mktemp("cache")))
+
+
+def test_images_of_files(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("PIL")
+    same_under(lambda: images_of_files(tmp_path_factory.mktemp("images")))
 
 
 @pytest.mark.parametrize(("policy", "fuse"), [("union", False), ("union", True), ("gating", False), ("gating", True)])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunetrain_kernels.data.reader import Crops, ImageFiles
+from prunetrain_kernels.data.seeds import seeded_generator
 from prunetrain_kernels.errors import InputError
 
 _STATISTICS_BYTES = 256 * 2**20  # mean and std look at this many bytes of images: all of CIFAR, a sample of ImageNet
@@ -28,7 +29,8 @@ class ImageData:
     Attributes:
         name: what to call it in a log ("digits", "cifar10", a folder's name).
         train_images, val_images: uint8 `(N, C, H, W)`; possibly backed by a memory-mapped file, so index it, do not
-            convert it whole.
+            convert it whole. Or `ImageFiles`, which are indexed alike: images that stay files, of which training sees
+            random parts; `padding` and `crop` have no part in these.
         train_labels, val_labels: int64 `(N,)`, each in `0 .. classes - 1`.
         classes: number of classes.
         class_names: one name per class, in label order.
@@ -47,9 +49,9 @@ class ImageData:
     """
 
     name: str
-    train_images: Tensor
+    train_images: Tensor | ImageFiles
     train_labels: Tensor
-    val_images: Tensor
+    val_images: Tensor | ImageFiles
     val_labels: Tensor
     classes: int
     class_names: tuple[str, ...]
@@ -112,6 +114,8 @@ def batch(
         device: where the batch goes. The uint8 images travel, and are augmented there.
         share: the part of the batch to make, for one rank of several; each image is augmented as in the whole batch.
 
+    The augmentation of `ImageFiles` is decided by the seed, the epoch and each image's index, not by the step.
+
     Returns:
         images, float32 `(B, C, H, W)` with `(C, H, W) = data.image_shape`, and labels, int64 `(B,)`; both on `device`.
         Of a share, B is its length.
@@ -119,9 +123,13 @@ def batch(
     images, labels = (data.train_images, data.train_labels) if train else (data.val_images, data.val_labels)
     share = slice(0, len(indices)) if share is None else share
     mine = indices[share]
-    chosen = _send(images[_send(mine, images.device)], device)
-    generator = seeded_generator("augment", seed, epoch, step) if train else None
-    made = normalize_and_augment(chosen, data, generator, train, of=len(indices), share=share)
+    if isinstance(images, ImageFiles) and train:  # cut and mirrored where they are read
+        chosen = _send(images.crops(mine, Crops(seed, epoch, data.flip)), device)
+        made = normalize_and_augment(chosen, data, None, train=False)
+    else:
+        chosen = _send(images[_send(mine, images.device)], device)
+        generator = seeded_generator("augment", seed, epoch, step) if train else None
+        made = normalize_and_augment(chosen, data, generator, train, of=len(indices), share=share)
     return made, _send(labels[_send(mine, labels.device)], device)
 
 
@@ -248,14 +256,25 @@ def stratified_split(labels: Tensor, every: int, seed: int) -> tuple[Tensor, Ten
     return by_class[~held_out].sort().values, by_class[held_out].sort().values
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def read_ahead(data: ImageData, indices: Tensor, *, seed: int, epoch: int, train: bool) -> None:
+    """Begins to read the images that `batch` will be asked for next, and no others; nothing to do for those in memory.
+
+    Args:
+        indices: as of `batch`, in the order in which they will be asked for; seed, epoch, train: likewise.
+    """
+    for images, asked_for in ((data.train_images, train), (data.val_images, not train)):
+        if isinstance(images, ImageFiles):
+            images.expect(indices if asked_for else indices[:0], Crops(seed, epoch, data.flip) if train else None)
+
+
+def channel_statistics(images: Tensor | ImageFiles) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, of pixels scaled to 0..1.
 
     Exact up to 256 MiB of images; of more, a sample of that size, evenly spaced. A standard deviation below one grey
     level counts as one grey level (1/255), so that a constant channel can be normalised.
 
     Args:
-        images: uint8 `(N, C, H, W)`, N >= 1.
+        images: uint8 `(N, C, H, W)`, N >= 1; of files, the centres.
     """
     per_image = images[0].numel()
     used = min(len(images), max(1, _STATISTICS_BYTES // per_image))
@@ -270,13 +289,6 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     mean = (share * levels).sum(1)
     variance = (share * (levels - mean[:, None]).square()).sum(1)
     return tuple((mean / 255).tolist()), tuple((variance.clamp_min(1).sqrt() / 255).tolist())
-
-
-def seeded_generator(stream: str, *numbers: int) -> torch.Generator:
-    """A CPU generator that depends only on a name and some integers; any change of one gives an unrelated stream."""
-    # a hash, because seed + epoch would make (seed 1, epoch 0) the same as (seed 0, epoch 1)
-    digest = hashlib.blake2b(repr((stream, *map(int, numbers))).encode(), digest_size=7).digest()
-    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little"))
 
 
 def _shuffled_by_class(labels: Tensor, seed: int, stream: str) -> Tensor:

@@ -95,26 +95,31 @@ def decode_cached(
     """
     height, width = (image_size, image_size) if image_size else _size(next(iter(next(iter(groups())))))
     shape = (count, 3, height, width)
-    digest = hashlib.sha256(json.dumps([_FORMAT, shape, key]).encode()).hexdigest()[:20]
-    readable = "".join(c if c.isalnum() or c in "-_" else "_" for c in label)[:60]
-    path = cache / f"{readable}-{digest}.npy"
-    images = _open(path, shape)
+    path = cache_file(cache, label, [shape, key])
+    images = open_array(path, shape)
     if images is None:
-        _write(path, shape, _decode(groups, shape, image_size, label))
-        images = _open(path, shape)
+        write_array(path, shape, _decode(groups, shape, image_size, label))
+        images = open_array(path, shape)
         if images is None:
             raise InputError(f"{path} reads back differently from what was written; choose another disk with --cache")
     return torch.from_numpy(images)
 
 
+def cache_file(cache: Path, label: str, key: Sequence[object]) -> Path:
+    """Where decoded images are kept that a `key` stands for; `label` is the readable start of the name."""
+    digest = hashlib.sha256(json.dumps([_FORMAT, *key]).encode()).hexdigest()[:20]
+    readable = "".join(c if c.isalnum() or c in "-_" else "_" for c in label)[:60]
+    return cache / f"{readable}-{digest}.npy"
+
+
 def _size(item: Encoded) -> tuple[int, int]:
     """Height and width, from the header alone."""
-    with _opened(item) as image:
+    with opened(item) as image:
         return image.height, image.width
 
 
 @contextlib.contextmanager
-def _opened(item: Encoded) -> Iterator[Any]:
+def opened(item: Encoded) -> Iterator[Any]:
     """A Pillow image; whatever goes wrong while it is open becomes one sentence with its name."""
     pillow = need("PIL.Image", "reading images")
     try:
@@ -128,11 +133,16 @@ def _opened(item: Encoded) -> Iterator[Any]:
         raise InputError(f"{item.name} is a damaged image ({first_line(error)}); replace or remove it") from error
 
 
+def check_depth(image: Any, name: str) -> None:
+    """Raises InputError for an image of more than 8 bits per pixel, of which Pillow's own RGB would be all white."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise InputError(f"{name} has more than 8 bits per pixel; convert it to an 8-bit image first")
+
+
 def _pixels(item: Encoded, image_size: int | None, height: int, width: int) -> np.ndarray:
     """uint8 `(height, width, 3)`."""
-    with _opened(item) as image:
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise InputError(f"{item.name} has more than 8 bits per pixel; convert it to an 8-bit image first")
+    with opened(item) as image:
+        check_depth(image, item.name)
         image = image.convert("RGB")
         if image_size is not None:
             side = min(image.size)
@@ -155,10 +165,7 @@ def _decode(
     def pixels(item: Encoded) -> np.ndarray:
         return _pixels(item, image_size, shape[2], shape[3])
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # shown once two seconds have passed, and seldom where the output goes to a file
-    bar = tqdm(total=shape[0], desc=f"decoding {label}", unit="img", delay=2, mininterval=_bar_interval())
-    with ThreadPoolExecutor(threads) as pool, bar:
+    with ThreadPoolExecutor(cores()) as pool, decoding_bar(label, shape[0]) as bar:
         for group in groups():
             small = isinstance(group[0].source, bytes) and len(group[0].source) < _SMALL
             decoded = list(map(pixels, group) if small else pool.map(pixels, group))
@@ -166,8 +173,15 @@ def _decode(
             bar.update(len(group))
 
 
-def _bar_interval() -> float:
-    return 0.1 if sys.stderr.isatty() else 10.0
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decoding_bar(label: str, images: int) -> Any:
+    """Shown once two seconds have passed, and seldom where the output goes to a file."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=images, desc=f"decoding {label}", unit="img", delay=2, mininterval=interval)
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
@@ -189,7 +203,7 @@ def _checksum(file: BinaryIO, size: int) -> bytes:
     return crc.to_bytes(4, "little")
 
 
-def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def open_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The cached array, or None if there is none or it is damaged."""
     header = _header(shape)
     size = len(header) + int(np.prod(shape))
@@ -207,7 +221,7 @@ def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         return None
 
 
-def _write(path: Path, shape: tuple[int, ...], slabs: Iterator[np.ndarray]) -> None:
+def write_array(path: Path, shape: tuple[int, ...], slabs: Iterator[np.ndarray]) -> None:
     """Writes the cache file; plain writes, because a full disk would kill the process under a memory map.
 
     Raises:

@@ -13,7 +13,7 @@ import pickle
 import re
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ from prunetrain_kernels.data.dataset import (
 )
 from prunetrain_kernels.data.decode import default_cache, need
 from prunetrain_kernels.data.parquet import find_parquet, parquet
+from prunetrain_kernels.data.reader import ImageFiles, ResizedCrop, image_files, readable
 from prunetrain_kernels.data.record import HASHED_BYTES
-from prunetrain_kernels.data.source import FORMS, Source, Split
+from prunetrain_kernels.data.source import FORMS, Listed, Source, Split
 from prunetrain_kernels.data.tree import image_folder
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.probe import first_line
 
+_MUCH = 2**30  # bytes of decoded images that a user should hear of before
 _MOST_CLASSES = 1_000_000  # more are no class numbers, but a column of something else
 
 
@@ -48,6 +50,8 @@ def load(
     limit_val: int | None = None,
     seed: int = 0,
     classes: int | None = None,
+    recipe: ResizedCrop | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> ImageData:
     """Loads a data set.
 
@@ -79,6 +83,9 @@ def load(
         limit_train, limit_val: at most this many images of the split: a class-balanced subset, chosen by `seed`.
         seed: chooses the subsets, the split of a tree without one, and the synthetic images. Any integer.
         classes: the number of classes that the caller expects; 10 unless given for synthetic data.
+        recipe: for trees, leave the images files, to be decoded and cropped when they are asked for; `image_size` is
+            then left out.
+        say: is told in one line, before it begins, what is to be decoded and what disk that takes, where it is much.
 
     Returns:
         the data, with `mean` and `std` measured on the training images and `padding` an eighth of the shorter side.
@@ -94,28 +101,26 @@ def load(
     ):
         if value is not None and value < 1:
             raise InputError(f"{option} must be at least 1, not {value}")
+    if recipe is not None and image_size is not None:
+        raise InputError("images that stay files are not all scaled to one size; give it as the recipe's `shorter`")
 
+    cache = default_cache() if cache is None else _home(str(cache))
     try:
-        source = _read(spec, image_size, default_cache() if cache is None else _home(str(cache)), seed, classes)
+        source = _read(spec, image_size, cache, seed, classes)
     except OSError as error:  # no permission, a name that is too long, a disk that went away
         raise InputError(f"{error.filename or spec} cannot be read ({error.strerror or error})") from error
 
-    class_names = source.class_names
-    if class_names is None:
-        largest = int(max(source.train.labels.max(), source.val.labels.max()))
-        if largest >= _MOST_CLASSES:
-            raise InputError(f"the largest label is {largest}; number the classes from 0, without gaps")
-        class_names = tuple(map(str, range(largest + 1)))
-    for split in (source.train, source.val):
-        _check_labels(split, len(class_names))
-    if classes is not None and classes != len(class_names):
-        raise InputError(
-            f"the data have {len(class_names)} classes (labels 0..{len(class_names) - 1}), but --classes says {classes}"
-        )
-
+    class_names = _class_names(source, classes)
     train_rows = balanced_subset(source.train.labels, limit_train, seed, "train subset")
     val_rows = balanced_subset(source.val.labels, limit_val, seed, "val subset")
-    train_images, val_images = source.train.images(train_rows), source.val.images(val_rows)
+    train_images: Tensor | ImageFiles
+    val_images: Tensor | ImageFiles
+    if recipe is not None:
+        train_images, val_images = image_files(*_listed(spec, source, train_rows, val_rows), recipe, cache, say)
+    else:
+        if source.decoded and image_size and say is not None:
+            _say_need(len(train_rows) + len(val_rows), image_size, cache, say)
+        train_images, val_images = source.train.images(train_rows), source.val.images(val_rows)
     if train_images.shape[1:] != val_images.shape[1:]:
         raise InputError(
             f"the training images are {_by(train_images.shape[1:])} and the validation images "
@@ -142,9 +147,29 @@ def load(
     )
 
 
-def _digest_of_many(split: Split, rows: Tensor, images: Tensor) -> str | None:
+def _digest_of_many(split: Split, rows: Tensor, images: Tensor | ImageFiles) -> str | None:
     """The files' names and sizes, where a record of the data does not read all pixels."""
-    return split.files(rows) if images.numel() > HASHED_BYTES else None
+    return split.files(rows) if images.numel() > HASHED_BYTES or isinstance(images, ImageFiles) else None
+
+
+def _listed(spec: str, source: Source, train_rows: Tensor, val_rows: Tensor) -> tuple[Listed, Listed]:
+    """The image files of both splits."""
+    if source.train.listed is None or source.val.listed is None:
+        raise InputError(
+            f"--augment resized-crop reads images from their files (train/CLASS/IMAGE), and '{spec}' is no folder of "
+            "these; write the images into one, or leave it out"
+        )
+    return source.train.listed(train_rows), source.val.listed(val_rows)
+
+
+def _say_need(images: int, image_size: int, cache: Path, say: Callable[[str], None]) -> None:
+    """Of much disk, before it is taken."""
+    size = images * 3 * image_size**2
+    if size >= _MUCH:
+        say(
+            f"{images:,} images of {image_size}x{image_size} take {readable(size)} decoded: they are kept in {cache}, "
+            "if they are not there already"
+        )
 
 
 def _read(spec: str, image_size: int | None, cache: Path, seed: int, classes: int | None) -> Source:
@@ -392,6 +417,23 @@ def _with_fixed_size(source: Source, image_size: int | None) -> Source:
 
 
 # ---------------------------------------------------------------------------------------------- shared
+
+
+def _class_names(source: Source, classes: int | None) -> tuple[str, ...]:
+    """As the data name them, or their numbers; checks the labels, and that there are `classes` of them."""
+    class_names = source.class_names
+    if class_names is None:
+        largest = int(max(source.train.labels.max(), source.val.labels.max()))
+        if largest >= _MOST_CLASSES:
+            raise InputError(f"the largest label is {largest}; number the classes from 0, without gaps")
+        class_names = tuple(map(str, range(largest + 1)))
+    for split in (source.train, source.val):
+        _check_labels(split, len(class_names))
+    if classes is not None and classes != len(class_names):
+        raise InputError(
+            f"the data have {len(class_names)} classes (labels 0..{len(class_names) - 1}), but --classes says {classes}"
+        )
+    return class_names
 
 
 def _check_labels(split: Split, classes: int) -> None:

@@ -2,7 +2,8 @@
 
 A class folder that is renamed, an edited label column or another archive give a run other data under the same options.
 A record is small and quick to make, also of ImageNet: class names, counts, labels and the pixels themselves up to
-256 MiB a split; of more pixels evenly spaced images, and the names and sizes of all files that they came from.
+256 MiB a split; of more pixels evenly spaced images, and the names and sizes of all files that they came from. Images
+that stay files are compared by both.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from prunetrain_kernels.data.dataset import ImageData
 from prunetrain_kernels.data.decode import pillow_version
+from prunetrain_kernels.data.reader import ImageFiles
 
 HASHED_BYTES = 256 * 2**20  # of the pixels of one split: half a second
 _HASHED_CHUNK = 16 * 2**20  # this many at a time
@@ -34,7 +36,8 @@ def record_of(data: ImageData) -> Record:
         `class_names`; `image`, the stored (C, H, W) before any crop; `mean` and `std` per channel, 0..1; `pillow`, the
         version that decoded the images, None where nothing was decoded; for each of `train` and `val`: `counts` of
         images per class, and digests of the `labels` in their order, of the `pixels`, and of the `files` (names, sizes)
-        where pixels are too many to be read, None elsewhere.
+        where pixels are too many to be read, None elsewhere. Of images that stay files, `pixels` is of their centres,
+        and the digest of the files always there.
     """
     splits = {
         "train": (data.train_images, data.train_labels, data.files[0]),
@@ -51,7 +54,7 @@ def record_of(data: ImageData) -> Record:
                 "counts": torch.bincount(labels.cpu(), minlength=data.classes).tolist(),
                 "labels": _digest_of(labels),
                 "pixels": _digest_of_pixels(images),
-                "files": files if images.numel() > HASHED_BYTES else None,
+                "files": files if images.numel() > HASHED_BYTES or isinstance(images, ImageFiles) else None,
             }
             for split, (images, labels, files) in splits.items()
         },
@@ -127,7 +130,7 @@ def _digest_of(tensor: Tensor) -> str:
     return hashlib.blake2b(tensor.cpu().contiguous().numpy().data, digest_size=16).hexdigest()
 
 
-def _digest_of_pixels(images: Tensor) -> str:
+def _digest_of_pixels(images: Tensor | ImageFiles) -> str:
     """Of all pixels, or of evenly spaced images of 256 MiB together."""
     per_image = max(1, images[0].numel())
     used = min(len(images), max(1, HASHED_BYTES // per_image))
@@ -135,7 +138,7 @@ def _digest_of_pixels(images: Tensor) -> str:
         rows = torch.linspace(0, len(images) - 1, used, dtype=torch.float64, device="cpu").long()
         parts = (images[part.to(images.device)] for part in rows.split(max(1, _HASHED_CHUNK // per_image)))
     else:
-        parts = iter(images.split(max(1, _HASHED_CHUNK // per_image)))  # without a copy
+        parts = (part for part in images.split(max(1, _HASHED_CHUNK // per_image)))  # without a copy
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part.cpu().contiguous().numpy().data)

@@ -20,11 +20,21 @@ READ_BYTES = 256 * 2**20  # files of so many bytes together are told apart by co
 
 
 @dataclass(frozen=True)
+class Listed:
+    """Image files of one split in the order of its images, and their names below the root of the data."""
+
+    label: str
+    files: Sequence[Path]
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Split:
     labels: Tensor  # int64 (N,)
     images: Callable[[Tensor], Tensor]  # ascending rows -> uint8 (rows, C, H, W)
     where: Callable[[int], str]  # what an error message calls a row
     files: Callable[[Tensor], str | None]  # ascending rows -> a digest of the names and sizes of their files
+    listed: Callable[[Tensor], Listed] | None = None  # ascending rows -> their files, where each image is one
 
 
 @dataclass(frozen=True)

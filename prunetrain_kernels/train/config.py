@@ -11,6 +11,7 @@ from prunetrain_kernels.graph.keep import POLICIES
 from prunetrain_kernels.train.mini_batch import LEARNING_RATE_RULES
 from prunetrain_kernels.train.target import BY, interval_of
 
+AUGMENTATIONS = ("crop", "resized-crop")
 SCHEDULES = ("step", "cosine", "onecycle")
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -25,6 +26,9 @@ class TrainConfig:
     classes: int | None = None
     image_size: int | None = None
     crop: int | None = None
+    augment: str = "crop"
+    workers: int | None = None
+    cache_limit: int | None = None
     limit_train: int | None = None
     limit_val: int | None = None
     cache: str | None = None
@@ -136,6 +140,9 @@ class TrainConfig:
                 self.reconfigure_once is None or 1 <= self.reconfigure_once <= self.epochs,
                 f"be an epoch of the run, 1 to {self.epochs}",
             ),
+            ("augment", self.augment in AUGMENTATIONS, f"be one of {', '.join(AUGMENTATIONS)}"),
+            ("workers", self.workers is None or self.workers >= 1, "be at least 1"),
+            ("cache-limit", self.cache_limit is None or self.cache_limit >= 0, "be a number of bytes, 0 or more"),
             ("threads", self.threads is None or self.threads >= 1, "be at least 1"),
             ("rank-timeout", 0 < self.rank_timeout < math.inf, "be a positive number of seconds"),
             ("seed", -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits"),
@@ -146,6 +153,11 @@ class TrainConfig:
 
     def _check_together(self) -> None:
         """Raises InputError for options that are in range, but cannot go together."""
+        if self.augment == "resized-crop" and self.crop is None:
+            raise InputError("--augment resized-crop scales parts of the images to --crop N; give it too, such as 224.")
+        for name, number in (("workers", self.workers), ("cache-limit", self.cache_limit)):
+            if number is not None and self.augment != "resized-crop":
+                raise InputError(f"--{name} is about images that stay files; add --augment resized-crop.")
         if self.dense and self.reconfigure_once is not None:
             raise InputError("--dense never reconfigures, so it cannot go with --reconfigure-once; choose one.")
         if self.target_flops is not None and self.target_train_flops is not None:

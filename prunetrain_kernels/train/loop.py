@@ -109,6 +109,7 @@ def _train(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) ->
             end_epoch(training, progress, epoch)
     finally:
         progress.bar.close()
+        training.batches.expect_nothing()
     finish(training, progress)
     return training.folder
 
@@ -249,6 +250,7 @@ def train_epoch(training: Training, progress: Progress, epoch: int) -> None:
     while images_in_epoch - position >= training.smallest_batch:
         size = min(training.batch_size, images_in_epoch - position)
         start = time.perf_counter()
+        training.batches.expect(order[position:], training.batch_size, epoch, train=True)
         fits = True
         try:
             make_step(training, progress, order[position : position + size], epoch)
@@ -500,7 +502,10 @@ def validate(training: Training, progress: Progress, network: nn.Module) -> floa
     network.eval()
     total = len(training.data.val_labels)
     correct = torch.zeros((), device=training.device)
-    for indices in torch.arange(total, device="cpu").split(VALIDATION_BATCH):
+    order = torch.arange(total, device="cpu")
+    for position in range(0, total, VALIDATION_BATCH):
+        training.batches.expect(order[position:], VALIDATION_BATCH, 0, train=False)
+        indices = order[position : position + VALIDATION_BATCH]
         images, labels = training.batches.share(indices, 0, 0, train=False, channels_last=progress.channels_last)
         if len(labels):
             with training.autocast():

@@ -18,7 +18,18 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, M
 from tqdm import tqdm
 
 from prunetrain_kernels.compiled import Compilations, eagerly
-from prunetrain_kernels.data import ImageData, batch, difference_of_data, load, record_of
+from prunetrain_kernels.data import (
+    ImageData,
+    ImageFiles,
+    ResizedCrop,
+    batch,
+    difference_of_data,
+    load,
+    read_ahead,
+    record_of,
+)
+from prunetrain_kernels.data.decode import cores
+from prunetrain_kernels.data.reader import CACHE_LIMIT
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.machine import processor
 from prunetrain_kernels.models import build
@@ -38,7 +49,8 @@ SMALLEST_BATCH = 2  # batch norm refuses one image
 CHECKPOINT = "checkpoint.pt"
 RUN_FILES = ("config.json", "log.csv", "channels.csv", "slices.npz", "summary.json", CHECKPOINT)
 # options that a resumed run, or another rank, may have otherwise: they decide no result
-NOT_COMPARED = ("out", "cache", "threads", "rank_timeout", "zeroing_tolerance")
+NOT_COMPARED = ("out", "cache", "cache_limit", "workers", "threads", "rank_timeout", "zeroing_tolerance")
+AHEAD = 3  # batches whose images are being read, the one that is asked for next included
 FIT_ON_DEVICE = 4 << 30  # bytes of images that are worth keeping on a GPU whole
 
 
@@ -63,6 +75,22 @@ class Batches:
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels
+
+    def expect(self, order: Tensor, size: int, epoch: int, *, train: bool) -> None:
+        """Has this rank's images of the next batches read, while the network works on those before.
+
+        Args:
+            order: the indices that are still to come, `size` of them in each batch.
+        """
+        if not isinstance(self.data.train_images, ImageFiles):
+            return
+        coming = order[: AHEAD * size].split(size)
+        mine = torch.cat([part[self.ranks.share(len(part))] for part in coming])
+        read_ahead(self.data, mine, seed=self.seed, epoch=epoch, train=train)
+
+    def expect_nothing(self) -> None:
+        """Gives up what was begun to be read."""
+        read_ahead(self.data, torch.empty(0, dtype=torch.int64, device="cpu"), seed=0, epoch=0, train=True)
 
 
 @dataclass(frozen=True)
@@ -179,7 +207,7 @@ def training_of(
     ranks.agree("the checkpoints to go on from", -1 if saved is None else saved["extra"]["epoch"])
     say: Callable[[str], None] = tqdm.write if show and ranks.first else _say_nothing
     log = RunLog(Path(config.out))
-    data = one_after_the_other(ranks, lambda: load_data(config, device))
+    data = one_after_the_other(ranks, lambda: load_data(config, device, say))
     batches = Batches(data, record_of(data), config.seed, device, ranks)
     ranks.agree("the data", data.image_shape, json.dumps(batches.record))
     compare_data(config, batches.record, saved, start, say)
@@ -511,22 +539,38 @@ def check_dense_start(config: TrainConfig, model: nn.Module, start: dict[str, Te
             )
 
 
-def load_data(config: TrainConfig, device: torch.device) -> ImageData:
+def load_data(config: TrainConfig, device: torch.device, say: Callable[[str], None] | None = None) -> ImageData:
+    """`say` is told what will be decoded, and where it will be kept, before that begins."""
+    recipe = recipe_of(config)
     data = load(
         config.data,
-        image_size=config.image_size,
+        image_size=config.image_size if recipe is None else None,
         cache=None if config.cache is None else Path(config.cache),
         limit_train=config.limit_train,
         limit_val=config.limit_val,
         seed=config.seed,
         classes=config.classes,
+        recipe=recipe,
+        say=say,
     )
-    if config.crop is not None:
+    if config.crop is not None and recipe is None:
         data = dataclasses.replace(data, crop=config.crop, padding=0)
     if len(data.train_labels) < 2 or len(data.val_labels) < 1:
         raise InputError(f"'{config.data}' has too few images: training needs 2 and validation 1; raise the limits.")
+    if isinstance(data.train_images, ImageFiles):
+        return data
     small = data.train_images.numel() + data.val_images.numel() <= FIT_ON_DEVICE
     return data.to(device) if device.type == "cuda" and small else data
+
+
+def recipe_of(config: TrainConfig) -> ResizedCrop | None:
+    """How images that stay files are read; None where they do not. The processes of a machine share its cores."""
+    if config.augment != "resized-crop":
+        return None
+    assert config.crop is not None
+    workers = config.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    limit = CACHE_LIMIT if config.cache_limit is None else config.cache_limit
+    return ResizedCrop(config.crop, config.image_size, workers, limit)
 
 
 def build_model(config: TrainConfig, data: ImageData, device: torch.device, ranks: Ranks) -> nn.Module:

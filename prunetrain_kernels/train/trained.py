@@ -104,7 +104,9 @@ def _data(config: TrainConfig, path: Path, payload: dict[str, Any]) -> tuple[Ima
     """The run's data, and why they cannot serve as examples, "" where they can."""
     recorded = payload["extra"].get("data") is not None
     try:
-        data = setup.load_data(config, torch.device("cpu"))
+        # of a few examples no image that stays a file has to be cached
+        limit = 0 if config.augment == "resized-crop" else None
+        data = setup.load_data(dataclasses.replace(config, cache_limit=limit), torch.device("cpu"))
     except InputError as error:
         if recorded:
             return None, f"the run's data cannot be read ({str(error).rstrip('.')})"

@@ -99,7 +99,8 @@ def test_the_forecast_says_what_will_happen() -> None:
     prunetrain = lasso_only(SGD, 0.9, epochs=6)
     prunetrain.course.epochs = 1000
     ahead = prunetrain.forecast()
-    assert ahead.measured and ahead.inference < 0.05, "with ages to go everything goes that may"
+    assert ahead.measured
+    assert ahead.inference < 0.05, "with ages to go everything goes that may"
     assert prunetrain.forecast(epochs=6).inference == 1.0, "and nothing does when no step is left"
     reach = 4 * 20 * 0.05 / (1 - 0.9)
     assert math.isclose(prunetrain.forecast(epochs=10).moves, 2e-3 * reach, rel_tol=1e-6)
@@ -260,7 +261,9 @@ def test_as_few_of_the_largest_sparse_channels_stay_as_are_enough(name: str, flo
         if space.members is None and not space.frozen and len(kept) > 1:
             stay += [(float(sizes[i][c]), i, c) for c in kept.tolist()]
             go += [float(sizes[i][c]) for c in set(range(space.size)) - set(kept.tolist())]
-    assert stay and go and min(stay)[0] >= max(go), "the largest ones stay"
+    assert stay
+    assert go
+    assert min(stay)[0] >= max(go), "the largest ones stay"
     _, space, channel = min(stay)
     for name_, layer in graph.layers.items():  # what stays is not set to zero
         if layer.output == space:

@@ -27,6 +27,7 @@ from prunetrain_kernels.prune.program import FORMATS, export_program
 from prunetrain_kernels.train.config import AMP_DTYPES, AUGMENTATIONS, SCHEDULES, TrainConfig
 from prunetrain_kernels.train.distributed import explain, speak_when_terminated
 from prunetrain_kernels.train.loop import train
+from prunetrain_kernels.train.ratio_table import expected_of, ratio_table, table_text
 from prunetrain_kernels.train.trained import load_trained
 
 DATA_HELP = (
@@ -383,6 +384,24 @@ def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--batch", type=int, default=128, help="images per step, for memory and traffic")
     parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="mixed precision of memory and traffic")
     parser.add_argument("--layers", action="store_true", help="inference FLOPs layer by layer")
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+    add = parser.add_argument_group("forecast").add_argument
+    add(
+        "--forecast",
+        action="store_true",
+        help="what different penalty ratios would leave of the fresh network in --epochs of --images images",
+    )
+    add("--images", type=int, default=50_000, metavar="N", help="images of the training set")
+    for name, what in (("epochs", "of the training"), ("lr", "learning rate"), ("momentum", "of SGD")):
+        add(f"--{name}", type=type(defaults[name]), default=defaults[name], help=what)
+    add("--decay-at", type=_shares, default="0.5,0.75", metavar="A,B", help="when the learning rate decays")
+    add(
+        "--run",
+        dest="run_folder",
+        type=Path,
+        metavar="FOLDER",
+        help="where a run that trains, or has ended, is going; no --model needed",
+    )
     parser.set_defaults(run=_info)
 
 
@@ -476,6 +495,9 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
+    if options.run_folder is not None:
+        print(expected_of(options.run_folder))
+        return 0
     if options.batch < 1 or options.classes < 1:
         raise InputError("--batch and --classes must be at least 1.")
     channels, height, width = options.input
@@ -493,6 +515,11 @@ def _info(options: argparse.Namespace) -> int:
             print(f"  {by_layer}")
         else:
             print("\n".join(f"  {count / 1e6:>10,.3f}  {name}" for name, count in by_layer.items()))
+    if options.forecast:
+        names = ("batch", "epochs", "lr", "momentum", "decay_at")
+        config = TrainConfig(out="", **{name: getattr(options, name) for name in names})
+        config.check()
+        print("\n" + table_text(ratio_table(model, example, config, classes=options.classes, images=options.images)))
     return 0
 
 

@@ -336,7 +336,7 @@ class PruneTrain:
 
     def _note_step(self) -> None:
         if self.course is not None:
-            self.course.note_step(self._now)
+            self.course.note_step(self.now)
 
     # -- in every epoch -------------------------------------------------------------------------------------------
 
@@ -361,7 +361,7 @@ class PruneTrain:
         if self.course is not None and (due or multiples(self.epochs, 1) > multiples(before, 1)):
             self._look()
         report = self.reconfigure() if due else None
-        if self.steering is not None and self.steering.ends(before, self._now()):
+        if self.steering is not None and self.steering.ends(before, self.now()):
             warnings.warn(self.verdict(), stacklevel=3)
         return report
 
@@ -381,24 +381,25 @@ class PruneTrain:
             keep = self.graph.keep(
                 self.model, self.threshold, self.relative, "union", self.round_to, dying=self._dying()
             )
-        return self.steering.would_meet(replace(self._now(), passed=epochs), keep)
+        return self.steering.would_meet(replace(self.now(), passed=epochs), keep)
 
     def _dying(self) -> float:
         """Below which all weights of a channel go on the way to a target: the lasso's hops keep them above the
         threshold."""
-        return 0.0 if self.steering is None or self.course is None else self.course.hop(self._now())
+        return 0.0 if self.steering is None or self.course is None else self.course.hop(self.now())
 
     def _look(self) -> None:
         """Measures what the epoch did to the slices, and adjusts lambda to the target."""
         assert self.course is not None
-        now = self._now()
+        now = self.now()
         self.course.look(now)
         if self.steering is not None:
             self.steering.count(now)
             if now.coefficient:
                 self.coefficient = self.ranks.broadcast(self.steering.steered(self.course, now, self.penalty_ratio))
 
-    def _now(self) -> Now:
+    def now(self) -> Now:
+        """The training at this moment, as forecasts see it."""
         coefficient = (self.coefficient or 0.0) if self.active else 0.0
         return Now(self.model, self._present, self.original, self.scheduler, self.epochs, coefficient)
 
@@ -414,11 +415,11 @@ class PruneTrain:
         if self.course is None:
             raise InputError("a forecast needs the length of the training: give PruneTrain epochs=..., all of them.")
         total = self.course.epochs if epochs is None else epochs
-        return forecast(self.course, self._now(), epochs=total, threshold=self.threshold, dense=self.dense_flops)
+        return forecast(self.course, self.now(), epochs=total, threshold=self.threshold, dense=self.dense_flops)
 
     def verdict(self) -> str:
         """One sentence on whether the target was met, and if not, why and what helps; empty without a target."""
-        return "" if self.steering is None else self.steering.verdict(self._now())
+        return "" if self.steering is None else self.steering.verdict(self.now())
 
     def reconfigure(self) -> PruneReport:
         """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it.
@@ -505,7 +506,7 @@ class PruneTrain:
         )
         keep, limited = choose(), False
         if self.steering is not None:
-            enough = self.steering.enough(self._now())
+            enough = self.steering.enough(self.now())
             if not enough(keep):
                 keep, limited = choose(enough), True
         return agreed(self.ranks, keep, timed=self.policy == "auto"), limited

@@ -86,7 +86,7 @@ def test_the_channel_that_is_forecast_to_go_first_goes_first() -> None:
             optimizer.step()
         prunetrain.epoch_end()
         if expected is None:
-            now = prunetrain._now()
+            now = prunetrain.now()
             needs = prunetrain.course.needs(now, prunetrain.course.reach(now, 10))
             space = prunetrain.graph.layers["0"].output
             expected = int(needs[space].argmin())

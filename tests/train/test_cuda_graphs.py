@@ -155,7 +155,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fused": {"fuse": True},
     "scaled": {"scales": True},
     "proximal": {"optimizer_class": ProximalSGD},
-    "multipliers": {"coefficients": {"a": 3.0, "a.conv2": 0.0, "fc": 0.3}, "scales": True},
+    "multipliers": {"coefficients": {"a": 3.0, "a.conv2": 0.0, "fc": 0.3}},
     "multipliers-proximal": {"coefficients": {"a": 3.0, "a.conv2": 0.0, "fc": 0.3}, "optimizer_class": ProximalSGD},
     "everything": {"clip": 0.5, "parts": 2, "average": True, "fuse": True, "scales": True},
 }

@@ -75,6 +75,18 @@ def test_derivatives_of_the_gradient() -> None:
         )
 
 
+def test_compiled_whole() -> None:
+    model = net()
+    lasso = GroupLasso(model, X, coefficients=MIXED)
+    lasso.penalty().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    torch.compile(lasso.penalty, backend="aot_eager", fullgraph=True)().backward()
+    assert all(
+        g is None if expected[name] is None else torch.equal(g, expected[name]) for name, g in gradients(model).items()
+    )
+
+
 def test_the_gradient_of_some_weights_only() -> None:
     """As where several optimizers take turns."""
     model, twin = net(), net()

@@ -228,6 +228,13 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="NAME,NAME",
         help="layers, or modules around some, whose channels all stay and that have no lasso",
     )
+    add(
+        "--coefficients",
+        type=_names,
+        default=(),
+        metavar="NAME=X,NAME=X",
+        help="multiples of lambda for some layers, or modules around some, such as layer3=2,fc=0 (0: no lasso)",
+    )
     add("--min-channels", type=int, default=1, metavar="N", help="no layer keeps fewer channels")
     add(
         "--interval",

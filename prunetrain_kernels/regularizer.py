@@ -1,8 +1,10 @@
 """The group lasso of a whole model, and the coefficient that sets its strength (paper section 4.1)."""
 
+import copy
+import difflib
 import math
 import numbers
-from collections.abc import Container
+from collections.abc import Collection, Container, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,22 +23,26 @@ from prunetrain_kernels.ops.group_lasso import (
 
 
 class Group(NamedTuple):
-    """One penalised channel slice: `side` is "in" or "out", `norm` is sqrt(|slice|^2 + eps)."""
+    """One penalised channel slice: `side` is "in" or "out", `norm` is sqrt(|slice|^2 + eps), and `multiplier` what it
+    enters R(W) with."""
 
     layer: str
     side: str
     channel: int
     norm: float
     max_abs: float
+    multiplier: float = 1.0
 
 
 class SliceNorms(NamedTuple):
-    """Norms of a layer's input slices (C,) and output slices (K,), and which of the two sides have a lasso."""
+    """Norms of a layer's input slices (C,) and output slices (K,), which of the two sides have a lasso, and its
+    multiplier of lambda."""
 
     inputs: Tensor
     outputs: Tensor
     inputs_pulled: bool
     outputs_pulled: bool
+    multiplier: float
 
 
 class GroupLasso:
@@ -47,6 +53,9 @@ class GroupLasso:
     submodules that tracing could not enter (`graph.opaque` lists those). An input group of a convolution with groups is
     the same channel of every group, `W[:, c]` of its (K, C / groups, ...) weight. The paper has no such convolutions.
 
+    Layers may differ in strength: with `coefficients={"layer3": 2.0, "stem.conv": 0.0}` R(W) becomes the sum over the
+    layers of a multiplier times their norms, an extension beyond the paper.
+
     It reads the model's present weights at every call, and goes on working after a reconfiguration.
 
     Args:
@@ -54,10 +63,14 @@ class GroupLasso:
         example_inputs: the model's positional arguments, as for `trace_channels`.
         graph: the model's channel graph, if it is at hand already.
         eps: added to every squared norm.
+        coefficients: multipliers of lambda by name. A name is a layer's, or a module's and then stands for everything
+            in it ("" for the whole model); of several that cover a layer the longest counts, and a layer that none
+            covers has 1. One with a multiplier of 0 is left out, as if it were not penalised.
 
     Raises:
         TraceError: the model cannot be traced.
-        InputError: there is nothing to penalise.
+        InputError: there is nothing to penalise; a multiplier that is negative or not finite; a name that covers no
+            layer with a lasso.
     """
 
     def __init__(
@@ -67,28 +80,78 @@ class GroupLasso:
         *,
         graph: ChannelGraph | None = None,
         eps: float = EPS,
+        coefficients: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model
         self.eps = eps
-        graph = graph or trace_channels(model, example_inputs)
+        self._coefficients = {} if coefficients is None else _checked(coefficients)
+        names = self._take_up(graph or trace_channels(model, example_inputs))
+        if not names:
+            raise InputError("the model has no channels to penalise: it has one layer only, or none that was traced.")
+        for name in self._coefficients:
+            if not any(_covers(name, layer) for layer in names):
+                raise InputError(_unknown(name, names))
+        if not self._groups:
+            raise InputError(
+                "`coefficients` leaves out every layer that has a lasso; give at least one a multiplier above 0, or "
+                "train without a lasso."
+            )
+
+    def _take_up(self, graph: ChannelGraph) -> list[str]:
+        """Finds the groups in a graph; names of the layers that have any, those with a multiplier of 0 included."""
         self._groups: dict[str, Groups] = {}
         self._path: dict[str, list[str]] = {}
         self._sides: dict[str, tuple[str, str]] = {}
+        self._multipliers: dict[str, float] = {}
+        names = []
         for layer in graph.layers.values():
             sides = not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output
-            if any(sides) and layer.name not in graph.excluded:
+            if not any(sides) or layer.name in graph.excluded:
+                continue
+            names.append(layer.name)
+            multiplier = _multiplier(layer.name, self._coefficients)
+            if multiplier:
                 # as `Groups` has it the weight's first dimension is the output
                 self._groups[layer.name] = Groups(layer.block, *(reversed(sides) if layer.transposed else sides))
                 self._sides[layer.name] = ("out", "in") if layer.transposed else ("in", "out")
                 self._path[layer.name] = layer.name.split(".") if layer.name else []
-        if not self._groups:
-            raise InputError("the model has no channels to penalise: it has one layer only, or none that was traced.")
+                self._multipliers[layer.name] = multiplier
+        self._alike = set(self._multipliers.values()) <= {1.0}
+        return names
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The multipliers by name, as they were given."""
+        return dict(self._coefficients)
+
+    def after(self, graph: ChannelGraph) -> "GroupLasso":
+        """The same lasso, with the same multipliers, of the model in a new shape; `graph` is that of the shape. Layers
+        that were removed are no error, not even if none is left: then R(W) is 0."""
+        lasso = copy.copy(self)
+        lasso._take_up(graph)
+        return lasso
 
     def weights(self) -> tuple[list[nn.Parameter], list[Groups]]:
         """Present weights, and which of their groups count; a layer that was removed has none any more."""
         found = [(self._weight(name), groups) for name, groups in self._groups.items()]
         kept = [(weight, groups) for weight, groups in found if weight is not None]
         return [weight for weight, _ in kept], [groups for _, groups in kept]
+
+    def multipliers(self) -> list[float]:
+        """Of the weights that `weights` gives, in their order."""
+        return [multiplier for name, multiplier in self._multipliers.items() if self._weight(name) is not None]
+
+    def _parts(self) -> list[tuple[float, list[nn.Parameter], list[Groups]]]:
+        """Present weights and their groups for each multiplier; all in one part where all have 1."""
+        weights, groups = self.weights()
+        if self._alike:
+            return [(1.0, weights, groups)] if weights else []
+        parts: dict[float, tuple[list[nn.Parameter], list[Groups]]] = {}
+        for weight, group, multiplier in zip(weights, groups, self.multipliers(), strict=True):
+            part = parts.setdefault(multiplier, ([], []))
+            part[0].append(weight)
+            part[1].append(group)
+        return [(multiplier, *part) for multiplier, part in parts.items()]
 
     def _weight(self, name: str) -> nn.Parameter | None:
         module: nn.Module | None = self.model
@@ -98,18 +161,34 @@ class GroupLasso:
 
     def penalty(self) -> Tensor:
         """R(W): a scalar tensor with autograd, in fp32 (fp64 for fp64 weights)."""
-        weights, groups = self.weights()
-        return group_lasso(weights, groups, self.eps)
+        return self._sum([(m, group_lasso(weights, groups, self.eps)) for m, weights, groups in self._parts()])
 
     def add_gradient_(self, coefficient: float | Tensor, only: Container[int] | None = None) -> Tensor:
         """Adds coefficient * dR/dW into every weight's `.grad` and returns R(W); records no graph.
 
         Args:
             coefficient: lambda.
-            only: the weights to do so for, by `id`, of which there must be one; R(W) is then theirs.
+            only: the weights to do so for, by `id`; R(W) is then theirs.
         """
-        pairs = [(w, g) for w, g in zip(*self.weights(), strict=True) if only is None or id(w) in only]
-        return add_group_lasso_gradient_([w for w, _ in pairs], [g for _, g in pairs], coefficient, self.eps)
+        terms = []
+        for m, weights, groups in self._parts():
+            pairs = [(w, g) for w, g in zip(weights, groups, strict=True) if only is None or id(w) in only]
+            if pairs:
+                scale = coefficient if m == 1 else coefficient * m
+                terms.append(
+                    (m, add_group_lasso_gradient_([w for w, _ in pairs], [g for _, g in pairs], scale, self.eps))
+                )
+        return self._sum(terms)
+
+    def _sum(self, terms: list[tuple[float, Tensor]]) -> Tensor:
+        """R(W) of the norms' sums by their multipliers."""
+        scaled = [term if multiplier == 1 else multiplier * term for multiplier, term in terms]
+        if not scaled:
+            return torch.zeros((), device=next((p.device for p in self.model.parameters()), torch.device("cpu")))
+        total = scaled[0]
+        for term in scaled[1:]:
+            total = total + term
+        return total
 
     def slice_norms(self) -> dict[str, "SliceNorms"]:
         """Norms of the channel slices of every layer that has a lasso, with eps, on the CPU, by layer."""
@@ -120,7 +199,7 @@ class GroupLasso:
             (first, second), used = (norms[0].cpu(), norms[1].cpu()), (group.inputs, group.outputs)
             if self._sides[name] == ("out", "in"):
                 first, second, used = second, first, (used[1], used[0])
-            by_side[name] = SliceNorms(first, second, *used)
+            by_side[name] = SliceNorms(first, second, *used, self._multipliers[name])
         return by_side
 
     def groups(self) -> list[Group]:
@@ -133,8 +212,52 @@ class GroupLasso:
             for side, used, norm, size in zip(self._sides[name], used_sides, norms, sizes, strict=True):
                 if used:
                     pairs = zip(norm.tolist(), size.tolist(), strict=True)
-                    table += [Group(name, side, channel, n, m) for channel, (n, m) in enumerate(pairs)]
+                    strength = self._multipliers[name]
+                    table += [Group(name, side, channel, n, m, strength) for channel, (n, m) in enumerate(pairs)]
         return table
+
+
+# -- multipliers by name -----------------------------------------------------------------------------------------------
+
+
+def _checked(coefficients: Mapping[str, float]) -> dict[str, float]:
+    """A copy with numbers of Python's own. Raises InputError where something is no name or no multiplier."""
+    if not isinstance(coefficients, Mapping):
+        raise InputError(
+            f"`coefficients` must map names of layers or modules to multipliers, as {{'layer3': 2.0}} does, and not be "
+            f"a {type(coefficients).__name__}."
+        )
+    for name, value in coefficients.items():
+        if not isinstance(name, str):
+            raise InputError(f"`coefficients` takes names of layers or modules as keys, not {name!r}; give the name.")
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= torch.finfo(torch.float32).max:
+            raise InputError(
+                f"the lasso's multiplier of {name!r} must be a finite number, 0 or more, not {value!r}; 0 leaves the "
+                "layer out, 1 is the strength of layers that have none."
+            )
+    return {name: float(value) for name, value in coefficients.items()}
+
+
+def _covers(name: str, layer: str) -> bool:
+    """Whether a layer has this name or lies in the module of this name."""
+    return name in ("", layer) or layer.startswith(f"{name}.")
+
+
+def _multiplier(layer: str, coefficients: Mapping[str, float]) -> float:
+    names = [name for name in coefficients if _covers(name, layer)]
+    return coefficients[max(names, key=len)] if names else 1.0
+
+
+def _unknown(name: str, layers: Collection[str]) -> str:
+    """That no layer with a lasso has a name, and which come nearest."""
+    above = {".".join(parts[:end]) for parts in (layer.split(".") for layer in layers) for end in range(1, len(parts))}
+    nearest = difflib.get_close_matches(name, [*layers, *sorted(above - set(layers))], n=3, cutoff=0.5)
+    named = ", ".join(map(repr, nearest or list(layers)[:3]))
+    return (
+        f"`coefficients` names {name!r}, but no layer with a lasso has that name or lies in a module of that name; "
+        f"{'the nearest that have one are' if nearest else 'the first that have one are'} {named}."
+    )
 
 
 def penalty_coefficient(ce_loss: float | Tensor, penalty: float | Tensor, ratio: float) -> float:

@@ -29,15 +29,21 @@ from prunetrain_kernels.ops.group_lasso import (
 from prunetrain_kernels.ops.group_soft_threshold import group_soft_threshold_
 from prunetrain_kernels.ops.launch import is_eager
 from prunetrain_kernels.ops.sgd import sgd_, sgd_update_
+from prunetrain_kernels.ops.tables import channels_of
 from prunetrain_kernels.regularizer import GroupLasso
 
 
 class _Norms:
-    """Norms and largest |w| of the weights with a lasso, and which weights, in which state, they are of."""
+    """Norms and largest |w| of the weights with a lasso, and which weights, in which state, they are of.
 
-    def __init__(self, weights: Sequence[Tensor], groups: list[Groups], eps: float) -> None:
+    Multipliers reach the update through the norms that it reads: it pulls by lambda w / n, so norms over multipliers
+    make it pull by lambda * multiplier w / n. Kept are the norms themselves.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], groups: list[Groups], multipliers: list[float], eps: float) -> None:
         self.weights = weights
         self.groups = groups
+        self.multipliers = multipliers
         self.eps = eps
         self.blocks = [g.block for g in groups]
         self.used = [g.used for g in groups]
@@ -46,8 +52,14 @@ class _Norms:
         wide = any(w.dtype == torch.float64 for w in weights)
         self.norms = weights[0].new_empty(count, dtype=torch.float64 if wide else torch.float32)
         self.max_abs = torch.empty_like(self.norms)
+        self.factor = None if set(multipliers) == {1.0} else self._beside_norms(multipliers)
         self.state: list[tuple[int, int]] | None = None
         self.asked: Any = None  # parameters and weights when this was made: while they are the same, it serves
+
+    def _beside_norms(self, multipliers: list[float]) -> Tensor:
+        """Of each norm, that of its weight."""
+        sizes = [sum(channels_of(w, block)) for w, block in zip(self.weights, self.blocks, strict=True)]
+        return torch.cat([self.norms.new_full((n,), m) for n, m in zip(sizes, multipliers, strict=True)])
 
     def fit(self, weights: Sequence[Tensor], groups: list[Groups]) -> bool:
         """Whether these are the same weights, in the same shapes."""
@@ -65,6 +77,26 @@ class _Norms:
             torch.cat([side for pair in norms for side in pair], out=self.norms)
             torch.cat([side for pair in max_abs for side in pair], out=self.max_abs)
             self.mark()
+
+    def penalty(self, eps: float) -> Tensor:
+        """R(W) of the weights measured, with `eps` in the norms."""
+        norms = self.norms if self.eps == eps else (self.norms.square() + eps).sqrt_()
+        counts = counted(self.weights, self.blocks, self.used, norms)
+        return torch.dot(norms, counts if self.factor is None else counts * self.factor)
+
+    def for_update(self) -> Tensor:
+        """The norms as the update is to read them; it overwrites them by the new weights' own, to be handed to
+        `take`."""
+        return self.norms if self.factor is None else self.norms / self.factor
+
+    def take(self, norms: Tensor, found_inf: Tensor | None) -> None:
+        """Keeps what an update has written, unless it was skipped and wrote nothing; that is decided on the device."""
+        if norms is self.norms:
+            return
+        if found_inf is None:
+            self.norms.copy_(norms)  # in place, where a captured graph finds them
+        else:
+            torch.where(found_inf != 0, self.norms, norms, out=self.norms)
 
 
 @dataclass
@@ -198,10 +230,11 @@ class SGD(torch.optim.SGD):
         Raises:
             InputError: there is no lasso.
         """
-        state, eps = self._state(), self._required().eps
+        state = self._state()
+        if state is None:
+            return self._required().penalty()
         state.measure()
-        norms = state.norms if state.eps == eps else (state.norms.square() + eps).sqrt_()
-        return torch.dot(norms, counted(state.weights, state.blocks, state.used, norms))
+        return state.penalty(self._required().eps)
 
     @torch.no_grad()
     def slice_max_abs(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
@@ -212,6 +245,8 @@ class SGD(torch.optim.SGD):
             InputError: there is no lasso.
         """
         state = self._state()
+        if state is None:
+            return {}
         state.measure()
         return dict(zip(state.weights, split_by_layer(state.max_abs, state.weights, state.blocks), strict=True))
 
@@ -241,21 +276,25 @@ class SGD(torch.optim.SGD):
     def _eps(self) -> float:
         return self._required().eps
 
-    def _state(self) -> _Norms:
-        """Norms, perhaps not yet measured, of the lasso's weights that are trained, in the order of the parameters."""
+    def _state(self) -> _Norms | None:
+        """Norms, perhaps not yet measured, of the lasso's weights that are trained, in the order of the parameters;
+        None where all layers with a lasso have been removed."""
         held = [id(p) for group in self.param_groups for p in group["params"]]
         weights, groups = self._required().weights()
         asked = (held, [(id(w), w.requires_grad, w.shape) for w in weights])
         if self._norms is not None and self._norms.asked == asked:
             return self._norms
+        if not weights:
+            return None
         order = {key: i for i, key in enumerate(held)}
-        pairs = [(w, g) for w, g in zip(weights, groups, strict=True) if w.requires_grad and id(w) in order]
-        pairs.sort(key=lambda pair: order[id(pair[0])])
-        if not pairs:
+        rows = zip(weights, groups, self._required().multipliers(), strict=True)
+        trained = [row for row in rows if row[0].requires_grad and id(row[0]) in order]
+        trained.sort(key=lambda row: order[id(row[0])])
+        if not trained:
             raise InputError("none of the lasso's weights is trained; end the lasso with regularize_with(None).")
-        weights, groups = [w for w, _ in pairs], [g for _, g in pairs]
+        weights, groups, multipliers = map(list, zip(*trained, strict=True))
         if self._norms is None or not self._norms.fit(weights, groups):
-            self._norms = _Norms(weights, groups, self._eps())
+            self._norms = _Norms(weights, groups, multipliers, self._eps())
         self._norms.asked = asked
         return self._norms
 
@@ -346,13 +385,16 @@ class SGD(torch.optim.SGD):
         wide = torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
         sides = {} if step.lasso is None else dict(zip(map(id, step.lasso.weights), step.lasso.groups, strict=True))
         empty = torch.empty(0, dtype=wide, device=step.device)
+        norms = empty
+        if step.lasso is not None:
+            norms = step.lasso.norms if coefficient is None else step.lasso.for_update()
         eager = is_eager(step.params[0])
         update = sgd_update_ if eager else sgd_
         update(
             step.params,
             [p.grad for p in step.params],  # type: ignore[misc]
             step.buffers,
-            empty if step.lasso is None else step.lasso.norms,
+            norms,
             empty.clone() if step.lasso is None else step.lasso.max_abs,
             [self._number(i, "lr", group["lr"], wide, step.device) for i, group in enumerate(settings)],
             coefficient,
@@ -371,6 +413,8 @@ class SGD(torch.optim.SGD):
         )
         if eager:  # what the dispatcher does for an operator that writes: autograd then notices, and so do the norms
             increment_version([*step.params, *step.buffers])
+        if step.lasso is not None:
+            step.lasso.take(norms, step.found_inf)
 
     def _number(self, group: int, name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A hyperparameter as a scalar tensor on the device: the user's own tensor, or one that is kept."""
@@ -403,7 +447,8 @@ class ProximalSGD(SGD):
     training cheaper.
 
     The threshold is lr * lambda * (1 - dampening) / (1 - momentum), the length that the subgradient moves a slice per
-    step once momentum has built up, so the same lambda means the same strength; dampening counts with momentum only.
+    step once momentum has built up, so the same lambda means the same strength; dampening counts with momentum only. A
+    layer's multiplier (`GroupLasso(coefficients=...)`) multiplies its threshold.
     Weight decay and momentum are those of SGD; the lasso is in neither. What is exact and what is approximate where a
     weight lies in an input and an output group: see `ops/group_soft_threshold.py`.
 
@@ -428,13 +473,19 @@ class ProximalSGD(SGD):
         if step.lasso is None:
             return
         where = {id(p): i for p, i in zip(step.params, step.group_of, strict=True)}
+        group = [where[id(w)] for w in step.lasso.weights]
+        kinds = [(i, 1.0) for i in range(len(self.param_groups))]
+        if step.lasso.factor is not None:  # a threshold for each parameter group and multiplier that come together
+            pairs = list(zip(group, step.lasso.multipliers, strict=True))
+            kinds = list(dict.fromkeys(pairs))
+            group = [kinds.index(pair) for pair in pairs]
         coefficient = coefficient_tensor(self._coefficient, step.lasso.norms)
         group_soft_threshold_(
             step.lasso.weights,
             step.lasso.norms,
-            [self._threshold(i, coefficient) for i in range(len(self.param_groups))],
+            [self._threshold(i, m, coefficient) for i, m in kinds],
             step.found_inf,
-            [where[id(w)] for w in step.lasso.weights],
+            group,
             step.lasso.blocks,
             step.lasso.used,
         )  # the norms are now of the weights before the threshold: whoever asks has them measured
@@ -445,15 +496,16 @@ class ProximalSGD(SGD):
     def _lasso_coefficient(self, step: "_Step") -> Tensor | None:
         return None  # no subgradient
 
-    def _threshold(self, group: int, coefficient: Tensor) -> Tensor:
+    def _threshold(self, group: int, multiplier: float, coefficient: Tensor) -> Tensor:
         settings = self.param_groups[group]
         momentum = float(settings["momentum"])
         scale = (1 - float(settings["dampening"])) / (1 - momentum) if momentum else 1.0
+        scale *= multiplier
         if isinstance(settings["lr"], Tensor) or isinstance(self._coefficient, Tensor):
             rate = self._number(group, "lr", settings["lr"], coefficient.dtype, coefficient.device)
             return rate * coefficient * scale
         value = settings["lr"] * self._coefficient * scale
-        return self._number(group, "threshold", value, coefficient.dtype, coefficient.device)
+        return self._number(group, f"threshold of {multiplier}", value, coefficient.dtype, coefficient.device)
 
 
 def _check_momentum(momentum: float) -> None:

@@ -1,6 +1,7 @@
 """The options of a training run."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,7 @@ class TrainConfig:
     target_by: float = BY
     exclude: tuple[str, ...] = ()
     min_channels: int = 1
+    coefficients: tuple[str, ...] = ()
     reconfigure_once: int | None = None
     threshold: float = 1e-4
     relative: bool = False
@@ -149,6 +151,7 @@ class TrainConfig:
         ):
             if not ok:
                 raise InputError(f"--{name} must {must}, not {getattr(self, name.replace('-', '_'))}.")
+        multipliers(self.coefficients)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -188,3 +191,21 @@ class TrainConfig:
         for name, value in (("memory-budget", self.memory_budget), ("batch-limit", self.batch_limit)):
             if value is not None and not self.grow_batch:
                 raise InputError(f"--{name} limits the growth of the batch; add --grow-batch.")
+
+
+def multipliers(words: Sequence[str]) -> dict[str, float]:
+    """{layer: multiplier of lambda} from words such as "layer3=2".
+
+    Raises:
+        InputError: a word that is not NAME=NUMBER.
+    """
+    parsed: dict[str, float] = {}
+    for word in words:
+        name, _, number = word.rpartition("=")
+        try:
+            parsed[name] = float(number)
+        except ValueError:
+            raise InputError(
+                f"--coefficients {word}: say how many times lambda a layer gets, as in layer3=2."
+            ) from None
+    return parsed

@@ -418,13 +418,14 @@ class Course:
 
 
 def pulls_of(norms: dict[str, SliceNorms]) -> dict[str, Sides]:
-    """How strongly a lasso of lambda 1 pulls at each slice along itself, by layer; see the top of this file."""
+    """How strongly a lasso of lambda 1 pulls at each slice along itself, by layer; see the top of this file. A layer's
+    multiplier of lambda is in it."""
     pulls = {}
     for name, layer in norms.items():
         across_inputs, across_outputs = (side.sum() / side.square().sum() for side in (layer.inputs, layer.outputs))
         pulls[name] = (
-            layer.inputs_pulled + layer.outputs_pulled * layer.inputs * across_outputs,
-            layer.outputs_pulled + layer.inputs_pulled * layer.outputs * across_inputs,
+            layer.multiplier * (layer.inputs_pulled + layer.outputs_pulled * layer.inputs * across_outputs),
+            layer.multiplier * (layer.outputs_pulled + layer.inputs_pulled * layer.outputs * across_inputs),
         )
     return pulls
 
@@ -445,7 +446,9 @@ def forecast(course: Course, now: Now, *, epochs: float, threshold: float, dense
         threshold: of the sparse test.
         dense: FLOPs per image of the dense network.
     """
-    sides = [(side, used) for each in now.slice_norms().values() for side, used in zip(each[:2], each[2:], strict=True)]
+    sides = [
+        (side, used) for each in now.slice_norms().values() for side, used in zip(each[:2], each[2:4], strict=True)
+    ]
     norms = torch.cat([side for side, used in sides if used])
     reach = course.reach(now, max(0.0, epochs - now.passed))
     needs = course.needs(now, max(reach, SHORTEST))

@@ -1,6 +1,6 @@
 """What is known of a network in its present shape: its channels, its lasso and its FLOPs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,28 +74,32 @@ def look_first(
     amp: torch.dtype | None,
     cost: ConvolutionCost | str,
     choice: dict[str, Any],
-    limits: Limits,
+    *,
+    limits: Limits | None = None,
+    coefficients: Mapping[str, float] | None = None,
 ) -> Present:
     """Traces and counts a model as it is given; refuses, before any training, what cannot be chosen by.
 
     Args:
         cost: as of `ChannelGraph.keep`; `choice`: its threshold, relative, policy and round_to.
+        coefficients: the lasso's multipliers by name, as for `GroupLasso`.
     """
+    limits = limits or Limits()
     graph = limits.on(trace_channels(model, example_inputs))
     if choice["policy"] == "auto":
         cost_of(cost, model)  # refuses an unknown name
     graph.keep(model, **choice)
-    return look(model, graph, amp, limits)
+    lasso = GroupLasso(model, graph.example_inputs, graph=graph, coefficients=coefficients)
+    return look(model, graph, amp, lasso, limits)
 
 
-def look(model: nn.Module, graph: ChannelGraph, amp: torch.dtype | None, limits: Limits) -> Present:
+def look(model: nn.Module, graph: ChannelGraph, amp: torch.dtype | None, lasso: GroupLasso, limits: Limits) -> Present:
     """Counts a network that has been traced. The model must run uncompiled (`eagerly`)."""
-    lasso = GroupLasso(model, graph.example_inputs, graph=graph)
     return Present(graph, lasso, *count_flops(model, graph.example_inputs, amp), limits)
 
 
 def look_again(model: nn.Module, before: Present, amp: torch.dtype | None, keep: Keep | None = None) -> Present:
-    """Finds and counts the channels of a model whose shape has changed since `before`.
+    """Finds and counts the channels of a model whose shape has changed since `before`; its lasso keeps the multipliers.
 
     Args:
         keep: what the model has kept since, which spares the tracing and often the counting; None if that is not known.
@@ -105,11 +109,11 @@ def look_again(model: nn.Module, before: Present, amp: torch.dtype | None, keep:
             graph = keep.graph_after()
         else:
             graph = before.limits.on_again(trace_channels(model, before.example_inputs))
+        lasso = before.lasso.after(graph)
         gated = any(isinstance(module, GatedConv2d) for module in model.modules())
         same = keep is not None and not gated and trained_parameters(model) == before.trained
         if not same or before.flop_table is None:  # a gated layer may compute more than its weight holds
-            return look(model, graph, amp, before.limits)
-        lasso = GroupLasso(model, graph.example_inputs, graph=graph)
+            return look(model, graph, amp, lasso, before.limits)
         flops = before.flop_table.flops(model)
         return Present(graph, lasso, flops, before.flop_table, before.trained, before.limits)
 

@@ -13,7 +13,7 @@ same calls.
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -46,6 +46,7 @@ from prunetrain_kernels.train.present import Limits, Present, fuse_all, look_aga
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.prunetrain_checks import (
     check_arguments,
+    check_names,
     check_parts,
     check_state_fits,
     check_state_is_of,
@@ -118,6 +119,7 @@ class PruneTrain:
         target_by: the share of the epochs by which the target is to be met.
         exclude: names of layers, or of modules around some, whose channels all stay, and that have no lasso.
         min_channels: as for `restricted`: no layer keeps fewer channels.
+        coefficients: multiples of lambda for some layers, by name, as for `GroupLasso`; 0 leaves one without a lasso.
 
     Attributes:
         coefficient: lambda, or None before the first step.
@@ -168,6 +170,7 @@ class PruneTrain:
         target_by: float = BY,
         exclude: Sequence[str] = (),
         min_channels: int = 1,
+        coefficients: Mapping[str, float] | None = None,
     ) -> None:
         wanted = target_of(target, target_training, epochs, target_by)
         interval = interval_of(interval, None if wanted is None else wanted.epochs)
@@ -176,6 +179,7 @@ class PruneTrain:
         self.is_compiled = is_compiled_module(model) or any("_compiled_call_impl" in vars(m) for m in model.modules())
         model, _ = unwrapped(model)
         check_parts(model)
+        check_names(model, exclude=exclude, coefficients=coefficients or {})
         self.also = [copy.network for copy in copies_of(model, also)]
         self.optimizers = check_at_construction(model, as_list(optimizer), self.also)
         if not self.optimizers:
@@ -199,7 +203,9 @@ class PruneTrain:
             self.fused: FuseReport | None = fuse_all(model, self.also, example_inputs) if fuse else None
             choice = {"threshold": threshold, "relative": relative, "policy": policy, "round_to": round_to}
             limits = Limits(tuple(exclude), min_channels)
-            self._present = look_first(model, example_inputs, self.amp, cost, choice, limits)
+            self._present = look_first(
+                model, example_inputs, self.amp, cost, choice, limits=limits, coefficients=coefficients
+            )
         self.dense_flops = self.flops
         self.course = None if epochs is None else Course.counting(self.optimizers, self.lasso, epochs)
         self.steering = None if wanted is None else Steering.towards(wanted, self._present, model)
@@ -207,7 +213,7 @@ class PruneTrain:
         if fuse:
             forget_compiled()
         settings = (penalty_ratio, interval, threshold, relative, policy, round_to, zeroing_tolerance, keep_momentum)
-        more = (epochs, wanted, limits)
+        more = (epochs, wanted, limits, sorted(self.lasso.coefficients.items()))
         self.ranks.agree("the network and PruneTrain's arguments", settings, more, sorted(self.dense_layers.items()))
         self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
         if self.batch is not None:

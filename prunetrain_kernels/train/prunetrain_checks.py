@@ -1,7 +1,8 @@
 """What PruneTrain refuses: arguments out of range, parts that cannot be followed, states of another network."""
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,18 @@ def check_parts(model: nn.Module) -> None:
             f"'{wrapped[0]}' is what torch.compile(part) returned, inside which no channels can be followed; compile "
             "the part in place, part.compile(), or the whole model."
         )
+
+
+def check_names(model: nn.Module, **names: Iterable[str]) -> None:
+    """Raises InputError for a name that no module has, before anything is changed; a keyword is the argument's name."""
+    modules = dict(model.named_modules())
+    for argument, given in names.items():
+        if isinstance(given, str):
+            raise InputError(f"{argument} takes several names: give [{given!r}], not {given!r}.")
+        for name in given:
+            if name not in modules:
+                like = ", ".join(difflib.get_close_matches(str(name), modules, 3, 0.0)) or "none"
+                raise InputError(f"{argument}: the model has no module '{name}'; names that are like it: {like}.")
 
 
 def check_state_is_of(original: OriginalChannels, state: dict[str, Any], *, manages_batch: bool) -> None:

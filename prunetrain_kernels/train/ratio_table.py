@@ -56,7 +56,7 @@ def ratio_table(
     prunetrain = PruneTrain(model, optimizer, example, scheduler=scheduler, epochs=config.epochs)
     assert prunetrain.course is not None
     prunetrain.course.steps_per_epoch = images // config.batch
-    penalty = float(prunetrain.lasso.penalty())
+    penalty = float(prunetrain.lasso.penalty().detach())
     rows = []
     for ratio in ratios:
         coefficient = penalty_coefficient(math.log(classes), penalty, ratio)
@@ -95,14 +95,16 @@ def table_text(rows: Sequence[Ratio]) -> str:
         f"slices: smallest {first.smallest:.3g}, median {first.median:.3g}, sparse below {first.threshold:g}; in "
         f"{first.epochs:g} epochs the lasso moves a slice by",
         "",
-        "ratio  lambda    by      inference FLOPs left, if nothing resists",
+        "ratio  lambda    by      median slices",
     ]
     lines += [
-        f"{row.ratio:<5g}  {row.coefficient:<8.2g}  {row.ahead.moves:<6.2g}  {row.ahead.inference:.1%}" for row in rows
+        f"{row.ratio:<5g}  {row.coefficient:<8.2g}  {row.ahead.moves:<6.2g}  {row.ahead.moves / row.ahead.median:.2g}"
+        for row in rows
     ]
     lines += [
         "",
-        "Training resists, so more stays than that; `prunetrain train` measures it and says after each epoch what it "
-        "expects. To name what shall be left instead of a ratio: --target-flops SHARE.",
+        "A slice that nothing holds goes when it has been moved by its norm; what the loss needs resists. `prunetrain "
+        "train` measures that, and says after each epoch what it expects to be left. To name what shall be left "
+        "instead of a ratio: --target-flops SHARE.",
     ]
     return "\n".join(lines)

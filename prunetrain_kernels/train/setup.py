@@ -37,7 +37,7 @@ from prunetrain_kernels.nn import synchronize_batch_norm
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.checkpoint import read_checkpoint
-from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig
+from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig, multipliers
 from prunetrain_kernels.train.distributed import Ranks, SentBytes, distributed, one_after_the_other
 from prunetrain_kernels.train.mini_batch import MiniBatch
 from prunetrain_kernels.train.prunetrain import PruneTrain
@@ -295,6 +295,7 @@ def pruning_options(config: TrainConfig) -> dict[str, Any]:
         "target_by": config.target_by,
         "exclude": config.exclude,
         "min_channels": config.min_channels,
+        "coefficients": multipliers(config.coefficients),
     }
 
 

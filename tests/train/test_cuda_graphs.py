@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prunetrain_kernels.cli import main
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.optim import SGD, ProximalSGD
+from prunetrain_kernels.regularizer import GroupLasso
 from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.prunetrain import PruneTrain
 from prunetrain_kernels.train.run_log import read_run
@@ -125,6 +126,10 @@ def started(captured: bool, optimizer_class: type[SGD] = SGD, scales: bool = Fal
         fuse=options.pop("fuse", False),
         also=[] if average is None else [average.network],
     )
+    coefficients = options.pop("coefficients", None)
+    if coefficients:
+        lasso = GroupLasso(model, (), graph=prunetrain.graph, coefficients=coefficients)
+        prunetrain._present = replace(prunetrain._present, lasso=lasso)
     scaler = torch.amp.GradScaler("cpu", enabled=scales, init_scale=64.0, growth_interval=5)
     # the device is what a user with a GPU would have; all tensors are on the CPU
     step: Any = Step(model, optimizer, scaler, prunetrain, torch.device("cuda"), average=average, **options)
@@ -150,6 +155,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fused": {"fuse": True},
     "scaled": {"scales": True},
     "proximal": {"optimizer_class": ProximalSGD},
+    "multipliers": {"coefficients": {"a": 3.0, "a.conv2": 0.0, "fc": 0.3}},
+    "multipliers-proximal": {"coefficients": {"a": 3.0, "a.conv2": 0.0, "fc": 0.3}, "optimizer_class": ProximalSGD},
     "everything": {"clip": 0.5, "parts": 2, "average": True, "fuse": True, "scales": True},
 }
 
@@ -187,6 +194,38 @@ def test_replays_are_steps_through_reconfigurations(name: str, fake: list[FakeGr
         else:
             one.reset()
     assert networks(one)[0].stem.out_channels == 4  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("cls", [SGD, ProximalSGD])
+def test_a_replay_may_be_a_skipped_step(cls: type[SGD]) -> None:
+    """With multipliers, whose norms an update must not take over from a step that wrote none. Decided on the device."""
+    graph = FakeGraph()
+    models = net(dtype=torch.float32), net(dtype=torch.float32)
+    optimizers = [cls(model.parameters(), lr=0.05, momentum=0.9) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        lasso = GroupLasso(model, example(torch.float32), coefficients={"a": 3.0, "a.conv2": 0.0, "fc": 0.3})
+        optimizer.regularize_with(lasso, 0.01)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    for number, skipped in enumerate((False, False, True, False, True, True, False)):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(number)
+            for p in model.parameters():
+                p.grad = p.grad if p.grad is not None else torch.empty_like(p)
+                p.grad.copy_(torch.randn(p.shape, generator=generator))
+            optimizer.found_inf.fill_(float(skipped))
+            if optimizer is optimizers[1] or number == 0:
+                optimizer.step()
+                continue
+            if number == 1:
+                with capturing(graph):
+                    optimizer.step()
+            graph.replay()
+            optimizer.replayed()
+        a, b = ([p.detach() for p in model.parameters()] for model in models)
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+        penalties = [float(optimizer.penalty()) for optimizer in optimizers]
+        assert penalties[0] == pytest.approx(penalties[1], rel=1e-6)
+        assert penalties[0] == pytest.approx(float(optimizers[0].lasso.penalty().detach()), rel=1e-6)
 
 
 def test_new_settings_are_captured_anew_and_learning_rates_are_not(fake: list[FakeGraph]) -> None:

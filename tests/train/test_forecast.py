@@ -10,13 +10,14 @@ from torch.optim import lr_scheduler
 
 from prunetrain_kernels.cost import count_flops
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.graph import trace_channels
+from prunetrain_kernels.graph import ChannelGraph, trace_channels
 from prunetrain_kernels.graph.keep import largest_in_spaces, slice_sizes
 from prunetrain_kernels.models import build
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune import reconfigure
+from prunetrain_kernels.regularizer import GroupLasso
 from prunetrain_kernels.train.forecast import ShapeFlops, rates_to_come
-from prunetrain_kernels.train.present import Limits, look
+from prunetrain_kernels.train.present import Limits, Present, look
 from prunetrain_kernels.train.prunetrain import PruneTrain
 
 X = torch.zeros(2, 3, 8, 8)
@@ -207,6 +208,10 @@ class Towers(nn.Module):
         return self.head((x + self.inner(x.relu())).mean((2, 3)))
 
 
+def present_of(model: nn.Module, graph: ChannelGraph) -> Present:
+    return look(model, graph, None, GroupLasso(model, graph.example_inputs, graph=graph), Limits())
+
+
 def zero_some(model: nn.Module, graph: object, share: float) -> None:
     """Sets a share of the channels of every free space to zero, in all their layers."""
     generator = torch.Generator().manual_seed(3)
@@ -229,7 +234,7 @@ def test_flops_of_a_shape_are_those_of_the_pruned_network(name: str) -> None:
     x = torch.zeros(2, 3, 32, 32)
     graph = trace_channels(model, (x,))
     zero_some(model, graph, 0.4)
-    shape = ShapeFlops.of(look(model, graph, None, Limits()), model)
+    shape = ShapeFlops.of(present_of(model, graph), model)
     keep = graph.keep(model)
     training, inference = shape.of_keep(keep)
     reconfigure(model, torch.optim.SGD(model.parameters(), lr=0.1), keep)
@@ -249,7 +254,7 @@ def test_as_few_of_the_largest_sparse_channels_stay_as_are_enough(name: str, flo
         for layer in graph.layers.values():
             weight = model.get_submodule(layer.name).weight
             weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) * 1e-5 + 1e-8)
-    present = look(model, graph, None, Limits())
+    present = present_of(model, graph)
     shape, dense = ShapeFlops.of(present, model), present.flops.inference
     bare = graph.keep(model)
     assert shape.of_keep(bare)[1] < floor * dense, "without a floor it would be below"

@@ -205,6 +205,9 @@ def test_the_papers_constant_lambda_is_the_default() -> None:
         ({"target": 0.001}, "cannot be reached"),
         ({"target": 0.5, "exclude": ["3", "7"]}, "cannot be reached"),
         ({"exclude": ["layer9"]}, "'layer9'"),
+        ({"exclude": "3"}, "several names"),
+        ({"coefficients": {"layer9": 2.0}}, "'layer9'"),
+        ({"coefficients": {"3": -1.0}}, "3"),
         ({"min_channels": 0}, "min_channels"),
         ({"min_channels": 2.5}, "min_channels"),
     ],
@@ -230,6 +233,8 @@ def test_what_cannot_be_is_refused_before_anything_is_touched(options: dict[str,
         (["--target-flops", "0.0001"], "cannot be reached"),
         (["--exclude", "layer7"], "layer7"),
         (["--min-channels", "0"], "--min-channels"),
+        (["--coefficients", "layer3"], "layer3=2"),
+        (["--coefficients", "layer7=2"], "layer7"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(
@@ -268,6 +273,18 @@ def test_excluded_layers_keep_their_channels_and_have_no_lasso() -> None:
     assert (model[3].in_channels, model[3].out_channels) == (24, 24)
     assert model[7].out_channels == 1
     assert "excluded" in str(prunetrain.graph), "also after a reconfiguration"
+
+
+def test_a_layer_with_a_multiple_of_lambda_goes_first_and_is_forecast_so() -> None:
+    run = Run(SGD, 4, width=12, coefficients={"3": 8.0, "7": 0.0})
+    run.epoch()
+    prunetrain = run.prunetrain
+    assert prunetrain.course is not None
+    assert {group.layer for group in prunetrain.lasso.groups()} == {"0", "3", "12"}
+    needs = prunetrain.course.needs(prunetrain.now(), prunetrain.course.reach(prunetrain.now(), 3))
+    read_by = {name: needs[layer.input] for name, layer in prunetrain.graph.layers.items()}
+    assert read_by["7"].isinf().all(), "a layer without a lasso holds what it reads"
+    assert read_by["3"].isfinite().all()
 
 
 @pytest.mark.parametrize("least", [1, 5, 100])

@@ -15,6 +15,7 @@ from prunetrain_kernels import MiniBatch, PruneTrain, ZeroingError
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.models import resnet20
 from prunetrain_kernels.prune.branches import ConstantConv
+from prunetrain_kernels.regularizer import GroupLasso
 from prunetrain_kernels.train import layout
 from prunetrain_kernels.train import present as looking
 from prunetrain_kernels.train.original import OriginalChannels
@@ -108,7 +109,7 @@ FAILING: dict[str, tuple[Any, str]] = {
     "count_flops": (looking, "count_flops"),
     "graph_after": (Keep, "graph_after"),
     "trace_channels": (looking, "trace_channels"),
-    "GroupLasso": (looking, "GroupLasso"),
+    "lasso_after": (GroupLasso, "after"),
     "flop_table": (looking, "flop_table"),
     "PruneReport": (module, "PruneReport"),
     "measure": (MiniBatch, "measure"),
@@ -169,7 +170,7 @@ def test_a_later_step_is_that_of_a_run_without_the_failure(monkeypatch: pytest.M
         model, optimizer, prunetrain = training()
         if fails:
             with monkeypatch.context() as patch:
-                patch.setattr(looking, "GroupLasso", None)
+                patch.setattr(GroupLasso, "after", None)
                 with pytest.raises(TypeError):
                     prunetrain.reconfigure()
         losses.append([step(model, optimizer, prunetrain) for _ in range(3)])
@@ -189,7 +190,7 @@ def test_a_step_of_the_undoing_that_fails_leaves_none_of_the_others_out(monkeypa
             raise ValueError("an undoing step failed")
 
     monkeypatch.setattr(undone, "_restore", fails)
-    monkeypatch.setattr(looking, "GroupLasso", None)
+    monkeypatch.setattr(GroupLasso, "after", None)
     with pytest.raises(ValueError, match="an undoing step failed") as error:
         prunetrain.reconfigure()
     assert isinstance(error.value.__context__, TypeError)

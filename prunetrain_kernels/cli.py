@@ -107,8 +107,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--image-size",
         type=int,
         metavar="N",
-        help="side of the square that images of a folder or Parquet file are scaled to; with --augment resized-crop "
-        "what their shorter side is scaled to for validation (then by default 8/7 of --crop)",
+        help="side of the square that digits and images of a folder or Parquet file are scaled to; with --augment "
+        "resized-crop what their shorter side is scaled to for validation (then by default 8/7 of --crop)",
     )
     add(
         "--crop",

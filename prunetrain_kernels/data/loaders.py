@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prunetrain_kernels.data.dataset import (
@@ -74,8 +75,8 @@ def load(
 
             `cifar10:PATH`, `cifar100:PATH`, `parquet:PATH` and `imagefolder:PATH` say what PATH must be; the first two
             accept an archive, its folder or Parquet files.
-        image_size: for Parquet files and trees, resize the centre square of every image to this many pixels a side.
-            None keeps them as they are, and then all must have one size. Images read there are always RGB.
+        image_size: for digits, Parquet files and trees, resize the centre square of every image to so many pixels a
+            side. None keeps them as they are, and then all must have one size. Images read there are always RGB.
         cache: folder for the decoded images of Parquet files and trees; None is
             `$XDG_CACHE_HOME/prunetrain_kernels` (`~/.cache/prunetrain_kernels`). A cached file is used again while the
             files' names, sizes and modification times are what they were, and their content too where it is up to
@@ -176,7 +177,7 @@ def _read(spec: str, image_size: int | None, cache: Path, seed: int, classes: in
     """Chooses the reader."""
     kind, colon, rest = spec.partition(":")
     if spec == "digits":
-        return _with_fixed_size(_digits(), image_size)
+        return _digits(image_size)
     if kind == "synthetic":
         return _with_fixed_size(_synthetic(rest, seed, 10 if classes is None else classes), image_size)
     if colon and kind in ("cifar10", "cifar100", "parquet", "imagefolder"):
@@ -211,9 +212,13 @@ def _read(spec: str, image_size: int | None, cache: Path, seed: int, classes: in
 # ---------------------------------------------------------------------------------------------- held in memory
 
 
-def _digits() -> Source:
+def _digits(image_size: int | None) -> Source:
+    """Scikit-learn's 8 x 8 digits, scaled (bilinear) to `image_size` pixels a side if that is given."""
     bunch = need("sklearn.datasets", "the digits data set").load_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)  # 0..16 as 0..255
+    if image_size is not None and image_size != images.shape[-1]:
+        images = F.interpolate(images.float(), size=image_size, mode="bilinear", align_corners=False)
+        images = images.round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     train, val = stratified_split(labels, every=5, seed=0)  # not the user's seed: accuracies of two seeds must compare
     return Source(

@@ -538,9 +538,19 @@ def test_classes_must_agree_with_the_data() -> None:
 
 
 def test_image_size_of_data_that_cannot_be_resized() -> None:
-    assert load("digits", image_size=8).image_shape == (1, 8, 8)
-    with pytest.raises(InputError, match="images of digits are 8x8 and stay so; leave --image-size 32 out"):
-        load("digits", image_size=32)
+    assert load("synthetic:20x8x8", image_size=8).image_shape == (3, 8, 8)
+    with pytest.raises(InputError, match="are 8x8 and stay so; leave --image-size 32 out"):
+        load("synthetic:20x8x8", image_size=32)
+
+
+def test_digits_can_be_scaled() -> None:
+    small, large = load("digits", image_size=8), load("digits", image_size=16)
+    assert torch.equal(small.train_images, load("digits").train_images)
+    assert large.image_shape == (1, 16, 16)
+    assert torch.equal(large.train_labels, small.train_labels)
+    pixels = pytest.importorskip("PIL.Image").fromarray(small.train_images[0, 0].numpy())
+    scaled = torch.from_numpy(np.asarray(pixels.resize((16, 16), 2)).copy())  # 2: bilinear
+    assert (large.train_images[0, 0].int() - scaled.int()).abs().max() <= 1
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from prunetrain_kernels.train.run_numbers import (
     ratio_of,
     removed_layers_of,
     run_labels,
+    sentence_of,
     state_of,
     step_seconds_of,
     sum_of,
@@ -105,7 +106,8 @@ DENSE_HAS_NONE = ("group lasso time", "reconfiguration time")  # so there is not
 
 
 def comparison_table(runs: Sequence[Run]) -> str:
-    """The runs side by side as aligned plain text: one metric per row, one run per column.
+    """The runs side by side as aligned plain text: one metric per row, one run per column. Above it, where there are a
+    dense and a pruned run, a sentence says what was gained.
 
     Behind a quantity stands its share of the dense run's, where one of the same model and data is among the runs; for
     sums over the run, only where both have trained as many epochs. FLOPs of the whole run are the sum of every
@@ -158,7 +160,8 @@ def comparison_table(runs: Sequence[Run]) -> str:
     lines.insert(1, "-" * (sum(widths) + 2 * len(runs)))
     unknown = zip(labels, map(unknown_of, runs), strict=True)
     lines += [f"unknown in {label}: {why}" for label, why in unknown if why]
-    return "\n".join(lines) + "\n"
+    sentence = sentence_of(runs)
+    return "\n".join([sentence, "", *lines] if sentence else lines) + "\n"
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -183,6 +186,8 @@ figcaption, p.note { color: #333; font-size: .9rem; max-width: 46rem; }
 
 def _page(lines: Sequence[Line], sections: Sequence[str]) -> str:
     title = f"PruneTrain: {lines[0].label}" if len(lines) == 1 else f"PruneTrain: {len(lines)} runs"
+    sentence = sentence_of([line.run for line in lines])
+    gained = f"<p><strong>{html.escape(sentence)}</strong></p>\n" if sentence else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -194,7 +199,7 @@ def _page(lines: Sequence[Line], sections: Sequence[str]) -> str:
 </head>
 <body>
 <h1>{html.escape(title)}</h1>
-{_table(lines)}
+{gained}{_table(lines)}
 <p class="note">“Of dense”: what the run computed, moved or sent, against the dense network that it started as, for the
 same images; inference FLOPs and parameters are the last network’s. Bytes are decimal (1 GB = 10⁹ B).</p>
 {"".join(sections)}</body>

@@ -36,8 +36,14 @@ def _label(run: Run) -> str:
     parts = [" on ".join(filter(None, (model, data))) or on_one_line(run.directory.resolve().name)]
     if is_dense(run):
         parts.append("dense")
+    elif config.get("target_flops") is not None:
+        parts.append(f"target {on_one_line(config['target_flops'])}")
+    elif config.get("target_train_flops") is not None:
+        parts.append(f"target {on_one_line(config['target_train_flops'])} of training")
     elif config.get("penalty_ratio") is not None:
         parts.append(f"ratio {on_one_line(config['penalty_ratio'])}")
+    if config.get("proximal") and not is_dense(run):
+        parts.append("proximal")
     if config.get("reconfigure_once"):
         parts.append("reconfigured once")
     round_to = as_number(config.get("round_to"))
@@ -200,6 +206,37 @@ def state_of(run: Run) -> str:
         return f"{epochs} epochs"
     planned = as_number(run.config.get("epochs"))
     return f"unfinished: {epochs} of {planned:g} epochs" if math.isfinite(planned) else f"unfinished: {epochs} epochs"
+
+
+def sentence_of(runs: Sequence[Run]) -> str:
+    """What the first finished pruned run has gained over its dense one, in a sentence; empty where there are no two.
+
+    Both must have trained for as many epochs. What is not known of a run is left out.
+    """
+    for run in runs:
+        dense = dense_counterpart(run, runs)
+        if dense is None or run.summary is None or dense.summary is None:
+            continue
+        if last_value(run, "epoch") != last_value(dense, "epoch"):
+            continue
+        gains = [
+            f"{as_percent(value / reference, 0)} {of_what}"
+            for of_what, value, reference in (
+                ("of the inference FLOPs", last_value(run, "inference_flops"), last_value(dense, "inference_flops")),
+                ("of the training FLOPs", total_flops_of(run), total_flops_of(dense)),
+                ("of the time", wall_seconds_of(run), wall_seconds_of(dense)),
+            )
+            if math.isfinite(value) and reference > 0
+        ]
+        accuracy, of_dense = as_percent(accuracy_of(run)), as_percent(accuracy_of(dense))
+        name = on_one_line(run.config.get("model", "")) or "the network"
+        return (
+            f"Trained with PruneTrain {name} is right on {accuracy} of the validation images, dense on {of_dense}; it "
+            f"took {', '.join(gains[:-1])} and {gains[-1]} that the dense one takes."
+            if len(gains) > 1
+            else ""
+        )
+    return ""
 
 
 # --- numbers as text -------------------------------------------------------------------------------------------------

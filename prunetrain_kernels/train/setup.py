@@ -321,8 +321,8 @@ def saved_state(config: TrainConfig, resume: bool, overwrite: bool) -> dict[str,
     saved = read_checkpoint(checkpoint)
     if "config" not in saved["extra"]:
         raise CheckpointError(f"'{checkpoint}' was not written by `prunetrain train`; choose another --out.")
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}  # of options that came later
-    before = {**json.loads(json.dumps(defaults)), **json.loads(saved["extra"]["config"])}
+    defaults = json.loads(json.dumps(asdict(TrainConfig(out=""))))  # of options that came later
+    before = {**defaults, **json.loads(saved["extra"]["config"])}
     for option, value in json.loads(json.dumps(asdict(config))).items():
         if option == "start_from" and value is not None and before[option] is not None:
             continue  # it is not read again, so it may have moved

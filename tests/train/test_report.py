@@ -22,7 +22,7 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.train import figures, report
 from prunetrain_kernels.train.report import comparison_table, write_report
 from prunetrain_kernels.train.run_log import Run, RunLog, read_run
-from prunetrain_kernels.train.run_numbers import run_labels
+from prunetrain_kernels.train.run_numbers import run_labels, sentence_of
 
 LAYERS = {"conv1": (3, 8), "block.conv1": (8, 8), "block.conv2": (8, 8), "fc": (8, 10)}
 FIGURES = ("flops", "channels", "memory", "sparsity", "learning", "time")
@@ -421,12 +421,20 @@ def test_labels_from_the_configuration(tmp_path: Path) -> None:
     assert label(model="m", penalty_ratio=0.2, reconfigure_once=True) == "m, ratio 0.2, reconfigured once"
     assert label(model="m", penalty_ratio=0.2, round_to=8) == "m, ratio 0.2, rounded to 8"
     assert label(model="m", dense=True, round_to=8) == "m, dense"
+    assert label(model="m", penalty_ratio=0.2, target_flops=0.5, proximal=True) == "m, target 0.5, proximal"
+    assert label(model="m", penalty_ratio=0.2, target_train_flops=0.6) == "m, target 0.6 of training"
     assert len(label(model="m" * 500)) == 60
 
 
 def test_comparison_table(pair: tuple[Path, Path]) -> None:
     table = comparison_table([read_run(folder) for folder in pair])
-    lines = table.splitlines()
+    sentence, blank, *lines = table.splitlines()
+    assert sentence == (
+        "Trained with PruneTrain vgg11 is right on 76.5% of the validation images, dense on 81.2%; it took 50% of the "
+        "inference FLOPs, 75% of the training FLOPs and 100% of the time that the dense one takes."
+    )
+    assert sentence in html.unescape(write_report(pair).read_text())
+    assert not blank
     assert table.endswith("\n")
     assert len({len(line) for line in lines}) == 1  # aligned to the right
     assert re.split(r" {2,}", lines[0].strip()) == ["vgg11 on cifar10, dense", "vgg11 on cifar10, ratio 0.25"]
@@ -443,6 +451,15 @@ def test_comparison_table(pair: tuple[Path, Path]) -> None:
     assert table_row(table, "training time") == ["24 s", "18 s (75.0%)"]
     assert table_row(table, "group lasso time") == ["0 ms", "960 ms"]
     assert table_row(table, "reconfiguration time") == ["0 ms", "500 ms"]
+
+
+def test_no_sentence_without_two_finished_runs(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    dense, pruned = map(read_run, pair)
+    unfinished = read_run(make_run(tmp_path / "unfinished", finished=False))
+    shorter = read_run(make_run(tmp_path / "shorter", epochs=3))
+    for runs in ([dense], [pruned], [dense, unfinished], [dense, shorter]):
+        assert sentence_of(runs) == ""
+    assert sentence_of([pruned, dense]) == sentence_of([dense, unfinished, pruned]) != ""
 
 
 def test_comparison_is_with_the_same_model_and_length(tmp_path: Path, pair: tuple[Path, Path]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from strangers import Net, example, images, net, sgd, slices, step, wither
-from test_loop import assert_same_run, checkpoint_of, config, tiny_module, withering  # noqa: F401  (fixtures)
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from whole_runs import assert_same_run, checkpoint_of, config, tiny_module, withering  # noqa: F401  (fixtures)
 
 from prunetrain_kernels.errors import CheckpointError, InputError, PruneTrainError
 from prunetrain_kernels.models import build

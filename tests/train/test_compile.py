@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from strangers import Net, example, images, net, sgd, step, wither
-from test_loop import checkpoint_of, config, tiny_module, withering  # noqa: F401  (fixtures)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from whole_runs import checkpoint_of, config, tiny_module, withering  # noqa: F401  (fixtures)
 
 from prunetrain_kernels.compiled import Compilations, eagerly, forget_compiled
 from prunetrain_kernels.errors import InputError

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from strangers import Net, example, images, net, wither
-from test_loop import config, tiny_module  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from whole_runs import config, tiny_module  # noqa: F401  (a fixture)
 
 from prunetrain_kernels.cli import main
 from prunetrain_kernels.errors import InputError

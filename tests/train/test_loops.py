@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from strangers import Net, example, images, net, wither
 from test_also import halted
-from test_loop import assert_same_run, checkpoint_of, config, tiny_module, withering  # noqa: F401  (fixtures)
 from torch import Tensor, nn
+from whole_runs import assert_same_run, checkpoint_of, config, tiny_module, withering  # noqa: F401  (fixtures)
 
 from prunetrain_kernels.cli import main
 from prunetrain_kernels.errors import InputError

@@ -39,7 +39,7 @@ def _in_double_precision(rank: int, options: TrainConfig) -> dict[str, Tensor]:
         set_default(torch.float32)
 
 
-def test_two_ranks_in_two_parts_are_one_process_in_four(on_ranks: OnRanks, tmp_path: Path) -> None:  # noqa: F811
+def test_two_ranks_in_two_parts_are_one_process_in_four(on_ranks: OnRanks, tmp_path: Path) -> None:
     many = config(tmp_path / "many", accumulate=2, **OPTIONS)
     assert_bitwise_equal(on_ranks(2, _in_double_precision, many))
     _in_double_precision(0, config(tmp_path / "one", accumulate=4, **OPTIONS))
@@ -70,7 +70,7 @@ def _with_averages(rank: int, differ: bool) -> Any:
     return [tuple(p.shape) for p in average.parameters()], average.bn.running_mean.tolist()
 
 
-def test_averages_follow_on_all_ranks_and_must_not_differ(on_ranks: OnRanks) -> None:  # noqa: F811
+def test_averages_follow_on_all_ranks_and_must_not_differ(on_ranks: OnRanks) -> None:
     first, second = on_ranks(2, _with_averages, False)
     assert first == second
     assert first[0][0] == (6, 3, 3, 3)

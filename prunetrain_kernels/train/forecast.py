@@ -286,7 +286,7 @@ class Course:
 
     Attributes:
         optimizer, group: whose learning rate and steps count, and the number of the parameter group.
-        epochs: of the whole training.
+        epochs: of the whole training, None where that is not known.
         steps: of the optimizer since the last look, those of replayed CUDA graphs left out; `calls`: of `note_step`;
             `rate`: the learning rate at the first of them; `replays`: of CUDA graphs,
             until the last look.
@@ -296,7 +296,7 @@ class Course:
 
     optimizer: Optimizer
     group: int
-    epochs: float
+    epochs: float | None
     steps: int = 0
     calls: int = 0
     replays: int = 0
@@ -307,7 +307,7 @@ class Course:
     resistance: dict[str, Sides] = field(default_factory=dict)
 
     @classmethod
-    def counting(cls, optimizers: Sequence[Optimizer], lasso: GroupLasso, epochs: float) -> "Course":
+    def counting(cls, optimizers: Sequence[Optimizer], lasso: GroupLasso, epochs: float | None) -> "Course":
         """A course that counts the steps of the optimizer that most of the lasso's weights are in."""
         course = cls(*leading_group(optimizers, lasso), epochs)
 
@@ -449,11 +449,12 @@ def forecast(course: Course, now: Now, *, epochs: float, threshold: float, dense
     sides = [
         (side, used) for each in now.slice_norms().values() for side, used in zip(each[:2], each[2:4], strict=True)
     ]
-    norms = torch.cat([side for side, used in sides if used])
+    norms = torch.cat([torch.tensor([], device="cpu"), *(side for side, used in sides if used)])
+    smallest, median = (float(norms.min()), float(norms.median())) if len(norms) else (math.nan, math.nan)
     reach = course.reach(now, max(0.0, epochs - now.passed))
     needs = course.needs(now, max(reach, SHORTEST))
     training, inference = flops_at(needs, now.shape_flops(), now.coefficient)
     return Forecast(
-        now.passed, epochs, float(norms.min()), float(norms.median()), threshold, now.coefficient * reach,
+        now.passed, epochs, smallest, median, threshold, now.coefficient * reach,
         share(inference, dense.inference), share(training, dense.training), course.measured,
     )  # fmt: skip

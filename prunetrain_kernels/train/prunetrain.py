@@ -111,7 +111,7 @@ class PruneTrain:
             default that of the autocast around this call, or none. Without it a batch that grows stays half of what
             fits.
         zeroing_tolerance, keep_momentum: as for `reconfigure`.
-        epochs: of the whole training; lets `forecast` say where it will end, and is needed for a target.
+        epochs: of the whole training, for `forecast`; a target needs it.
         target: FLOPs of one inference to end with, as a share of the dense network's, such as 0.5: lambda, which begins
             as `penalty_ratio` has it, is then adjusted at every epoch's end, and the lasso rests once the target is
             met; never less is kept. Whether it was met, and if not why, is said at the end.
@@ -130,6 +130,7 @@ class PruneTrain:
         regularizing: set it to False for fine-tuning epochs without the lasso.
         epochs: epochs counted so far.
         history: one entry per reconfiguration: epoch, seconds, max_abs_dy, train_flops, ...
+        course: how the slices have moved so far, None without a lasso; `steering`: lambda's way to a target, or None.
         original: the dense network's channels that are left; `kept`, `removed` and `dense_layers` are its fields.
         also: the networks inside the copies.
         graph, lasso: of the channels that the model has now.
@@ -207,7 +208,7 @@ class PruneTrain:
                 model, example_inputs, self.amp, cost, choice, limits=limits, coefficients=coefficients
             )
         self.dense_flops = self.flops
-        self.course = None if epochs is None else Course.counting(self.optimizers, self.lasso, epochs)
+        self.course = Course.counting(self.optimizers, self.lasso, epochs) if penalty_ratio else None
         self.steering = None if wanted is None else Steering.towards(wanted, self._present, model)
         self.original = OriginalChannels.of_graph(self.graph)
         if fuse:
@@ -416,11 +417,13 @@ class PruneTrain:
             epochs: of the whole training; by default what PruneTrain was given.
 
         Raises:
-            InputError: PruneTrain was not given the epochs.
+            InputError: the epochs are not known, or there is no lasso.
         """
         if self.course is None:
-            raise InputError("a forecast needs the length of the training: give PruneTrain epochs=..., all of them.")
+            raise InputError("without a lasso (penalty_ratio=0) there is nothing to forecast.")
         total = self.course.epochs if epochs is None else epochs
+        if total is None:
+            raise InputError("a forecast needs the length of the training: forecast(epochs=...), all of them together.")
         return forecast(self.course, self.now(), epochs=total, threshold=self.threshold, dense=self.dense_flops)
 
     def verdict(self) -> str:

@@ -111,8 +111,12 @@ def test_the_forecast_says_what_will_happen() -> None:
 
 def test_a_forecast_without_the_length_of_the_training_is_refused() -> None:
     model = plain_net()
+    prunetrain = PruneTrain(model, SGD(model.parameters(), lr=0.1), (X,))
     with pytest.raises(InputError, match="epochs="):
-        PruneTrain(model, SGD(model.parameters(), lr=0.1), (X,)).forecast()
+        prunetrain.forecast()
+    assert prunetrain.forecast(epochs=5).moves == 0.0, "no step has been made, so no reach is known"
+    with pytest.raises(InputError, match="penalty_ratio=0"):
+        PruneTrain(model, SGD(model.parameters(), lr=0.1), (X,), penalty_ratio=0).forecast(epochs=5)
 
 
 # -- the schedule ahead ------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from torch.optim import Optimizer
 from prunetrain_kernels.cost import Flops, share, share_text
 from prunetrain_kernels.graph import ChannelGraph, Keep
 from prunetrain_kernels.graph.keep import everywhere, largest_in_spaces
+from prunetrain_kernels.prune.optimizer_holdings import groups_of
+from prunetrain_kernels.prune.optimizers import all_optimizers
 from prunetrain_kernels.regularizer import GroupLasso, SliceNorms
 from prunetrain_kernels.train.original import OriginalChannels
 from prunetrain_kernels.train.present import Present
@@ -216,14 +218,15 @@ def rates_to_come(scheduler: Any, optimizer: Optimizer, group: int, passed: floa
             say): the present rate stays.
         passed: epochs trained so far.
     """
-    now = float(optimizer.param_groups[group]["lr"])
+    settings = groups_of(optimizer)[group]
     for each in scheduler if isinstance(scheduler, list | tuple) else [scheduler]:
-        if hasattr(each, "optimizer") and each.optimizer.param_groups is optimizer.param_groups:
+        scheduled = [settings is other for other in groups_of(getattr(each, "optimizer", None))]
+        if any(scheduled):
             try:
-                return _run_ahead(each, group, passed, epochs)
+                return _run_ahead(each, scheduled.index(True), passed, epochs)
             except Exception:  # anybody's code; the forecast then goes by the present rate
                 break
-    return [now] * epochs
+    return [float(settings["lr"])] * epochs
 
 
 def _run_ahead(scheduler: Any, group: int, passed: float, epochs: int) -> list[float]:
@@ -257,19 +260,20 @@ def _run_ahead(scheduler: Any, group: int, passed: float, epochs: int) -> list[f
 
 
 def leading_group(optimizers: Sequence[Optimizer], lasso: GroupLasso) -> tuple[Optimizer, int]:
-    """The optimizer, and the number of its parameter group, that most of the weights with a lasso are in."""
+    """The optimizer, and the number of its parameter group, that most of the weights with a lasso are in; of optimizers
+    around others, the innermost."""
     weights = {id(weight): weight.numel() for weight in lasso.weights()[0]}
     held = [
         (sum(weights.get(id(p), 0) for p in group["params"]), optimizer, number)
-        for optimizer in optimizers
-        for number, group in enumerate(optimizer.param_groups)
+        for optimizer in reversed(all_optimizers(optimizers))
+        for number, group in enumerate(groups_of(optimizer))
     ]
-    return max(held, key=lambda each: each[0])[1:]
+    return max(held, key=lambda each: each[0])[1:]  # the first of equals
 
 
 def reach_per_rate(optimizer: Optimizer, group: int) -> float:
     """What one step's reach is for a learning rate of 1: 1 / (1 - momentum); 1 for optimizers without momentum."""
-    settings = optimizer.param_groups[group]
+    settings = groups_of(optimizer)[group]
     momentum = float(settings.get("momentum") or 0.0)
     dampening = float(settings.get("dampening") or 0.0) if momentum else 0.0
     return (1 - dampening) / (1 - momentum) if momentum < 1 else math.inf
@@ -314,7 +318,7 @@ class Course:
         def count(*_: Any) -> None:
             course.steps += 1
 
-        with contextlib.suppress(AttributeError):  # a wrapper that is no whole Optimizer: its calls are counted
+        with contextlib.suppress(AttributeError, TypeError):  # one that is no whole Optimizer: `calls` are counted
             course.optimizer.register_step_post_hook(count)
         return course
 
@@ -331,7 +335,7 @@ class Course:
             self.rate = self._rate_now()
 
     def _rate_now(self) -> float:
-        return float(self.optimizer.param_groups[self.group]["lr"])
+        return float(groups_of(self.optimizer)[self.group]["lr"])
 
     def _steps_made(self) -> int:
         """Updates since the last look: as the optimizer counts them, replayed graphs too, or else the calls before."""

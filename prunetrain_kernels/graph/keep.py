@@ -425,6 +425,53 @@ def everywhere(graph: ChannelSpaces, of_channels: Sequence[Tensor]) -> list[Tens
     return result
 
 
+def as_they_go(graph: ChannelSpaces, numbers: Sequence[Tensor], round_to: int = 1) -> list[Tensor]:
+    """For each channel of each space the limit at which it goes, where channels go by several and some must stay.
+
+    Args:
+        numbers: for each space the limits at which channels become sparse: those with a number up to it are.
+        round_to: as of `choose`: channels go with those that are rounded up with them.
+
+    Returns:
+        One tensor per space: infinite for the channels that stay because no fewer may, and else the largest number of
+        those it goes with. Where all of a space become sparse a branch may go, so all go but for `restricted`. Spaces
+        that are put together are as they were.
+    """
+    result, fewest = [], fewest_channels(graph, round_to)
+    for space, each, least, together in zip(graph.spaces, numbers, fewest, _together(graph, round_to), strict=True):
+        if space.members is not None or space.frozen:
+            result.append(each)
+            continue
+        order = each.argsort(descending=True, stable=True)
+        ranks = torch.arange(space.size, device="cpu")
+        grouped = each[order][ranks // together * together]
+        if space.least > 1 or not graph.merges:
+            grouped[:least] = math.inf
+        result.append(torch.empty_like(each).index_copy_(0, order, grouped))
+    return result
+
+
+def fewest_channels(graph: ChannelSpaces, round_to: int = 1) -> list[int]:
+    """How many channels each space keeps if all is sparse.
+
+    Args:
+        round_to: as of `choose`.
+    """
+    counts: list[int] = []
+    for space, together in zip(graph.spaces, _together(graph, round_to), strict=True):
+        if space.members is None:
+            rounded = -(-max(1, space.least) // together) * together
+            counts.append(space.size if space.frozen else min(space.size, rounded))
+        else:  # members come before what is put together from them
+            counts.append(sum(int((channels < counts[n]).sum()) for n, _, channels in _members(space)))
+    return counts
+
+
+def _together(graph: ChannelSpaces, round_to: int) -> list[int]:
+    """Of how many channels each space keeps a multiple, or else all that it has."""
+    return [round_to // math.gcd(round_to, times) for times in _repeats(graph)]
+
+
 def _members(space: Space) -> Iterable[tuple[int, Tensor, Tensor]]:
     """The members of a space that is put together: each with the positions of its channels, and which they are in it.
 
@@ -439,7 +486,7 @@ def _members(space: Space) -> Iterable[tuple[int, Tensor, Tensor]]:
 
 def _channels(graph: ChannelSpaces, largest: list[Tensor], live: list[Tensor], round_to: int) -> list[Tensor]:
     """The kept channels of each space, ascending: what members keep, spaces that are put together keep."""
-    times = _repeats(graph)
+    multiples = _together(graph, round_to)
     channels: list[Tensor] = []
     for i, space in enumerate(graph.spaces):  # members come before what is put together from them
         if space.members is not None:
@@ -448,8 +495,7 @@ def _channels(graph: ChannelSpaces, largest: list[Tensor], live: list[Tensor], r
                 kept[positions] = torch.isin(members, channels[n])
             channels.append(kept.nonzero().flatten())
         else:
-            multiple = round_to // math.gcd(round_to, times[i])
-            kept = _kept(live[i], largest[i], multiple, space.least)
+            kept = _kept(live[i], largest[i], multiples[i], space.least)
             channels.append(torch.arange(space.size, device="cpu") if space.frozen else kept)
     return channels
 

@@ -17,6 +17,7 @@ This is a forecast, not a promise: the resistance changes as training goes on. T
 
 import contextlib
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.cost import Flops, share, share_text
 from prunetrain_kernels.graph import ChannelGraph, Keep
-from prunetrain_kernels.graph.keep import everywhere, largest_in_spaces
+from prunetrain_kernels.graph.keep import as_they_go, everywhere, largest_in_spaces
 from prunetrain_kernels.prune.optimizer_holdings import groups_of
 from prunetrain_kernels.prune.optimizers import all_optimizers
 from prunetrain_kernels.regularizer import GroupLasso, SliceNorms
@@ -84,6 +85,7 @@ class Now:
         scheduler: of the learning rate, or a list of several, or None.
         passed: epochs trained.
         coefficient: lambda, 0 where there is no lasso.
+        round_to: as of `choose`.
     """
 
     model: nn.Module
@@ -92,6 +94,7 @@ class Now:
     scheduler: Any
     passed: float
     coefficient: float
+    round_to: int = 1
 
     @property
     def flops(self) -> tuple[float, float]:
@@ -217,6 +220,9 @@ def rates_to_come(scheduler: Any, optimizer: Optimizer, group: int, passed: floa
             of the two shows after the first epoch. None, or one that cannot be run ahead (because it waits for a loss,
             say): the present rate stays.
         passed: epochs trained so far.
+
+    Returns:
+        A mean rate for each of the coming epochs, which begin where the training is now, be it within an epoch.
     """
     settings = groups_of(optimizer)[group]
     for each in scheduler if isinstance(scheduler, list | tuple) else [scheduler]:
@@ -240,23 +246,27 @@ def _run_ahead(scheduler: Any, group: int, passed: float, epochs: int) -> list[f
         scheduler if hasattr(scheduler, "last_epoch") else next(iter(getattr(scheduler, "_schedulers", [])), None)
     )
     steps = getattr(counting, "last_epoch", round(passed))
-    per_epoch = max(1, round(steps / passed)) if passed >= 1 else 1
+    # one that is stepped after each epoch has made one step at most before the first is over
+    per_epoch = max(1, round(steps / passed)) if passed >= 1 or (passed > 0 and steps > 1) else 1
+    begun = passed - math.floor(passed + 1e-6) if per_epoch == 1 else 0.0  # of the epoch that is being trained
     rates = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the stand-in's own step was never called
         ahead = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
         # after the last epoch it may have been stepped, or be about to be
-        due = max(0, round(passed * per_epoch) - steps)
+        due = max(0, (round(passed * per_epoch) if per_epoch > 1 else math.floor(passed + 1e-6)) - steps)
         for _ in range(due):
             ahead.step()
-        for _ in range(epochs):
+        for _ in range(epochs + 1):
             of_epoch = 0.0
             for _ in range(per_epoch):
                 of_epoch += float(stand_in.param_groups[group]["lr"])
                 with contextlib.suppress(ValueError):  # one with an end has come to it: the last rate stays
                     ahead.step()
             rates.append(of_epoch / per_epoch)
-    return rates
+    if begun < 1e-6:
+        return rates[:epochs]
+    return [(1 - begun) * rate + begun * after for rate, after in itertools.pairwise(rates)]
 
 
 def leading_group(optimizers: Sequence[Optimizer], lasso: GroupLasso) -> tuple[Optimizer, int]:
@@ -292,7 +302,7 @@ class Course:
         optimizer, group: whose learning rate and steps count, and the number of the parameter group.
         epochs: of the whole training, None where that is not known.
         steps: of the optimizer since the last look, those of replayed CUDA graphs left out; `calls`: of `note_step`;
-            `rate`: the learning rate at the first of them; `replays`: of CUDA graphs,
+            `rate`, `last_rate`: the learning rates at the first and at the latest of them; `replays`: of CUDA graphs,
             until the last look.
         passed: epochs at the last look; `steps_per_epoch`: as counted until then.
         norms: of all slices at the last look, NaN where pruned; `resistance`: smoothed, NaN where unknown.
@@ -305,6 +315,7 @@ class Course:
     calls: int = 0
     replays: int = 0
     rate: float | None = None
+    last_rate: float | None = None
     passed: float = 0.0
     steps_per_epoch: float = 0.0
     norms: dict[str, Sides] = field(default_factory=dict)
@@ -327,12 +338,15 @@ class Course:
         return bool(self.resistance)
 
     def note_step(self, now: Callable[[], Now]) -> None:
-        """Before each step: notes the norms before the first one, and the learning rate at the first of an epoch."""
+        """Before each step: notes the norms before the first one, and the learning rate."""
         self.calls += 1
         if not self.norms:
             self.norms = now().by_original(now().slice_norms())
         if self.rate is None and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self.rate = self._rate_now()
+        rate = groups_of(self.optimizer)[self.group]["lr"]
+        # a scheduler may be stepped before the epoch's end is told; a rate on the device would be waited for each time
+        self.last_rate = None if isinstance(rate, Tensor) and rate.is_cuda else float(rate)
 
     def _rate_now(self) -> float:
         return float(groups_of(self.optimizer)[self.group]["lr"])
@@ -346,8 +360,10 @@ class Course:
         """Measures what the last epoch, or a part of it, did to the slices, under the lambda that holds now."""
         norms = now.slice_norms()
         after = now.by_original(norms)
-        rate, steps = self._rate_now(), self._steps_made()
-        mean_rate = (rate + (rate if self.rate is None else self.rate)) / 2
+        steps = self._steps_made()
+        replayed = getattr(self.optimizer, "replays", 0) > self.replays
+        last = self._rate_now() if replayed or self.last_rate is None else self.last_rate
+        mean_rate = (last + (last if self.rate is None else self.rate)) / 2
         reach = steps * mean_rate * reach_per_rate(self.optimizer, self.group)
         if self.norms and 0 < reach < math.inf:
             pulls = now.by_original(pulls_of(norms))
@@ -362,7 +378,7 @@ class Course:
                 self.resistance[name] = first, second
         if steps and now.passed > self.passed:
             self.steps_per_epoch = steps / (now.passed - self.passed)
-        self.norms, self.rate, self.passed = after, None, now.passed
+        self.norms, self.rate, self.last_rate, self.passed = after, None, None, now.passed
         self.steps, self.calls, self.replays = 0, 0, getattr(self.optimizer, "replays", 0)
 
     def hop(self, now: Now) -> float:
@@ -392,7 +408,7 @@ class Course:
                 if name in self.resistance:
                     held = self.resistance[name][side][now.numbers(name, side)].nan_to_num(0.0)
                 need = (norms[name][side] / reach + held) / pulls[name][side]
-                need = torch.where(pulls[name][side] > 0, need.clamp(min=0.0), math.inf)
+                need = torch.where(pulls[name][side] > 0, need.clamp(min=0.0), math.inf).nan_to_num(math.inf, math.inf)
                 whole = torch.zeros(sizes[side], device="cpu")  # what a gated layer does not compute has gone
                 sides.append(whole.index_copy_(0, graph.computed(name)[side], need.float()))
             of_slices[name] = sides[0], sides[1]
@@ -400,13 +416,14 @@ class Course:
             torch.full_like(need, math.inf) if space.frozen and space.members is None else need
             for need, space in zip(largest_in_spaces(graph, of_slices), graph.spaces, strict=True)
         ]
-        return everywhere(graph, needs)
+        return everywhere(graph, as_they_go(graph, needs, now.round_to))
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps": self._steps_made(),
             "calls": self.calls,
             "rate": self.rate,
+            "last_rate": self.last_rate,
             "passed": self.passed,
             "steps_per_epoch": self.steps_per_epoch,
             "norms": {name: list(sides) for name, sides in self.norms.items()},
@@ -414,7 +431,8 @@ class Course:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.calls, self.rate = state["steps"], state["calls"], state["rate"]
+        self.steps, self.calls = state["steps"], state["calls"]
+        self.rate, self.last_rate = state["rate"], state["last_rate"]
         self.replays = getattr(self.optimizer, "replays", 0)
         self.passed, self.steps_per_epoch = state["passed"], state["steps_per_epoch"]
         self.norms = {name: (sides[0], sides[1]) for name, sides in state["norms"].items()}

@@ -209,7 +209,7 @@ class PruneTrain:
             )
         self.dense_flops = self.flops
         self.course = Course.counting(self.optimizers, self.lasso, epochs) if penalty_ratio else None
-        self.steering = None if wanted is None else Steering.towards(wanted, self._present, model)
+        self.steering = None if wanted is None else Steering.towards(wanted, self._present, model, int(round_to))
         self.original = OriginalChannels.of_graph(self.graph)
         if fuse:
             forget_compiled()
@@ -365,6 +365,8 @@ class PruneTrain:
         due = self.is_due(epochs)
         before, self.epochs = self.epochs, self.epochs + epochs
         self._compilations.warn_if_given_up()
+        if self.steering is not None:
+            self.steering.count(self.now())  # at every call: a part of an epoch may end with a reconfiguration by hand
         if self.course is not None and (due or multiples(self.epochs, 1) > multiples(before, 1)):
             self._look()
         report = self.reconfigure() if due else None
@@ -399,16 +401,18 @@ class PruneTrain:
         """Measures what the epoch did to the slices, and adjusts lambda to the target."""
         assert self.course is not None
         now = self.now()
+        since = now.passed - self.course.passed
         self.course.look(now)
-        if self.steering is not None:
-            self.steering.count(now)
-            if now.coefficient:
-                self.coefficient = self.ranks.broadcast(self.steering.steered(self.course, now, self.penalty_ratio))
+        if self.steering is not None and now.coefficient:
+            wanted = self.steering.steered(self.course, now, self.penalty_ratio, since)
+            self.coefficient = self.ranks.broadcast(wanted)
 
     def now(self) -> Now:
         """The training at this moment, as forecasts see it."""
         coefficient = (self.coefficient or 0.0) if self.active else 0.0
-        return Now(self.model, self._present, self.original, self.scheduler, self.epochs, coefficient)
+        return Now(
+            self.model, self._present, self.original, self.scheduler, self.epochs, coefficient, int(self.round_to)
+        )
 
     def forecast(self, epochs: float | None = None) -> Forecast:
         """Where the slices are, and what lambda and the schedule are expected to make of them by the end.

@@ -52,9 +52,12 @@ def check_names(model: nn.Module, **names: Iterable[str]) -> None:
     """Raises InputError for a name that no module has, before anything is changed; a keyword is the argument's name."""
     modules = dict(model.named_modules())
     for argument, given in names.items():
-        if isinstance(given, str):
-            raise InputError(f"{argument} takes several names: give [{given!r}], not {given!r}.")
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            example = given if isinstance(given, str) else "layer3"
+            raise InputError(f"{argument} takes several names: give [{example!r}], not {given!r}.")
         for name in given:
+            if argument == "exclude" and name == "":
+                raise InputError("exclude: '' is the whole model, of which nothing would be left to prune.")
             if name not in modules:
                 like = ", ".join(difflib.get_close_matches(str(name), modules, 3, 0.0)) or "none"
                 raise InputError(f"{argument}: the model has no module '{name}'; names that are like it: {like}.")

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from prunetrain_kernels.cost import Flops, share
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import Keep
+from prunetrain_kernels.graph.keep import fewest_channels
 from prunetrain_kernels.train.forecast import Course, Now, ShapeFlops, flops_at
 from prunetrain_kernels.train.present import Present
 
@@ -25,8 +27,9 @@ BY = 0.25  # share of the training by which the target is to be met: the rest tr
 # Lambda is set for this share of the epochs that are left until then: what resists grows as slices become small, and a
 # slice that produces a channel is held up until those that read it are gone.
 PLANNED = 0.5
-WITHIN = 0.01  # of the dense network's FLOPs: so near to the target the lasso may rest
-FACTOR = 2.0  # lambda changes by at most this from one look to the next
+WITHIN = 0.01  # of the dense network's FLOPs: so near to the target the lasso may rest,
+WITHIN_OF = 0.1  # but nearer where this share of the target, or of what is to go, is less
+FACTOR = 2.0  # lambda changes by at most this from one epoch to the next
 LARGEST_RATIO = 0.9  # of the lasso in the first loss: a lambda beyond that would drown the loss
 
 TRAINING, INFERENCE = 0, 1  # places in a pair of FLOPs
@@ -53,6 +56,11 @@ class Target:
         return self.training if self.inference is None else self.inference  # type: ignore[return-value]
 
     @property
+    def within(self) -> float:
+        """How near to the target is near enough."""
+        return min(WITHIN, WITHIN_OF * self.share, WITHIN_OF * (1 - self.share))
+
+    @property
     def which(self) -> int:
         """Which of a pair of FLOPs it is about."""
         return TRAINING if self.inference is None else INFERENCE
@@ -68,20 +76,24 @@ def target_of(inference: float | None, training: float | None, epochs: float | N
     Raises:
         InputError: a number out of range, both targets, or none of the epochs that they need.
     """
-    if epochs is not None and not 0 < epochs < math.inf:
-        raise InputError(f"epochs must be a positive number, the length of the whole training, not {epochs}.")
+    if epochs is not None and not (_is_number(epochs) and 0 < epochs < math.inf):
+        raise InputError(f"epochs must be a positive number, the length of the whole training, not {epochs!r}.")
     if inference is None and training is None:
         return None
     if inference is not None and training is not None:
         raise InputError("give a target for inference or one for training, not both: each decides lambda by itself.")
     for name, value in (("target", inference), ("target_training", training)):
-        if value is not None and not 0 < value < 1:
-            raise InputError(f"{name} must be a share of the dense network's FLOPs between 0 and 1, not {value}.")
-    if not 0 < by <= 1:
-        raise InputError(f"target_by must be a share of the training, above 0 and up to 1, not {by}.")
+        if value is not None and not (_is_number(value) and 0 < value < 1):
+            raise InputError(f"{name} must be a share of the dense network's FLOPs between 0 and 1, not {value!r}.")
+    if not (_is_number(by) and 0 < by <= 1):
+        raise InputError(f"target_by must be a share of the training, above 0 and up to 1, not {by!r}.")
     if epochs is None:
         raise InputError("a target needs the length of the training: give PruneTrain epochs=..., all of them together.")
     return Target(inference, training, float(epochs), by)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def interval_of(interval: float | None, steered_epochs: float | None) -> float:
@@ -118,7 +130,7 @@ class Steering:
     counted: float = 0.0
 
     @classmethod
-    def towards(cls, target: Target, dense: Present, model: nn.Module) -> "Steering":
+    def towards(cls, target: Target, dense: Present, model: nn.Module, round_to: int = 1) -> "Steering":
         """Steering from a dense network.
 
         Raises:
@@ -127,7 +139,7 @@ class Steering:
         if dense.flops.unknown:
             raise InputError(f"a target needs FLOPs, which cannot be counted here: {dense.flops.unknown}.")
         steering = cls(target, dense.flops)
-        steering.check_reachable(ShapeFlops.of(dense, model))
+        steering.check_reachable(ShapeFlops.of(dense, model), round_to)
         return steering
 
     def count(self, now: Now) -> None:
@@ -171,21 +183,20 @@ class Steering:
 
     def is_met(self, flops: tuple[float, float], passed: float) -> bool:
         """Whether a network with these FLOPs per image is near enough to the target."""
-        return self.shares(flops)[self.target.which] <= self.goal(passed) + WITHIN
+        return self.shares(flops)[self.target.which] <= self.goal(passed) + self.target.within
 
     def is_enough(self, flops: tuple[float, float], passed: float) -> bool:
         """Whether a network with these FLOPs per image is not below the target."""
         return self.shares(flops)[self.target.which] >= min(self.goal(passed), 1.0) - 1e-9
 
-    def check_reachable(self, flops: ShapeFlops) -> None:
+    def check_reachable(self, flops: ShapeFlops, round_to: int = 1) -> None:
         """Raises InputError where even the smallest shape is above the target."""
-        spaces = flops.graph.spaces
-        smallest = self.shares(flops.of_counts([s.size if s.frozen else min(s.least, s.size) for s in spaces]))
+        smallest = self.shares(flops.of_counts(fewest_channels(flops.graph, round_to)))
         least = smallest[self.target.which]
         if not least < self.target.share:
             raise InputError(
                 f"{self.target.share:g} of the {self.target.name} cannot be reached: {least:.2g} are in channels "
-                "that stay (see `print(prunetrain.graph)`); choose a target above that, or exclude less."
+                "that stay (see `print(prunetrain.graph)`); choose a target above that, or exclude or round less."
             )
 
     # -- lambda -------------------------------------------------------------------------------------------------
@@ -197,11 +208,12 @@ class Steering:
         planned = (target.by * target.epochs - passed) * PLANNED
         return min(max(planned, least), max(target.epochs - passed, least))
 
-    def steered(self, course: Course, now: Now, ratio: float) -> float:
+    def steered(self, course: Course, now: Now, ratio: float, since: float = 1.0) -> float:
         """Lambda for the next epoch.
 
         Args:
             ratio: the penalty's share in the first loss, which lambda began with.
+            since: epochs since it was steered last; in a part of one it changes by less.
         """
         if self.first is None:
             self.first = now.coefficient
@@ -213,7 +225,8 @@ class Steering:
         goal = self.goal(now.passed, self.shares(now.flops)[which])
         needs = course.needs(now, reach)
         wanted = smallest_coefficient(needs, now.shape_flops(), lambda then: self.shares(then)[which] <= goal)
-        return min(max(wanted, now.coefficient / FACTOR), now.coefficient * FACTOR, self.largest)
+        factor = FACTOR ** min(1.0, since)
+        return min(max(wanted, now.coefficient / factor), now.coefficient * factor, self.largest)
 
     def reached(self, now: Now) -> float:
         """The share that was reached, of what the target is about."""
@@ -228,15 +241,17 @@ class Steering:
 
     def falls_short(self, now: Now) -> bool:
         """Whether the target is not met, by more than two points."""
-        return not self.met and self.reached(now) > self.target.share + 2 * WITHIN
+        return not self.met and self.reached(now) > self.target.share + 2 * self.target.within
 
     # -- what is told of it -------------------------------------------------------------------------------------
 
     def verdict(self, now: Now) -> str:
         """One sentence at the end of the training: whether the target was met, and if not, why and what helps."""
         target, reached = self.target, self.reached(now)
+        asked = f"target of {100 * target.share:.4g}% of the {target.name}"
         if not self.falls_short(now):
-            return f"target of {target.share:.0%} of the {target.name} met: {reached:.1%}"
+            coarse = reached > target.share + 2 * target.within
+            return f"{asked} met{' as nearly as whole channels allow' if coarse else ''}: {reached:.1%}"
         strongest = now.coefficient >= self.largest * 0.999
         why = (
             "the lasso was as strong as it may be"
@@ -244,12 +259,13 @@ class Steering:
             else "the slices that are left did not come to zero in time"
         )
         return (
-            f"target of {target.share:.0%} of the {target.name} not met: {reached:.1%}, because {why}; train for more "
-            "epochs, start with a larger penalty ratio, take a larger threshold, or use the proximal step"
+            f"{asked} not met: {reached:.1%}, because {why}; train for more epochs, start with a larger penalty ratio, "
+            "take a larger threshold, or use the proximal step"
         )
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "target": (self.target.inference, self.target.training),
             "spent": self.spent,
             "first": self.first,
             "largest": self.largest,
@@ -258,8 +274,11 @@ class Steering:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a saved state, of another target too: that is then not met yet."""
         self.spent, self.first = state["spent"], state["first"]
-        self.largest, self.met, self.counted = state["largest"], state["met"], state["counted"]
+        self.largest, self.counted = state["largest"], state["counted"]
+        same = tuple(state["target"]) == (self.target.inference, self.target.training)
+        self.met = same and state["met"]
 
 
 def smallest_coefficient(needs: Sequence[Tensor], flops: ShapeFlops, is_small: Any) -> float:

@@ -448,7 +448,10 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for part in text.split(",") if (name := part.strip()))
+    names = tuple(name for part in text.split(",") if (name := part.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; give names, or leave the option out")
+    return names
 
 
 def _bytes(text: str) -> int:

@@ -197,12 +197,16 @@ def multipliers(words: Sequence[str]) -> dict[str, float]:
     """{layer: multiplier of lambda} from words such as "layer3=2".
 
     Raises:
-        InputError: a word that is not NAME=NUMBER.
+        InputError: a word that is not NAME=NUMBER, or a second one for the same name.
     """
     parsed: dict[str, float] = {}
     for word in words:
         name, _, number = word.rpartition("=")
+        if name in parsed:
+            raise InputError(f"--coefficients gives {name} twice; say once how many times lambda it gets.")
         try:
+            if not name:
+                raise ValueError
             parsed[name] = float(number)
         except ValueError:
             raise InputError(

@@ -1,6 +1,7 @@
 """Targets where the epochs are cut, the channels are coarse, the target is extreme, or another one takes over."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from prunetrain_kernels.cli import main
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import trace_channels
 from prunetrain_kernels.graph.keep import as_they_go, fewest_channels, largest_in_spaces, restricted, slice_sizes
@@ -200,6 +202,27 @@ def test_what_is_rounded_up_is_not_forecast_to_have_gone() -> None:
 def test_values_of_other_types_are_refused_in_a_sentence(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         pruner(plain_net(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--exclude", ""], "names nothing"),
+        (["--exclude", " , "], "names nothing"),
+        (["--coefficients", ""], "names nothing"),
+        (["--coefficients", "=2"], "layer3=2"),
+        (["--coefficients", "fc=2,fc=3"], "fc twice"),
+    ],
+)
+def test_the_command_refuses_names_that_are_none(
+    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: Any = main(["train", "--data", "synthetic:8x8x8", "--out", str(tmp_path / "run"), *options])
+    except SystemExit as ended:  # argparse's own
+        code = ended.code
+    assert code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 # -- extremes, and other targets ---------------------------------------------------------------------------------------

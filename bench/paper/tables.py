@@ -506,7 +506,8 @@ def _further_options(result: Result) -> list[str]:
     found = []
     for name, value in usual.items():
         mine = config.get(name, value)
-        if name not in skipped and mine != (list(value) if isinstance(value, tuple) else value):
+        as_lists = [list(each) if isinstance(each, tuple) else each for each in (mine, value)]
+        if name not in skipped and as_lists[0] != as_lists[1]:
             found.append(f"--{name.replace('_', '-')}" + ("" if mine is True else f" {mine}"))
     return found
 

@@ -363,7 +363,8 @@ def slice_sizes(graph: ChannelSpaces, model: nn.Module) -> SliceSizes:
             spaces = (graph.spaces[layer.input].size, graph.spaces[layer.output].size)
             sides = zip(graph.computed(layer.name), result[layer.name], spaces, strict=True)
             first, second = (
-                torch.zeros(size, device="cpu").index_copy_(0, computed, largest) for computed, largest, size in sides
+                torch.zeros(size, dtype=torch.float32, device="cpu").index_copy_(0, computed, largest)
+                for computed, largest, size in sides
             )
             result[layer.name] = (first, second)
     return result
@@ -404,7 +405,7 @@ def largest_in_spaces(graph: ChannelSpaces, of_slices: SliceSizes, removed: Cont
         One fp32 tensor per space. A channel that several spaces hold, because one is put together from others, has the
         same number in all of them.
     """
-    largest = [torch.zeros(space.size, device="cpu") for space in graph.spaces]
+    largest = [torch.zeros(space.size, dtype=torch.float32, device="cpu") for space in graph.spaces]
     for layer in graph.layers.values():
         if layer.name not in removed:
             for space, numbers in zip((layer.input, layer.output), of_slices[layer.name], strict=True):

@@ -113,7 +113,10 @@ class Now:
         for name, sides in of_slices.items():
             if name not in self.original.kept:  # a depthwise convolution down to one channel looks like any other
                 continue
-            whole = [torch.full((n,), torch.nan, device="cpu") for n in self.original.dense_layers[name][1:]]
+            whole = [
+                torch.full((n,), torch.nan, dtype=torch.float32, device="cpu")
+                for n in self.original.dense_layers[name][1:]
+            ]
             for side in (0, 1):
                 whole[side][self.numbers(name, side)] = sides[side].float()
             result[name] = whole[0], whole[1]
@@ -342,11 +345,11 @@ class Course:
         self.calls += 1
         if not self.norms:
             self.norms = now().by_original(now().slice_norms())
-        if self.rate is None and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            self.rate = self._rate_now()
+        # A scheduler may be stepped before the end of the epoch is told. A rate that is a tensor is read then: here
+        # it would be waited for in each step, and a step that is being captured may not.
         rate = groups_of(self.optimizer)[self.group]["lr"]
-        # a scheduler may be stepped before the epoch's end is told; a rate on the device would be waited for each time
-        self.last_rate = None if isinstance(rate, Tensor) and rate.is_cuda else float(rate)
+        self.last_rate = None if isinstance(rate, Tensor) else float(rate)
+        self.rate = self.last_rate if self.rate is None else self.rate
 
     def _rate_now(self) -> float:
         return float(groups_of(self.optimizer)[self.group]["lr"])
@@ -400,7 +403,9 @@ class Course:
         for name, layer in graph.layers.items():
             sizes = graph.spaces[layer.input].size, graph.spaces[layer.output].size
             if name not in norms:
-                of_slices[name] = tuple(torch.full((size,), math.inf, device="cpu") for size in sizes)  # type: ignore[assignment]
+                of_slices[name] = tuple(
+                    torch.full((size,), math.inf, dtype=torch.float32, device="cpu") for size in sizes
+                )  # type: ignore[assignment]
                 continue
             sides = []
             for side in (0, 1):
@@ -409,7 +414,9 @@ class Course:
                     held = self.resistance[name][side][now.numbers(name, side)].nan_to_num(0.0)
                 need = (norms[name][side] / reach + held) / pulls[name][side]
                 need = torch.where(pulls[name][side] > 0, need.clamp(min=0.0), math.inf).nan_to_num(math.inf, math.inf)
-                whole = torch.zeros(sizes[side], device="cpu")  # what a gated layer does not compute has gone
+                whole = torch.zeros(
+                    sizes[side], dtype=torch.float32, device="cpu"
+                )  # what a gated layer does not compute has gone
                 sides.append(whole.index_copy_(0, graph.computed(name)[side], need.float()))
             of_slices[name] = sides[0], sides[1]
         needs = [
@@ -471,7 +478,7 @@ def forecast(course: Course, now: Now, *, epochs: float, threshold: float, dense
     sides = [
         (side, used) for each in now.slice_norms().values() for side, used in zip(each[:2], each[2:4], strict=True)
     ]
-    norms = torch.cat([torch.tensor([], device="cpu"), *(side for side, used in sides if used)])
+    norms = torch.cat([torch.tensor([], dtype=torch.float32, device="cpu"), *(side for side, used in sides if used)])
     smallest, median = (float(norms.min()), float(norms.median())) if len(norms) else (math.nan, math.nan)
     reach = course.reach(now, max(0.0, epochs - now.passed))
     needs = course.needs(now, max(reach, SHORTEST))

@@ -284,3 +284,22 @@ def test_weights_that_are_no_numbers_are_not_forecast_to_go() -> None:
     assert prunetrain.course is not None
     needs = prunetrain.course.needs(prunetrain.now(), 1.0)
     assert needs[prunetrain.graph.layers["0"].output][3] == math.inf
+
+
+def test_a_default_dtype_of_doubles_changes_nothing() -> None:
+    """Slice statistics are fp32 beside fp64 ones, and nothing may be filled by the default."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(4))
+        images = torch.randn(4, 1, 8, 8)
+        model(images)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        prunetrain = PruneTrain(model, optimizer, (images,), epochs=4, target=0.5, policy="gating")
+        for _ in range(4):
+            optimizer.zero_grad()
+            prunetrain.regularize(model(images).square().mean()).backward()
+            optimizer.step()
+            prunetrain.epoch_end()
+        assert prunetrain.forecast().measured
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -139,7 +139,7 @@ def by_hand(image: Any, shorter: int, size: int) -> np.ndarray:
 
 def by_torchvision(image: Any, shorter: int, size: int) -> np.ndarray:
     if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("pip install torchvision")
+        pytest.skip("torchvision is not installed: make test does it")
     transforms = with_torchvision(lambda: importlib.import_module("torchvision.transforms"))
     both = transforms.Compose([transforms.Resize(shorter), transforms.CenterCrop(size)])
     return np.asarray(both(image)).transpose(2, 0, 1)

@@ -414,9 +414,8 @@ class Course:
                     held = self.resistance[name][side][now.numbers(name, side)].nan_to_num(0.0)
                 need = (norms[name][side] / reach + held) / pulls[name][side]
                 need = torch.where(pulls[name][side] > 0, need.clamp(min=0.0), math.inf).nan_to_num(math.inf, math.inf)
-                whole = torch.zeros(
-                    sizes[side], dtype=torch.float32, device="cpu"
-                )  # what a gated layer does not compute has gone
+                # what a gated layer does not compute has gone
+                whole = torch.zeros(sizes[side], dtype=torch.float32, device="cpu")
                 sides.append(whole.index_copy_(0, graph.computed(name)[side], need.float()))
             of_slices[name] = sides[0], sides[1]
         needs = [

@@ -32,6 +32,7 @@ from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.distributed import answering
+from prunetrain_kernels.train.forecast import Forecast
 from prunetrain_kernels.train.layout import leave_channels_last
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.setup import Training
@@ -40,6 +41,7 @@ from prunetrain_kernels.train.tally import Costs, EpochSums, Totals, costs_now, 
 
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
 VALIDATION_BATCH = 500
+SAID_AT_THE_END = "target of .* not met"  # by `finish`, so that PruneTrain need not warn of it
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Progress:
         costs: of the network in its present shape.
         sums: over the steps of the epoch that runs.
         loss, accuracy: of that epoch's images so far, as of the last look.
-        expected: what the forecast says of the inference FLOPs at the end, for the bar.
+        ahead: where the lasso leads, as of the last epoch's end; None where there is none.
         mark: `time.perf_counter()` when the last epoch ended.
         bar: shows the images trained.
     """
@@ -64,7 +66,7 @@ class Progress:
     sums: EpochSums = field(init=False)
     loss: float = math.nan
     accuracy: float = math.nan
-    expected: str = ""
+    ahead: Forecast | None = None
     mark: float = 0.0
     bar: Any = None
 
@@ -331,7 +333,9 @@ def look(training: Training, progress: Progress, epoch: int) -> None:
     progress.loss, progress.accuracy = loss_sum / max(sums.images, 1), correct / max(sums.images, 1)
     if not math.isfinite(progress.loss):
         raise diverged(training, progress, epoch, f"the loss became {progress.loss}")
-    left = share_text(prunetrain.flops.of(prunetrain.dense_flops)[0]) + progress.expected
+    left = share_text(prunetrain.flops.of(prunetrain.dense_flops)[0])
+    if progress.ahead is not None and not math.isnan(progress.ahead.inference):
+        left += f" (inference {progress.ahead.inference:.0%} at the end)"
     progress.bar.set_postfix_str(
         f"loss {progress.loss:.3f}, accuracy {progress.accuracy:.1%}, FLOPs {left}, batch {training.batch_size}"
     )
@@ -359,12 +363,15 @@ def advance(training: Training, progress: Progress, epoch: int, reached: float) 
     """Counts up to `reached` epochs; reconfigures if that is due."""
     prunetrain = training.prunetrain
     step = max(0.0, reached - prunetrain.epochs)
+    if prunetrain.is_due(step):
+        reconfigure(training, progress, epoch, lambda: prunetrain.advance(step))
+        return
+    if reached < training.config.epochs:  # with an interval below an epoch this runs at every step
+        prunetrain.advance(step)
+        return
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="target of .* not met")  # said at the end of the run
-        if prunetrain.is_due(step):
-            reconfigure(training, progress, epoch, lambda: prunetrain.advance(step))
-        else:
-            prunetrain.advance(step)
+        warnings.filterwarnings("ignore", message=SAID_AT_THE_END)
+        prunetrain.advance(step)
 
 
 def reconfigure(training: Training, progress: Progress, epoch: int, act: Callable[[], PruneReport | None]) -> None:
@@ -373,6 +380,7 @@ def reconfigure(training: Training, progress: Progress, epoch: int, act: Callabl
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*in channels_last writes beyond")  # heeded below
+        warnings.filterwarnings("ignore", message=SAID_AT_THE_END)
         report = act()
     assert report is not None
     progress.channels_last = stays_channels_last(training, progress.channels_last)
@@ -444,7 +452,7 @@ def log_epoch(training: Training, progress: Progress, lasso: float, **cells: Any
         lasso: seconds that it took in this epoch.
     """
     prunetrain, finished = training.prunetrain, progress.epoch
-    ahead = forecast_cells(training)
+    progress.ahead = prunetrain.forecast() if prunetrain.course is not None and prunetrain.active else None
     with torch.no_grad():
         penalty = float(prunetrain.lasso.penalty()) if prunetrain.penalty_ratio else None
     training.log.add_epoch(
@@ -457,21 +465,21 @@ def log_epoch(training: Training, progress: Progress, lasso: float, **cells: Any
             **cells,
             **progress.sums.row(progress.costs, lasso, training.sent.total),
             "wall_seconds": progress.totals.wall,
-            **ahead,
+            **forecast_cells(training, progress.ahead),
         }
     )
-    expected = ahead.get("expected_inference")
-    progress.expected = "" if expected is None else f" (inference {expected:.0%} at the end)"
     training.log.add_slices(finished, prunetrain.slice_sizes())
 
 
-def forecast_cells(training: Training) -> dict[str, float]:
+def forecast_cells(training: Training, ahead: Forecast | None) -> dict[str, float]:
     """Lambda, the slices and where they lead, for the log; nothing where there is no lasso."""
-    prunetrain = training.prunetrain
-    if prunetrain.course is None or not prunetrain.active:
+    if ahead is None:
         return {}
-    ahead = prunetrain.forecast()
-    cells = {"lambda": prunetrain.coefficient or 0.0, "smallest_slice": ahead.smallest, "median_slice": ahead.median}
+    cells = {
+        "lambda": training.prunetrain.coefficient or 0.0,
+        "smallest_slice": ahead.smallest,
+        "median_slice": ahead.median,
+    }
     if math.isnan(ahead.inference):
         return cells
     return {**cells, "expected_inference": ahead.inference}
@@ -489,10 +497,9 @@ def line_of_epoch(training: Training, progress: Progress, accuracy: float, ema_a
 
 def forecast_text(training: Training, progress: Progress) -> str:
     """Where the lasso will lead, as a part of the epoch's line; nothing where there is none."""
-    prunetrain = training.prunetrain
-    if prunetrain.course is None or not prunetrain.active or progress.costs.unknown:
+    if progress.ahead is None or progress.costs.unknown:
         return ""
-    return f", lambda {prunetrain.coefficient or 0:.2g}, {prunetrain.forecast()}"
+    return f", lambda {training.prunetrain.coefficient or 0:.2g}, {progress.ahead}"
 
 
 @torch.no_grad()

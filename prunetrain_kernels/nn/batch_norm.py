@@ -143,7 +143,7 @@ _broadcasts: set[int] | None = None
 
 @contextmanager
 def broadcasts_noted() -> Iterator[set[int]]:
-    """Collects the batch norms (by id) that are given, inside, a residual of another shape than their input."""
+    """Collects the batch norms (by id) that are called, inside, with a residual of another shape than their input."""
     global _broadcasts
     before, _broadcasts = _broadcasts, set()
     try:
@@ -177,7 +177,7 @@ def _recorded(module: nn.Module, input: fx.Proxy, *options: Any) -> Any:
 
 
 def _rule(flow: Flow, node: fx.Node, name: str, module: BatchNormAct2d) -> bool:
-    """Paired, its input has the live channels of its own space."""
+    """The rule of a batch norm; the input of a paired one has the live channels of its own space."""
     if module.places_of is None:
         return batch_norm_rule(flow, node, name, module) is True
     value = flow.channels_of(node.args[0])

@@ -257,7 +257,7 @@ def restore_gating_(conv: nn.Conv2d, state: dict[str, Any]) -> None:
 
 
 def pair(conv: GatedConv2d, batch_norm: BatchNormAct2d) -> None:
-    """From now on `conv` gives its live channels only and `batch_norm`, which reads nothing else, places them.
+    """Lets `conv` give its live channels only, and `batch_norm`, which reads nothing else, place them.
 
     Raises:
         InputError: `conv` computes all its outputs, or `batch_norm` has another number of channels.

@@ -55,8 +55,11 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps, by_map
 from prunetrain_kernels.ops.channel_statistics import (
     COUNTS,
+    FOLD_CHANNELS,
+    FOLD_SLOTS,
     IN_ORDER,
     TILE,
+    TILE_ROWS,
     Placement,
     as_native_reads,
     batch_norm_statistics,
@@ -91,7 +94,10 @@ from prunetrain_kernels.ops.launch import (
 from prunetrain_kernels.ops.layout import dense, is_channels_last, matrix_of
 from prunetrain_kernels.ops.native import DTYPE, ops, use_native
 
-__all__ = [
+__all__ = [  # what other files import from here; some of it lives in `channel_statistics`
+    "FOLD_CHANNELS",
+    "FOLD_SLOTS",
+    "TILE_ROWS",
     "batch_norm_act",
     "batch_norm_act_by_maps",
     "batch_norm_apply",
@@ -104,8 +110,8 @@ __all__ = [
 
 _APPLY_ROWS = 64  # rows of one program of the apply passes: the columns' parameters are read once for four tiles
 
-# Flags are keyword-only, but where `torch.library` and autograd take them: a registered operator and its shape function
-# have one flat list of arguments, in the order that programs exported by older versions know. Those doors say so.
+# Flags are keyword-only, except of a registered operator and its shape function: these have one flat list of arguments,
+# in the order that programs exported by older versions know. The `noqa: FBT` below are at those doors.
 
 
 class _Norm(NamedTuple):
@@ -118,7 +124,7 @@ class _Norm(NamedTuple):
     eps: float
 
     def of(self, placement: Placement, live: int) -> "_Norm":
-        """Those of x's channels, of which there are `live`."""
+        """The statistics and parameters of x's channels, of which there are `live`."""
         if not placement.padded:
             return self
         channels = placement.live_channels(live)
@@ -140,8 +146,8 @@ def _stored_as(y: Tensor, like: Tensor) -> Tensor:
 
 
 def _spread(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, as x, which is dense, but for the number of channels. Where x is stored both ways, as with one
-    channel, or none, its strides tell which was meant."""
+    """An uninitialised tensor like x, which is dense, but for the number of channels. Where x is stored both ways, as
+    with one channel, or none, its strides tell which was meant."""
     last = is_channels_last(x) and (not x.is_contiguous() or (x.stride(1) == 1 and x.stride(-1) >= min(x.shape[1], 2)))
     formats = {4: torch.channels_last, 5: torch.channels_last_3d} if last else {}
     stored = formats.get(x.dim(), torch.contiguous_format)
@@ -342,7 +348,7 @@ def _store_x(x, at, value, wanted, PLACES: tl.constexpr):
 
 @triton.jit
 def _near(present, PLACES: tl.constexpr):
-    """Any of eight neighbours present: so masked, dy is still loaded by vectors, and little in vain."""
+    """Whether any of eight neighbours is present: so masked, dy is still loaded by vectors, and little in vain."""
     near = present
     if PLACES == "map" or PLACES == "run":
         eights: tl.constexpr = present.shape[0] // 8
@@ -418,7 +424,7 @@ def _apply_kernel(
 def _through_act(
     dy, x, mask, row, limit, wanted, tile_columns, parameters, PLACES: tl.constexpr, RELU: tl.constexpr
 ):  # fmt: skip
-    """Of the `wanted` of a tile: dy where the ReLU let its input through, else 0; and x - mean, 0 without x."""
+    """dy of what is `wanted` of a tile, where the ReLU let its input through, else 0; and x - mean, 0 without x."""
     col, byte, present, columns, x_columns, x_col = tile_columns
     m, scale, shift = parameters
     g = tl.load(dy + (row * columns + col), mask=wanted, other=0).to(m.dtype)
@@ -555,7 +561,7 @@ def _gradient_kernel(
 
 
 def _native(x: Tensor, inverse: Tensor | None) -> bool:
-    """Whether csrc/cpu/batch_norm_act.h does it: on the CPU, without a map."""
+    """Whether csrc/cpu/batch_norm_act.h serves x: on the CPU, without a map."""
     return inverse is None and use_native(x)
 
 
@@ -842,7 +848,7 @@ def _composed(
 
 
 def _let_through(dy: Tensor, x: Tensor, norm: _Norm, mask: Tensor | None, *, channels_last: bool) -> Tensor:
-    """Where the ReLU let its input through, constant almost everywhere; x is in the channels of its parameters."""
+    """Whether the ReLU let each input through, constant almost everywhere; x is in the channels of its parameters."""
     with torch.no_grad():
         if mask is None:
             return ~(_composed_normalized(x, norm) <= 0)
@@ -1199,7 +1205,8 @@ def _values_per_channel(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, statistics: tuple[Tensor, Tensor] | None, *,
     training: bool,
 ) -> int:  # fmt: skip
-    """Their number; raises InputError where statistics are missing that this mode needs, or given that it does not."""
+    """How many values a channel has; raises InputError where statistics are missing that the mode needs, or passed that
+    it does not take."""
     if (running_mean is None) != (running_var is None):
         raise InputError("one of running_mean and running_var is None; give both or neither.")
     if statistics is not None and not training:

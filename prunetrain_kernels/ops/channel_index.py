@@ -164,7 +164,8 @@ def _channel_map_kernel(
     x, source, base, out, full_rows, columns8, tail, inner, channels, channels_in, row_in, row_tiles, column_tiles,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Over the output's matrix; `row_in` numbers of x lie behind one row of it, `tail` numbers in its cut last row."""
+    """A tile of columns of the output's matrix; `row_in` numbers of x lie behind one row of it, `tail` numbers in its
+    cut last row."""
     columns = columns8 * 8  # says that rows are 16-byte aligned
     program = tl.program_id(0)  # one axis for both: the others end at 65535 programs
     column = program % column_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)

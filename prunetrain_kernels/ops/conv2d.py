@@ -33,7 +33,7 @@ pixel together: a 32-byte sector without a live channel is rare at half the chan
   and stored. The input gradient takes the pixels of one class (h mod sh, w mod sw) at a time, whose taps are the same,
   so that a stride costs no FLOPs; the weight gradient splits pixels over programs that write private slots, added in
   fixed order. fp32 accumulation; of fp32 inputs TF32 where PyTorch lets cuDNN use it. No dilation, no fp64 (which the
-  plain reference computes, as on a CPU). Below sm_80 Triton has no tensor cores; it runs, slowly.
+  reference in plain PyTorch computes, as on a CPU). Below sm_80 Triton has no tensor cores; it runs, slowly.
 * expanded: the library's convolution (cuDNN, oneDNN) with zeros in the weight where x has channels that this layer does
   not read, and `channel_scatter` behind it. A NaN or an infinity in such a channel is multiplied by zero and leaks.
 * naive: `index_select`, the library's convolution, `index_copy` or `index_add`: as the paper had it (section 4.2).
@@ -76,9 +76,7 @@ _SPLITS = 256  # of the pixels of a weight gradient, at most
 _PROGRAMS = 512  # of a weight gradient, about: a few waves on any GPU, and few slots beside the tensors
 _SHORTEST_SPLIT = 512  # pixels
 
-
-# Flags are keyword-only, but where `torch.library` and autograd take them: a registered operator and its shape function
-# have one flat list of arguments. Those doors say so.
+# Flags are keyword-only, except those of a registered operator, which has one flat list of arguments (`noqa: FBT`).
 
 
 class Side(NamedTuple):
@@ -403,7 +401,7 @@ _INTERPRETED = _Tile(128, 64, 64, 4, 1)  # the interpreter pays by the operation
 
 
 def _capability(device: torch.device) -> int:
-    """Of the device, or of the target that is compiled for; 0 in the interpreter."""
+    """80 for sm_80: of the device, or of the target that is compiled for; 0 in the interpreter."""
     if launching._compiled is not None:
         return int(triton.runtime.driver.active.get_current_target().arch)
     if device.type != "cuda":
@@ -413,8 +411,8 @@ def _capability(device: torch.device) -> int:
 
 
 def _tile(like: Tensor, rows: int, columns: int, depth: int, precision: str, *, vectors: bool) -> _Tile:
-    """By closed form: never by measurement, which would make sums depend on the time of day. Without `vectors` some
-    tensor is moved element by element, which takes an address in registers for each."""
+    """The tile of a launch, by closed form: never by measurement, which would make sums depend on the time of day.
+    Without `vectors` some tensor is moved element by element, which takes an address in registers for each."""
     arch = _capability(like.device)
     if arch == 0:
         return _INTERPRETED
@@ -438,7 +436,8 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _kernels_run(x: Tensor, *others: Tensor) -> bool:
-    """fp64, which tl.dot has on no GPU's tensor cores that Triton knows, is left to the reference."""
+    """Whether kernels run on these tensors. fp64, which tl.dot has on no GPU's tensor cores that Triton knows, is left
+    to plain PyTorch."""
     return x.dtype in KERNEL_DTYPES and use_kernels(x) and all(t.numel() for t in others)
 
 
@@ -756,7 +755,7 @@ def _by_library(
 def _of_nothing(
     x: Tensor, weight: Tensor, base: Tensor | None, outputs: Side, size: list[int], *, moments: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Where no channel is live on one side, no library convolves."""
+    """The convolution where no channel is live on one side, which no library has."""
     y = torch.zeros((x.shape[0], outputs.channels, *size), dtype=x.dtype, device=x.device) if base is None else base
     y = y + (x[:, :0].sum() + weight.sum())  # zero, and differentiable
     if not moments:

@@ -31,8 +31,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         num_features: int,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
+        affine: bool = True,  # noqa: FBT001, FBT002 - as nn.BatchNorm2d
+        track_running_stats: bool = True,  # noqa: FBT001, FBT002
         device: Any = None,
         dtype: Any = None,
         *,
@@ -44,14 +44,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
     @property
     def places_of(self) -> nn.Module | None:
         """The gated convolution whose live channels are this batch norm's input; see `pair`."""
-        found: tuple[nn.Module, ...] = self.__dict__.get("_places_of", ())
-        return found[0] if found else None
+        paired: tuple[nn.Module, ...] = self.__dict__.get("_places_of", ())
+        return paired[0] if paired else None
 
     def forward(
         self,
         input: Tensor,
         residual: Tensor | None = None,
-        relu: bool | None = None,
+        relu: bool | None = None,  # noqa: FBT001 - by position in graphs and code that are there
         scatter: ChannelIndex | None = None,
     ) -> Tensor:
         """Batch norm of `input`, plus `residual`, through a ReLU.
@@ -76,58 +76,63 @@ class BatchNormAct2d(nn.BatchNorm2d):
             return _recorded(self, input, residual, relu, scatter)
         self._check_input_dim(input)
         relu = self.relu if relu is None else relu
+        conv: Any = self.places_of
         if residual is None and scatter is not None:
             raise InputError("scatter places a branch's channels in a residual; pass the residual too.")
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            count_batch(self)
-            if self.momentum is None:  # cumulative average
-                momentum = 1.0 / float(self.num_batches_tracked)
-        keeps = not self.training or self.track_running_stats
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
-
-        apart: Tensor | None = None  # what is added in a pass of its own
-        conv: Any = self.places_of
+        momentum = self._momentum()
         if conv is not None and scatter is not None:
             raise InputError("this batch norm places a gated convolution's channels already; leave scatter out.")
-        shape = input.shape if conv is None else (input.shape[0], self.num_features, *input.shape[2:])
-
+        weight, bias = self.weight, self.bias
+        separate: Tensor | None = None
         if residual is not None and scatter is None:
-            if torch.promote_types(input.dtype, residual.dtype) != input.dtype:
-                residual, apart = None, residual
-            elif residual.shape == shape:
-                residual = residual.to(input.dtype)
-            elif residual.shape == (1, shape[1], 1, 1):
-                shift = residual.flatten()
-                bias = shift if bias is None else bias + shift
-                weight = torch.ones_like(bias) if weight is None else weight
-                residual = None
-            else:
-                if _broadcasts is not None:
-                    _broadcasts.add(id(self))
-                residual, apart = None, residual
-
-        statistics = (self.running_mean, self.running_var) if keeps else (None, None)
+            weight, bias, residual, separate = self._addends(input, residual)
+        keeps = not self.training or self.track_running_stats
+        running = (self.running_mean, self.running_var) if keeps else (None, None)
         options: dict[str, Any] = {
             "training": self.training or (self.running_mean is None and self.running_var is None),
             "momentum": momentum,
             "eps": self.eps,
             "residual": residual,
-            "relu": relu and apart is None,
+            "relu": relu and separate is None,
         }
         if conv is None:
-            out = batch_norm_act(input, *statistics, weight, bias, **options, scatter=scatter)
+            out = batch_norm_act(input, *running, weight, bias, **options, scatter=scatter)
         else:
             maps, moments = conv.maps("output"), conv.take_moments()
-            out = batch_norm_act_by_maps(
-                input, *statistics, weight, bias, **options, index=maps.index, inverse=maps.inverse, first=maps.first,
-                statistics=moments if options["training"] else None,
-            )  # fmt: skip
-        if apart is None:
+            statistics = moments if options["training"] else None
+            out = batch_norm_act_by_maps(input, *running, weight, bias, **options, maps=maps, statistics=statistics)
+        if separate is None:
             return out
-        out = out + apart
+        out = out + separate
         return F.relu(out) if relu else out
+
+    def _momentum(self) -> float:
+        """The weight of this call's statistics in the running ones; counts the batch in training."""
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            count_batch(self)
+            if self.momentum is None:  # cumulative average
+                return 1.0 / float(self.num_batches_tracked)
+        return 0.0 if self.momentum is None else self.momentum
+
+    def _addends(
+        self, input: Tensor, residual: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Weight and bias, the residual that the operator adds, and what is added in a pass of its own: the residual is
+        a part of the bias, or one of the last two."""
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        shape = input.shape if self.places_of is None else (input.shape[0], self.num_features, *input.shape[2:])
+        if torch.promote_types(input.dtype, residual.dtype) != input.dtype:
+            return weight, bias, None, residual
+        if residual.shape == shape:
+            return weight, bias, residual.to(input.dtype), None
+        if residual.shape == (1, shape[1], 1, 1):
+            shift = residual.flatten()
+            bias = shift if bias is None else bias + shift
+            return torch.ones_like(bias) if weight is None else weight, bias, None, None
+        if _broadcasts is not None:
+            _broadcasts.add(id(self))
+        return weight, bias, None, residual
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu={self.relu}"
@@ -138,7 +143,7 @@ _broadcasts: set[int] | None = None
 
 @contextmanager
 def broadcasts_noted() -> Iterator[set[int]]:
-    """Collects the batch norms (by id) that are given, inside, a residual of another shape than their input."""
+    """Collects the batch norms (by id) that are called, inside, with a residual of another shape than their input."""
     global _broadcasts
     before, _broadcasts = _broadcasts, set()
     try:
@@ -166,13 +171,13 @@ def count_batch(module: nn.modules.batchnorm._BatchNorm) -> None:
 def _recorded(module: nn.Module, input: fx.Proxy, *options: Any) -> Any:
     tracer = input.tracer
     assert isinstance(tracer, fx.Tracer)
-    given = dict(zip(("residual", "relu", "scatter"), options, strict=True))
-    keywords = {name: value for name, value in given.items() if value is not None}
+    named = dict(zip(("residual", "relu", "scatter"), options, strict=True))
+    keywords = {name: value for name, value in named.items() if value is not None}
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), keywords)
 
 
 def _rule(flow: Flow, node: fx.Node, name: str, module: BatchNormAct2d) -> bool:
-    """Paired, its input has the live channels of its own space."""
+    """The rule of a batch norm; the input of a paired one has the live channels of its own space."""
     if module.places_of is None:
         return batch_norm_rule(flow, node, name, module) is True
     value = flow.channels_of(node.args[0])

@@ -171,7 +171,10 @@ class _Tracer(ThreadTracer):
         return _Proxy(node, self)
 
     def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,  # noqa: FBT001 - torch.fx calls it so
+        concrete_args: Any = None,
     ) -> tuple[Any, list[Any]]:
         names = [p.name for p in _required(_signature(root_fn))]
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
@@ -204,7 +207,7 @@ def _traced(path: str, module: nn.Module) -> _Forward:
     names = _names_used(type(module), forward)
     if burnt := sorted(names & BURNT_IN):
         raise _Unfit(f"its forward calls '{burnt[0]}', which tracing would settle once and for all")
-    training, evaluation = (_trace_once(module, mode) for mode in (True, False))
+    training, evaluation = (_trace_once(module, training=mode) for mode in (True, False))
     guards = {
         name: value
         for name, value in vars(module).items()
@@ -257,7 +260,7 @@ def _reads_another_mode(code: types.CodeType) -> bool:
     )
 
 
-def _trace_once(module: nn.Module, training: bool) -> fx.Graph:
+def _trace_once(module: nn.Module, *, training: bool) -> fx.Graph:
     before = probe.attributes_of(module)
     versions = [(t, _version(t)) for t in (*module.parameters(), *module.buffers())]
     random_state = _random_state()

@@ -22,8 +22,8 @@ from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.gating import explicit_padding, why_not_gated
 from prunetrain_kernels.graph.rules import register_rule
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
-from prunetrain_kernels.ops.channel_index import ChannelIndex
-from prunetrain_kernels.ops.conv2d import BACKENDS, Maps, conv2d_by_maps
+from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps
+from prunetrain_kernels.ops.conv2d import BACKENDS, conv2d_by_maps
 
 SIDES = ("input", "output")
 
@@ -66,7 +66,7 @@ class GatedConv2d(nn.Conv2d):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] = 0,
         dilation: int | tuple[int, int] = 1,
-        bias: bool = False,
+        bias: bool = False,  # noqa: FBT001, FBT002 - as nn.Conv2d
         device: Any = None,
         dtype: Any = None,
         *,
@@ -115,12 +115,12 @@ class GatedConv2d(nn.Conv2d):
 
     @property
     def live_in(self) -> int:
-        """Input channels that it computes with."""
+        """How many input channels the convolution reads."""
         return self.weight.shape[1]
 
     @property
     def live_out(self) -> int:
-        """Output channels that it computes."""
+        """How many output channels the convolution computes."""
         return self.weight.shape[0]
 
     def maps(self, side: str) -> Maps | None:
@@ -131,16 +131,16 @@ class GatedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, P, Q); paired with its batch norm (N, live outputs, P, Q)."""
         moments = self.paired and self.training and self.backend == "triton"
-        places = None if self.paired else self.maps("output")
+        output_maps = None if self.paired else self.maps("output")
         assert not isinstance(self.padding, str)
-        found = conv2d_by_maps(
-            input, self.weight, self.stride, self.padding, self.dilation, self.maps("input"), places, None, moments,
-            self.backend,
+        out = conv2d_by_maps(
+            input, self.weight, self.stride, self.padding, self.dilation, input_maps=self.maps("input"),
+            output_maps=output_maps, moments=moments, backend=self.backend,
         )  # fmt: skip
-        if isinstance(found, tuple):
-            found, self._moments = found[0], (found[1], found[2])
+        if isinstance(out, tuple):
+            out, self._moments = out[0], (out[1], out[2])
         bias = self.bias
-        return found if bias is None else found + bias.to(found.dtype).view(1, -1, 1, 1)
+        return out if bias is None else out + bias.to(out.dtype).view(1, -1, 1, 1)
 
     def take_moments(self) -> tuple[Tensor, Tensor] | None:
         """Mean and variance of the last output, once, if its epilogue computed them: for the paired batch norm."""
@@ -150,10 +150,10 @@ class GatedConv2d(nn.Conv2d):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Checks loaded indices and derives their maps."""
         for side, channels in zip(SIDES, (self.in_channels, self.out_channels), strict=True):
-            loaded, mine = state_dict.get(f"{prefix}{side}_index"), getattr(self, f"{side}_index")
-            if isinstance(loaded, Tensor) and mine is not None and loaded.shape == mine.shape:
+            loaded, present = state_dict.get(f"{prefix}{side}_index"), getattr(self, f"{side}_index")
+            if isinstance(loaded, Tensor) and present is not None and loaded.shape == present.shape:
                 try:
-                    _set_index(self, side, ChannelIndex(loaded, channels, mine.device))
+                    _set_index(self, side, ChannelIndex(loaded, channels, present.device))
                 except InputError as error:
                     args[-1].append(f"'{prefix}{side}_index' cannot be loaded: {error}")
                     return
@@ -171,12 +171,12 @@ class GatedConv2d(nn.Conv2d):
 def _index(index: ChannelIndex | Sequence[int] | Tensor | None, channels: int) -> ChannelIndex | None:
     if index is None:
         return None
-    found = index if isinstance(index, ChannelIndex) else ChannelIndex(index, channels)
-    if found.channels != channels:
-        raise InputError(f"the index is into {found.channels} channels, the convolution has {channels}.")
-    if found.live == 0:
+    checked = index if isinstance(index, ChannelIndex) else ChannelIndex(index, channels)
+    if checked.channels != channels:
+        raise InputError(f"the index is into {checked.channels} channels, the convolution has {channels}.")
+    if checked.live == 0:
         raise InputError("a gated convolution computes at least one channel; give its index one.")
-    return found
+    return checked
 
 
 def _set_index(conv: GatedConv2d, side: str, index: ChannelIndex | None) -> None:
@@ -246,6 +246,7 @@ def gating_of(conv: nn.Conv2d) -> dict[str, Any]:
 
 
 def restore_gating_(conv: nn.Conv2d, state: dict[str, Any]) -> None:
+    """Undoes `gate_` and `pair` on a convolution: `state` is what `gating_of` noted before."""
     conv.__class__ = state["class"]
     vars(conv).clear()
     vars(conv).update(state["attributes"])
@@ -256,7 +257,7 @@ def restore_gating_(conv: nn.Conv2d, state: dict[str, Any]) -> None:
 
 
 def pair(conv: GatedConv2d, batch_norm: BatchNormAct2d) -> None:
-    """From now on `conv` gives its live channels only and `batch_norm`, which reads nothing else, places them.
+    """Lets `conv` give its live channels only, and `batch_norm`, which reads nothing else, place them.
 
     Raises:
         InputError: `conv` computes all its outputs, or `batch_norm` has another number of channels.
@@ -285,16 +286,16 @@ def unpair(batch_norm: BatchNormAct2d) -> None:
 
 def describe_gating(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The gated convolutions of a model as plain values, from which `restore_gating` makes them again."""
-    placed = {id(m.places_of): name for name, m in model.named_modules() if isinstance(m, BatchNormAct2d)}
-    found: dict[str, dict[str, Any]] = {}
+    batch_norms = {id(m.places_of): name for name, m in model.named_modules() if isinstance(m, BatchNormAct2d)}
+    described: dict[str, dict[str, Any]] = {}
     for name, conv in model.named_modules():
         if isinstance(conv, GatedConv2d):
-            found[name] = {"backend": conv.backend, "batch_norm": placed.get(id(conv))}
+            described[name] = {"backend": conv.backend, "batch_norm": batch_norms.get(id(conv))}
             for side, channels in zip(SIDES, (conv.in_channels, conv.out_channels), strict=True):
                 index = getattr(conv, f"{side}_index")
-                found[name] |= {f"{side}_channels": channels}
-                found[name] |= {f"{side}_index": None if index is None else index.tolist()}
-    return found
+                described[name] |= {f"{side}_channels": channels}
+                described[name] |= {f"{side}_index": None if index is None else index.tolist()}
+    return described
 
 
 def restore_gating(model: nn.Module, described: dict[str, dict[str, Any]]) -> None:
@@ -302,18 +303,20 @@ def restore_gating(model: nn.Module, described: dict[str, dict[str, Any]]) -> No
 
     A batch norm that is not fused in this model reads the whole tensor, as a plain one does.
     """
-    for name, what in described.items():
+    for name, gating in described.items():
         conv = model.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
         inputs, outputs = (
-            None if what[f"{side}_index"] is None else ChannelIndex(what[f"{side}_index"], what[f"{side}_channels"])
+            None
+            if gating[f"{side}_index"] is None
+            else ChannelIndex(gating[f"{side}_index"], gating[f"{side}_channels"])
             for side in SIDES
         )
-        gate_(conv, what["input_channels"], what["output_channels"], inputs, outputs, what["backend"])
-        behind = None if what["batch_norm"] is None else model.get_submodule(what["batch_norm"])
-        if isinstance(behind, BatchNormAct2d) and isinstance(conv, GatedConv2d):
+        gate_(conv, gating["input_channels"], gating["output_channels"], inputs, outputs, gating["backend"])
+        batch_norm = None if gating["batch_norm"] is None else model.get_submodule(gating["batch_norm"])
+        if isinstance(batch_norm, BatchNormAct2d) and isinstance(conv, GatedConv2d):
             conv.paired = True
-            behind.__dict__["_places_of"] = (conv,)
+            batch_norm.__dict__["_places_of"] = (conv,)
 
 
 # -- in the channel graph ----------------------------------------------------------------------------------------------

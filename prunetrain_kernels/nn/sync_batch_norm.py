@@ -16,6 +16,7 @@ from torch.nn.modules._functions import SyncBatchNorm as CudaSyncBatchNorm
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.rules import batch_norm_rule, register_rule
+from prunetrain_kernels.ops.channel_statistics import batch_norm_update_running_, merge_statistics
 from prunetrain_kernels.ops.launch import is_transformed
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -47,14 +48,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
-        group, options = self.process_group or dist.group.WORLD, (self.eps, momentum or 0.0)
+        group = self.process_group or dist.group.WORLD
+        arguments = (input, self.weight, self.bias, mean, var, self.eps, momentum or 0.0, group)
         if input.is_cuda:
-            world = dist.get_world_size(group)
-            out: Tensor = CudaSyncBatchNorm.apply(
-                input, self.weight, self.bias, mean, var, *options, group, world
-            )  # fmt: skip
+            out: Tensor = CudaSyncBatchNorm.apply(*arguments, dist.get_world_size(group))
         else:
-            out = _Synchronized.apply(input, self.weight, self.bias, mean, var, *options, group)
+            out = _Synchronized.apply(*arguments)
         return out
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -71,10 +70,10 @@ def synchronize_batch_norm(model: nn.Module, process_group: Any = None) -> int:
         InputError: a batch norm is of another class, such as a fused one, which has no synchronised form.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    other = [type(m).__name__ for m in norms if type(m) not in PLAIN and not isinstance(m, SyncBatchNorm)]
-    if other:
+    refused = [type(m).__name__ for m in norms if type(m) not in PLAIN and not isinstance(m, SyncBatchNorm)]
+    if refused:
         raise InputError(
-            f"a {other[0]} has no form that is synchronised over ranks; build the model with plain batch norms, and "
+            f"a {refused[0]} has no form that is synchronised over ranks; build the model with plain batch norms, and "
             "leave --fuse or --sync-batch-norm out."
         )
     for norm in norms:
@@ -88,14 +87,15 @@ def synchronize_batch_norm(model: nn.Module, process_group: Any = None) -> int:
 
 
 def make_plain(norm: SyncBatchNorm) -> None:
-    """Turns it into the batch norm that it was, in place."""
+    """Turns a synchronised batch norm into the plain one that it was, in place."""
     plain = norm.plain
     del norm.plain, norm.process_group
     norm.__class__ = plain  # type: ignore[assignment]
 
 
 class _Synchronized(torch.autograd.Function):
-    """In plain PyTorch. Sums are merged as means and M2 (Chan), in the order of the ranks: the same bits everywhere."""
+    """Batch norm over ranks in plain PyTorch. Every rank merges the statistics of all in their order, by
+    `channel_statistics.merge_statistics`: the same bits everywhere."""
 
     @staticmethod
     def forward(
@@ -109,26 +109,18 @@ class _Synchronized(torch.autograd.Function):
         momentum: float,
         group: Any,
     ) -> Tensor:
-        over = [d for d in range(x.dim()) if d != 1]
+        dims = [d for d in range(x.dim()) if d != 1]
         wide = torch.promote_types(x.dtype, torch.float32)
-        channels = x.shape[1]
-        values = math.prod(x.shape[d] for d in over)
-        var, mean = torch.var_mean(x.to(wide), over, correction=0) if values else x.new_zeros((2, channels), dtype=wide)
-        mine = torch.cat([mean, var, mean.new_tensor([values])])
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyone, mine, group=group)
-        table = torch.stack(everyone)
-        means, variances, counts = table[:, :channels], table[:, channels:-1], table[:, -1:]
-        count = float(counts.sum())
+        values = math.prod(x.shape[d] for d in dims)
+        no_values = x.new_zeros((2, x.shape[1]), dtype=wide)
+        var, mean = torch.var_mean(x.to(wide), dims, correction=0) if values else no_values
+        mean, var, count = _merged_over_ranks(mean, var, values, group)
         if count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got {tuple(x.shape)} over all ranks"
             )
-        mean = (counts * means).sum(0) / max(count, 1)
-        var = (counts * (variances + (means - mean).square())).sum(0) / max(count, 1)
         if count and running_mean is not None and running_var is not None:
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+            batch_norm_update_running_(running_mean, running_var, mean, var, count, momentum)
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
         ctx.count, ctx.group, ctx.eps, ctx.bias = max(count, 1), group, eps, None if bias is None else bias.dtype
         # with the statistics given, evaluation mode normalises in one pass
@@ -138,34 +130,50 @@ class _Synchronized(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if is_transformed():
             raise InputError("the gradient of a SyncBatchNorm has no vmap (is_grads_batched); take one at a time.")
-        x, weight, mean, inverse = ctx.saved_tensors
-        again = torch.is_grad_enabled()
-        over = [d for d in range(x.dim()) if d != 1]
+        x, weight, mean, rstd = ctx.saved_tensors
+        differentiable = torch.is_grad_enabled()  # somebody may take the derivative of this one
+        dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         wide = mean.dtype
         dy, x_wide = grad.to(wide), x.to(wide)
-        if again:  # as functions of x that can be differentiated, over all ranks
-            mean = _sum_of_ranks(x_wide.sum(over), ctx.group) / ctx.count
-            var = _sum_of_ranks((x_wide - mean.view(shape)).square().sum(over), ctx.group) / ctx.count
-            inverse = (var + ctx.eps).rsqrt()
+        if differentiable:  # as functions of x, over all ranks
+            mean = _sum_of_ranks(x_wide.sum(dims), ctx.group) / ctx.count
+            var = _sum_of_ranks((x_wide - mean.view(shape)).square().sum(dims), ctx.group) / ctx.count
+            rstd = (var + ctx.eps).rsqrt()
         centred = x_wide - mean.view(shape)
-        sums = torch.cat([dy.sum(over), (dy * centred).sum(over)])
+        sums = torch.cat([dy.sum(dims), (dy * centred).sum(dims)])
         d_bias, product = sums.split(x.shape[1])
-        d_weight = product * inverse
-        if again:
+        d_weight = product * rstd
+        if differentiable:
             sums = _sum_of_ranks(sums, ctx.group)
         else:
             d_bias = d_bias.clone()
             dist.all_reduce(sums, group=ctx.group)
-        of_dy, of_product = (sums / ctx.count).split(x.shape[1])
-        scale = inverse if weight is None else inverse * weight.to(wide)
-        dx = (dy - of_dy.view(shape) - centred * (of_product * inverse.square()).view(shape)) * scale.view(shape)
+        mean_dy, mean_product = (sums / ctx.count).split(x.shape[1])
+        scale = rstd if weight is None else rstd * weight.to(wide)
+        dx = (dy - mean_dy.view(shape) - centred * (mean_product * rstd.square()).view(shape)) * scale.view(shape)
         return (
             dx.to(x.dtype),
             None if weight is None else d_weight.to(weight.dtype),
             None if ctx.bias is None else d_bias.to(ctx.bias),
             *[None] * 5,
         )
+
+
+def _merged_over_ranks(mean: Tensor, var: Tensor, values: int, group: Any) -> tuple[Tensor, Tensor, int]:
+    """Statistics (C,) of all ranks' batches, from those of this rank's `values` per channel; and the number of values.
+    If there are none, zeros."""
+    channels = len(mean)
+    packed = torch.cat([mean, var, mean.new_tensor([values])])
+    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, packed, group=group)
+    table = torch.stack(gathered)
+    counts = table[:, -1]
+    count = int(counts.sum())
+    if count == 0:
+        return torch.zeros_like(mean), torch.zeros_like(var), 0
+    mean, var, _ = merge_statistics(table[:, :channels], table[:, channels:-1], counts)
+    return mean, var, count
 
 
 def _sum_of_ranks(values: Tensor, group: Any) -> Tensor:

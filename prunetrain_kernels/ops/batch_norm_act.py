@@ -33,19 +33,18 @@ is read less where it can be: by the pass that writes dx, unless it writes dr as
 `statistics` from the convolution before, x is read once less in forward.
 
 On the CPU the same passes are a native operator (csrc/cpu/batch_norm_act.h) where no map is involved; with one, and
-without the library, the reference serves.
+without the library, plain PyTorch serves.
 
 Three launches each way, the second a small one: partial results of one tile of columns and one chunk of rows (see
 `layout`) go to private slots, which are folded in fixed order; the last pass runs in reverse order, to meet what the
-first left in L2. Statistics are a Welford mean and M2 per lane, merged by Chan's formula, never E[x^2] - E[x]^2.
+first left in L2. Statistics are those of `channel_statistics`, which has their pass, their fold and the running update.
 
 The passes are operators of their own, so that a process group can reduce the statistics and the sums between them, as
 SyncBatchNorm does. `batch_norm_act` is the differentiable whole.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +52,31 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.ops.channel_index import ChannelIndex, by_map
+from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps, by_map
+from prunetrain_kernels.ops.channel_statistics import (
+    COUNTS,
+    FOLD_CHANNELS,
+    FOLD_SLOTS,
+    IN_ORDER,
+    TILE,
+    TILE_ROWS,
+    Placement,
+    as_native_reads,
+    batch_norm_statistics,
+    batch_norm_update_running_,
+    channel_pair,
+    fold,
+    geometry,
+    measure_statistics,
+    merge_statistics,
+    place_in_x,
+    place_statistics,
+    reduction,
+    slots_of,
+    storage_neighbours,
+    tiles_across,
+    update_running_,
+)
 from prunetrain_kernels.ops.launch import (
     KERNEL_DTYPES,
     accumulator,
@@ -68,17 +91,51 @@ from prunetrain_kernels.ops.launch import (
     triton,
     use_kernels,
 )
-from prunetrain_kernels.ops.layout import TILE_COLUMNS, Matrix, dense, is_channels_last, matrix_of
+from prunetrain_kernels.ops.layout import dense, is_channels_last, matrix_of
 from prunetrain_kernels.ops.native import DTYPE, ops, use_native
 
-TILE_ROWS = 16  # 16 elements a thread: enough loads in flight, accumulators that fit in registers
-FOLD_CHANNELS = 2
-FOLD_SLOTS = 1024
-_APPLY_ROWS = 64  # rows of one program of the apply passes: the columns' parameters are read once for four tiles
-_PROGRAMS = 2048  # of a reduction, at most about: several waves on any GPU, and few slots beside the tensor
-_WIDEST_CHUNK = 1024
+__all__ = [  # what other files import from here; some of it lives in `channel_statistics`
+    "FOLD_CHANNELS",
+    "FOLD_SLOTS",
+    "TILE_ROWS",
+    "batch_norm_act",
+    "batch_norm_act_by_maps",
+    "batch_norm_apply",
+    "batch_norm_backward_apply",
+    "batch_norm_backward_sums",
+    "batch_norm_statistics",
+    "batch_norm_update_running_",
+    "merge_statistics",
+]
 
-# --- reference --------------------------------------------------------------------------------------------------------
+_APPLY_ROWS = 64  # rows of one program of the apply passes: the columns' parameters are read once for four tiles
+
+# Flags are keyword-only, except of a registered operator and its shape function: these have one flat list of arguments,
+# in the order that programs exported by older versions know. The `noqa: FBT` below are at those doors.
+
+
+class _Norm(NamedTuple):
+    """Statistics and parameters that x is normalised with: each (C,), of x's channels or, padded, of y's."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def of(self, placement: Placement, live: int) -> "_Norm":
+        """The statistics and parameters of x's channels, of which there are `live`."""
+        if not placement.padded:
+            return self
+        channels = placement.live_channels(live)
+        weight, bias = (None if t is None else channels.of(t) for t in (self.weight, self.bias))
+        return _Norm(channels.of(self.mean), channels.of(self.var), weight, bias, self.eps)
+
+
+# -- plain PyTorch -----------------------------------------------------------------------------------------------------
+
+# The path of CPUs without the native library, and through a map: measured and tuned. The formulas that it is judged by
+# are those of the tests, in float64.
 
 
 def _stored_as(y: Tensor, like: Tensor) -> Tensor:
@@ -89,49 +146,13 @@ def _stored_as(y: Tensor, like: Tensor) -> Tensor:
 
 
 def _spread(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, as x, which is dense, but for the number of channels. Where x is stored both ways, as with one
-    channel, or none, its strides tell which was meant."""
+    """An uninitialised tensor like x, which is dense, but for the number of channels. Where x is stored both ways, as
+    with one channel, or none, its strides tell which was meant."""
     last = is_channels_last(x) and (not x.is_contiguous() or (x.stride(1) == 1 and x.stride(-1) >= min(x.shape[1], 2)))
     formats = {4: torch.channels_last, 5: torch.channels_last_3d} if last else {}
     stored = formats.get(x.dim(), torch.contiguous_format)
     shape = (x.shape[0], channels, *x.shape[2:])
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=stored)
-
-
-# Where live channels lie, for the reference: a first one, or all of them as int64.
-_Places = int | Tensor
-
-
-def _places(inverse: Tensor, first: int, live: int) -> _Places:
-    if first >= 0:
-        return first
-    return inverse.argsort()[len(inverse) - live :]  # the absent channels' -1 come first
-
-
-def _taken(t: Tensor, places: _Places, live: int) -> Tensor:
-    """The live channels of a dense (N, C, ...) or of a (C,)."""
-    dim = min(t.dim() - 1, 1)
-    if isinstance(places, int):
-        return t.narrow(dim, places, live)
-    if t.dim() < 3 or t.is_contiguous() or not is_channels_last(t):
-        return t.index_select(dim, places)
-    last = t.movedim(1, -1)  # as a matrix: index_select is five times slower on the channels_last tensor itself
-    return last.flatten(0, -2).index_select(1, places).unflatten(0, last.shape[:-1]).movedim(-1, 1)
-
-
-def _add_placed(whole: Tensor, t: Tensor, places: _Places) -> Tensor:
-    """whole[:, places] += t, in place."""
-    if isinstance(places, int):
-        whole.narrow(1, places, t.shape[1]).add_(t)
-    else:
-        whole.movedim(1, -1).index_add_(-1, places, t.movedim(1, -1))  # five times quicker so where channels are last
-    return whole
-
-
-def _set_placed(whole: Tensor, t: Tensor | int, places: _Places, live: int) -> Tensor:
-    """whole[places] = t, of values per channel, in place."""
-    whole[slice(places, places + live) if isinstance(places, int) else places] = t
-    return whole
 
 
 def _pack_bits(keep: Tensor) -> Tensor:
@@ -151,132 +172,118 @@ def _unpack_bits(mask: Tensor, like: Tensor) -> Tensor:
     return flat.as_strided(like.shape, like.stride())
 
 
-def _normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _plain_normalized(x: Tensor, norm: _Norm) -> Tensor:
     """BN(x) in the accumulation dtype, a new tensor."""
     wide = x.to(accumulator_dtype(x.dtype))
     if x.numel() == 0:
         return wide.clone()
-    weight, bias = (None if t is None else t.to(wide.dtype) for t in (weight, bias))
-    return torch.native_batch_norm(wide, weight, bias, mean.to(wide.dtype), var.to(wide.dtype), False, 0.0, eps)[0]
+    weight, bias = (None if t is None else t.to(wide.dtype) for t in (norm.weight, norm.bias))
+    mean, var = norm.mean.to(wide.dtype), norm.var.to(wide.dtype)
+    return torch.native_batch_norm(wide, weight, bias, mean, var, training=False, momentum=0.0, eps=norm.eps)[0]
 
 
-def _sum_reference(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    inverse: Tensor | None, eps: float, padded: bool, first: int,
-) -> Tensor:  # fmt: skip
+def _plain_sum(x: Tensor, norm: _Norm, residual: Tensor | None, placement: Placement) -> Tensor:
     """BN(x) [+ residual] in the accumulation dtype, a new tensor."""
-    if inverse is None:
-        y = _normalized(x, mean, var, weight, bias, eps)
+    if placement.inverse is None:
+        y = _plain_normalized(x, norm)
         return y if residual is None else y.add_(residual)
     dtype, live = accumulator_dtype(x.dtype), x.shape[1]
-    places = _places(inverse, first, live)
+    channels = placement.live_channels(live)
     constant = torch.zeros((), dtype=dtype, device=x.device)
-    if padded:
-        rest = -mean.to(dtype) * (var.to(dtype) + eps).rsqrt_()
-        rest = rest if weight is None else rest * weight
-        rest = rest if bias is None else rest + bias
-        constant = _set_placed(rest.to(dtype), 0, places, live).view(1, -1, *[1] * (x.dim() - 2))
-        mean, var = _taken(mean, places, live), _taken(var, places, live)
-        weight, bias = (None if t is None else _taken(t, places, live) for t in (weight, bias))
+    if placement.padded:
+        of_zero = -norm.mean.to(dtype) * (norm.var.to(dtype) + norm.eps).rsqrt_()
+        of_zero = of_zero if norm.weight is None else of_zero * norm.weight
+        of_zero = of_zero if norm.bias is None else of_zero + norm.bias
+        constant = _channelwise(channels.set_(of_zero.to(dtype), 0), x)
     if residual is None:
-        whole = _spread(x, len(inverse), dtype).copy_(constant)
-    elif padded:
+        whole = _spread(x, len(placement.inverse), dtype).copy_(constant)
+    elif placement.padded:
         whole = torch.add(residual, constant)
     else:
         whole = residual.to(dtype, copy=True)
-    return _add_placed(whole, _normalized(x, mean, var, weight, bias, eps), places)
+    return channels.add_(whole, _plain_normalized(x, norm.of(placement, live)))
 
 
-def _apply_reference(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    inverse: Tensor | None, eps: float, relu: bool, record: bool, padded: bool, first: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = _sum_reference(x, mean, var, weight, bias, residual, inverse, eps, padded, first)
-    out = _apply_outputs(x, residual, inverse, False, False)[0]
+def _plain_apply(
+    x: Tensor, norm: _Norm, residual: Tensor | None, placement: Placement, *, relu: bool, record: bool
+) -> tuple[Tensor, Tensor]:
+    """y, and the mask or nothing."""
+    y = _plain_sum(x, norm, residual, placement)
+    out = _apply_outputs(x, residual, placement.inverse)[0]
     y = _stored_as(y, torch.empty_like(out, dtype=y.dtype))
-    mask = _pack_bits((y <= 0).logical_not_()) if relu and record and residual is not None else _nothing(x, torch.uint8)
+    recorded = relu and record and residual is not None
+    mask = _pack_bits((y <= 0).logical_not_()) if recorded else _nothing(x, torch.uint8)
     return _stored_as(y.relu_() if relu else y, out), mask
 
 
-def _through_act_reference(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    inverse: Tensor | None, eps: float, relu: bool, padded: bool, first: int,
-) -> Tensor:  # fmt: skip
+def _plain_through_act(
+    dy: Tensor, x: Tensor, norm: _Norm, mask: Tensor | None, placement: Placement, *, relu: bool
+) -> Tensor:
     """dy where the ReLU let its input through, else 0, in the accumulation dtype; may be dy itself."""
     g = dy.to(accumulator_dtype(dy.dtype))
     if mask is not None:
         y = _unpack_bits(mask, dy).to(g.dtype)
     elif relu:
-        y = _sum_reference(x, mean, var, weight, bias, None, inverse, eps, padded, first)
+        y = _plain_sum(x, norm, None, placement)
     else:
         return g
     return torch.ops.aten.threshold_backward(g, y, 0)  # torch.where is 5 times slower
 
 
-def _torch_backward(
-    g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, inverse: Tensor | None, eps: float,
-    training: bool, wanted: list[bool], padded: bool, first: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """PyTorch's (dx, dweight, dbias) from the gradient of BN(x) or, with `inverse`, of the sum that it went into."""
+def _plain_gradients(
+    g: Tensor, x: Tensor, norm: _Norm, placement: Placement, *, training: bool, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's (dx, dweight, dbias), as `wanted`, from the gradient of BN(x) or, with a map, of the sum behind it."""
     live = x.shape[1]
-    mean, var = mean.to(g.dtype), var.to(g.dtype)
-    weight = torch.ones_like(mean) if weight is None else weight.to(g.dtype)
-    if inverse is None:
-        return _torch_backward_of_live(g, x, mean, var, weight, eps, training, wanted)
-    places = _places(inverse, first, live)
-    of_live = (mean, var, weight)
-    if padded:
-        of_live = (_taken(mean, places, live), _taken(var, places, live), _taken(weight, places, live))
-    g_live = dense(_taken(g, places, live), like=x)  # of a view PyTorch's is several times slower
-    dx, dweight, dbias = _torch_backward_of_live(g_live, x, *of_live, eps, training, wanted)
-    if padded and wanted[1]:
+    weight = torch.ones_like(norm.mean, dtype=g.dtype) if norm.weight is None else norm.weight.to(g.dtype)
+    norm = _Norm(norm.mean.to(g.dtype), norm.var.to(g.dtype), weight, None, norm.eps)
+    if placement.inverse is None:
+        return _plain_gradients_of_live(g, x, norm, training=training, wanted=wanted)
+    channels = placement.live_channels(live)
+    g_live = dense(channels.of(g), like=x)  # of a view PyTorch's is several times slower
+    norm_live = norm.of(placement, live)
+    dx, dweight, dbias = _plain_gradients_of_live(g_live, x, norm_live, training=training, wanted=wanted)
+    if placement.padded and wanted[1]:
         sums = g.sum([d for d in range(g.dim()) if d != 1])
-        sums_xhat = -mean * (var + eps).rsqrt_() * sums
-        dweight, dbias = _set_placed(sums_xhat, dweight, places, live), _set_placed(sums, dbias, places, live)
+        sums_xhat = -norm.mean * (norm.var + norm.eps).rsqrt_() * sums
+        dweight, dbias = channels.set_(sums_xhat, dweight), channels.set_(sums, dbias)
     return dx, dweight, dbias
 
 
-def _torch_backward_of_live(
-    g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float, training: bool, wanted: list[bool]
+def _plain_gradients_of_live(
+    g: Tensor, x: Tensor, norm: _Norm, *, training: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`_plain_gradients` where g, x and the norm have the same channels."""
     if x.numel() == 0:
         return torch.empty_like(g), g.new_zeros(x.shape[1]), g.new_zeros(x.shape[1])
+    mean, var, weight, _, eps = norm
     rstd = (var + eps).rsqrt_()
     backward = torch.ops.aten.native_batch_norm_backward
     return backward(g, x.to(g.dtype), weight, mean, var, mean, rstd, training, eps, wanted)
 
 
-def _gradient_reference(
-    g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, inverse: Tensor | None,
-    sum_dy: Tensor | None, sum_dy_xhat: Tensor | None, count: float, eps: float, padded: bool, first: int,
-) -> Tensor:  # fmt: skip
+def _plain_input_gradient(
+    g: Tensor, x: Tensor, norm: _Norm, sums: tuple[Tensor, Tensor] | None, count: float, placement: Placement
+) -> Tensor:
     """dx from g and, unless mean and var are constants, its sums: which may be those of several ranks."""
-    if inverse is not None:
-        live = x.shape[1]
-        places = _places(inverse, first, live)
-        g = _taken(g, places, live)
-        if padded:
-            mean, var = _taken(mean, places, live), _taken(var, places, live)
-            weight, sum_dy, sum_dy_xhat = (
-                None if t is None else _taken(t, places, live) for t in (weight, sum_dy, sum_dy_xhat)
-            )
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    rstd = (var.to(g.dtype) + eps).rsqrt()
-    if sum_dy is not None and sum_dy_xhat is not None:
-        centred = x.to(g.dtype) - mean.view(shape)
-        g = g - (sum_dy / count).view(shape) - centred * (sum_dy_xhat / count * rstd).view(shape)
-    scale = rstd if weight is None else rstd * weight.to(g.dtype)
-    return _stored_as(g * scale.view(shape), x)
+    if placement.inverse is not None:
+        channels = placement.live_channels(x.shape[1])
+        g = channels.of(g)
+        if placement.padded and sums is not None:
+            sums = channels.of(sums[0]), channels.of(sums[1])
+        norm = norm.of(placement, x.shape[1])
+    rstd = (norm.var.to(g.dtype) + norm.eps).rsqrt()
+    if sums is not None:
+        sum_dy, sum_dy_xhat = sums
+        centred = x.to(g.dtype) - _channelwise(norm.mean, x)
+        g = g - _channelwise(sum_dy / count, x) - centred * _channelwise(sum_dy_xhat / count * rstd, x)
+    scale = rstd if norm.weight is None else rstd * norm.weight.to(g.dtype)
+    return _stored_as(g * _channelwise(scale, x), x)
 
 
-# --- kernels ----------------------------------------------------------------------------------------------------------
+# -- kernels -----------------------------------------------------------------------------------------------------------
 
-# Every number of a launch: channel counts change as a network shrinks, and must not compile anything new.
-_COUNTS = ["full_rows", "rest", "columns8", "inner", "channels", "group", "live", "first", "tiles"]
-_COUNTS += ["rows_per_program", "slots", "space"]
-
-# PLACES, where x's channels lie among y's: "all" at their own; by a "map", `inverse`; one "run", from `first` on; in
-# "vectors", a run of which no bound parts eight neighbours. PADDED: parameters are those of y's channels.
+# PLACES and PADDED are a `Placement`: see `channel_statistics`. Parameters are those of y's channels if PADDED.
 
 
 @triton.jit
@@ -341,7 +348,7 @@ def _store_x(x, at, value, wanted, PLACES: tl.constexpr):
 
 @triton.jit
 def _near(present, PLACES: tl.constexpr):
-    """Any of eight neighbours present: so masked, dy is still loaded by vectors, and little in vain."""
+    """Whether any of eight neighbours is present: so masked, dy is still loaded by vectors, and little in vain."""
     near = present
     if PLACES == "map" or PLACES == "run":
         eights: tl.constexpr = present.shape[0] // 8
@@ -362,107 +369,6 @@ def _parameters(mean, var, weight, bias, channel, known, eps, ACC: tl.constexpr)
     if bias is not None:
         shift = tl.load(bias + channel, mask=known, other=0).to(ACC)
     return (m, scale, shift), rstd
-
-
-@triton.jit
-def _merged(n, mean, m2, first, AXIS: tl.constexpr):
-    """Chan's formula for many parts at once, along an axis; `first` marks a part that is never empty."""
-    total = tl.sum(n, AXIS)
-    reference = tl.sum(tl.where(first, mean, 0), AXIS)
-    merged = reference + tl.sum(n * (mean - tl.expand_dims(reference, AXIS)), AXIS) / tl.maximum(total, 1)
-    delta = mean - tl.expand_dims(merged, AXIS)
-    return total, merged, tl.sum(m2 + n * delta * delta, AXIS)
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def _statistics_kernel(
-    x, means, m2s, full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program,
-    ACC: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    columns = columns8 * 8
-    chunk = tl.program_id(0) // tiles
-    col = (tl.program_id(0) % tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    begin = chunk * rows_per_program
-    stop = tl.minimum(begin + rows_per_program, full_rows)
-    lane = tl.arange(0, TILE_ROWS)[:, None]
-
-    mean = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
-    m2 = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC)
-    count = tl.full((), 0, ACC)
-    for start in range(begin, stop, TILE_ROWS):
-        row = start + lane
-        limit = tl.where(row < stop, columns, 0)  # a multiple of 8: vector loads
-        value = tl.load(x + (row.to(tl.int64) * columns + col), mask=col < limit, other=0).to(ACC)
-        count += 1
-        delta = tl.where(row < stop, value - mean, 0)
-        mean += delta * (1 / count)
-        m2 += delta * (value - mean)
-    n = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC) + ((stop - begin - lane + TILE_ROWS - 1) // TILE_ROWS).to(ACC)
-    n, mean, m2 = _merged(n, mean, m2, lane == 0, 0)
-    if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
-        value = tl.load(x + (full_rows.to(tl.int64) * columns + col), mask=col < rest, other=0).to(ACC)
-        delta = tl.where(col < rest, value - mean, 0)
-        mean += delta / (n + 1)
-        m2 += delta * (value - mean)
-    slot = chunk.to(tl.int64) * columns + col
-    tl.store(means + slot, mean, mask=col < columns)
-    tl.store(m2s + slot, m2, mask=col < columns)
-
-
-@triton.jit
-def _slots(start, channel, slots, columns, inner, channels, group, FOLD_SLOTS: tl.constexpr):
-    """Some of the slots of some channels: chunk and column of each, where it is stored, and whether it exists."""
-    slot = start + tl.arange(0, FOLD_SLOTS)[None, :]
-    period = slot // inner
-    chunk = period // group
-    column = (period % group * channels + channel) * inner + slot % inner
-    return chunk, column, chunk.to(tl.int64) * columns + column, (slot < slots) & (channel >= 0) & (channel < channels)
-
-
-@triton.jit
-def _place_in_x(channel, inverse, channels, first, PLACES: tl.constexpr):
-    """x's channel that lies in a channel of y, of which there are `channels`; where it lacks that, none of its own."""
-    place = channel
-    if PLACES == "map":
-        place = tl.load(inverse + channel, mask=channel < channels, other=-1)
-    elif PLACES != "all":
-        place = channel - first
-    return place
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def _fold_statistics_kernel(
-    means, m2s, inverse, mean_out, var_out, space,
-    full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, slots,
-    PLACES: tl.constexpr, ACC: tl.constexpr, FOLD_CHANNELS: tl.constexpr, FOLD_SLOTS: tl.constexpr,
-):  # fmt: skip
-    out = tl.program_id(0) * FOLD_CHANNELS + tl.arange(0, FOLD_CHANNELS)  # of `space` channels, x has `channels`
-    channel = _place_in_x(out, inverse, space, first, PLACES)[:, None]
-    n = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
-    mean = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
-    m2 = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
-    for start in range(0, slots, FOLD_SLOTS):
-        chunk, column, at, here = _slots(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
-        rows = full_rows + (column < rest).to(tl.int32) - chunk * rows_per_program
-        more = tl.where(here, tl.minimum(tl.maximum(rows, 0), rows_per_program), 0).to(ACC)
-        delta = tl.load(means + at, mask=here, other=0) - mean
-        share = more / tl.maximum(n + more, 1)
-        mean += delta * share
-        m2 += tl.load(m2s + at, mask=here, other=0) + delta * delta * n * share
-        n += more
-    total, mean, m2 = _merged(n, mean, m2, tl.arange(0, FOLD_SLOTS)[None, :] == 0, 1)
-    tl.store(mean_out + out, mean, mask=out < space)
-    tl.store(var_out + out, m2 / tl.maximum(total, 1), mask=out < space)
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def _place_kernel(mean, var, inverse, mean_out, var_out, space, live, first, PLACES: tl.constexpr, BLOCK: tl.constexpr):
-    """Statistics of x's channels as those of a space of channels, zero where x has none."""
-    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    channel = _place_in_x(out, inverse, space, first, PLACES)
-    here = (out < space) & (channel >= 0) & (channel < live)
-    tl.store(mean_out + out, tl.load(mean + channel, mask=here, other=0), mask=out < space)
-    tl.store(var_out + out, tl.load(var + channel, mask=here, other=0), mask=out < space)
 
 
 @triton.jit
@@ -489,7 +395,7 @@ def _apply_tile(
     tl.store(y + at, value.to(y.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _apply_kernel(
     x, mean, var, weight, bias, residual, inverse, y, mask,
     full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, eps,
@@ -518,7 +424,7 @@ def _apply_kernel(
 def _through_act(
     dy, x, mask, row, limit, wanted, tile_columns, parameters, PLACES: tl.constexpr, RELU: tl.constexpr
 ):  # fmt: skip
-    """Of the `wanted` of a tile: dy where the ReLU let its input through, else 0; and x - mean, 0 without x."""
+    """dy of what is `wanted` of a tile, where the ReLU let its input through, else 0; and x - mean, 0 without x."""
     col, byte, present, columns, x_columns, x_col = tile_columns
     m, scale, shift = parameters
     g = tl.load(dy + (row * columns + col), mask=wanted, other=0).to(m.dtype)
@@ -534,7 +440,7 @@ def _through_act(
     return g, centred
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _sums_kernel(
     dy, x, mean, var, weight, bias, mask, inverse, sums, sums_xhat,
     full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, eps,
@@ -578,7 +484,7 @@ def _sums_kernel(
     tl.store(sums_xhat + slot, column_sum_x * rstd, mask=col < columns)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _fold_sums_kernel(
     sums, sums_xhat, inverse, sum_out, sum_xhat_out,
     full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, slots,
@@ -589,10 +495,10 @@ def _fold_sums_kernel(
     total = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     total_xhat = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     for start in range(0, slots, FOLD_SLOTS):
-        _, _, at, here = _slots(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
+        _, _, at, here = slots_of(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
         total += tl.load(sums + at, mask=here, other=0)
         total_xhat += tl.load(sums_xhat + at, mask=here, other=0)
-    place = _place_in_x(out, inverse, channels, first, PLACES)
+    place = place_in_x(out, inverse, channels, first, PLACES)
     present = (out < channels) & (place >= 0)
     if PLACES != "all":
         present = present & (place < live)
@@ -618,7 +524,7 @@ def _gradient_tile(
     _store_x(dx, row * x_columns + x_col, g, valid & present, PLACES)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _gradient_kernel(
     dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual,
     full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, eps, count,
@@ -651,91 +557,51 @@ def _gradient_kernel(
         _gradient_tile(dy, x, mask, dx, dresidual, row, rest, near, tile_columns, parameters, k1, k2, PLACES, RELU)
 
 
-@triton.jit(do_not_specialize=["channels"])
-def _update_running_kernel(
-    running_mean, running_var, mean, var, channels, unbiased, momentum, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = channel < channels
-    m = tl.load(mean + channel, mask=here, other=0).to(ACC)
-    v = tl.load(var + channel, mask=here, other=0).to(ACC) * unbiased
-    m = momentum * m + (1 - momentum) * tl.load(running_mean + channel, mask=here, other=0).to(ACC)
-    v = momentum * v + (1 - momentum) * tl.load(running_var + channel, mask=here, other=0).to(ACC)
-    tl.store(running_mean + channel, m.to(running_mean.dtype.element_ty), mask=here)
-    tl.store(running_var + channel, v.to(running_var.dtype.element_ty), mask=here)
-
-
-# --- native -----------------------------------------------------------------------------------------------------------
+# -- native ------------------------------------------------------------------------------------------------------------
 
 
 def _native(x: Tensor, inverse: Tensor | None) -> bool:
-    """Whether csrc/cpu/batch_norm_act.h does it: on the CPU, without a map."""
+    """Whether csrc/cpu/batch_norm_act.h serves x: on the CPU, without a map."""
     return inverse is None and use_native(x)
 
 
-def _inner(x: Tensor) -> int:
-    """Neighbours in storage that share a channel."""
-    return 1 if is_channels_last(x) else x.numel() // (x.shape[0] * x.shape[1])
-
-
-def _of_channels(x: Tensor, *values: Tensor | None) -> list[Any]:
-    """Values per channel as the native operators read them."""
-    dtype = accumulator_dtype(x.dtype)
-    return [t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous() for t in values]
-
-
 def _native_forward(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, eps: float, relu: bool, record: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, mean, var, mask of dense tensors; the statistics are x's where they are not given."""
-    measure = mean is None or var is None
-    mean, var = _channel_pair(x, x.shape[1]) if measure else _of_channels(x, mean, var)
-    y, mask = _apply_outputs(x, residual, None, relu, record)
+    x: Tensor, norm: _Norm, residual: Tensor | None, *, measure: bool, relu: bool, record: bool
+) -> tuple[Tensor, Tensor]:
+    """y and mask of dense tensors; to `measure` is to write x's statistics to the norm's."""
+    mean, var = (norm.mean, norm.var) if measure else as_native_reads(x, norm.mean, norm.var)
+    y, mask = _apply_outputs(x, residual, None, mask=relu and record)
     ops().batch_norm_forward(
-        x, mean, var, measure, *_of_channels(x, weight, bias), residual, y, mask if mask.numel() else None,
-        DTYPE[x.dtype], _inner(x), eps, relu,
+        x, mean, var, measure, *as_native_reads(x, norm.weight, norm.bias), residual, y,
+        mask if mask.numel() else None, DTYPE[x.dtype], storage_neighbours(x), norm.eps, relu,
     )  # fmt: skip
-    return y, mean, var, mask
+    return y, mask
 
 
 def _native_gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    sum_dy: Tensor | None, sum_dy_xhat: Tensor | None, count: float, eps: float, relu: bool,
-    sums: bool, x_gradient: bool, residual_gradient: bool,
+    dy: Tensor, x: Tensor, norm: _Norm, mask: Tensor | None, sums: tuple[Tensor, Tensor] | None, count: float, *,
+    relu: bool, write_sums: bool, x_gradient: bool, residual_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual, sum_dy, sum_dy_xhat of dense tensors, empty if not wanted; a count of 0: constant statistics."""
-    summed = _channel_pair(x, x.shape[1]) if sums else _of_channels(x, sum_dy, sum_dy_xhat)
+    sum_dy, sum_dy_xhat = channel_pair(x, x.shape[1]) if write_sums else as_native_reads(x, *(sums or (None, None)))
     dx = torch.empty_like(x) if x_gradient else None
     dresidual = torch.empty_like(dy) if residual_gradient else None
     ops().batch_norm_backward(
-        dy, x, *_of_channels(x, mean, var, weight, bias), mask, *summed, sums, dx, dresidual,
-        DTYPE[x.dtype], _inner(x), count, eps, relu,
+        dy, x, *as_native_reads(x, *norm[:4]), mask, sum_dy, sum_dy_xhat, write_sums, dx, dresidual,
+        DTYPE[x.dtype], storage_neighbours(x), count, norm.eps, relu,
     )  # fmt: skip
-    dx, dresidual, sum_dy, sum_dy_xhat = (_nothing(x) if t is None else t for t in (dx, dresidual, *summed))
+    dx, dresidual, sum_dy, sum_dy_xhat = (_nothing(x) if t is None else t for t in (dx, dresidual, sum_dy, sum_dy_xhat))
     return dx, dresidual, sum_dy, sum_dy_xhat
 
 
-# --- the passes, operators each ---------------------------------------------------------------------------------------
-
-_TILE = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
+# -- the passes, operators each ----------------------------------------------------------------------------------------
 
 
 def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
 
 
-def _channel_pair(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Two outputs per channel."""
-    dtype = accumulator_dtype(x.dtype)
-    return torch.empty(channels, dtype=dtype, device=x.device), torch.empty(channels, dtype=dtype, device=x.device)
-
-
-def _parameter_channels(x: Tensor, inverse: Tensor | None, padded: bool) -> int:
-    return len(inverse) if padded and inverse is not None else x.shape[1]
-
-
-def _one_layout(x: Tensor, other: Tensor | None, channels_last: bool | None = None) -> tuple[Tensor, Any]:
+def _one_layout(x: Tensor, other: Tensor | None, *, channels_last: bool | None = None) -> tuple[Tensor, Any]:
     """x and a tensor of y's shape in one layout: that of x; if x is both contiguous and channels_last, having one
     channel say, the one that `channels_last` tells, or the other's own."""
     x = dense(x)
@@ -749,163 +615,42 @@ def _one_layout(x: Tensor, other: Tensor | None, channels_last: bool | None = No
     return x, other.contiguous(memory_format=formats[x.dim() - 4] if channels_last else torch.contiguous_format)
 
 
-def _geometry(m: Matrix, live: int, first: int, rows_per_program: int) -> tuple[int, ...]:
-    """_COUNTS but the slots, for x of `live` channels; below the full rows there is one of `rest` columns, if any."""
-    full_rows, rest = divmod(m.numel, m.columns)
-    return full_rows, rest, m.columns // 8, m.inner, m.channels, m.group, live, first, _tiles(m), rows_per_program
-
-
-def _places_as(inverse: Tensor | None, first: int, m: Matrix | None = None, live: int = 0) -> str:
-    """PLACES, of x beside the matrix of y or of values per channel."""
-    if inverse is None:
-        return "all"
-    if first < 0:
-        return "map"
-    vectors = m is not None and all(count * m.inner % 8 == 0 for count in (m.channels, first, live))
-    return "vectors" if vectors else "run"
-
-
-def _map(inverse: Tensor | None, first: int) -> Tensor | None:
-    """What of the map kernels read."""
-    return inverse if first < 0 else None
-
-
-def _tiles(m: Matrix) -> int:
-    return -(-m.columns // TILE_COLUMNS)
-
-
-def _reduction(m: Matrix, like: Tensor) -> tuple[int, tuple[int], Tensor]:
-    """Rows per program, of the shape alone, so that every device adds in the same order; grid; slots of two results."""
-    rows = 1 << (-(-m.rows * _tiles(m) // _PROGRAMS) - 1).bit_length()
-    rows = min(max(rows, TILE_ROWS), _WIDEST_CHUNK)
-    chunks = -(-m.rows // rows)
-    slots = torch.empty(2, chunks * m.columns, dtype=accumulator_dtype(like.dtype), device=like.device)
-    return rows, (_tiles(m) * chunks,), slots
-
-
-def _fold(
-    kernel: Any, m: Matrix, channels: int, slots: Tensor, inverse: Tensor | None, first: int, *arguments: Any
-) -> None:
-    launch(
-        kernel, (-(-channels // FOLD_CHANNELS),),
-        *slots, _map(inverse, first), *arguments, slots.shape[1] // m.channels, PLACES=_places_as(inverse, first),
-        ACC=accumulator(slots.dtype), FOLD_CHANNELS=FOLD_CHANNELS, FOLD_SLOTS=FOLD_SLOTS, num_warps=8,
-    )  # fmt: skip
-
-
-def _statistics(x: Tensor, inverse: Tensor | None = None, first: int = -1) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel; no gradient is defined.
-
-    Args:
-        x: (N, C, ...), 2-D to 5-D, fp32, fp16, bf16 or fp64.
-        inverse, first: as for `batch_norm_apply`, with padded: the results are of all channels of the space, 0 where x
-            has none.
-
-    Returns:
-        mean, var: (C,), fp32 (fp64 of fp64), each of x.numel() / C values; 0 if there are none.
-    """
-    x = dense(x)
-    channels = _parameter_channels(x, inverse, True)
-    mean, var = _channel_pair(x, channels)
-    if x.numel() == 0:
-        return mean.zero_(), var.zero_()
-    if use_native(x):
-        mean, var = _channel_pair(x, x.shape[1])
-        measured = (x, mean, var, True, None, None, None, None, None)
-        ops().batch_norm_forward(*measured, DTYPE[x.dtype], _inner(x), 0.0, False)
-        return (mean, var) if inverse is None else _place(mean, var, inverse, first)
-    if not use_kernels(x):
-        mean, var = torch.batch_norm_update_stats(x.to(mean.dtype), None, None, 0.0)
-        return (mean, var) if inverse is None else _place(mean, var, inverse, first)
-    m = matrix_of(x)
-    rows, grid, slots = _reduction(m, x)
-    counts = _geometry(m, m.channels, first, rows)
-    launch(_statistics_kernel, grid, x, *slots, *counts, ACC=accumulator(x.dtype), **_TILE)
-    _fold(_fold_statistics_kernel, m, channels, slots, inverse, first, mean, var, channels, *counts)
-    return mean, var
-
-
-def _place(mean: Tensor, var: Tensor, inverse: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Statistics of x's channels as those of the space's, 0 where x has none."""
-    space, live = len(inverse), len(mean)
-    if not use_kernels(mean):
-        places = _places(inverse, first, live)
-        mean, var = (_set_placed(t.new_zeros(space), t, places, live) for t in (mean, var))
-        return mean, var
-    out = mean.new_empty(space), var.new_empty(space)
-    launch(
-        _place_kernel, (-(-space // 1024),),
-        mean.contiguous(), var.contiguous(), _map(inverse, first), *out, space, live, first,
-        PLACES=_places_as(inverse, first), BLOCK=1024,
-    )  # fmt: skip
-    return out
-
-
-batch_norm_statistics = register("batch_norm_statistics")(_statistics)
-
-
-@batch_norm_statistics.register_fake
-def _(x, inverse=None, first=-1):
-    return _channel_pair(x, _parameter_channels(x, inverse, True))
-
-
-def merge_statistics(
-    means: Tensor, variances: Tensor, counts: Sequence[float] | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of the union of several parts, such as the ranks' shares of a batch, by Chan's formula.
-
-    Args:
-        means, variances: (parts, C), as `batch_norm_statistics` gives them; variances biased.
-        counts: (parts,): values per channel in each part. A part may be empty, all of them may not.
-
-    Returns:
-        mean, var: (C,); count: (): of the union, in the dtype of `means`.
-    """
-    n = torch.as_tensor(counts, dtype=means.dtype, device=means.device)[:, None]
-    total = n.sum()
-    # an empty part's statistics may be anything, NaN included
-    means, variances = torch.where(n > 0, means, 0), torch.where(n > 0, variances, 0)
-    reference = means[n.argmax()]
-    mean = reference + (n * (means - reference)).sum(0) / total
-    var = (n * (variances + (means - mean).square())).sum(0) / total
-    return mean, var, total
-
-
-def _update_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
-) -> None:
-    """running = (1 - momentum) * running + momentum * new, in place, with the unbiased variance of `count` values.
-
-    Args:
-        running_mean, running_var: (C,), any float dtype.
-        mean, var: (C,), fp32 (or fp64), var biased: what `batch_norm_statistics` or `merge_statistics` gives.
-        count: values per channel behind them, 2 or more.
-        momentum: weight of the new ones.
-    """
-    unbiased = count / max(count - 1, 1)
-    packed = running_mean.is_contiguous() and running_var.is_contiguous()
-    if packed and use_native(mean) and mean.dtype == running_mean.dtype == running_var.dtype:
-        values = (running_mean, running_var, *_of_channels(mean, mean, var))
-        ops().batch_norm_update(*values, DTYPE[mean.dtype], unbiased, momentum)
-        return
-    if not use_kernels(mean) or not packed:
-        for running, new in ((running_mean, mean), (running_var, var * unbiased)):
-            running.copy_(momentum * new + (1 - momentum) * running.to(new.dtype))
-        return
-    launch(
-        _update_running_kernel, (-(-mean.numel() // 1024),),
-        running_mean, running_var, mean, var, mean.numel(), unbiased, momentum, ACC=accumulator(mean.dtype), BLOCK=1024,
-    )  # fmt: skip
-
-
-batch_norm_update_running_ = register("batch_norm_update_running_", mutates=("running_mean", "running_var"))(
-    _update_running
-)
+def _apply_outputs(
+    x: Tensor, residual: Tensor | None, inverse: Tensor | None, *, mask: bool = False
+) -> tuple[Tensor, Tensor]:
+    """y, and the mask that belongs to it if one is asked for and there is a residual, else nothing."""
+    if residual is None and inverse is not None:
+        y = _spread(x, len(inverse))
+    else:
+        y = torch.empty_like(x if residual is None else residual)
+    length = (y.numel() + 7) // 8 if mask and residual is not None else 0
+    return y, torch.empty(length, dtype=torch.uint8, device=x.device)
 
 
 def _apply(
+    x: Tensor, norm: _Norm, residual: Tensor | None, placement: Placement, *, relu: bool, record: bool
+) -> tuple[Tensor, Tensor]:
+    """`batch_norm_apply`."""
+    x, residual = _one_layout(x, residual)
+    if _native(x, placement.inverse):
+        return _native_forward(x, norm, residual, measure=False, relu=relu, record=record)
+    if not use_kernels(x):
+        return _plain_apply(x, norm, residual, placement, relu=relu, record=record)
+    y, mask = _apply_outputs(x, residual, placement.inverse, mask=relu and record)
+    m = matrix_of(y)
+    launch(
+        _apply_kernel, (tiles_across(m) * -(-m.rows // _APPLY_ROWS),),
+        x, *norm[:4], residual, placement.map, y, mask if mask.numel() else None,
+        *geometry(m, x.shape[1], placement.first, _APPLY_ROWS), norm.eps, RELU=relu,
+        PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
+    )  # fmt: skip
+    return y, mask
+
+
+@register("batch_norm_apply")
+def batch_norm_apply(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    inverse: Tensor | None, eps: float, relu: bool, record: bool, padded: bool = False, first: int = -1,
+    inverse: Tensor | None, eps: float, relu: bool, record: bool, padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """act(BN(x) [+ residual]) with given statistics; no gradient is defined.
 
@@ -922,40 +667,13 @@ def _apply(
     Returns:
         y: x's dtype and layout, the shape of the sum; mask: uint8, one bit per element of y in storage order, or empty.
     """
-    x, residual = _one_layout(x, residual)
-    if _native(x, inverse):
-        y, _, _, mask = _native_forward(x, mean, var, weight, bias, residual, eps, relu, record)
-        return y, mask
-    if not use_kernels(x):
-        return _apply_reference(x, mean, var, weight, bias, residual, inverse, eps, relu, record, padded, first)
-    y, mask = _apply_outputs(x, residual, inverse, relu, record)
-    m = matrix_of(y)
-    launch(
-        _apply_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
-        x, mean, var, weight, bias, residual, _map(inverse, first), y, mask if mask.numel() else None,
-        *_geometry(m, x.shape[1], first, _APPLY_ROWS), eps, RELU=relu,
-        PLACES=_places_as(inverse, first, m, x.shape[1]), PADDED=padded, ACC=accumulator(x.dtype), **_TILE,
-    )  # fmt: skip
-    return y, mask
-
-
-def _apply_outputs(
-    x: Tensor, residual: Tensor | None, inverse: Tensor | None, relu: bool, record: bool
-) -> tuple[Tensor, Tensor]:
-    if residual is None and inverse is not None:
-        y = _spread(x, len(inverse))
-    else:
-        y = torch.empty_like(x if residual is None else residual)
-    recorded = relu and record and residual is not None
-    return y, torch.empty((y.numel() + 7) // 8 if recorded else 0, dtype=torch.uint8, device=x.device)
-
-
-batch_norm_apply = register("batch_norm_apply")(_apply)
+    norm = _Norm(mean, var, weight, bias, eps)
+    return _apply(x, norm, residual, Placement(inverse, first, padded), relu=relu, record=record)
 
 
 @batch_norm_apply.register_fake
-def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record, padded=False, first=-1):
-    return _apply_outputs(*_one_layout(x, residual), inverse, relu, record)
+def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record, padded=False, first=-1):  # noqa: FBT002
+    return _apply_outputs(*_one_layout(x, residual), inverse, mask=relu and record)
 
 
 def _check_mask(mask: Tensor | None, dy: Tensor) -> None:
@@ -965,10 +683,45 @@ def _check_mask(mask: Tensor | None, dy: Tensor) -> None:
         )
 
 
-def _sums(
+def _launch_sums(
+    dy: Tensor, x: Tensor, norm: _Norm, mask: Tensor | None, placement: Placement, *, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """Both sums by kernels, of tensors in one layout."""
+    m = matrix_of(dy)
+    rows, grid, slots = reduction(m, x)
+    counts = geometry(m, x.shape[1], placement.first, rows)
+    results = channel_pair(x, placement.parameter_channels(x))
+    launch(
+        _sums_kernel, grid, dy, x, *norm[:4], mask, placement.map, *slots, *counts, norm.eps, RELU=relu,
+        PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
+    )  # fmt: skip
+    of_results = IN_ORDER if placement.padded else placement
+    fold(_fold_sums_kernel, m.channels, slots, of_results, *results, *counts, slots.shape[1] // m.channels)
+    return results
+
+
+def _launch_gradient(
+    dy: Tensor, x: Tensor, norm: _Norm, mask: Tensor | None, sums: tuple[Tensor, Tensor] | None, count: float,
+    placement: Placement, *, relu: bool, residual_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx, and dresidual or nothing, by a kernel, of tensors in one layout."""
+    m = matrix_of(dy)
+    dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
+    x_read = x if sums is not None or (relu and mask is None) else None
+    launch(
+        _gradient_kernel, (tiles_across(m) * -(-m.rows // _APPLY_ROWS),),
+        dy, x_read, *norm[:4], mask, placement.map, *(sums or (None, None)), dx, dresidual,
+        *geometry(m, x.shape[1], placement.first, _APPLY_ROWS), norm.eps, float(count), RELU=relu,
+        PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
+    )  # fmt: skip
+    return dx, _nothing(x) if dresidual is None else dresidual
+
+
+@register("batch_norm_backward_sums")
+def batch_norm_backward_sums(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    inverse: Tensor | None, eps: float, relu: bool, channels_last: bool = False,
-    padded: bool = False, first: int = -1,
+    inverse: Tensor | None, eps: float, relu: bool, channels_last: bool = False,  # noqa: FBT001, FBT002
+    padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sums of g and of g * xhat over each channel of x (of this rank's share): the gradients of bias and weight.
 
@@ -982,42 +735,34 @@ def _sums(
         sum_dy, sum_dy_xhat: (C,), as weight, fp32 (fp64 of fp64).
     """
     _check_mask(mask, dy)
-    x, dy = _one_layout(x, dy, channels_last)
+    norm, placement = _Norm(mean, var, weight, bias, eps), Placement(inverse, first, padded)
+    x, dy = _one_layout(x, dy, channels_last=channels_last)
     if _native(x, inverse):
-        given = (dy, x, mean, var, weight, bias, mask)
-        summed = _native_gradients(*given, None, None, 0.0, eps, relu, True, False, False)
-        return summed[2], summed[3]
-    if not use_kernels(x):
-        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, padded, first)
-        wanted = [False, True, True]
-        _, sum_dy_xhat, sum_dy = _torch_backward(g, x, mean, var, weight, inverse, eps, True, wanted, padded, first)
+        _, _, sum_dy, sum_dy_xhat = _native_gradients(
+            dy, x, norm, mask, None, 0.0, relu=relu, write_sums=True, x_gradient=False, residual_gradient=False
+        )
         return sum_dy, sum_dy_xhat
-    m = matrix_of(dy)
-    rows, grid, slots = _reduction(m, x)
-    counts = _geometry(m, x.shape[1], first, rows)
-    results = _channel_pair(x, _parameter_channels(x, inverse, padded))
-    launch(
-        _sums_kernel, grid, dy, x, mean, var, weight, bias, mask, _map(inverse, first), *slots, *counts, eps, RELU=relu,
-        PLACES=_places_as(inverse, first, m, x.shape[1]), PADDED=padded, ACC=accumulator(x.dtype), **_TILE,
-    )  # fmt: skip
-    _fold(_fold_sums_kernel, m, m.channels, slots, None if padded else inverse, first, *results, *counts)
-    return results
-
-
-batch_norm_backward_sums = register("batch_norm_backward_sums")(_sums)
+    if not use_kernels(x):
+        g = _plain_through_act(dy, x, norm, mask, placement, relu=relu)
+        wanted = [False, True, True]
+        _, sum_dy_xhat, sum_dy = _plain_gradients(g, x, norm, placement, training=True, wanted=wanted)
+        return sum_dy, sum_dy_xhat
+    return _launch_sums(dy, x, norm, mask, placement, relu=relu)
 
 
 @batch_norm_backward_sums.register_fake
 def _(
-    dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last=False, padded=False, first=-1
+    dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last=False, padded=False, first=-1,  # noqa: FBT002
 ):  # fmt: skip
-    return _channel_pair(x, _parameter_channels(x, inverse, padded))
+    return channel_pair(x, Placement(inverse, first, padded).parameter_channels(x))
 
 
-def _gradient(
+@register("batch_norm_backward_apply")
+def batch_norm_backward_apply(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    inverse: Tensor | None, sum_dy: Tensor | None, sum_dy_xhat: Tensor | None, count: float, eps: float, relu: bool,
-    residual_gradient: bool, channels_last: bool = False, padded: bool = False, first: int = -1,
+    inverse: Tensor | None, sum_dy: Tensor | None, sum_dy_xhat: Tensor | None, count: float, eps: float,
+    relu: bool, residual_gradient: bool, channels_last: bool = False,  # noqa: FBT001, FBT002
+    padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x and, on request, of the residual.
 
@@ -1032,44 +777,38 @@ def _gradient(
         dx, dresidual: dresidual is empty unless asked for.
     """
     _check_mask(mask, dy)
-    x, dy = _one_layout(x, dy, channels_last)
+    norm, placement = _Norm(mean, var, weight, bias, eps), Placement(inverse, first, padded)
+    sums = None if sum_dy is None or sum_dy_xhat is None else (sum_dy, sum_dy_xhat)
+    x, dy = _one_layout(x, dy, channels_last=channels_last)
     if _native(x, inverse):
-        given = (dy, x, mean, var, weight, bias, mask, sum_dy, sum_dy_xhat)
-        among = count if sum_dy is not None else 0.0
-        results = _native_gradients(*given, among, eps, relu, False, True, residual_gradient)
-        return results[0], results[1]
+        dx, dresidual, _, _ = _native_gradients(
+            dy, x, norm, mask, sums, 0.0 if sums is None else count, relu=relu, write_sums=False, x_gradient=True,
+            residual_gradient=residual_gradient,
+        )  # fmt: skip
+        return dx, dresidual
     if not use_kernels(x):
-        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, padded, first)
-        dx = _gradient_reference(g, x, mean, var, weight, inverse, sum_dy, sum_dy_xhat, count, eps, padded, first)
+        g = _plain_through_act(dy, x, norm, mask, placement, relu=relu)
+        dx = _plain_input_gradient(g, x, norm, sums, count, placement)
         return dx, _stored_as(g.clone() if g is dy else g, dy) if residual_gradient else _nothing(x)
-    m = matrix_of(dy)
-    dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
-    x_read = x if sum_dy is not None or (relu and mask is None) else None
-    launch(
-        _gradient_kernel, (_tiles(m) * -(-m.rows // _APPLY_ROWS),),
-        dy, x_read, mean, var, weight, bias, mask, _map(inverse, first), sum_dy, sum_dy_xhat, dx, dresidual,
-        *_geometry(m, x.shape[1], first, _APPLY_ROWS), eps, float(count), RELU=relu,
-        PLACES=_places_as(inverse, first, m, x.shape[1]), PADDED=padded, ACC=accumulator(x.dtype), **_TILE,
+    return _launch_gradient(
+        dy, x, norm, mask, sums, count, placement, relu=relu, residual_gradient=residual_gradient
     )  # fmt: skip
-    return dx, _nothing(x) if dresidual is None else dresidual
-
-
-batch_norm_backward_apply = register("batch_norm_backward_apply")(_gradient)
 
 
 @batch_norm_backward_apply.register_fake
 def _(
     dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, count, eps, relu, residual_gradient,
-    channels_last=False, padded=False, first=-1,
+    channels_last=False, padded=False, first=-1,  # noqa: FBT002
 ):  # fmt: skip
-    x, dy = _one_layout(x, dy, channels_last)
+    x, dy = _one_layout(x, dy, channels_last=channels_last)
     return torch.empty_like(x), torch.empty_like(dy) if residual_gradient else _nothing(x)
 
 
-for _pass in (batch_norm_statistics, batch_norm_apply, batch_norm_backward_sums, batch_norm_backward_apply):
+for _pass in (batch_norm_apply, batch_norm_backward_sums, batch_norm_backward_apply):
     refuse_derivative(_pass, "ops.batch_norm_act, which has one")
 
-# --- in differentiable operations of PyTorch --------------------------------------------------------------------------
+
+# -- in differentiable operations of PyTorch ---------------------------------------------------------------------------
 
 # For derivatives of derivatives, and for the transforms of torch.func, of which the passes above know nothing.
 
@@ -1085,39 +824,34 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - _channelwise(mean, x)).square().sum(over) / count
 
 
-def _composed_normalized(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    scale = (var + eps).rsqrt()
-    y = (x - _channelwise(mean, x)) * _channelwise(scale if weight is None else scale * weight, x)
-    return y if bias is None else y + _channelwise(bias, x)
+def _composed_normalized(x: Tensor, norm: _Norm) -> Tensor:
+    scale = (norm.var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    y = (x - _channelwise(norm.mean, x)) * _channelwise(scale, x)
+    return y if norm.bias is None else y + _channelwise(norm.bias, x)
 
 
 def _composed(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, padded: bool,
+    x: Tensor, statistics: tuple[Tensor, Tensor] | None, weight: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, placement: Placement, *, eps: float, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, and the mean and var it took: those of x where none are given."""
+    """y, and the mean and var that x was normalised with: its own where no `statistics` are given."""
     wide = x.to(accumulator_dtype(x.dtype))
-    if inverse is not None and padded:
-        wide = by_map(wide, inverse)
-    if mean is None or var is None:
-        mean, var = _moments(wide)
-    y = _composed_normalized(wide, mean.to(wide.dtype), var.to(wide.dtype), weight, bias, eps)
-    if inverse is not None and not padded:
-        y = by_map(y, inverse)
+    if placement.inverse is not None and placement.padded:
+        wide = by_map(wide, placement.inverse)
+    mean, var = _moments(wide) if statistics is None else statistics
+    y = _composed_normalized(wide, _Norm(mean.to(wide.dtype), var.to(wide.dtype), weight, bias, eps))
+    if placement.inverse is not None and not placement.padded:
+        y = by_map(y, placement.inverse)
     y = y if residual is None else y + residual
     return (y.relu() if relu else y).to(x.dtype), mean, var
 
 
-def _let_through(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    eps: float, channels_last: bool,
-) -> Tensor:  # fmt: skip
-    """Where the ReLU let its input through, constant almost everywhere; x is in the channels of its parameters."""
+def _let_through(dy: Tensor, x: Tensor, norm: _Norm, mask: Tensor | None, *, channels_last: bool) -> Tensor:
+    """Whether the ReLU let each input through, constant almost everywhere; x is in the channels of its parameters."""
     with torch.no_grad():
         if mask is None:
-            return ~(_composed_normalized(x, mean, var, weight, bias, eps) <= 0)
+            return ~(_composed_normalized(x, norm) <= 0)
         formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
         stored = formats.get(dy.dim(), torch.contiguous_format)
         like = torch.empty(dy.shape, dtype=torch.uint8, device=mask.device, memory_format=stored)
@@ -1125,40 +859,39 @@ def _let_through(
 
 
 def _composed_gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    inverse: Tensor | None, eps: float, relu: bool, channels_last: bool, training: bool,
-    x_gradient: bool, sums: bool, residual_gradient: bool, padded: bool = False, first: int = -1,
+    dy: Tensor, x: Tensor, norm: _Norm, mask: Tensor | None, placement: Placement, *,
+    relu: bool, channels_last: bool, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`_gradients` as a function of dy, x and weight that can be differentiated again."""
+    """dx, dresidual, sum_dy, sum_dy_xhat as functions of dy, x and weight that can be differentiated again."""
+    inverse, padded = placement.inverse, placement.padded
     g, wide = dy.to(accumulator_dtype(x.dtype)), x.to(accumulator_dtype(x.dtype))
     if inverse is not None and padded:
         wide = by_map(wide, inverse)
     if relu:
-        keep = _let_through(dy, wide, mean, var, weight, bias, mask, eps, channels_last)
+        keep = _let_through(dy, wide, norm, mask, channels_last=channels_last)
         g = torch.where(keep, g, 0)
-    if training:
-        mean, var = _moments(wide)
+    mean, var = _moments(wide) if training else (norm.mean, norm.var)
     live = None if inverse is None else inverse.argsort()[len(inverse) - x.shape[1] :]
     g_in = g if live is None or padded else g.index_select(1, live)
     over = [d for d in range(x.dim()) if d != 1]
-    rstd = (var.to(g.dtype) + eps).rsqrt()
+    rstd = (var.to(g.dtype) + norm.eps).rsqrt()
     xhat = (wide - _channelwise(mean, x)) * _channelwise(rstd, x)
     sum_dy, sum_dy_xhat = g_in.sum(over), (g_in * xhat).sum(over)
     dx = g_in
     if training:
         count = math.prod(x.shape[d] for d in over)
         dx = dx - _channelwise(sum_dy / count, x) - xhat * _channelwise(sum_dy_xhat / count, x)
-    dx = dx * _channelwise(rstd if weight is None else rstd * weight, x)
+    dx = dx * _channelwise(rstd if norm.weight is None else rstd * norm.weight, x)
     dx = dx if live is None or not padded else dx.index_select(1, live)
     return dx.to(x.dtype), g.to(dy.dtype), sum_dy, sum_dy_xhat
 
 
-def _update_running_composed(
+def _composed_update_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
 ) -> None:
-    """`_update_running`; the running statistics get no tangents."""
+    """`update_running_`; the running statistics get no tangents."""
     try:
-        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
             for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
                 running.copy_(momentum * new + (1 - momentum) * running.to(new.dtype))
     except RuntimeError as error:
@@ -1168,30 +901,35 @@ def _update_running_composed(
         ) from error
 
 
-# --- the whole, with its derivative -----------------------------------------------------------------------------------
+# -- the whole, with its derivative ------------------------------------------------------------------------------------
 
 
 def _forward(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, record: bool, of_batch: bool = False,
-    padded: bool = False, first: int = -1,
+    residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, record: bool, of_batch: bool = False,  # noqa: FBT001, FBT002
+    padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, mean, var, mask. With `mean` and `var` given those are used, and the ones returned are empty: but if they are
     `of_batch`, x's own, one per channel of x, and others are needed, of a padded x, those."""
+    placement = Placement(inverse, first, padded)
+    measure = mean is None or var is None
+    returned = channel_pair(x, 0)
     if _native(x, inverse):
         x, residual = _one_layout(x, residual)
-        y, *measured, mask = _native_forward(x, mean, var, weight, bias, residual, eps, relu, record)
-        return y, *(measured if mean is None or var is None else _channel_pair(x, 0)), mask
-    statistics = _channel_pair(x, 0)
+        if mean is None or var is None:
+            mean, var = returned = channel_pair(x, x.shape[1])
+        norm = _Norm(mean, var, weight, bias, eps)
+        y, mask = _native_forward(x, norm, residual, measure=measure, relu=relu, record=record)
+        return y, *returned, mask
     if mean is None or var is None:
-        mean, var = statistics = _statistics(x, inverse if padded else None, first)
+        mean, var = returned = measure_statistics(x, placement)
     elif of_batch and padded and inverse is not None:
-        mean, var = statistics = _place(mean, var, inverse, first)
-    y, mask = _apply(x, mean, var, weight, bias, residual, inverse, eps, relu, record, padded, first)
-    return y, *statistics, mask
+        mean, var = returned = place_statistics(mean, var, placement)
+    y, mask = _apply(x, _Norm(mean, var, weight, bias, eps), residual, placement, relu=relu, record=record)
+    return y, *returned, mask
 
 
-def _returns_statistics(mean: Tensor | None, of_batch: bool, padded: bool) -> bool:
+def _returns_statistics(mean: Tensor | None, *, of_batch: bool, padded: bool) -> bool:
     return mean is None or (of_batch and padded)
 
 
@@ -1199,49 +937,48 @@ _batch_norm_act = register("batch_norm_act")(_forward)
 
 
 @_batch_norm_act.register_fake
-def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record, of_batch=False, padded=False, first=-1):
-    y, mask = _apply_outputs(*_one_layout(x, residual), inverse, relu, record)
-    returned = _returns_statistics(mean, of_batch, padded)
-    return y, *_channel_pair(x, _parameter_channels(x, inverse, padded) if returned else 0), mask
+def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record, of_batch=False, padded=False, first=-1):  # noqa: FBT002
+    y, mask = _apply_outputs(*_one_layout(x, residual), inverse, mask=relu and record)
+    returned = _returns_statistics(mean, of_batch=of_batch, padded=padded)
+    return y, *channel_pair(x, Placement(inverse, first, padded).parameter_channels(x) if returned else 0), mask
 
 
 def _gradients(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    inverse: Tensor | None, eps: float, relu: bool, channels_last: bool, training: bool,
-    x_gradient: bool, sums: bool, residual_gradient: bool, padded: bool = False, first: int = -1,
+    inverse: Tensor | None, eps: float, relu: bool, channels_last: bool, training: bool,  # noqa: FBT001
+    x_gradient: bool, sums: bool, residual_gradient: bool, padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual, sum_dy, sum_dy_xhat: those asked for; the others are empty."""
     _check_mask(mask, dy)
-    x, dy = _one_layout(x, dy, channels_last)
-    of_batch = training and x_gradient
+    norm, placement = _Norm(mean, var, weight, bias, eps), Placement(inverse, first, padded)
+    x, dy = _one_layout(x, dy, channels_last=channels_last)
+    through_statistics = training and x_gradient
     if _native(x, inverse):
-        given = (dy, x, mean, var, weight, bias, mask, None, None)
-        among = x.numel() / x.shape[1] if of_batch else 0.0
-        results = _native_gradients(*given, among, eps, relu, sums or of_batch, x_gradient, residual_gradient)
-        return results if sums else (results[0], results[1], *_channel_pair(x, 0))
-    dx, dresidual = _nothing(x), _nothing(x)
-    sum_dy, sum_dy_xhat = no_sums = _channel_pair(x, 0)
+        count = x.numel() / x.shape[1] if through_statistics else 0.0
+        dx, dresidual, *both_sums = _native_gradients(
+            dy, x, norm, mask, None, count, relu=relu, write_sums=sums or through_statistics, x_gradient=x_gradient,
+            residual_gradient=residual_gradient,
+        )  # fmt: skip
+        return dx, dresidual, *(both_sums if sums else channel_pair(x, 0))
+    dx, dresidual, no_sums = _nothing(x), _nothing(x), channel_pair(x, 0)
     if not use_kernels(x):
-        g = _through_act_reference(dy, x, mean, var, weight, bias, mask, inverse, eps, relu, padded, first)
+        sum_dy, sum_dy_xhat = no_sums
+        g = _plain_through_act(dy, x, norm, mask, placement, relu=relu)
         if x_gradient or sums:
             wanted = [x_gradient, sums, sums]
-            native = _torch_backward(g, x, mean, var, weight, inverse, eps, training, wanted, padded, first)
-            dx = _stored_as(native[0], x) if x_gradient else dx
-            sum_dy_xhat, sum_dy = native[1:] if sums else no_sums
+            plain = _plain_gradients(g, x, norm, placement, training=training, wanted=wanted)
+            dx = _stored_as(plain[0], x) if x_gradient else dx
+            sum_dy_xhat, sum_dy = plain[1:] if sums else no_sums
         if residual_gradient:
             dresidual = _stored_as(g.clone() if g is dy else g, dy)
         return dx, dresidual, sum_dy, sum_dy_xhat
-    if sums or of_batch:
-        sum_dy, sum_dy_xhat = _sums(
-            dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last, padded, first
-        )
+    summed = _launch_sums(dy, x, norm, mask, placement, relu=relu) if sums or through_statistics else no_sums
     if x_gradient or residual_gradient:
-        dx, dresidual = _gradient(
-            dy, x, mean, var, weight, bias, mask, inverse, sum_dy if of_batch else None,
-            sum_dy_xhat if of_batch else None, x.numel() // x.shape[1], eps, relu, residual_gradient, channels_last,
-            padded, first,
+        dx, dresidual = _launch_gradient(
+            dy, x, norm, mask, summed if through_statistics else None, x.numel() // x.shape[1], placement,
+            relu=relu, residual_gradient=residual_gradient,
         )  # fmt: skip
-    return dx if x_gradient else _nothing(x), dresidual, *((sum_dy, sum_dy_xhat) if sums else no_sums)
+    return dx if x_gradient else _nothing(x), dresidual, *(summed if sums else no_sums)
 
 
 _batch_norm_act_backward = register("batch_norm_act_backward")(_gradients)
@@ -1250,14 +987,14 @@ _batch_norm_act_backward = register("batch_norm_act_backward")(_gradients)
 @_batch_norm_act_backward.register_fake
 def _(
     dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last, training, x_gradient, sums,
-    residual_gradient, padded=False, first=-1,
+    residual_gradient, padded=False, first=-1,  # noqa: FBT002
 ):  # fmt: skip
-    x, dy = _one_layout(x, dy, channels_last)
+    x, dy = _one_layout(x, dy, channels_last=channels_last)
     dx = torch.empty_like(x) if x_gradient else _nothing(x)
     return (
         dx,
         torch.empty_like(dy) if residual_gradient else _nothing(x),
-        *_channel_pair(x, _parameter_channels(x, inverse, padded) if sums else 0),
+        *channel_pair(x, Placement(inverse, first, padded).parameter_channels(x) if sums else 0),
     )
 
 
@@ -1266,7 +1003,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     y, *statistics, mask = output
     ctx.training = mean is None or of_batch
     ctx.channels_last = is_channels_last(y) and not y.is_contiguous()
-    mean, var = statistics if _returns_statistics(mean, of_batch, ctx.padded) else (mean, var)
+    mean, var = statistics if _returns_statistics(mean, of_batch=of_batch, padded=ctx.padded) else (mean, var)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     recorded = mask if ctx.relu and residual is not None else None
@@ -1280,13 +1017,17 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
         raise InputError("batch_norm_act has no gradient for statistics; detach them.")
     x, mean, var, weight, bias, mask, inverse = ctx.saved_tensors
     of_x, of_weight, of_bias, of_residual = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
-    gradients = _gradients if is_eager(dy) else _batch_norm_act_backward
     if is_differentiated_again(dy):
-        gradients = _composed_gradients
-    dx, dresidual, sum_dy, sum_dy_xhat = gradients(
-        dy, x, mean, var, weight, bias, mask, inverse, ctx.eps, ctx.relu, ctx.channels_last, ctx.training,
-        of_x, of_weight or of_bias, of_residual and ctx.relu, ctx.padded, ctx.first,
-    )  # fmt: skip
+        norm, placement = _Norm(mean, var, weight, bias, ctx.eps), Placement(inverse, ctx.first, ctx.padded)
+        dx, dresidual, sum_dy, sum_dy_xhat = _composed_gradients(
+            dy, x, norm, mask, placement, relu=ctx.relu, channels_last=ctx.channels_last, training=ctx.training
+        )
+    else:
+        gradients = _gradients if is_eager(dy) else _batch_norm_act_backward
+        dx, dresidual, sum_dy, sum_dy_xhat = gradients(
+            dy, x, mean, var, weight, bias, mask, inverse, ctx.eps, ctx.relu, ctx.channels_last, ctx.training,
+            of_x, of_weight or of_bias, of_residual and ctx.relu, ctx.padded, ctx.first,
+        )  # fmt: skip
     dweight = sum_dy_xhat.to(weight.dtype) if of_weight else None
     dbias = sum_dy.to(bias.dtype) if of_bias else None
     dresidual = (dresidual if ctx.relu else dy) if of_residual else None
@@ -1310,7 +1051,7 @@ class _Eager(torch.autograd.Function):
 
 def _check(
     x: Tensor, parameters: dict[str, Tensor | None], residual: Tensor | None,
-    statistics: tuple[Tensor, Tensor] | None, index: Tensor | None, inverse: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None, maps: Maps | None,
 ) -> bool:  # fmt: skip
     """Whether parameters are of more channels than x has."""
     if not 2 <= x.dim() <= 5:
@@ -1318,14 +1059,15 @@ def _check(
     if x.dtype not in (*KERNEL_DTYPES, torch.float64):
         raise InputError(f"batch_norm_act got an input of {x.dtype}; give float32, float16, bfloat16 or float64.")
     named = dict(zip(("the statistics' mean", "the statistics' var"), statistics or (), strict=False))
-    for name, value in (*parameters.items(), *named.items(), ("the residual", residual), ("scatter", inverse)):
+    others = {"the residual": residual, "scatter": None if maps is None else maps.inverse}
+    for name, value in (parameters | named | others).items():
         if value is not None and value.device != x.device:
             raise InputError(f"{name} is on {value.device} and the input on {x.device}; move one to the other.")
     live = channels = x.shape[1]
-    if index is not None and inverse is not None:
-        if len(index) != live:
-            raise InputError(f"scatter places {len(index)} channels, the input has {live}; give each one place.")
-        channels = len(inverse)
+    if maps is not None:
+        if len(maps.index) != live:
+            raise InputError(f"scatter places {len(maps.index)} channels, the input has {live}; give each one place.")
+        channels = len(maps.inverse)
     counts = [live] if channels == live else [live, channels]
     padded = False
     lengths: dict[int, str] = {}
@@ -1344,7 +1086,7 @@ def _check(
         raise InputError(
             f"{name} has {count} values and {other} {other_count}; give as many of each: the input's, or the space's."
         )
-    if index is not None and residual is None and live in lengths and channels != live:
+    if maps is not None and residual is None and live in lengths and channels != live:
         raise InputError(
             "scatter adds to a residual, and there is none; give the residual too, or parameters of all channels."
         )
@@ -1407,11 +1149,10 @@ def batch_norm_act(
             statistics, or one without the other; training with one value per channel (of an empty batch there is
             none: as in PyTorch the result is empty and the running statistics stay).
     """
-    maps = (None, None, None) if scatter is None else (scatter.index, scatter.inverse, scatter.first)
-    index, inverse, first = maps
+    maps = None if scatter is None else Maps(scatter.index, scatter.inverse, scatter.first)
     return batch_norm_act_by_maps(
         x, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps, residual=residual,
-        relu=relu, statistics=statistics, index=index, inverse=inverse, first=first,
+        relu=relu, maps=maps, statistics=statistics,
     )  # fmt: skip
 
 
@@ -1427,23 +1168,51 @@ def batch_norm_act_by_maps(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = False,
-    index: Tensor | None = None,
-    inverse: Tensor | None = None,
-    first: int | None = None,
+    maps: Maps | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`batch_norm_act` by the two maps of a `ChannelIndex`, `scatter`, and its `first`; no maps is no scatter."""
+    """`batch_norm_act` by the maps of a `ChannelIndex`, `scatter`; None is no scatter."""
     parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    padded = _check(x, parameters, residual, statistics, index, inverse)
+    padded = _check(x, parameters, residual, statistics, maps)
+    count = _values_per_channel(x, running_mean, running_var, statistics, training=training)
+    placement = _placement(maps, x.shape[1], padded=padded)
+    eager = is_eager(x)
+    if (training and count == 0) or (not eager and is_transformed()):
+        constants = None if training or running_mean is None or running_var is None else (running_mean, running_var)
+        composed, *measured = _composed(x, constants, weight, bias, residual, placement, eps=eps, relu=relu)
+        if training and count and running_mean is not None and running_var is not None:
+            _composed_update_running(running_mean, running_var, measured[0], measured[1], count, momentum)
+        return composed
+    act = _Eager.apply if eager else _batch_norm_act
+    record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
+    options = (weight, bias, residual, placement.inverse, eps, relu, record, training, padded, placement.first)
+    if not training:
+        y, *_ = act(x, running_mean, running_var, *options)
+        return y
+    mean, var = (None, None) if statistics is None else statistics
+    returns_statistics = _returns_statistics(mean, of_batch=True, padded=padded)
+    y, *returned, _ = act(x, mean, var, *options)
+    if running_mean is not None and running_var is not None:
+        mean, var = returned if returns_statistics else (mean, var)
+        update = update_running_ if eager else batch_norm_update_running_
+        update(running_mean, running_var, mean, var, count, momentum)
+        if eager:
+            increment_version([running_mean, running_var])
+    return y
+
+
+def _values_per_channel(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, statistics: tuple[Tensor, Tensor] | None, *,
+    training: bool,
+) -> int:  # fmt: skip
+    """How many values a channel has; raises InputError where statistics are missing that the mode needs, or passed that
+    it does not take."""
     if (running_mean is None) != (running_var is None):
         raise InputError("one of running_mean and running_var is None; give both or neither.")
     if statistics is not None and not training:
         raise InputError(
             "statistics of a batch are for training; leave them out in eval, which takes the running ones."
         )
-    if inverse is not None and first == 0 and len(inverse) == x.shape[1]:
-        inverse = None  # all channels, in order
-    start = -1 if first is None or inverse is None else first
     if not training and running_mean is None:
         raise InputError("batch_norm_act in eval needs running_mean and running_var; give them, or training=True.")
     count = x.shape[0]
@@ -1451,26 +1220,11 @@ def batch_norm_act_by_maps(
         count *= size
     if training and count == 1:
         raise InputError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
-    eager = is_eager(x)
-    if (training and count == 0) or (not eager and is_transformed()):
-        constants = (None, None) if training else (running_mean, running_var)
-        composed, *of_batch = _composed(x, *constants, weight, bias, residual, inverse, eps, relu, padded)
-        if training and count and running_mean is not None and running_var is not None:
-            _update_running_composed(running_mean, running_var, of_batch[0], of_batch[1], count, momentum)
-        return composed
-    act = _Eager.apply if eager else _batch_norm_act
-    record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
-    options = (weight, bias, residual, inverse, eps, relu, record, training, padded, start)
-    if not training:
-        y, *_ = act(x, running_mean, running_var, *options)
-        return y
-    given = (None, None) if statistics is None else statistics
-    y, mean, var, _ = act(x, *given, *options)
-    if not _returns_statistics(given[0], training, padded):
-        mean, var = given
-    if running_mean is not None and running_var is not None:
-        update = _update_running if eager else batch_norm_update_running_
-        update(running_mean, running_var, mean, var, count, momentum)
-        if eager:
-            increment_version([running_mean, running_var])
-    return y
+    return count
+
+
+def _placement(maps: Maps | None, live: int, *, padded: bool) -> Placement:
+    """Where x's `live` channels lie among y's; all of them in order need no map."""
+    if maps is None or (maps.first == 0 and len(maps.inverse) == live):
+        return Placement(None, -1, padded)
+    return Placement(maps.inverse, -1 if maps.first is None else maps.first, padded)

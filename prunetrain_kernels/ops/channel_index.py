@@ -24,7 +24,7 @@ that read the channels with zeros, and to scatter inside the batch norm that wri
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -81,7 +81,8 @@ class ChannelIndex:
             raise InputError(
                 f"a channel index into {channels} channels selects from nothing; give at least one channel."
             )
-        where = device if device is not None else index.device if isinstance(index, Tensor) else "cpu"
+        if device is None:
+            device = index.device if isinstance(index, Tensor) else "cpu"
         listed = _listed(index)
         for c in listed:
             if not 0 <= c < channels:
@@ -91,8 +92,8 @@ class ChannelIndex:
             if inverse[c] >= 0:
                 raise InputError(f"channel {c} is listed twice in the index; list each live channel once.")
             inverse[c] = i
-        object.__setattr__(self, "index", torch.tensor(listed, dtype=torch.int32, device=where))
-        object.__setattr__(self, "inverse", torch.tensor(inverse, dtype=torch.int32, device=where))
+        object.__setattr__(self, "index", torch.tensor(listed, dtype=torch.int32, device=device))
+        object.__setattr__(self, "inverse", torch.tensor(inverse, dtype=torch.int32, device=device))
         object.__setattr__(self, "channels", int(channels))
         object.__setattr__(self, "live", len(listed))
         first = listed[0] if listed else 0
@@ -117,6 +118,14 @@ class ChannelIndex:
         return f"ChannelIndex({self.live} of {self.channels} channels, device={self.index.device})"
 
 
+class Maps(NamedTuple):
+    """Where channels lie in a space: the attributes of a `ChannelIndex`, for modules that keep buffers."""
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    inverse: Tensor
+    first: int | None
+
+
 def _listed(index: Sequence[int] | Tensor) -> list[int]:
     """The index as Python ints; waits for the device of a tensor."""
     if isinstance(index, Tensor):
@@ -131,11 +140,11 @@ def _listed(index: Sequence[int] | Tensor) -> list[int]:
     return [operator.index(c) for c in index]
 
 
-# -- reference ---------------------------------------------------------------------------------------------------------
+# -- plain PyTorch -----------------------------------------------------------------------------------------------------
 
 
 def channel_map_reference(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None, out: Tensor) -> Tensor:
-    """Plain PyTorch; one of the two maps has no -1, and that is the one to index by."""
+    """`channel_map` in plain PyTorch: one of the two maps has no -1, and that is the one to index by."""
     if base is not None:
         return out.copy_(base).index_add_(1, target.long(), x)
     if source.shape[0] <= target.shape[0]:
@@ -155,7 +164,8 @@ def _channel_map_kernel(
     x, source, base, out, full_rows, columns8, tail, inner, channels, channels_in, row_in, row_tiles, column_tiles,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Over the output's matrix; `row_in` numbers of x lie behind one row of it, `tail` numbers in its cut last row."""
+    """A tile of columns of the output's matrix; `row_in` numbers of x lie behind one row of it, `tail` numbers in its
+    cut last row."""
     columns = columns8 * 8  # says that rows are 16-byte aligned
     program = tl.program_id(0)  # one axis for both: the others end at 65535 programs
     column = program % column_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
@@ -190,8 +200,8 @@ def _channel_map_kernel(
 # -- launcher and registration -----------------------------------------------------------------------------------------
 
 
-def _output(x: Tensor, channels: int, base: Tensor | None) -> Tensor:
-    """In the layout of base, or of x."""
+def channel_map_output(x: Tensor, channels: int, base: Tensor | None) -> Tensor:
+    """An uninitialised (N, channels, ...), of x's dtype, in the layout of base, or of x."""
     if base is not None:
         return torch.empty_like(base, memory_format=memory_format(dense(base)))
     shape = (x.shape[0], channels, *x.shape[2:])
@@ -208,7 +218,7 @@ def channel_map(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) 
         target: int32 (C_in,), the inverse map, for the derivative.
         base: (N, C, ...) of x's dtype, or None for zeros.
     """
-    out = _output(x, source.shape[0], base)
+    out = channel_map_output(x, source.shape[0], base)
     by_library = native.use_native(x)
     if not (by_library or use_kernels(x)) or out.numel() == 0:
         return channel_map_reference(x, source, target, base, out)
@@ -236,7 +246,7 @@ def channel_map(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) 
 
 @channel_map.register_fake
 def _(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) -> Tensor:
-    return _output(x, source.shape[0], base)
+    return channel_map_output(x, source.shape[0], base)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

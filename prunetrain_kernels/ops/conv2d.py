@@ -33,7 +33,7 @@ pixel together: a 32-byte sector without a live channel is rare at half the chan
   and stored. The input gradient takes the pixels of one class (h mod sh, w mod sw) at a time, whose taps are the same,
   so that a stride costs no FLOPs; the weight gradient splits pixels over programs that write private slots, added in
   fixed order. fp32 accumulation; of fp32 inputs TF32 where PyTorch lets cuDNN use it. No dilation, no fp64 (which the
-  plain reference computes, as on a CPU). Below sm_80 Triton has no tensor cores; it runs, slowly.
+  reference in plain PyTorch computes, as on a CPU). Below sm_80 Triton has no tensor cores; it runs, slowly.
 * expanded: the library's convolution (cuDNN, oneDNN) with zeros in the weight where x has channels that this layer does
   not read, and `channel_scatter` behind it. A NaN or an infinity in such a channel is multiplied by zero and leaks.
 * naive: `index_select`, the library's convolution, `index_copy` or `index_add`: as the paper had it (section 4.2).
@@ -43,8 +43,7 @@ from the tiles while they are in registers (triton), or by another pass over y. 
 tile, merged by Chan's formula in fixed order.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,13 +53,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops import launch as launching
-from prunetrain_kernels.ops.batch_norm_act import (
-    FOLD_CHANNELS,
-    FOLD_SLOTS,
-    _fold_statistics_kernel,
-    batch_norm_statistics,
-)
-from prunetrain_kernels.ops.channel_index import ChannelIndex, by_map, scatter_add_by_maps, scatter_by_maps
+from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps, by_map, scatter_add_by_maps, scatter_by_maps
+from prunetrain_kernels.ops.channel_statistics import batch_norm_statistics, channel_pair, fold_statistics
 from prunetrain_kernels.ops.launch import (
     HAS_TRITON,
     KERNEL_DTYPES,
@@ -82,67 +76,98 @@ _SPLITS = 256  # of the pixels of a weight gradient, at most
 _PROGRAMS = 512  # of a weight gradient, about: a few waves on any GPU, and few slots beside the tensors
 _SHORTEST_SPLIT = 512  # pixels
 
-
-class Maps(NamedTuple):
-    """Where a layer's channels lie in a space: the attributes of a `ChannelIndex`, for modules that keep buffers."""
-
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index
-    inverse: Tensor
-    first: int | None
+# Flags are keyword-only, except those of a registered operator, which has one flat list of arguments (`noqa: FBT`).
 
 
-# -- reference ---------------------------------------------------------------------------------------------------------
+class Side(NamedTuple):
+    """The channels on one side of a convolution: `live` ones of `channels`, at an index or in a run.
+
+    Attributes:
+        index: int32 (live,): the channel of each; None where they are the run [first, first + live).
+        first: where the run begins; 0 with an index.
+        live, channels: how many of each.
+        maps: of the `ChannelIndex` that this side was made of, a run's too; None where there is none, or not known.
+    """
+
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
+    first: int
+    live: int
+    channels: int
+    maps: Maps | None = None
+
+    @classmethod
+    def of(cls, maps: Maps | None, live: int) -> "Side":
+        """A side by its maps; without maps all of its channels are live."""
+        if maps is None:
+            return cls(None, 0, live, live)
+        index, first = (maps.index, 0) if maps.first is None else (None, maps.first)
+        return cls(index, first, live, maps.inverse.shape[0], maps)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all channels are live and in order."""
+        return self.index is None and self.live == self.channels
+
+    @property
+    def aligned(self) -> bool:
+        """What kernels call ALIGNED."""
+        return self.live % 8 == 0 and (self.index is not None or (self.channels % 8 == 0 and self.first % 8 == 0))
 
 
-def _empty(shape: Sequence[int], like: Tensor, zeros: bool = False, last: bool = True) -> Tensor:
-    stored = torch.channels_last if last else torch.contiguous_format
+# -- plain PyTorch -----------------------------------------------------------------------------------------------------
+
+
+def _empty(shape: Sequence[int], like: Tensor, *, zeros: bool = False, channels_last: bool = True) -> Tensor:
+    stored = torch.channels_last if channels_last else torch.contiguous_format
     made = torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=stored)
     return made.zero_() if zeros else made
 
 
-def _taken(x: Tensor, index: Tensor | None, first: int, channels: int) -> Tensor:
-    """Some channels of x, in its layout."""
-    if index is None:
-        return x if channels == x.shape[1] else x.narrow(1, first, channels)
+def _selected(x: Tensor, side: Side) -> Tensor:
+    """The live channels of x, in its layout."""
+    if side.index is None:
+        return x if side.live == x.shape[1] else x.narrow(1, side.first, side.live)
     if x.is_contiguous():
-        return x.index_select(1, index.long())
+        return x.index_select(1, side.index.long())
     # of a channels_last tensor as it lies: index_select(1, ...) would give another layout, and takes five times as long
-    return x.movedim(1, -1).index_select(-1, index.long()).movedim(-1, 1)
+    return x.movedim(1, -1).index_select(-1, side.index.long()).movedim(-1, 1)
 
 
-def _placed(y: Tensor, index: Tensor | None, first: int, channels: int, base: Tensor | None) -> Tensor:
-    """Channels at their places in `channels` of zeros, or added to the base there."""
-    if index is None and channels == y.shape[1]:
+def _placed(y: Tensor, side: Side, base: Tensor | None) -> Tensor:
+    """Live channels at their places among zeros, or added to the base there."""
+    if side.whole:
         return y if base is None else base + y
-    where = torch.arange(first, first + y.shape[1], device=y.device) if index is None else index.long()
+    channels = None if side.index is None else side.index.long()
+    if channels is None:
+        channels = torch.arange(side.first, side.first + side.live, device=y.device)
     if base is not None:
-        return base.movedim(1, -1).index_add(-1, where, y.movedim(1, -1)).movedim(-1, 1)
-    last = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
-    wide = _empty((y.shape[0], channels, *y.shape[2:]), y, zeros=True, last=last)
-    return wide.movedim(1, -1).index_copy(-1, where, y.movedim(1, -1)).movedim(-1, 1)
+        return base.movedim(1, -1).index_add(-1, channels, y.movedim(1, -1)).movedim(-1, 1)
+    channels_last = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    wide = _empty((y.shape[0], side.channels, *y.shape[2:]), y, zeros=True, channels_last=channels_last)
+    return wide.movedim(1, -1).index_copy(-1, channels, y.movedim(1, -1)).movedim(-1, 1)
 
 
 def conv2d_reference(
-    x: Tensor, weight: Tensor, base: Tensor | None, input_index: Tensor | None, input_first: int,
-    output_index: Tensor | None, output_first: int, output_channels: int, stride: Sequence[int],
+    x: Tensor, weight: Tensor, base: Tensor | None, inputs: Side, outputs: Side, *, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], moments: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Plain PyTorch, in any dtype, float64 for tests, and differentiable: select, convolve, place; and the statistics.
+    """y, mean, var in plain PyTorch, in any dtype, float64 for tests, and differentiable: select, convolve, place.
 
-    A side without an index is a run from its `first` channel on. This is the "naive" backend.
+    This is the "naive" backend, and what "triton" runs where there are no kernels.
     """
-    y = F.conv2d(_taken(x, input_index, input_first, weight.shape[1]), weight, None, stride, padding, dilation)
+    y = F.conv2d(_selected(x, inputs), weight, None, stride, padding, dilation)
     mean, var = batch_norm_statistics(y.detach()) if moments else (None, None)
-    return _placed(y, output_index, output_first, output_channels, base), mean, var
+    return _placed(y, outputs, base), mean, var
 
 
-def _backward_reference(
+def _plain_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """dx and dweight of a convolution without indices, those that are wanted."""
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, list(stride), list(padding), [1, 1], False, [0, 0], 1, [*wanted, False]
-    )
+        dy, x, weight, None, list(stride), list(padding), dilation=[1, 1], transposed=False, output_padding=[0, 0],
+        groups=1, output_mask=[*wanted, False],
+    )  # fmt: skip
     return dx, dweight
 
 
@@ -376,7 +401,7 @@ _INTERPRETED = _Tile(128, 64, 64, 4, 1)  # the interpreter pays by the operation
 
 
 def _capability(device: torch.device) -> int:
-    """Of the device, or of the target that is compiled for; 0 in the interpreter."""
+    """80 for sm_80: of the device, or of the target that is compiled for; 0 in the interpreter."""
     if launching._compiled is not None:
         return int(triton.runtime.driver.active.get_current_target().arch)
     if device.type != "cuda":
@@ -385,9 +410,9 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _tile(like: Tensor, rows: int, columns: int, depth: int, precision: str, vectors: bool) -> _Tile:
-    """By closed form: never by measurement, which would make sums depend on the time of day. Without `vectors` some
-    tensor is moved element by element, which takes an address in registers for each."""
+def _tile(like: Tensor, rows: int, columns: int, depth: int, precision: str, *, vectors: bool) -> _Tile:
+    """The tile of a launch, by closed form: never by measurement, which would make sums depend on the time of day.
+    Without `vectors` some tensor is moved element by element, which takes an address in registers for each."""
     arch = _capability(like.device)
     if arch == 0:
         return _INTERPRETED
@@ -411,17 +436,13 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _kernels_run(x: Tensor, *others: Tensor) -> bool:
-    """fp64, which tl.dot has on no GPU's tensor cores that Triton knows, is left to the reference."""
+    """Whether kernels run on these tensors. fp64, which tl.dot has on no GPU's tensor cores that Triton knows, is left
+    to plain PyTorch."""
     return x.dtype in KERNEL_DTYPES and use_kernels(x) and all(t.numel() for t in others)
 
 
 def _nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _eight(live: int, index: Tensor | None, channels: int, first: int) -> bool:
-    """ALIGNED, of one side."""
-    return live % 8 == 0 and (index is not None or (channels % 8 == 0 and first % 8 == 0))
 
 
 def _output_size(size: int, taps: int, stride: int, padding: int, dilation: int = 1) -> int:
@@ -434,10 +455,23 @@ def _check_pixels(*shapes: torch.Size) -> None:
             raise InputError(f"a map of {n} x {h} x {w} pixels is beyond what one launch counts; split the batch.")
 
 
+def _by_vectors(inputs: Side, outputs: Side) -> bool:
+    """Whether all tiles of activations are moved by vectors."""
+    return inputs.aligned and outputs.aligned and inputs.index is None and outputs.index is None
+
+
+def _constants(tile: _Tile, precision: str, inputs: Side, outputs: Side) -> dict[str, Any]:
+    """What all three kernels are compiled for."""
+    return {
+        "ALIGNED_IN": inputs.aligned, "ALIGNED_OUT": outputs.aligned, "PRECISION": precision,
+        "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
 def _forward(
     x: Tensor, weight: Tensor, base: Tensor | None, input_index: Tensor | None, input_first: int,
     output_index: Tensor | None, output_first: int, output_channels: int, stride: Sequence[int],
-    padding: Sequence[int], moments: bool,
+    padding: Sequence[int], moments: bool,  # noqa: FBT001
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The convolution; see `conv2d`.
 
@@ -452,53 +486,48 @@ def _forward(
     """
     size = [_output_size(*numbers) for numbers in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)]
     filters, channels = weight.shape[:2]
-    mean, var = _statistics_outputs(x, filters, moments)
-    if not _kernels_run(x, weight) or 0 in size:
-        y, *found = conv2d_reference(
-            x, weight, base, input_index, input_first, output_index, output_first, output_channels, stride, padding,
-            [1, 1], moments,
-        )  # fmt: skip
-        y = _empty((x.shape[0], output_channels, *size), x).copy_(y)
-        return y, *((mean, var) if found[0] is None or found[1] is None else found)
+    inputs = Side(input_index, input_first, channels, x.shape[1])
+    outputs = Side(output_index, output_first, filters, output_channels)
+    if _kernels_run(x, weight) and 0 not in size:
+        return _launch_forward(x, weight, base, inputs, outputs, size, stride=stride, padding=padding, moments=moments)
+    result, mean, var = conv2d_reference(
+        x, weight, base, inputs, outputs, stride=stride, padding=padding, dilation=[1, 1], moments=moments
+    )
+    y = _empty((x.shape[0], output_channels, *size), x).copy_(result)
+    return y, *(channel_pair(x, 0) if mean is None or var is None else (mean, var))
+
+
+def _launch_forward(
+    x: Tensor, weight: Tensor, base: Tensor | None, inputs: Side, outputs: Side, size: Sequence[int], *,
+    stride: Sequence[int], padding: Sequence[int], moments: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_forward` by the kernel."""
+    filters, channels = weight.shape[:2]
+    mean, var = channel_pair(x, filters if moments else 0)
     x, weight = _nhwc(x), _nhwc(weight)
-    y = _empty((x.shape[0], output_channels, *size), x, zeros=base is None and output_channels > filters)
+    y = _empty((x.shape[0], outputs.channels, *size), x, zeros=base is None and outputs.channels > filters)
     if base is not None:
         y.copy_(base)
     _check_pixels(x.shape, y.shape)
     pixels = x.shape[0] * size[0] * size[1]
     precision = _precision(x.dtype)
-    aligned = (
-        _eight(channels, input_index, x.shape[1], input_first),
-        _eight(filters, output_index, output_channels, output_first),
-    )
-    vectors = all(aligned) and input_index is None and output_index is None
-    tile = _tile(x, pixels, filters, channels, precision, vectors)
+    tile = _tile(x, pixels, filters, channels, precision, vectors=_by_vectors(inputs, outputs))
     parts, tiles, columns = -(-pixels // tile.m), -(-filters // tile.n), -(-filters // 8) * 8
-    slots: Sequence[Tensor | None] = (None, None)
+    slots: tuple[Tensor, ...] = ()
     if moments:
         slots = tuple(torch.empty(2, parts * columns, dtype=torch.float32, device=x.device))
     launch(
         _forward_kernel, (parts * tiles,),
-        x, weight, y, input_index, output_index, *slots,
-        pixels, *x.shape[2:], *size, x.shape[1], output_channels, channels, filters, input_first, output_first,
+        x, weight, y, inputs.index, outputs.index, *(slots or (None, None)),
+        pixels, *x.shape[2:], *size, x.shape[1], outputs.channels, channels, filters, inputs.first, outputs.first,
         *weight.shape[2:], *stride, *padding, tiles, columns // 8,
-        ADD=base is not None, ALIGNED_IN=aligned[0], ALIGNED_OUT=aligned[1], PRECISION=precision,
-        TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        ADD=base is not None, **_constants(tile, precision, inputs, outputs),
     )  # fmt: skip
     if moments:
         # the matrix of y: `pixels` full rows of K columns, `tile.m` of them behind each row of slots
-        launch(
-            _fold_statistics_kernel, (-(-filters // FOLD_CHANNELS),),
-            *slots, None, mean, var, filters,
-            pixels, 0, columns // 8, 1, filters, 1, filters, 0, tiles, tile.m, parts,
-            PLACES="all", ACC=tl.float32, FOLD_CHANNELS=FOLD_CHANNELS, FOLD_SLOTS=FOLD_SLOTS, num_warps=8,
-        )  # fmt: skip
+        counts = (pixels, 0, columns // 8, 1, filters, 1, filters, 0, tiles, tile.m)
+        fold_statistics(slots, mean, var, counts, parts)
     return y, mean, var
-
-
-def _statistics_outputs(x: Tensor, filters: int, moments: bool) -> tuple[Tensor, Tensor]:
-    made = [torch.empty(filters if moments else 0, dtype=accumulator_dtype(x.dtype), device=x.device) for _ in range(2)]
-    return made[0], made[1]
 
 
 def _input_gradient(
@@ -507,31 +536,25 @@ def _input_gradient(
 ) -> Tensor:  # fmt: skip
     """dx, of x's shape `input_shape`, channels_last; from dy, of y's shape."""
     filters, channels = weight.shape[:2]
+    inputs = Side(input_index, input_first, channels, input_shape[1])
+    outputs = Side(output_index, output_first, filters, dy.shape[1])
     dx = _empty(input_shape, dy, zeros=input_shape[1] > channels)
     if not _kernels_run(dy, weight, dx):
         live = dx.new_empty((input_shape[0], channels, *input_shape[2:]))
-        dy = _taken(dy, output_index, output_first, filters)
-        live, _ = _backward_reference(dy, live, weight, stride, padding, [True, False])
-        return dx.copy_(_placed(live, input_index, input_first, input_shape[1], None))
+        live, _ = _plain_backward(_selected(dy, outputs), live, weight, stride, padding, [True, False])
+        return dx.copy_(_placed(live, inputs, None))
     dy, weight = _nhwc(dy), _nhwc(weight)
     _check_pixels(dx.shape, dy.shape)
     images, _, height, width = input_shape
     pixels = images * -(-height // stride[0]) * -(-width // stride[1])  # of the largest class
     precision = _precision(dy.dtype)
-    aligned = (
-        _eight(channels, input_index, input_shape[1], input_first),
-        _eight(filters, output_index, dy.shape[1], output_first),
-    )
-    vectors = all(aligned) and input_index is None and output_index is None
-    tile = _tile(dy, pixels, channels, filters, precision, vectors)
+    tile = _tile(dy, pixels, channels, filters, precision, vectors=_by_vectors(inputs, outputs))
     tiles = -(-channels // tile.n)
     launch(
         _input_gradient_kernel, (-(-pixels // tile.m) * tiles, stride[0] * stride[1]),
         dy, weight, dx, input_index, output_index,
         images, height, width, *dy.shape[2:], input_shape[1], dy.shape[1], channels, filters, input_first, output_first,
-        *weight.shape[2:], *stride, *padding, tiles,
-        ALIGNED_IN=aligned[0], ALIGNED_OUT=aligned[1], PRECISION=precision,
-        TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        *weight.shape[2:], *stride, *padding, tiles, **_constants(tile, precision, inputs, outputs),
     )  # fmt: skip
     return dx
 
@@ -542,20 +565,17 @@ def _weight_gradient(
 ) -> Tensor:  # fmt: skip
     """dweight, of the weight's shape, channels_last; from dy, of y's shape."""
     filters, channels, *taps = weight_shape
+    inputs = Side(input_index, input_first, channels, x.shape[1])
+    outputs = Side(output_index, output_first, filters, dy.shape[1])
     dweight = _empty(weight_shape, x)
     if not _kernels_run(x, dweight, dy):
-        dy, x = (_taken(dy, output_index, output_first, filters), _taken(x, input_index, input_first, channels))
-        return dweight.copy_(_backward_reference(dy, x, dweight, stride, padding, [False, True])[1])
+        dy, x = _selected(dy, outputs), _selected(x, inputs)
+        return dweight.copy_(_plain_backward(dy, x, dweight, stride, padding, [False, True])[1])
     dy, x = _nhwc(dy), _nhwc(x)
     _check_pixels(x.shape, dy.shape)
     pixels = dy.shape[0] * dy.shape[2] * dy.shape[3]
     precision = _precision(x.dtype)
-    aligned = (
-        _eight(channels, input_index, x.shape[1], input_first),
-        _eight(filters, output_index, dy.shape[1], output_first),
-    )
-    vectors = all(aligned) and input_index is None and output_index is None
-    tile = _tile(x, filters, channels, pixels, precision, vectors)
+    tile = _tile(x, filters, channels, pixels, precision, vectors=_by_vectors(inputs, outputs))
     tiles, other_tiles = -(-channels // tile.n), -(-filters // tile.m)
     programs = tiles * other_tiles * taps[0] * taps[1]
     splits = max(1, min(_PROGRAMS // programs, pixels // _SHORTEST_SPLIT, _SPLITS))
@@ -566,9 +586,7 @@ def _weight_gradient(
         _weight_gradient_kernel, (programs * splits,),
         dy, x, slots, input_index, output_index,
         pixels, *x.shape[2:], *dy.shape[2:], x.shape[1], dy.shape[1], channels, filters, input_first, output_first,
-        *taps, *stride, *padding, tiles, other_tiles, split,
-        ALIGNED_IN=aligned[0], ALIGNED_OUT=aligned[1], PRECISION=precision,
-        TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        *taps, *stride, *padding, tiles, other_tiles, split, **_constants(tile, precision, inputs, outputs),
     )  # fmt: skip
     total = slots[0] if splits == 1 else slots.sum(0)  # in fixed order
     return dweight.copy_(total.permute(0, 3, 1, 2))
@@ -579,50 +597,43 @@ def _weight_gradient(
 # For derivatives of derivatives, and for the transforms of torch.func, of which kernels know nothing.
 
 
-class _Places(NamedTuple):
-    """Where the `live` channels of one side lie among `channels`: at an index, or in a run from `first` on."""
+def _composed_selected(x: Tensor, side: Side) -> Tensor:
+    """The live channels of x."""
+    if side.index is None:
+        return x.narrow(1, side.first, side.live)
+    return x.index_select(1, side.index.long())
 
-    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
-    first: int
-    live: int
-    channels: int
 
-    def take(self, x: Tensor) -> Tensor:
-        """The live channels of x."""
-        if self.index is None:
-            return x.narrow(1, self.first, self.live)
-        return x.index_select(1, self.index.long())
-
-    def put(self, x: Tensor) -> Tensor:
-        """Live channels among zeros."""
-        if self.index is None and self.live == self.channels:
-            return x
-        inverse = torch.full((self.channels,), -1, device=x.device)
-        places = slice(self.first, self.first + self.live) if self.index is None else self.index.long()
-        inverse[places] = torch.arange(self.live, device=x.device)
-        return by_map(x, inverse)
+def _composed_placed(x: Tensor, side: Side) -> Tensor:
+    """Live channels among zeros."""
+    if side.whole:
+        return x
+    inverse = torch.full((side.channels,), -1, device=x.device)
+    channels = slice(side.first, side.first + side.live) if side.index is None else side.index.long()
+    inverse[channels] = torch.arange(side.live, device=x.device)
+    return by_map(x, inverse)
 
 
 def _composed(
-    x: Tensor, weight: Tensor, base: Tensor | None, inputs: _Places, outputs: _Places, stride: Sequence[int],
+    x: Tensor, weight: Tensor, base: Tensor | None, inputs: Side, outputs: Side, *, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], moments: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """y, mean, var."""
-    y = F.conv2d(inputs.take(x), weight, None, stride, padding, dilation)
+    y = F.conv2d(_composed_selected(x, inputs), weight, None, stride, padding, dilation)
     mean = var = None
     if moments:
         var, mean = torch.var_mean(y.detach().to(accumulator_dtype(y.dtype)), (0, 2, 3), correction=0)
-    y = outputs.put(y)
+    y = _composed_placed(y, outputs)
     return y if base is None else base + y, mean, var
 
 
 def _composed_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, inputs: _Places, outputs: _Places, stride: Sequence[int],
-    padding: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy: Tensor, x: Tensor, weight: Tensor, inputs: Side, outputs: Side, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """dx and dweight as functions of dy, x and weight that can be differentiated again."""
-    dx, dweight = _backward_reference(outputs.take(dy), inputs.take(x), weight, stride, padding, [True, True])
-    return inputs.put(dx), dweight
+    dy, x = _composed_selected(dy, outputs), _composed_selected(x, inputs)
+    dx, dweight = _plain_backward(dy, x, weight, stride, padding, [True, True])
+    return _composed_placed(dx, inputs), dweight
 
 
 # -- registration ------------------------------------------------------------------------------------------------------
@@ -636,7 +647,7 @@ def _(
 ):  # fmt: skip
     size = [_output_size(*numbers) for numbers in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)]
     y = _empty((x.shape[0], output_channels, *size), x)
-    return y, *_statistics_outputs(x, weight.shape[0], moments)
+    return y, *channel_pair(x, weight.shape[0] if moments else 0)
 
 
 conv2d_input_gradient = register("conv2d_input_gradient")(_input_gradient)
@@ -668,8 +679,8 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     x, weight, input_index, output_index = ctx.saved_tensors
     of_x, of_weight, of_base = ctx.needs_input_grad[:3]
     if is_differentiated_again(dy):
-        inputs = _Places(input_index, ctx.input_first, weight.shape[1], x.shape[1])
-        outputs = _Places(output_index, ctx.output_first, weight.shape[0], dy.shape[1])
+        inputs = Side(input_index, ctx.input_first, weight.shape[1], x.shape[1])
+        outputs = Side(output_index, ctx.output_first, weight.shape[0], dy.shape[1])
         composed = _composed_gradients(dy, x, weight, inputs, outputs, ctx.stride, ctx.padding)
         return composed[0] if of_x else None, composed[1] if of_weight else None, dy if of_base else None, *(None,) * 8
     of_input, of_filters = _input_gradient, _weight_gradient
@@ -716,38 +727,18 @@ def _weight_gradient_flops(dy_shape: Any, x_shape: Any, *_: Any, out_shape: Any 
 # -- the forms ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One side of a convolution: an index, or a run from `first` on, of `live` channels among `channels`."""
-
-    maps: Maps | None
-    live: int
-    channels: int
-
-    @property
-    def whole(self) -> bool:
-        return self.maps is None or (self.maps.first == 0 and self.live == self.channels)
-
-    @property
-    def index(self) -> Tensor | None:
-        return None if self.maps is None or self.maps.first is not None else self.maps.index
-
-    @property
-    def first(self) -> int:
-        return 0 if self.maps is None or self.maps.first is None else self.maps.first
-
-
-def _expanded(weight: Tensor, side: _Side, x: Tensor) -> Tensor:
+def _expanded(weight: Tensor, inputs: Side, x: Tensor) -> Tensor:
     """The weight with zeros where this layer does not read x; channels_last if it or x is."""
-    if side.whole or side.maps is None:
+    if inputs.whole or inputs.maps is None:
         return weight
-    last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (weight, x))
-    wide = _empty((weight.shape[0], side.channels, *weight.shape[2:]), weight, zeros=True, last=last)
-    return wide.index_copy(1, side.maps.index.long(), weight)
+    layouts = [t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (weight, x)]
+    shape = (weight.shape[0], inputs.channels, *weight.shape[2:])
+    wide = _empty(shape, weight, zeros=True, channels_last=any(layouts))
+    return wide.index_copy(1, inputs.maps.index.long(), weight)
 
 
 def _by_library(
-    x: Tensor, weight: Tensor, base: Tensor | None, inputs: _Side, outputs: _Side, stride: list[int],
+    x: Tensor, weight: Tensor, base: Tensor | None, inputs: Side, outputs: Side, *, stride: list[int],
     padding: list[int], dilation: list[int], moments: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The "expanded" form."""
@@ -762,13 +753,15 @@ def _by_library(
 
 
 def _of_nothing(
-    x: Tensor, weight: Tensor, base: Tensor | None, outputs: _Side, size: list[int], moments: bool
+    x: Tensor, weight: Tensor, base: Tensor | None, outputs: Side, size: list[int], *, moments: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Where no channel is live on one side, no library convolves."""
+    """The convolution where no channel is live on one side, which no library has."""
     y = torch.zeros((x.shape[0], outputs.channels, *size), dtype=x.dtype, device=x.device) if base is None else base
     y = y + (x[:, :0].sum() + weight.sum())  # zero, and differentiable
-    mean, var = _statistics_outputs(x, weight.shape[0], True) if moments else (None, None)
-    return y, None if mean is None else mean.zero_(), None if var is None else var.zero_()
+    if not moments:
+        return y, None, None
+    mean, var = channel_pair(x, weight.shape[0])
+    return y, mean.zero_(), var.zero_()
 
 
 def triton_serves(device: torch.device, dtype: torch.dtype, dilation: int | Sequence[int] = 1) -> bool:
@@ -869,57 +862,53 @@ def conv2d(
             than the padded input; backend "triton" with a dilation.
     """
     inputs, outputs = (None if i is None else Maps(i.index, i.inverse, i.first) for i in (input_index, output_index))
-    return conv2d_by_maps(x, weight, stride, padding, dilation, inputs, outputs, base, moments, backend)
+    return conv2d_by_maps(
+        x, weight, stride, padding, dilation, input_maps=inputs, output_maps=outputs, base=base, moments=moments,
+        backend=backend,
+    )  # fmt: skip
 
 
 def conv2d_by_maps(
     x: Tensor,
     weight: Tensor,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-    input_maps: Maps | None,
-    output_maps: Maps | None,
-    base: Tensor | None,
-    moments: bool,
-    backend: str | None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    input_maps: Maps | None = None,
+    output_maps: Maps | None = None,
+    base: Tensor | None = None,
+    moments: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`conv2d` by the maps of its `ChannelIndex`es, of which only the lengths and devices are checked."""
     x, weight, base = _autocast(x, weight, base)
-    sizes = _pair(stride, "stride", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1)
+    numbers = _pair(stride, "stride", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1)
     inputs, outputs = _sides(x, weight, input_maps, output_maps)
-    size = _check(x, weight, base, outputs, *sizes)
+    size = _check(x, weight, base, outputs, *numbers)
     if backend is None:
-        backend = default_backend(
-            x.device,
-            x.dtype,
-            inputs.live,
-            inputs.channels,
-            outputs.live,
-            outputs.channels,
-            sizes[2],
-            weight.shape[2] * weight.shape[3],
-        )
+        counts = (inputs.live, inputs.channels, outputs.live, outputs.channels)
+        taps = weight.shape[2] * weight.shape[3]
+        backend = default_backend(x.device, x.dtype, *counts, dilation=numbers[2], taps=taps)
     if backend not in BACKENDS:
         raise InputError(f"backend '{backend}' is not known; the backends are: {', '.join(BACKENDS)}.")
-    if backend == "triton" and sizes[2] != [1, 1]:
+    if backend == "triton" and numbers[2] != [1, 1]:
         raise InputError("the triton backend has no dilation; use backend='expanded', or None.")
-    places = (inputs.index, inputs.first, outputs.index, outputs.first, outputs.channels)
-    found: tuple[Any, Any, Any]
-    if is_transformed() and weight.numel():
-        taken, put = (_Places(side.index, side.first, side.live, side.channels) for side in (inputs, outputs))
-        found = _composed(x, weight, base, taken, put, *sizes, moments)
-    elif weight.numel() == 0:
-        found = _of_nothing(x, weight, base, outputs, size, moments)
-    elif backend == "triton":
+    results: tuple[Any, Any, Any]
+    if weight.numel() == 0:
+        results = _of_nothing(x, weight, base, outputs, size, moments=moments)
+    elif backend == "triton" and not is_transformed():
         act = _Eager.apply if is_eager(x) else _conv2d
+        flat = (inputs.index, inputs.first, outputs.index, outputs.first, outputs.channels)
         # made channels_last here, so that backward finds it so
-        found = act(_nhwc(x), _nhwc(weight), base, *places, *sizes[:2], moments)
-    elif backend == "naive":
-        found = conv2d_reference(x, weight, base, *places, *sizes, moments)
+        results = act(_nhwc(x), _nhwc(weight), base, *flat, *numbers[:2], moments)
     else:
-        found = _by_library(x, weight, base, inputs, outputs, *sizes, moments)
-    return found if moments else found[0]  # type: ignore[return-value]
+        form: Callable[..., tuple[Any, Any, Any]] = conv2d_reference if backend == "naive" else _by_library
+        stride, padding, dilation = numbers
+        results = (_composed if is_transformed() else form)(
+            x, weight, base, inputs, outputs, stride=stride, padding=padding, dilation=dilation, moments=moments
+        )
+    return results if moments else results[0]  # type: ignore[return-value]
 
 
 def _autocast(x: Tensor, weight: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -933,16 +922,16 @@ def _autocast(x: Tensor, weight: Tensor, base: Tensor | None) -> tuple[Tensor, T
     return cast(x), cast(weight), None if base is None else cast(base)
 
 
-def _sides(x: Tensor, weight: Tensor, input_maps: Maps | None, output_maps: Maps | None) -> tuple[_Side, _Side]:
+def _sides(x: Tensor, weight: Tensor, input_maps: Maps | None, output_maps: Maps | None) -> tuple[Side, Side]:
     for name, t in (("x", x), ("weight", weight)):
         if t.dim() != 4:
             raise InputError(f"{name} has {t.dim()} dimensions; give x as (N, C, H, W) and the weight as (K, C, R, S).")
     sides = []
-    for name, maps, live, what in (
+    for name, maps, live, verb in (
         ("input", input_maps, weight.shape[1], "reads"), ("output", output_maps, weight.shape[0], "computes")
     ):  # fmt: skip
         if maps is None:
-            sides.append(_Side(None, live, live))
+            sides.append(Side.of(None, live))
             continue
         if maps.index.device != x.device:
             raise InputError(
@@ -950,10 +939,10 @@ def _sides(x: Tensor, weight: Tensor, input_maps: Maps | None, output_maps: Maps
             )
         if maps.index.shape[0] != live:
             raise InputError(
-                f"the {name} index lists {maps.index.shape[0]} channels but the weight {what} {live}; give a weight of "
+                f"the {name} index lists {maps.index.shape[0]} channels but the weight {verb} {live}; give a weight of "
                 "the live channels only."
             )
-        sides.append(_Side(maps, live, maps.inverse.shape[0]))
+        sides.append(Side.of(maps, live))
     if x.shape[1] != sides[0].channels:
         expected = f"the weight reads {sides[0].channels}" if input_maps is None else (
             f"the input index is into {sides[0].channels}"
@@ -963,7 +952,7 @@ def _sides(x: Tensor, weight: Tensor, input_maps: Maps | None, output_maps: Maps
 
 
 def _check(
-    x: Tensor, weight: Tensor, base: Tensor | None, outputs: _Side, stride: list[int], padding: list[int],
+    x: Tensor, weight: Tensor, base: Tensor | None, outputs: Side, stride: list[int], padding: list[int],
     dilation: list[int],
 ) -> list[int]:  # fmt: skip
     """Height and width of the output."""

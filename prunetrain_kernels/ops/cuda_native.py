@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.ops.channel_index import _output
+from prunetrain_kernels.ops.channel_index import channel_map_output
 from prunetrain_kernels.ops.launch import KERNEL_DTYPES
 from prunetrain_kernels.ops.layout import dense, is_channels_last, matrix
 from prunetrain_kernels.ops.sgd import _beside, _check, _flags, _settings
@@ -187,7 +187,7 @@ def channel_map(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) 
     if x.dtype not in (*KERNEL_DTYPES, torch.float64):
         raise InputError(f"the CUDA C++ channel map got {x.dtype}; it takes fp32, fp16, bf16 and fp64.")
     with torch.no_grad():
-        out = _output(x, source.shape[0], base)
+        out = channel_map_output(x, source.shape[0], base)
         if out.numel() == 0:
             return out
         x = dense(x) if base is None else dense(x, like=out)

@@ -26,7 +26,7 @@ from prunetrain_kernels.ops.batch_norm_act import (
     batch_norm_update_running_,
     merge_statistics,
 )
-from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_scatter
+from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps, channel_scatter
 
 paths = pytest.mark.parametrize("path", [pytest.param("kernels", marks=pytest.mark.t0), "reference"])
 module = sys.modules["prunetrain_kernels.ops.batch_norm_act"]  # the package's attribute of that name is the function
@@ -238,9 +238,9 @@ def test_a_run_is_as_its_map(case: Case, path: str, device: torch.device) -> Non
 
             def function(case: Case, p: Problem, first: int | None = first) -> tuple[Tensor, Tensor, Tensor]:
                 mean, var = p.running_mean.clone(), p.running_var.clone()
-                maps = {"index": p.index.index, "inverse": p.index.inverse, "first": first}
+                maps = Maps(p.index.index, p.index.inverse, first)
                 options: dict[str, Any] = {"training": case.training, "relu": case.relu, "residual": p.residual}
-                return batch_norm_act_by_maps(p.x, mean, var, p.weight, p.bias, **options, **maps), mean, var
+                return batch_norm_act_by_maps(p.x, mean, var, p.weight, p.bias, **options, maps=maps), mean, var
 
             found.append(results(function, case, p))
         for name, value in found[0].items():
@@ -289,7 +289,7 @@ def test_statistics_given(live: str, path: str, device: torch.device, monkeypatc
         known = batch_norm_statistics(p.x)
         alone = results(ours, case, p)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_statistics", lambda *_: pytest.fail("statistics were computed again"))
+            patch.setattr(module, "measure_statistics", lambda *_: pytest.fail("statistics were computed again"))
             given = results(lambda case, p: ours(case, p, statistics=known), case, p)  # noqa: B023
         for name, value in alone.items():
             assert torch.equal(value, given[name]), name

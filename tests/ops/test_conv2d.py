@@ -18,6 +18,7 @@ from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.ops.conv2d import (
     BACKENDS,
     Maps,
+    Side,
     _conv2d,
     conv2d,
     conv2d_by_maps,
@@ -377,7 +378,7 @@ def _opcheck(case: Case, device: torch.device, where: str, more: bool) -> None:
     x, weight, b = (None if t is None else t.detach().requires_grad_() for t in given[:3])
     assert x is not None
     assert weight is not None
-    sides = [module._Side(None if i is None else Maps(i.index, i.inverse, i.first), 0, 0) for i in given[4:]]
+    sides = [Side.of(None if i is None else Maps(i.index, i.inverse, i.first), 0) for i in given[4:]]
     four = [number for side in sides for number in (side.index, side.first)]
     numbers = [list(case.stride), list(case.padding)]
     torch.library.opcheck(_conv2d, (x, weight, b, *four, case.outputs[2], *numbers, more))
@@ -591,11 +592,14 @@ def test_by_maps() -> None:
     maps = [None if i is None else Maps(i.index, i.inverse, i.first) for i in given[4:]]
     numbers = (list(case.stride), case.padding, 1)
     for backend in BACKENDS:
-        y = conv2d_by_maps(given.x, given.weight, *numbers, *maps, None, False, backend)
+        y = conv2d_by_maps(
+            given.x, given.weight, *numbers, input_maps=maps[0], output_maps=maps[1], backend=backend
+        )  # fmt: skip
         assert torch.equal(y, call(given, case, backend, False)["y"])  # type: ignore[arg-type]
+    sides = [Side(m.index, 0, len(m.index), len(m.inverse)) for m in maps]  # type: ignore[union-attr]
     reference, mean, _ = conv2d_reference(
-        given.x.double(), given.weight.double(), None, maps[0].index, 0, maps[1].index, 0, case.outputs[2],  # type: ignore[union-attr]
-        case.stride, case.padding, (1, 1), False,
+        given.x.double(), given.weight.double(), None, *sides,
+        stride=case.stride, padding=case.padding, dilation=(1, 1), moments=False,
     )  # fmt: skip
     assert mean is None
     assert torch.allclose(reference, exact(given.x.double(), given.weight.double(), None, *given[4:], case))

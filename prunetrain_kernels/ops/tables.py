@@ -145,23 +145,26 @@ def addresses(tensors: Sequence[Tensor]) -> Tensor:
     return _addresses(tuple(t.data_ptr() for t in tensors), tensors[0].device)
 
 
-def slice_tiles(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]) -> tuple[list[Tile], int]:
-    """The tiles of weights whose norms lie one after the other, and how many norms that makes."""
+def slice_tiles(
+    weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], groups: Sequence[int] | None = None
+) -> tuple[list[Tile], int]:
+    """The tiles of weights whose norms lie one after the other, and how many norms that makes; hyperparameter groups
+    are 0 unless given."""
     tiles: list[Tile] = []
     norms = 0
-    for weight, block, sides in zip(weights, blocks, used, strict=True):
-        tiles.append(slice_tile(weight, block, sides, norms))
+    for weight, block, sides, group in zip(weights, blocks, used, groups or [0] * len(weights), strict=True):
+        tiles.append(slice_tile(weight, block, sides, norms, group))
         norms += sum(channels_of(weight, block))
     return tiles, norms
 
 
 def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Positions of tensors of one dtype each: a launch reads one."""
-    found: dict[torch.dtype, list[int]] = {}
+    positions: dict[torch.dtype, list[int]] = {}
     for i, tensor in enumerate(tensors):
         if tensor.numel():
-            found.setdefault(tensor.dtype, []).append(i)
-    return list(found.values())
+            positions.setdefault(tensor.dtype, []).append(i)
+    return list(positions.values())
 
 
 def bits(dtype: torch.dtype) -> Any:

@@ -1,9 +1,9 @@
 """What a run writes down about its data, and what differs from it later.
 
-A class folder that is renamed, an edited label column or another archive give a run other data under the same options.
-A record is small and quick to make, also of ImageNet: class names, counts, labels and the pixels themselves up to
-256 MiB a split; of more pixels evenly spaced images, and the names and sizes of all files that they came from. Images
-that stay files are compared by both.
+A renamed class folder, an edited label column or another archive gives a run other data under the same options. A
+record is small and quick to make, also of ImageNet: it has class names, counts, labels, and the pixels themselves up to
+256 MiB a split. Of more pixels it has evenly spaced images, and the names and sizes of all files that they came from;
+so it has of images that stay files.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from prunetrain_kernels.data.dataset import ImageData
 from prunetrain_kernels.data.decode import pillow_version
 from prunetrain_kernels.data.reader import ImageFiles
 
-HASHED_BYTES = 256 * 2**20  # of the pixels of one split: half a second
-_HASHED_CHUNK = 16 * 2**20  # this many at a time
+HASHED_BYTES = 256 * 2**20  # of the pixels of one split, which takes half a second
+_HASHED_CHUNK = 16 * 2**20  # bytes of them at a time
 _NAMED = 3  # classes that a sentence names; the rest are counted
-_SAME_STATISTICS = 1e-6  # of mean and std, 0..1: sums in another order
+_SAME_STATISTICS = 1e-6  # difference of mean or std (0..1) that sums in another order make
 SPLITS = {"train": "training", "val": "validation"}
 
 Record = dict[str, Any]
 
 
 def record_of(data: ImageData) -> Record:
-    """What identifies `data`, as plain values that JSON and `torch.load(weights_only=True)` can hold.
+    """A record that identifies `data`, of plain values that JSON and `torch.load(weights_only=True)` can hold.
 
     Returns:
         `class_names`; `image`, the stored (C, H, W) before any crop; `mean` and `std` per channel, 0..1; `pillow`, the
@@ -93,8 +93,8 @@ def _listed(names: Sequence[str]) -> str:
 def _difference_of_images(before: Sequence[int], now: Sequence[int]) -> str | None:
     if list(before) == list(now):
         return None
-    was, is_ = ("x".join(map(str, shape)) for shape in (before, now))
-    return f"the images (channels x height x width) were {was} and are {is_}"
+    shapes = ["x".join(map(str, shape)) for shape in (before, now)]
+    return f"the images (channels x height x width) were {shapes[0]} and are {shapes[1]}"
 
 
 def _difference_of_splits(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -131,7 +131,7 @@ def _digest_of(tensor: Tensor) -> str:
 
 
 def _digest_of_pixels(images: Tensor | ImageFiles) -> str:
-    """Of all pixels, or of evenly spaced images of 256 MiB together."""
+    """The digest of all pixels, or of evenly spaced images of 256 MiB together."""
     per_image = max(1, images[0].numel())
     used = min(len(images), max(1, HASHED_BYTES // per_image))
     if used < len(images):

@@ -82,7 +82,7 @@ class Groups:
 
     @classmethod
     def of_used(cls, block: int, used: int) -> "Groups":
-        """The groups of a block whose `used` this is."""
+        """The groups with this `block` and `used`, as an operator takes them."""
         return cls(block, inputs=bool(used & 1), outputs=bool(used & 2))
 
     @property
@@ -95,7 +95,7 @@ class Groups:
 
 
 def slice_view(weight: Tensor, block: int = 1) -> Tensor:
-    """Weight as (K, C, ...): a view in which dim 0 is the output channel and dim 1 the input channel.
+    """The weight as (K, C, ...): a view in which dim 0 is the output channel and dim 1 the input channel.
 
     Args:
         weight: (K, C, R, S) of a convolution, or (K, C * block) of a linear layer.
@@ -465,7 +465,7 @@ def _write_gradient(
 
 
 def counted(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], like: Tensor) -> Tensor:
-    """1 for each norm that enters the penalty, 0 for the others, beside flat norms `like`."""
+    """Factors of flat norms `like`: 1 for each that enters the penalty, 0 for the others."""
     key = tuple((*channels_of(w, b), u) for w, b, u in zip(weights, blocks, used, strict=True))
     return _counted(key, like.dtype, like.device)
 
@@ -688,7 +688,7 @@ def add_group_lasso_gradient_(
 
 
 def coefficient_tensor(coefficient: float | Tensor, like: Tensor) -> Tensor:
-    """A coefficient as a scalar tensor beside `like`; numbers are uploaded once."""
+    """A coefficient as a scalar tensor of the device and dtype of `like`; numbers are uploaded once."""
     if isinstance(coefficient, Tensor):
         return coefficient.detach().to(like.device, like.dtype)
     return _number(float(coefficient), like.dtype, like.device)

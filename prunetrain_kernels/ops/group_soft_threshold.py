@@ -126,10 +126,10 @@ def group_soft_threshold_(
 
     Args:
         weights: (K, C, ...) or (K, C * block).
-        norms: their flat norms, as `slice_statistics` gives them with eps = 0.
+        norms: the flat norms of the weights, as `slice_statistics` gives them with eps = 0.
         thresholds: one scalar tensor per hyperparameter group, in the dtype of the norms.
         found_inf: a 1 in it skips the step.
-        group: of hyperparameters, of each weight.
+        group: the number of each weight's hyperparameter group.
         blocks, used: as in the lasso's operators.
     """
     wide = norms.dtype == torch.float64

@@ -11,6 +11,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -307,11 +308,11 @@ class SGD(torch.optim.SGD):
         None where all layers with a lasso have been removed."""
         params = [p for group in self.param_groups for p in group["params"]]
         lasso = self._required()
-        weights, groups = lasso.weights()
-        now = ([id(p) for p in params], [(id(w), w.requires_grad, w.shape) for w in weights])
+        present, _ = lasso.weights()
+        now = ([id(p) for p in params], [(id(w), w.requires_grad, w.shape) for w in present])
         if self._norms is not None and self._norms.made_for == now:
             return self._norms
-        if not weights:
+        if not present:
             return None
         weights, groups, multipliers = _trained(lasso, params)
         if self._norms is None or not self._norms.fit(weights, groups):
@@ -546,11 +547,10 @@ class ProximalSGD(SGD):
         momentum = float(settings["momentum"])
         scale = (1 - float(settings["dampening"])) / (1 - momentum) if momentum else 1.0
         scale *= multiplier
-        like = {"dtype": coefficient.dtype, "device": coefficient.device}
+        tensor = partial(self._scalars.tensor, dtype=coefficient.dtype, device=coefficient.device)
         if isinstance(settings["lr"], Tensor) or isinstance(self._coefficient, Tensor):
-            return self._scalars.tensor(group, "lr", settings["lr"], **like) * coefficient * scale
-        value = settings["lr"] * self._coefficient * scale
-        return self._scalars.tensor(group, f"threshold of {multiplier}", value, **like)
+            return tensor(group, "lr", settings["lr"]) * coefficient * scale
+        return tensor(group, f"threshold of {multiplier}", settings["lr"] * self._coefficient * scale)
 
 
 def _check_momentum(momentum: float) -> None:

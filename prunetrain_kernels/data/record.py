@@ -77,11 +77,13 @@ def difference_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
 def _difference_of_classes(before: Sequence[str], now: Sequence[str]) -> str | None:
     if list(before) == list(now):
         return None
-    gone, new = ([name for name in one if name not in set(other)] for one, other in ((before, now), (now, before)))
+    gone, new = (
+        [name for name in names if name not in set(others)] for names, others in ((before, now), (now, before))
+    )
     if not gone and not new and len(before) == len(now):
         i = next(i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
         return f"the order of the classes was another: class {i} was {before[i]!r} and is {now[i]!r}"
-    changes = [f"{_listed(names)} {is_}" for names, is_ in ((gone, "gone"), (new, "new")) if names]
+    changes = [f"{_listed(names)} {state}" for names, state in ((gone, "gone"), (new, "new")) if names]
     return f"the classes differ ({len(before)} then, {len(now)} now): {' and '.join(changes)}"
 
 
@@ -99,15 +101,15 @@ def _difference_of_images(before: Sequence[int], now: Sequence[int]) -> str | No
 
 def _difference_of_splits(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for split, called in SPLITS.items():
-        was, is_ = before[split], now[split]
-        for name, a, b in zip(before["class_names"], was["counts"], is_["counts"], strict=True):
+        old, new = before[split], now[split]
+        for name, a, b in zip(before["class_names"], old["counts"], new["counts"], strict=True):
             if a != b:
                 return f"class {name!r} had {a} {called} images and has {b}"
-        if was["labels"] != is_["labels"]:
+        if old["labels"] != new["labels"]:
             return f"the {called} images have other labels, or another order, though as many of each class"
-        if was["files"] is not None and is_["files"] is not None and was["files"] != is_["files"]:
+        if old["files"] is not None and new["files"] is not None and old["files"] != new["files"]:
             return f"the files of the {called} images have other names or sizes"
-        if was["pixels"] != is_["pixels"]:
+        if old["pixels"] != new["pixels"]:
             decoders = [record["pillow"] for record in (before, now)]
             by = f" (decoded by Pillow {decoders[0]} then, {decoders[1]} now)" if decoders[0] != decoders[1] else ""
             return f"the {called} images have other pixels{by}"
@@ -116,12 +118,12 @@ def _difference_of_splits(before: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 def _difference_of_statistics(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for name in ("mean", "std"):
-        was, is_ = before[name], now[name]
-        same = len(was) == len(is_) and all(
-            math.isclose(a, b, abs_tol=_SAME_STATISTICS) for a, b in zip(was, is_, strict=True)
+        old, new = before[name], now[name]
+        same = len(old) == len(new) and all(
+            math.isclose(a, b, abs_tol=_SAME_STATISTICS) for a, b in zip(old, new, strict=True)
         )
         if not same:
-            values = [", ".join(f"{value:.6g}" for value in record) for record in (was, is_)]
+            values = [", ".join(f"{value:.6g}" for value in record) for record in (old, new)]
             return f"the {name} of the training images was {values[0]} and is {values[1]}"
     return None
 

@@ -192,14 +192,7 @@ class SGD(torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        if differentiable:
-            raise InputError(
-                "this SGD updates in place and has no derivative; use torch.optim.SGD(differentiable=True)."
-            )
-        if foreach and fused:
-            raise InputError(
-                "`foreach` and `fused` cannot be True together; leave one out, here neither changes anything."
-            )
+        _check_options(differentiable=differentiable, foreach=foreach, fused=fused)
         self._lasso: GroupLasso | None = None
         self._coefficient: float | Tensor = 0.0
         self._norms: _Norms | None = None
@@ -403,6 +396,14 @@ def _call_operator(
         increment_version([*step.parameters.params, *step.parameters.buffers])
     else:
         sgd_(*flat(*arguments))
+
+
+def _check_options(*, differentiable: bool, foreach: bool | None, fused: bool | None) -> None:
+    """Raises InputError for options of `torch.optim.SGD` that this optimizer refuses."""
+    if differentiable:
+        raise InputError("this SGD updates in place and has no derivative; use torch.optim.SGD(differentiable=True).")
+    if foreach and fused:
+        raise InputError("`foreach` and `fused` cannot be True together; leave one out, here neither changes anything.")
 
 
 def _check_lasso(lasso: GroupLasso, coefficient: float | Tensor, param_groups: Sequence[Mapping[str, Any]]) -> None:

@@ -360,12 +360,12 @@ def tiles_of(parameters: Parameters) -> tuple[list[Tile], int]:
 
 
 def in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in the parameter's memory layout, which is autograd's own choice, and then no copy."""
+    """The gradient in the parameter's memory layout; it is copied only if autograd has chosen another layout."""
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
 def copy_back(grads: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    """Writes what a kernel has written into copies of gradients into the gradients themselves."""
+    """Writes copies of gradients, which a kernel has unscaled, back into the gradients."""
     for grad, copy in zip(grads, copies, strict=True):
         if grad is not copy:
             grad.copy_(copy)
@@ -386,7 +386,16 @@ def _fits(parameters: Parameters) -> bool:
 
 
 class _Part(NamedTuple):
-    """Parameters of one dtype, which one launch updates."""
+    """Parameters of one dtype, which one launch updates.
+
+    Attributes:
+        positions: the indices of the parameters in the call's lists.
+        native: whether the native library updates them, and not a kernel.
+        measure: whether any of them has a lasso.
+        table: the parameters' tiles.
+        params, buffers: addresses of parameters and momentum buffers.
+        begins: whether each buffer is to be initialised, int32.
+    """
 
     positions: list[int]
     dtype: torch.dtype
@@ -399,8 +408,13 @@ class _Part(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What a call prepares on the host, kept while the next calls are about the same memory: on small networks this
-    takes longer than the update."""
+    """What a call prepares on the host. It is kept for the next calls on the same memory, because on small networks it
+    takes longer than the update.
+
+    Attributes:
+        facts: everything that the plan depends on.
+        parts: the launches.
+    """
 
     facts: tuple[Any, ...]
     parts: list[_Part]
@@ -411,7 +425,7 @@ _plans_lock = threading.Lock()  # models may be trained in several threads
 
 
 def _known_plans() -> list[_Plan]:
-    """The plans as they are now: another thread may add one while they are compared."""
+    """A copy of the list of plans: another thread may add one while they are compared."""
     with _plans_lock:
         return list(_plans)
 
@@ -422,7 +436,7 @@ def _remember(plan: _Plan) -> None:
 
 
 def _facts(parameters: Parameters) -> tuple[Any, ...]:
-    """All that a plan depends on: where everything lies, in which shape, layout and dtype."""
+    """All that a plan depends on: addresses, shapes, layouts, dtypes, and the integers that tables hold."""
     params, grads, buffers, *others = parameters
     return (
         [p.data_ptr() for p in params],
@@ -535,7 +549,7 @@ def sgd_update_(
 ) -> None:
     """One step of SGD for all parameters, in place; see the module's docstring for the maths.
 
-    This is what the operator `sgd_` does, for callers that PyTorch's dispatcher has no part in (`launch.is_eager`).
+    The operator `sgd_` does the same through PyTorch's dispatcher; this is for plain eager calls (`launch.is_eager`).
 
     Args:
         parameters: the tensors, all on one device.
@@ -543,7 +557,7 @@ def sgd_update_(
         learning_rates: one scalar tensor per hyperparameter group, fp32 on the parameters' device (fp64 where a
             parameter or gradient is fp64 or complex128).
         hyperparameters: one entry per group.
-        scaling: that of the gradients.
+        scaling: the scale of the gradients, and whether to skip the step.
 
     Raises:
         InputError: lists of different lengths, or a gradient or buffer of another shape or device than its parameter.

@@ -13,7 +13,7 @@ from prunetrain_kernels.ops import cuda_native, launch, native
 
 
 def lines() -> list[str]:
-    """What is active, a line each.
+    """The versions, the backend and the paths that are active, a line each.
 
     Raises:
         InputError: `PRUNETRAIN_BACKEND` names no backend.

@@ -1,8 +1,8 @@
 """Networks under `torch.compile`: run uncompiled while they are changed, compiled anew afterwards, and counted.
 
-What the compiler has compiled for one shape must not meet another. Its guards are not enough: PyTorch 2.11 does not
-always notice `param.data` of another shape and runs the old code, and after eight shapes of one function (256 in all)
-it gives up and runs that function uncompiled from then on. So a reconfiguration ends with `forget_compiled`.
+Code that was compiled for one shape must not run on another. The compiler's own guards are not enough: PyTorch 2.11
+does not always notice `param.data` of another shape and runs the old code, and after eight shapes of one function (256
+in all) it gives up and runs that function uncompiled from then on. So a reconfiguration ends with `forget_compiled`.
 """
 
 import sys
@@ -18,26 +18,26 @@ from prunetrain_kernels.errors import InputError
 
 
 def is_compiled_module(module: nn.Module) -> bool:
-    """Whether `torch.compile(module)` made it; its class is not asked for, which would import the compiler."""
+    """Whether `torch.compile(module)` made it; looking at its class instead would import the compiler."""
     return "_orig_mod" in module._modules
 
 
 @contextmanager
 def eagerly(*models: nn.Module) -> Iterator[None]:
     """Inside, modules that were compiled in place (`module.compile()`) run, and are traced, as they were written."""
-    held = [module for model in models for module in model.modules() if "_compiled_call_impl" in vars(module)]
-    calls = [vars(module).pop("_compiled_call_impl") for module in held]
+    compiled = [module for model in models for module in model.modules() if "_compiled_call_impl" in vars(module)]
+    calls = [vars(module).pop("_compiled_call_impl") for module in compiled]
     try:
         yield
     finally:
-        for module, call in zip(held, calls, strict=True):
+        for module, call in zip(compiled, calls, strict=True):
             vars(module)["_compiled_call_impl"] = call
 
 
 def forget_compiled() -> None:
     """Has everything that `torch.compile` compiled in this process compiled anew when it is next called.
 
-    Whoever listens to compilations (`torch._dynamo.callback`) goes on listening.
+    Callbacks on compilations (`torch._dynamo.callback`) stay registered.
     """
     if "torch._dynamo" not in sys.modules:
         return  # nothing has been compiled
@@ -68,6 +68,7 @@ class Compilations:
     """Counts what `torch.compile` does in this process from now on, by the compiler's own counters.
 
     Attributes:
+        graphs, seconds: graphs compiled since the last `take`, and the seconds that took; as of the last `look`.
         given_up: functions that the compiler has given up, which run uncompiled since; as of the last `look`.
     """
 
@@ -77,7 +78,7 @@ class Compilations:
         self.warned_of = 0
 
     def look(self) -> None:
-        """Adds what has been counted since the last look."""
+        """Adds what the compiler has counted since the last look."""
         now = _counters()
         # a counter that is lower than it was has been set back by someone
         graphs, seconds, given_up = (b - a if b >= a else b for a, b in zip(self.last, now, strict=True))
@@ -96,7 +97,7 @@ class Compilations:
         return taken
 
     def warn_if_given_up(self) -> None:
-        """Whenever `torch.compile` has given up functions, which run uncompiled since."""
+        """Warns if `torch.compile` has given up functions since the last call; they run uncompiled since."""
         self.look()
         new, self.warned_of = self.given_up - self.warned_of, self.given_up
         if new > 0:

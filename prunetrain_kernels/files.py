@@ -13,11 +13,18 @@ from prunetrain_kernels.errors import InputError, PruneTrainError
 def write_atomically(
     path: Path, data: bytes | Callable[[BinaryIO], None], error: type[PruneTrainError] = InputError
 ) -> None:
-    """Write a file whole: aside in the same folder, flushed to the disk, then renamed over `path`.
+    """Writes a file whole: under another name in the same folder, flushed to the disk, then renamed to `path`.
 
-    data: the bytes, or a function that writes them to the binary file it is given. Whatever goes wrong, the file that
-    was there stays as it was and nothing is left beside it. Raises `error` where the disk refuses (full, read-only, no
-    such folder); what else a function raises passes through.
+    Whatever goes wrong, a file that was there stays as it was, and no other file is left.
+
+    Args:
+        path: the file; its folder must exist.
+        data: the bytes, or a function that writes them to the binary file it is called with.
+        error: the class of the error that is raised where the disk refuses.
+
+    Raises:
+        PruneTrainError: an `error`, where the disk refuses (full, read-only, no such folder). Other exceptions of
+            `data` pass through.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -71,5 +78,5 @@ class _DiskErrors:
 
 
 def reason(error: OSError) -> str:
-    """What the system said, such as "No space left on device"."""
+    """The system's message, such as "No space left on device"."""
     return error.strerror or str(error)

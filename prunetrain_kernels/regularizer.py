@@ -23,8 +23,14 @@ from prunetrain_kernels.ops.group_lasso import (
 
 
 class Group(NamedTuple):
-    """One penalised channel slice: `side` is "in" or "out", `norm` is sqrt(|slice|^2 + eps), and `multiplier` what it
-    enters R(W) with."""
+    """One penalised channel slice.
+
+    Attributes:
+        layer, side, channel: the layer's name, "in" or "out", and the number of the channel on that side.
+        norm: sqrt(|slice|^2 + eps).
+        max_abs: the largest |w| in the slice.
+        multiplier: the factor of the norm in R(W).
+    """
 
     layer: str
     side: str
@@ -35,8 +41,13 @@ class Group(NamedTuple):
 
 
 class SliceNorms(NamedTuple):
-    """Norms of a layer's input slices (C,) and output slices (K,), which of the two sides have a lasso, and its
-    multiplier of lambda."""
+    """Norms of the channel slices of a layer.
+
+    Attributes:
+        inputs, outputs: norms of the input slices (C,) and of the output slices (K,).
+        inputs_pulled, outputs_pulled: whether the side has a lasso.
+        multiplier: the layer's multiplier of lambda.
+    """
 
     inputs: Tensor
     outputs: Tensor
@@ -48,24 +59,24 @@ class SliceNorms(NamedTuple):
 class GroupLasso:
     """R(W) of a model (paper Eq. 2): one norm per input channel and one per output channel of every layer.
 
-    Penalised are all convolutions and linear layers that tracing finds. Left out are the channels that the network's
-    input brings and its output makes, depthwise convolutions, biases and normalisation parameters, and layers inside
-    submodules that tracing could not enter (`graph.opaque` lists those). An input group of a convolution with groups is
-    the same channel of every group, `W[:, c]` of its (K, C / groups, ...) weight. The paper has no such convolutions.
+    All convolutions and linear layers that tracing finds are penalised, except for the channels of the network's input
+    and output, depthwise convolutions, biases and normalisation parameters, and layers inside submodules that tracing
+    could not enter (`graph.opaque` lists those). In a convolution with groups, an input group of the lasso is one
+    channel of every group, `W[:, c]` of its (K, C / groups, ...) weight. The paper has no such convolutions.
 
     Layers may differ in strength: with `coefficients={"layer3": 2.0, "stem.conv": 0.0}` R(W) becomes the sum over the
     layers of a multiplier times their norms, an extension beyond the paper.
 
-    It reads the model's present weights at every call, and goes on working after a reconfiguration.
+    It reads the model's present weights at every call, so it stays valid after a reconfiguration.
 
     Args:
         model: any module that `trace_channels` can follow.
         example_inputs: the model's positional arguments, as for `trace_channels`.
         graph: the model's channel graph, if it is at hand already.
         eps: added to every squared norm.
-        coefficients: multipliers of lambda by name. A name is a layer's, or a module's and then stands for everything
-            in it ("" for the whole model); of several that cover a layer the longest counts, and a layer that none
-            covers has 1. One with a multiplier of 0 is left out, as if it were not penalised.
+        coefficients: multipliers of lambda by name. A name is that of a layer, or that of a module and then stands for
+            all layers in it ("" for the whole model). Of several names that cover a layer the longest counts; a layer
+            that none covers has 1. A layer with a multiplier of 0 is left out, as if it were not penalised.
 
     Raises:
         TraceError: the model cannot be traced.
@@ -111,8 +122,9 @@ class GroupLasso:
             names.append(layer.name)
             multiplier = _multiplier(layer.name, self._coefficients)
             if multiplier:
-                # as `Groups` has it the weight's first dimension is the output
-                self._groups[layer.name] = Groups(layer.block, *(reversed(sides) if layer.transposed else sides))
+                # for `Groups` the weight's first dimension is the output
+                inputs, outputs = reversed(sides) if layer.transposed else sides
+                self._groups[layer.name] = Groups(layer.block, inputs=inputs, outputs=outputs)
                 self._sides[layer.name] = ("out", "in") if layer.transposed else ("in", "out")
                 self._path[layer.name] = layer.name.split(".") if layer.name else []
                 self._multipliers[layer.name] = multiplier
@@ -125,20 +137,22 @@ class GroupLasso:
         return dict(self._coefficients)
 
     def after(self, graph: ChannelGraph) -> "GroupLasso":
-        """The same lasso, with the same multipliers, of the model in a new shape; `graph` is that of the shape. Layers
-        that were removed are no error, not even if none is left: then R(W) is 0."""
+        """The same lasso, with the same multipliers, for the model in the new shape that `graph` describes.
+
+        Layers that were removed are no error; if none is left, R(W) is 0.
+        """
         lasso = copy.copy(self)
         lasso._take_up(graph)
         return lasso
 
     def weights(self) -> tuple[list[nn.Parameter], list[Groups]]:
-        """Present weights, and which of their groups count; a layer that was removed has none any more."""
-        found = [(self._weight(name), groups) for name, groups in self._groups.items()]
-        kept = [(weight, groups) for weight, groups in found if weight is not None]
-        return [weight for weight, _ in kept], [groups for _, groups in kept]
+        """The model's present weights, and which of their groups are penalised; removed layers are left out."""
+        pairs = [(self._weight(name), groups) for name, groups in self._groups.items()]
+        present = [(weight, groups) for weight, groups in pairs if weight is not None]
+        return [weight for weight, _ in present], [groups for _, groups in present]
 
     def multipliers(self) -> list[float]:
-        """Of the weights that `weights` gives, in their order."""
+        """The multipliers of the weights that `weights` gives, in their order."""
         return [multiplier for name, multiplier in self._multipliers.items() if self._weight(name) is not None]
 
     def _parts(self) -> list[tuple[float, list[nn.Parameter], list[Groups]]]:
@@ -168,7 +182,7 @@ class GroupLasso:
 
         Args:
             coefficient: lambda.
-            only: the weights to do so for, by `id`; R(W) is then theirs.
+            only: `id`s of weights: only these get a gradient, and R(W) is that of these alone.
         """
         terms = []
         for m, weights, groups in self._parts():
@@ -181,7 +195,7 @@ class GroupLasso:
         return self._sum(terms)
 
     def _sum(self, terms: list[tuple[float, Tensor]]) -> Tensor:
-        """R(W) of the norms' sums by their multipliers."""
+        """R(W) from pairs of a multiplier and the sum of norms that it multiplies."""
         scaled = [term if multiplier == 1 else multiplier * term for multiplier, term in terms]
         if not scaled:
             return torch.zeros((), device=next((p.device for p in self.model.parameters()), torch.device("cpu")))
@@ -194,13 +208,13 @@ class GroupLasso:
         """Norms of the channel slices of every layer that has a lasso, with eps, on the CPU, by layer."""
         weights, groups = self.weights()
         names = [name for name in self._groups if self._weight(name) is not None]
-        by_side: dict[str, SliceNorms] = {}
+        norms_of: dict[str, SliceNorms] = {}
         for name, group, norms in zip(names, groups, slice_statistics(weights, groups, self.eps)[0], strict=True):
             (first, second), used = (norms[0].cpu(), norms[1].cpu()), (group.inputs, group.outputs)
             if self._sides[name] == ("out", "in"):
                 first, second, used = second, first, (used[1], used[0])
-            by_side[name] = SliceNorms(first, second, *used, self._multipliers[name])
-        return by_side
+            norms_of[name] = SliceNorms(first, second, *used, self._multipliers[name])
+        return norms_of
 
     def groups(self) -> list[Group]:
         """Every penalised group, in the order of the layers; `pandas.DataFrame(lasso.groups())` makes a table of it."""
@@ -250,7 +264,7 @@ def _multiplier(layer: str, coefficients: Mapping[str, float]) -> float:
 
 
 def _unknown(name: str, layers: Collection[str]) -> str:
-    """That no layer with a lasso has a name, and which come nearest."""
+    """The message that no layer with a lasso has the name, and which names come nearest."""
     above = {".".join(parts[:end]) for parts in (layer.split(".") for layer in layers) for end in range(1, len(parts))}
     nearest = difflib.get_close_matches(name, [*layers, *sorted(above - set(layers))], n=3, cutoff=0.5)
     named = ", ".join(map(repr, nearest or list(layers)[:3]))

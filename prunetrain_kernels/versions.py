@@ -13,8 +13,8 @@ class UntriedVersionWarning(UserWarning):
 def warn_if_untried(package: str, torch: str) -> None:
     """Warns where `torch` is newer than `NEWEST_TRIED`, at the import of whoever imports the package.
 
-    Patch releases, pre-releases and builds are told apart by nothing but major and minor version: what was tried with
-    2.14.1 holds for 2.14.2 and 2.14.1+cu130, and 2.15.0a0+git is newer. A version that is no number is not judged.
+    Only major and minor version are compared: what was tried with 2.14.1 holds for 2.14.2 and 2.14.1+cu130, and
+    2.15.0a0+git is newer. A version that does not begin with numbers gives no warning.
 
     Args:
         package: version of this package.

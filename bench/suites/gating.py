@@ -435,7 +435,7 @@ def _convolutions(piece: Piece, what: Mapping[str, Any]) -> None:
         providers[name] = replace(
             _step(function, [x, weight], dy, residual=False, device=session.device),
             what={"part": "conv", "mask_profile": session.profile.label, **columns},
-            flops=3 * flops(counted, form), model_bytes=traffic(counted, form).own,
+            flops=3 * flops(counted, form), model_bytes=traffic(counted, form).kernels,
         )  # fmt: skip
     measure(session, "gating", providers, references, NO_INDEX, what)
 

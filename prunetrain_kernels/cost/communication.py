@@ -51,20 +51,21 @@ def hierarchical_all_reduce_bytes(gradient_bytes: int, gpus: int, group: int = 8
     """Bytes that each of `gpus` GPUs sends in a two-level ring all-reduce (paper section 5.3 and its reference 26).
 
     Reduce-scatter inside groups of `group` GPUs, a ring all-reduce of each GPU's share between the groups, all-gather
-    inside: 2 (g - 1) / g * G inside and 2 (m - 1) / m * G / g between m = gpus / g groups. Which of the hierarchical
-    schemes the paper models it does not say; all are proportional to the gradients, so ratios to the dense network are
-    the same.
+    inside: 2 (g - 1) / g * G inside and 2 (m - 1) / m * G / g between m = gpus / g groups. The paper does not say which
+    of the hierarchical schemes it models; all are proportional to the gradients, so ratios to the dense network are the
+    same.
 
     Raises:
-        InputError: `gpus` is below 1, or no multiple of a `group` that it exceeds.
+        InputError: `gpus` is below 1, or larger than `group` and no multiple of it.
     """
     inside, between = _hierarchy(gpus, group)
     return ring_all_reduce_bytes(gradient_bytes, inside) + ring_all_reduce_bytes(gradient_bytes, between) / inside
 
 
 def hierarchical_all_reduce_seconds(gradient_bytes: int, gpus: int, cluster: Cluster = Cluster()) -> float:  # frozen
-    """Seconds of that all-reduce: 2 (g - 1) messages of G / g bytes inside, 2 (m - 1) of G / (g m) between groups.
+    """Seconds of a two-level ring all-reduce, as of `hierarchical_all_reduce_bytes`.
 
+    It sends 2 (g - 1) messages of G / g bytes inside groups and 2 (m - 1) messages of G / (g m) bytes between them.
     A message takes its latency and its bytes over its link's bandwidth. Nothing overlaps with the backward pass.
 
     Raises:

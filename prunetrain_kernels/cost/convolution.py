@@ -34,8 +34,8 @@ class Form:
     """How a layer is computed.
 
     Attributes:
-        gates_input, gates_output: whether only its live channels are read, written; with neither it is channel union.
-        backend: of `ops.conv2d`, for a gated one: "expanded", "triton" or "naive"; "" leaves it to the operator.
+        gates_input, gates_output: whether only live channels are read, and written; with neither it is channel union.
+        backend: that of `ops.conv2d` for a gated layer: "expanded", "triton" or "naive"; "" leaves it to the operator.
     """
 
     gates_input: bool = False
@@ -44,6 +44,7 @@ class Form:
 
     @property
     def gated(self) -> bool:
+        """Whether it is gating of either side, and not channel union."""
         return self.gates_input or self.gates_output
 
     def __str__(self) -> str:
@@ -83,7 +84,7 @@ class Convolution:
 
 
 def flops(conv: Convolution, form: Form, granule: int = 1) -> float:
-    """Of one pass: the forward, or either gradient. Channels rounded up to multiples of `granule`."""
+    """FLOPs of one pass: the forward, or one of the two gradients; channels rounded up to multiples of `granule`."""
     narrow_in = form.gates_input and form.backend != "expanded"
     inputs = conv.in_live if narrow_in else conv.in_full
     outputs = conv.out_live if form.gates_output else conv.out_full
@@ -93,10 +94,15 @@ def flops(conv: Convolution, form: Form, granule: int = 1) -> float:
 
 
 class Traffic(NamedTuple):
-    """Bytes of a training step: of the convolution's own kernels, of other passes over its input and output (batch
-    norm's reads and writes of it), and of passes that take or place channels by index outside of a fused kernel."""
+    """Bytes of a training step.
 
-    own: float
+    Attributes:
+        kernels: of the convolution's own kernels.
+        passes: of other passes over its input and output (batch norm's reads and writes of it).
+        indexed: of passes that take or place channels by index outside of a fused kernel.
+    """
+
+    kernels: float
     passes: float
     indexed: float
 
@@ -107,46 +113,46 @@ def traffic(conv: Convolution, form: Form) -> Traffic:
     pixels_out = conv.batch * conv.map_out[0] * conv.map_out[1] * conv.itemsize
     in_full, in_live = pixels_in * conv.in_full, pixels_in * conv.in_live
     out_full, out_live = pixels_out * conv.out_full, pixels_out * conv.out_live
-    own = passes = indexed = 0.0
+    kernels = passes = indexed = 0.0
     if not form.gates_input or form.backend == "expanded":
-        own = 3 * in_full
+        kernels = 3 * in_full
     elif form.backend == "triton":
-        own, passes = 3 * in_full, in_full + in_live
+        kernels, passes = 3 * in_full, in_full + in_live
     else:
-        own, indexed = 3 * in_live, 4 * in_full + 2 * in_live
+        kernels, indexed = 3 * in_live, 4 * in_full + 2 * in_live
     if not form.gates_output:
-        own, passes = own + 3 * out_full, passes + 5 * out_full
+        kernels, passes = kernels + 3 * out_full, passes + 5 * out_full
     elif conv.places:
-        own, passes = own + 3 * out_live, passes + 5 * out_live
+        kernels, passes = kernels + 3 * out_live, passes + 5 * out_live
     else:
         scattered = 2 * out_live + 2 * out_full
-        own, passes = own + 3 * out_live, passes + 5 * out_full
+        kernels, passes = kernels + 3 * out_live, passes + 5 * out_full
         if form.backend == "triton":
             passes += scattered
         else:
             indexed += scattered + (2 * out_full if form.backend == "naive" else 0)
-    return Traffic(float(own), float(passes), float(indexed))
+    return Traffic(float(kernels), float(passes), float(indexed))
 
 
 @dataclass(frozen=True)
 class RoofCost:
-    """The least time of a training step of one layer on a device whose roof was measured: each of the convolution's
-    three kernels takes the longer of its bytes and its FLOPs, every other pass its bytes, at the rate of a copy or of
-    one by index, and every launch its start.
+    """The least time of a training step of one layer on a device whose roof was measured.
 
-    It knows nothing of how near to the roof a library's kernels come for a shape; `MeasuredCost` does.
+    The convolution's three kernels take the time of their bytes or of their FLOPs, whichever is longer; every other
+    pass takes the time of its bytes, at the rate of a copy or of a copy by index; every launch takes its start.
+    How near to this a library's kernels come for a shape is not part of it; `MeasuredCost` measures that.
     """
 
     roof: Roof
     dtype: str = "fp32"
 
     def __call__(self, conv: Convolution, form: Form) -> float:
-        """Seconds."""
+        """The least time of the step, in seconds."""
         rate = self.roof.tflop_s.get(self.dtype) or max(self.roof.tflop_s.values())
         kernels = 3 if conv.input_gradient else 2
-        own, passes, indexed = traffic(conv, form)
+        kernel_bytes, passes, indexed = traffic(conv, form)
         arithmetic = kernels * flops(conv, form, GRANULE) / (rate * 1e12)
-        moving = own / (self.roof.gb_s * 1e9)
+        moving = kernel_bytes / (self.roof.gb_s * 1e9)
         launches = 0
         if form.gates_input or (form.gated and form.backend == "naive"):
             launches += EXTRA_LAUNCHES[form.backend]

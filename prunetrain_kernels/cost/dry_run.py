@@ -61,20 +61,20 @@ def dry_run(
     training: bool,
     amp: torch.dtype | None = None,
 ) -> Result:
-    """What `measure` makes of a run of `model` in train or eval mode on inputs like `example_inputs`, all of them.
+    """The result of `measure` on a run of `model`, in train or eval mode, on inputs like `example_inputs`.
 
-    All tensors are fake; if `measure` fails so, it is called anew with true copies of them. The inputs must have the
+    All tensors are fake; if `measure` fails on these, it is called again with true copies. The inputs must have the
     dtype the model takes: fake convolutions do not notice a wrong one. Gradients are recorded, and operations are cast
     to `amp` (None: not at all), whatever the caller's modes. Everything about the model is as before on return.
 
     Raises:
         InputError: `example_inputs` is no non-empty tuple of tensors whose first has the batch as dimension 0, or
-            `measure` does not get through, on true copies either.
+            `measure` fails on true copies, too.
     """
     check_example_inputs(example_inputs)
     with ExitStack() as stack:
         for context in (
-            torch.inference_mode(False),
+            torch.inference_mode(mode=False),
             torch.enable_grad(),
             in_mode(model, training=training),
             training_autocast(model, amp),
@@ -91,7 +91,7 @@ def dry_run(
 
 
 def refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception, *, training: bool) -> InputError:
-    """What a user is told where a model fails; errors that say it themselves stay as they are."""
+    """The error that tells a user that the model failed on these inputs; an InputError stays as it is."""
     if isinstance(error, InputError):
         return error
     shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
@@ -109,7 +109,9 @@ def training_run(
     *,
     amp: torch.dtype | None = None,
 ) -> Result:
-    """`dry_run` in training mode; where one image is refused, of two of it: batch norm refuses one value per channel.
+    """`dry_run` in training mode; a model that refuses one image is run on two copies of it.
+
+    Batch norm in training refuses one value per channel.
 
     Raises:
         InputError: as for `dry_run`.
@@ -124,9 +126,9 @@ def training_run(
 
 
 class _Whole(nn.Module):
-    """A forward pass that is all of a measurement: gradients, too, are computed while the model has its copies.
+    """A module whose forward pass is a whole measurement, so that gradients, too, are computed on the copies.
 
-    What `torch.utils.checkpoint` computes anew in the backward pass would otherwise read the true parameters.
+    Otherwise, what `torch.utils.checkpoint` computes again in the backward pass would read the true parameters.
     """
 
     def __init__(self, run: DryRun, measure: Callable[[DryRun], Any]) -> None:
@@ -139,7 +141,7 @@ class _Whole(nn.Module):
 
 
 def run_on(run: DryRun, measure: Callable[[DryRun], Result]) -> Result:
-    """What `measure` makes of the run, while the model has the tensors in `run.state` for its own."""
+    """The result of `measure` on the run, while the tensors in `run.state` stand in for the model's own."""
     state = {f"model.{name}": tensor for name, tensor in run.state.items()}
     return functional_call(_Whole(run, measure), state, ())
 
@@ -152,9 +154,9 @@ def _fakes(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Iterator[Dry
         def copy(tensor: Tensor) -> Tensor:
             if tensor.requires_grad and not tensor.is_leaf:
                 return torch.empty_like(tensor, requires_grad=True)
-            one: Tensor = fake.from_tensor(tensor)
-            one.grad = None
-            return one
+            fake_copy: Tensor = fake.from_tensor(tensor)
+            fake_copy.grad = None
+            return fake_copy
 
         with on_copies(model, copy) as state:
             yield DryRun(model, state, tuple(fake.from_tensor(x) for x in inputs))
@@ -168,20 +170,21 @@ def _true_copies(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Iterat
             return nn.Parameter(values, requires_grad=tensor.requires_grad)
         return values.requires_grad_(tensor.requires_grad)
 
-    put_back = random_state()
+    restore_random_state = random_state()
     devices = sorted({t.get_device() for t in (*example_inputs, *model.parameters()) if t.is_cuda})
     try:
         with torch.random.fork_rng(devices=devices), on_copies(model, copy) as state:
             yield DryRun(model, state, tuple(x.detach().clone() for x in example_inputs))
     finally:
-        put_back()
+        restore_random_state()
 
 
 @contextmanager
 def on_copies(model: nn.Module, copy: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Copies of parameters and buffers by name, for `functional_call`; tensors in other attributes are swapped here.
+    """Copies of parameters and buffers by name, for `functional_call`; tensors in other attributes are replaced by
+    copies inside and restored afterwards.
 
-    Parameters that the model also holds outside of its tables, in a list for example, keep their `.grad` as well.
+    Parameters that the model also holds outside of its tables, in a list for example, keep their `.grad`, too.
     """
     modules = list(model.modules())
     attributes = [(module, attributes_of(module)) for module in modules]
@@ -206,7 +209,7 @@ def on_copies(model: nn.Module, copy: Callable[[Tensor], Tensor]) -> Iterator[di
 
 
 def training_autocast(model: nn.Module, amp: torch.dtype | None) -> AbstractContextManager[Any]:
-    """The autocast that the model is trained under, on its device: to `amp`, or none whatever the caller's.
+    """The autocast under which the model is trained, on its device: to `amp`, or none, whatever the caller has set.
 
     Raises:
         InputError: the device's kind has no autocast to `amp`.
@@ -220,7 +223,7 @@ def training_autocast(model: nn.Module, amp: torch.dtype | None) -> AbstractCont
 
 
 def autocast_around(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the autocast that the caller is inside of, for the model's device; None outside of any."""
+    """The dtype of the autocast that is active where this is called, for the model's device; None where none is."""
     kind = next((tensor.device.type for _, tensor in named_tensors(model)), "cpu")
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
@@ -228,9 +231,9 @@ def autocast_around(model: nn.Module) -> torch.dtype | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What a model, or a fake tensor, says while it is only counted is not said: the training will say it."""
+    """Silences the warnings of a model, or of fake tensors, while costs are counted: the training will give them."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, log.disabled = log.disabled, True  # it would print what is raised anyway
+    was_disabled, log.disabled = log.disabled, True  # it would print errors that are raised anyway
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -242,7 +245,7 @@ def quiet() -> Iterator[None]:
 def check_example_inputs(example_inputs: tuple[Tensor, ...]) -> None:
     """Raises InputError unless `example_inputs` is a non-empty tuple of tensors, the first with at least one example.
 
-    What the others are is the model's affair: they may be a number, prototypes, or a batch of another size.
+    The others may be anything that the model takes: a number, prototypes, a batch of another size.
     """
     if not isinstance(example_inputs, tuple) or not example_inputs:
         raise InputError(
@@ -265,9 +268,9 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def of_batch(example_inputs: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
-    """The inputs with `batch` images: the given ones over and over, in order.
+    """The inputs with `batch` images: the given images repeated in order.
 
-    Resized is what has as many entries along dimension 0 as the first input has images; the rest stays as it is.
+    Inputs with as many entries along dimension 0 as the first input has images are resized; others stay as they are.
     """
     images = example_inputs[0].shape[0]
     return tuple(_repeated(x, batch) if x.ndim and x.shape[0] == images else x.detach() for x in example_inputs)
@@ -284,7 +287,7 @@ def _repeated(x: Tensor, batch: int) -> Tensor:
 
 
 def scalar_of(outputs: object) -> Tensor:
-    """A scalar that every floating-point (or complex) tensor in `outputs` enters: something to differentiate.
+    """The sum of all floating-point (or complex) tensors in `outputs`: a scalar to differentiate.
 
     Raises:
         InputError: there is no floating-point tensor in `outputs`.
@@ -297,7 +300,7 @@ def scalar_of(outputs: object) -> Tensor:
             sums.append(tensor.sum())
     if not sums:
         raise InputError(f"The model returned no floating-point tensor, but {type(outputs).__name__}.")
-    return sum((one.to(sums[0].device) for one in sums[1:]), start=sums[0])
+    return sum((each.to(sums[0].device) for each in sums[1:]), start=sums[0])
 
 
 def backward(loss: Tensor, copies: Iterable[Tensor]) -> None:
@@ -307,8 +310,8 @@ def backward(loss: Tensor, copies: Iterable[Tensor]) -> None:
     """
     if not loss.requires_grad:
         return
-    own = {id(tensor) for tensor in copies}
-    others = [(leaf, leaf.grad) for leaf in _leaves(loss) if id(leaf) not in own]
+    copied = {id(tensor) for tensor in copies}
+    others = [(leaf, leaf.grad) for leaf in _leaves(loss) if id(leaf) not in copied]
     try:
         for leaf, _ in others:
             leaf.grad = None

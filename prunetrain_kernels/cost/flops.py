@@ -35,15 +35,15 @@ class Flops:
 def count_flops(model: nn.Module, example_inputs: tuple[Tensor, ...], *, amp: torch.dtype | None = None) -> Flops:
     """FLOPs per image of one training step and of one inference (paper Sec. 5, Tab. 1).
 
-    Counted are the operators `torch.utils.flop_counter` knows: convolutions, linear layers, matrix products, attention,
-    and custom operators given a formula by `register_flop_formula`; element-wise work and batch norm count nothing.
-    Inference is the forward pass in eval mode. Training is forward and backward in train mode, that is, for each layer
-    the output, the weight's gradient if it is trainable, and the input's gradient if anything before it needs one (the
-    first convolution does not); what `torch.utils.checkpoint` computes anew counts again; the optimizer's update is
-    left out.
+    The operators that `torch.utils.flop_counter` knows are counted: convolutions, linear layers, matrix products,
+    attention, and custom operators with a formula from `register_flop_formula`. Element-wise work and batch norm count
+    nothing. Inference is the forward pass in eval mode. Training is forward and backward in train mode: for each layer
+    the output, the weight's gradient if it is trainable, and the input's gradient if anything before the layer needs
+    one (the first convolution's does not). What `torch.utils.checkpoint` computes twice counts twice. The optimizer's
+    update is left out.
 
-    The model runs on the inputs as they are given, and what that takes is divided by the size of dimension 0 of the
-    first one. One image that the model refuses in training mode (batch norm refuses one value per channel) is given
+    The model runs on the inputs as they are given, and its FLOPs are divided by the size of dimension 0 of the first
+    input. A single image that the model refuses in training mode (batch norm refuses one value per channel) is given
     twice.
 
     Args:
@@ -86,7 +86,7 @@ class FlopTable:
     inference: dict[str, Fraction]
 
     def flops(self, model: nn.Module) -> Flops:
-        """What `count_flops` gives for the network, pruned since the table was made; no layer removed, none gated."""
+        """The result of `count_flops` for the network, which was pruned since; no layer may be removed or gated."""
         weights = {name: model.get_submodule(name).weight.numel() for name in self.training | self.inference}  # type: ignore[union-attr, operator]
         totals = (
             sum((each * weights[name] for name, each in table.items()), Fraction(0))
@@ -98,10 +98,11 @@ class FlopTable:
 def flop_table(
     model: nn.Module, example_inputs: tuple[Tensor, ...], *, amp: torch.dtype | None = None
 ) -> tuple[Flops, FlopTable | None]:
-    """`count_flops`, where a number that cannot be counted is unknown, and the table for fewer channels. Never fails.
+    """`count_flops`, in which a number that cannot be counted is unknown, and the table for fewer channels.
 
-    The table is None where it would not be exact: a network with FLOPs that do not belong to a layer's weight (matrix
-    products, layers called as functions), or with a layer that runs backwards at one call only.
+    It never fails. The table is None where it would not be exact: for a network with FLOPs that do not belong to a
+    layer's weight (matrix products, layers called as functions), or with a layer that is called several times and
+    runs backwards for one of the calls only.
     """
     step = or_unknown(training_run, _step_flops_by_call, model, example_inputs, amp=amp)
     forward = or_unknown(dry_run, _forward_flops_by_layer, model, example_inputs, training=False, amp=amp)
@@ -133,13 +134,14 @@ def _table(model: nn.Module, step: dict[str, Fraction], forward: dict[str, Fract
 
 
 def _forward_flops_by_layer(run: DryRun) -> tuple[Fraction, dict[str, Fraction]]:
-    own = _layer_flops(run)
-    return sum(own.values(), Fraction(0)), own
+    by_layer = _layer_flops(run)
+    return sum(by_layer.values(), Fraction(0)), by_layer
 
 
 def _step_flops_by_call(run: DryRun) -> tuple[Fraction, dict[str, Fraction]]:
-    """FLOPs of forward and backward, and of each module if its gradients take what a forward pass takes, each."""
-    backward: dict[str, int] = {}  # gradients that a module's calls need: its weight's, its input's
+    """FLOPs of forward and backward per image; and those of each module, if each of its gradients takes as many FLOPs
+    as its forward pass."""
+    backward: dict[str, int] = {}  # number of gradients that a module's calls need: its weight's, its input's
     names = _hookable(run.model)
 
     def look(module: nn.Module, arguments: tuple[object, ...]) -> None:
@@ -150,13 +152,13 @@ def _step_flops_by_call(run: DryRun) -> tuple[Fraction, dict[str, Fraction]]:
     handles = [module.register_forward_pre_hook(look) for module in names]
     try:
         with _Counter() as counter:
-            own, output = _flops_of_calls(run, counter)
+            flops_of, output = _flops_of_calls(run, counter)
             run.backward(output)
     finally:
         for handle in handles:
             handle.remove()
     whole = Fraction(counter.get_total_flops(), run.images)
-    return whole, {name: Fraction(flops, run.images) * (1 + backward.get(name, 0)) for name, flops in own.items()}
+    return whole, {name: Fraction(flops, run.images) * (1 + backward.get(name, 0)) for name, flops in flops_of.items()}
 
 
 def count_flops_by_layer(
@@ -164,24 +166,24 @@ def count_flops_by_layer(
 ) -> dict[str, int]:
     """Inference FLOPs per image of each module that computes some itself, by its name in `model.named_modules()`.
 
-    What a module computes outside its submodules is booked under its own name (the root's is `""`; inside a part that
-    `torch.jit.script` made, under the part's), so that the values add up to `count_flops(...).inference`, but for the
-    rounding of what is no whole number of FLOPs per image. Arguments and errors are those of `count_flops`.
+    What a module computes outside its submodules counts under its own name (the root's is `""`; inside a part that
+    `torch.jit.script` made, the part's name). So the values add up to `count_flops(...).inference`, except for rounding
+    where FLOPs per image are no whole number. Arguments and errors are those of `count_flops`.
     """
-    own = dry_run(_layer_flops, model, example_inputs, training=False, amp=amp)
-    return {name: round(flops) for name, flops in own.items()}
+    by_layer = dry_run(_layer_flops, model, example_inputs, training=False, amp=amp)
+    return {name: round(flops) for name, flops in by_layer.items()}
 
 
 def _layer_flops(run: DryRun) -> dict[str, Fraction]:
     with torch.no_grad(), _Counter() as counter:
-        own = _flops_of_calls(run, counter)[0]
-    return {name: Fraction(flops, run.images) for name, flops in own.items()}
+        flops_of, _ = _flops_of_calls(run, counter)
+    return {name: Fraction(flops, run.images) for name, flops in flops_of.items()}
 
 
 def _flops_of_calls(run: DryRun, counter: FlopCounterMode) -> tuple[dict[str, int], object]:
     """FLOPs of a forward pass that each module computes itself, and what the model returns."""
     names = _hookable(run.model)
-    own = dict.fromkeys(["", *names.values()], 0)
+    flops_of = dict.fromkeys(["", *names.values()], 0)
     # the counter's own table by module gives each block of a ModuleList the same name, so modules are followed here
     running: list[tuple[nn.Module, int, int]] = []  # being run: FLOPs when it began; of them, already in submodules
 
@@ -193,7 +195,7 @@ def _flops_of_calls(run: DryRun, counter: FlopCounterMode) -> tuple[dict[str, in
             running.pop()
         _, start, in_submodules = running.pop()
         flops = counter.get_total_flops() - start
-        own[names[module]] += flops - in_submodules
+        flops_of[names[module]] += flops - in_submodules
         if running:
             caller, caller_start, caller_submodules = running.pop()
             running.append((caller, caller_start, caller_submodules + flops))
@@ -205,18 +207,18 @@ def _flops_of_calls(run: DryRun, counter: FlopCounterMode) -> tuple[dict[str, in
     finally:
         for handle in handles:
             handle.remove()
-    own[""] += counter.get_total_flops() - sum(own.values())  # what no hook saw
-    return {name: flops for name, flops in own.items() if flops}, output
+    flops_of[""] += counter.get_total_flops() - sum(flops_of.values())  # what no hook saw
+    return {name: flops for name, flops in flops_of.items() if flops}, output
 
 
 def _hookable(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules and their names, but for the inside of what `torch.jit.script` made, which takes no hooks."""
+    """Modules and their names, except for those made by `torch.jit.script`, which take no hooks."""
     return {module: name for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
 
 
 class _Nobody:
-    """For `FlopCounterMode`, in place of its tracker of modules: that sets hooks on the gradients of every module's
-    inputs and outputs, and fails where an output is a parameter, or a view of one made without gradients."""
+    """A tracker of modules for `FlopCounterMode` that tracks none. PyTorch's own sets hooks on the gradients of every
+    module's inputs and outputs, and fails where an output is a parameter, or a view of one made without gradients."""
 
     parents = frozenset(["Global"])
 
@@ -243,13 +245,13 @@ def _convolution_backward(
     stride: object,
     padding: object,
     dilation: object,
-    transposed: bool,
+    transposed: bool,  # noqa: FBT001 (PyTorch's counter passes it by position)
     output_padding: object,
     groups: int,
     output_mask: Sequence[bool],
     **_: object,
 ) -> int:
-    """FLOPs from shapes: either gradient, the input's and the weight's, takes the multiply-adds of the forward pass.
+    """FLOPs from shapes: each of the two gradients (input, weight) takes the multiply-adds of the forward pass.
 
     PyTorch's own formula is the same without groups, but counts the weight's gradient `groups` times too high.
     """

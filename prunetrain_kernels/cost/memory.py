@@ -51,17 +51,17 @@ def step_memory(
 
     On CUDA, `measure_step_memory_cuda`: the peak of two real steps. Elsewhere the sum of: parameters and buffers, one
     gradient per trainable parameter, the optimizer's state, the input batch, and what autograd saves in a forward pass
-    in train mode (a dry run: every storage once, parameters not again). Left out there are what the loss function
-    saves, and what lives for one operator only: workspaces, gradients of activations.
+    in train mode (a dry run; every storage counts once, and parameters are not counted again). That leaves out what
+    the loss function saves, and what lives for one operator only: workspaces, gradients of activations.
 
-    The optimizer's state is that of its state tensors; for parameters without state yet (before the first step), and if
-    no optimizer is given, it is predicted: one copy of the parameter for momentum (`optimizer=None` means SGD with
-    momentum), none for SGD without, two for Adam and its kin (three with amsgrad).
+    The optimizer's state is the bytes of its state tensors. For parameters that have no state yet (before the first
+    step), and if no optimizer is given, it is predicted: one copy of the parameter for momentum (`optimizer=None` means
+    SGD with momentum), none for SGD without, two for Adam and its variants (three with amsgrad).
 
     Args:
         model: any module on any device; nothing about it changes.
-        example_inputs: the model's positional arguments; dimension 0 of the first counts images. Another size is made
-            of the given images over and over, in every input with as many entries along dimension 0.
+        example_inputs: the model's positional arguments; dimension 0 of the first counts images. For another size the
+            given images are repeated, in every input with as many entries along dimension 0.
         optimizer: the one that trains the model, or a list of several.
         batches: two batch sizes of 2 or more; by default, and where a model refuses them, as many images as are given
             and twice as many (or half). On CUDA choose them close to the batch in use (`batches_near`): the peak of a
@@ -96,10 +96,10 @@ def _first_that_runs(
     example_inputs: tuple[Tensor, ...],
     batches: tuple[int, int] | None,
 ) -> MemoryModel:
-    """What `line` makes of the wanted pair of batch sizes, or else of the first pair that the model runs on.
+    """The result of `line` for the wanted pair of batch sizes, or else for the first pair that the model runs on.
 
     Raises:
-        InputError: the model runs on none of them; of the first.
+        InputError: the model runs on none of them; the error is that of the first pair.
     """
     images = example_inputs[0].shape[0]
     pairs = [(images, 2 * images), (2 * images, 4 * images)]
@@ -121,8 +121,9 @@ def _first_that_runs(
 def batches_near(model: nn.Module, example_inputs: tuple[Tensor, ...], size: int) -> tuple[int, int]:
     """Two sizes for `step_memory` close to a batch of `size` images.
 
-    Whole copies of the example inputs, where these are fewer: a batch may be of pairs, or of the frames of clips, which
-    are no examples by themselves. On CUDA never more than `size`: a step of more images may not fit.
+    Where the example inputs are several, but fewer, the sizes are multiples of their number: a batch may consist of
+    pairs, or of the frames of clips, which are no examples by themselves. On CUDA no size exceeds `size`, because a
+    step of more images may not fit.
     """
     images = example_inputs[0].shape[0]
     copies = size // images
@@ -168,7 +169,7 @@ def measure_step_memory_cuda(
     resident = _state_bytes(model) + _optimizer_bytes(model, optimizer)
     peaks = []
     with (
-        torch.inference_mode(False),
+        torch.inference_mode(mode=False),
         torch.enable_grad(),
         in_mode(model, training=True),
         training_autocast(model, amp),
@@ -188,7 +189,7 @@ def measure_step_memory_cuda(
 
 
 def _in_place_of(tensor: Tensor) -> Tensor:
-    """The memory of a parameter, to which nothing in a forward and backward pass writes; copies of all else."""
+    """A parameter on the same memory, because no forward or backward pass writes to it; a copy of any other tensor."""
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
@@ -264,9 +265,9 @@ def _optimizer_bytes(model: nn.Module, optimizer: Optimizers) -> int:
         return _bytes(p for p in model.parameters() if p.requires_grad)
     total = 0
     counted: set[int] = set()
-    for one in optimizer if isinstance(optimizer, list | tuple) else (optimizer,):
-        state = getattr(one, "state", {})
-        for group in getattr(one, "param_groups", ()):  # a wrapper may have none but those inside
+    for each in optimizer if isinstance(optimizer, list | tuple) else (optimizer,):
+        state = getattr(each, "state", {})
+        for group in getattr(each, "param_groups", ()):  # a wrapper may have none of its own
             copies = 2 + bool(group.get("amsgrad")) if "betas" in group else int(bool(group.get("momentum", 0)))
             for p in group["params"]:
                 if state.get(p):

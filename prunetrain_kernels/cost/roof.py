@@ -16,11 +16,12 @@ import torch.utils.benchmark
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Microseconds of one call that is hardly disturbed, from many calls within about so many milliseconds.
+# A function of a call, a device and a number of milliseconds: it makes many calls within about that time and returns
+# the microseconds of one that was hardly disturbed.
 Fastest = Callable[[Callable[[], object], torch.device, float], float]
 
 GPU_BYTES, CPU_BYTES = 512 * 2**20, 64 * 2**20
-GPU_SIDE, CPU_SIDE, EMULATED_SIDE = 8192, 768, 192  # a CPU without half-precision instructions takes seconds for more
+GPU_SIDE, CPU_SIDE, EMULATED_SIDE = 8192, 768, 192  # more takes seconds on a CPU without half-precision instructions
 INDEX_BYTES, INDEX_CHANNELS = 64 * 2**20, 256
 STARTS = 100  # one after the other, so that what is measured is the rate of starting, not of waiting
 
@@ -47,16 +48,17 @@ class Roof:
 V100 = Roof(900.0, {"fp16": 125.0, "fp32": 15.7})
 
 
-def measure_roof(device: torch.device, quick: bool = False, fastest: Fastest | None = None) -> Roof:
-    """The device's peaks, from a few seconds of work; less of it if quick."""
+def measure_roof(device: torch.device, *, quick: bool = False, fastest: Fastest | None = None) -> Roof:
+    """The device's peaks, from a few seconds of work; from less work, and less exactly, if `quick`."""
     milliseconds = 10.0 if quick else 50.0
-    rates = {name: matmul_rate(device, dtype, milliseconds, quick, fastest) for name, dtype in DTYPES.items()}
+    rates = {
+        name: matmul_rate(device, dtype, milliseconds, quick=quick, fastest=fastest) for name, dtype in DTYPES.items()
+    }
     if device.type == "cpu":
         for name, rate in rates.items():
-            convolved = (
-                convolution_rate(device, DTYPES[name], milliseconds, quick, fastest) if rate is not None else None
-            )
-            rates[name] = max(filter(None, (rate, convolved)), default=None)
+            if rate is not None:
+                convolved = convolution_rate(device, DTYPES[name], milliseconds, quick=quick, fastest=fastest)
+                rates[name] = max(rate, convolved or rate)
     return Roof(
         copy_bandwidth(device, None, milliseconds, fastest),
         {name: rate for name, rate in rates.items() if rate is not None},
@@ -96,6 +98,7 @@ def matmul_rate(
     device: torch.device,
     dtype: torch.dtype,
     milliseconds: float = 50.0,
+    *,
     quick: bool = False,
     fastest: Fastest | None = None,
 ) -> float | None:
@@ -124,6 +127,7 @@ def convolution_rate(
     device: torch.device,
     dtype: torch.dtype,
     milliseconds: float = 50.0,
+    *,
     quick: bool = False,
     fastest: Fastest | None = None,
 ) -> float | None:
@@ -171,11 +175,12 @@ def _fastest(run: Callable[[], object], device: torch.device, milliseconds: floa
 
 
 def seconds_of(run: Callable[[], object], seconds: float) -> list[float]:
-    """What `run()` takes by PyTorch's timer, several times within about so many seconds, on PyTorch's own threads."""
+    """Seconds of a call of `run`, measured several times by PyTorch's timer, for `seconds` in all or somewhat more, on
+    PyTorch's own threads."""
     timer = torch.utils.benchmark.Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     # the timer computes with tensors of its own; naming the CPU where it is the default would slow every call down
-    elsewhere = torch.get_default_device().type != "cpu"
-    with torch.device("cpu") if elsewhere else nullcontext():
+    other_default = torch.get_default_device().type != "cpu"
+    with torch.device("cpu") if other_default else nullcontext():
         return timer.blocked_autorange(min_run_time=seconds).times
 
 

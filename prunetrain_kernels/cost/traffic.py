@@ -17,7 +17,7 @@ def batch_norm_bytes(
 ) -> int:
     """Bytes that the model's batch norms must move in one training step of `batch` images (paper Fig. 8 b, d).
 
-    8 E per layer, E the bytes of its input activation for that batch, in the dtype it has there. Forward 3 E: x is read
+    8 E per layer, where E is the bytes of its input activation for that batch, in its dtype. Forward 3 E: x is read
     for the statistics and again to be normalised, y is written. Backward 5 E: x and dy are read for the two sums and
     again for dx, dx is written (design section 5). Vectors of one value per channel are neglected.
 
@@ -25,8 +25,8 @@ def batch_norm_bytes(
     of a removed branch, and moves nothing.
 
     Args:
-        model: any module on any device; nothing about it changes. It runs on the inputs as they are given; one image
-            that it refuses in training mode is given twice.
+        model: any module on any device; nothing about it changes. It runs on the inputs as they are given; a single
+            image that it refuses in training mode is given twice.
         example_inputs: the model's positional arguments; dimension 0 of the first counts images.
         batch: images per step.
         amp: dtype of the training's autocast, or None: under it activations are of that dtype, and half the bytes.

@@ -20,7 +20,7 @@ UNKNOWN = math.nan
 
 @dataclass(frozen=True)
 class Unknown:
-    """In place of a cost: why it could not be counted."""
+    """The reason why a cost could not be counted, in place of the cost."""
 
     why: str
 
@@ -29,7 +29,7 @@ class Unknown:
 
 
 def or_unknown(count: Callable[..., Result], *arguments: Any, **options: Any) -> Result | Unknown:
-    """`count(*arguments, **options)`, or why it failed. Never fails itself, whatever the model does."""
+    """The result of `count(*arguments, **options)`, or why it failed. It raises nothing, whatever the model does."""
     try:
         return count(*arguments, **options)
     except torch.OutOfMemoryError:
@@ -39,12 +39,16 @@ def or_unknown(count: Callable[..., Result], *arguments: Any, **options: Any) ->
 
 
 def reasons(why: Mapping[str, str]) -> str:
-    """ "FLOPs, memory: why; BN bytes: why", from the reason of each cost by its name; known ones have an empty one."""
+    """A line such as "FLOPs, memory: why; BN bytes: why".
+
+    Args:
+        why: the reason of each cost by its name; empty for a cost that is known.
+    """
     names: dict[str, list[str]] = {}
     for name, reason in why.items():
         if reason:
             names.setdefault(reason.rstrip("."), []).append(name)
-    return "; ".join(f"{', '.join(some)}: {reason}" for reason, some in names.items())
+    return "; ".join(f"{', '.join(costs)}: {reason}" for reason, costs in names.items())
 
 
 def is_unknown(number: float | None) -> bool:
@@ -53,12 +57,12 @@ def is_unknown(number: float | None) -> bool:
 
 
 def known_or_none(number: float) -> float | None:
-    """For JSON, tables and checkpoints, which have a word for "nothing" and none, or several, for NaN."""
+    """The number, or None where it is unknown: for JSON, tables and checkpoints, which do not agree on NaN."""
     return None if is_unknown(number) else number
 
 
 def share(part: float, whole: float) -> float:
-    """part / whole; NaN where either is unknown, and 1 of nothing at all."""
+    """part / whole; NaN where either is unknown, and 1 where the whole is 0."""
     if is_unknown(part) or is_unknown(whole):
         return UNKNOWN
     return part / whole if whole else 1.0

@@ -19,22 +19,22 @@ from prunetrain_kernels.data.seeds import seeded_generator
 
 AREAS = (0.08, 1.0)  # of a random part, as shares of the image's
 ASPECTS = (3 / 4, 4 / 3)  # width over height
-_ATTEMPTS = 10  # at a part that lies in the image
-_LONG = (
-    8  # times the shorter side: an image that is longer is never scaled whole, a line of pixels would need gigabytes
-)
+_ATTEMPTS = 10  # at drawing a part that lies in the image
+# An image whose longer side is more than so many times the shorter is never scaled whole: where it is a line of pixels,
+# that would need gigabytes.
+_LONG = 8
 
 
 @dataclass(frozen=True)
 class Crops:
-    """The random parts of one epoch: that of an image depends on `seed`, `epoch` and the image's number alone."""
+    """The random parts of one epoch; an image's part depends on `seed`, `epoch` and the image's number alone."""
 
     seed: int
     epoch: int
     flip: bool
 
     def cut(self, image: Any, number: int, size: int) -> np.ndarray:
-        """uint8 `(3, size, size)` of an RGB image of Pillow's."""
+        """A random part of one of Pillow's RGB images, as uint8 `(3, size, size)`."""
         generator = seeded_generator("resized crop", self.seed, self.epoch, number)
         draws = iter(torch.rand(3 + 2 * _ATTEMPTS, generator=generator, dtype=torch.float64, device="cpu").tolist())
         flip = next(draws) < 0.5
@@ -45,8 +45,8 @@ class Crops:
 def random_box(width: int, height: int, draws: Iterator[float]) -> tuple[int, int, int, int]:
     """A part of an image as (left, top, right, bottom), in whole pixels.
 
-    Its area is uniform in `AREAS` and the logarithm of its aspect in that of `ASPECTS`, as far as such parts fit in;
-    where ten attempts do not, it is the largest part of an allowed aspect in the middle.
+    Its area is uniform in `AREAS`, and the logarithm of its aspect uniform between those of `ASPECTS`, as far as such
+    parts fit in; where none of ten attempts does, it is the largest part of an allowed aspect, in the middle.
 
     Args:
         draws: 22 numbers in [0, 1): where the part lies, then area and aspect of each attempt.
@@ -67,7 +67,7 @@ def random_box(width: int, height: int, draws: Iterator[float]) -> tuple[int, in
 
 
 def centre(image: Any, shorter: int, size: int) -> np.ndarray:
-    """uint8 `(3, size, size)`: the middle of an RGB image of Pillow's whose shorter side is scaled to `shorter`."""
+    """The middle of one of Pillow's RGB images, its shorter side scaled to `shorter`, as uint8 `(3, size, size)`."""
     long = int(shorter * max(image.size) / min(image.size))
     width, height = (long, shorter) if image.width > image.height else (shorter, long)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -79,7 +79,7 @@ def centre(image: Any, shorter: int, size: int) -> np.ndarray:
 
 
 def scaled(image: Any, size: tuple[int, int]) -> Any:
-    """To `size`, width and height in pixels."""
+    """One of Pillow's images, scaled to `size`: width and height in pixels."""
     return image.resize(size, _bilinear())
 
 

@@ -19,7 +19,7 @@ from prunetrain_kernels.data.seeds import seeded_generator
 from prunetrain_kernels.errors import InputError
 
 _STATISTICS_BYTES = 256 * 2**20  # mean and std look at this many bytes of images: all of CIFAR, a sample of ImageNet
-_STATISTICS_CHUNK = 4 * 2**20  # this many at a time
+_STATISTICS_CHUNK = 4 * 2**20  # bytes of them at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +27,10 @@ class ImageData:
     """A classification data set with one training and one validation split.
 
     Attributes:
-        name: what to call it in a log ("digits", "cifar10", a folder's name).
+        name: the data set's name in logs ("digits", "cifar10", a folder's name).
         train_images, val_images: uint8 `(N, C, H, W)`; possibly backed by a memory-mapped file, so index it, do not
-            convert it whole. Or `ImageFiles`, which are indexed alike: images that stay files, of which training sees
-            random parts; `padding` and `crop` have no part in these.
+            convert it whole. Or `ImageFiles`, which are indexed in the same way: images that stay files, of which
+            training sees random parts; `padding` and `crop` do not act on these.
         train_labels, val_labels: int64 `(N,)`, each in `0 .. classes - 1`.
         classes: number of classes.
         class_names: one name per class, in label order.
@@ -40,7 +40,7 @@ class ImageData:
             `dataclasses.replace` if yours are letters or road signs), False for digits and synthetic patterns.
         crop: side of the square that `batch` yields: cut at random in training, from the centre otherwise.
             None keeps the stored size. Set it with `dataclasses.replace(data, crop=224)`.
-        decoded: whether the images were decoded from files, whose pixels depend on the decoder.
+        decoded: whether the images were decoded from files; then the pixels depend on the decoder.
         files: digests of the names and sizes of the training and of the validation files, in the order of the images;
             None where the images came from memory.
 
@@ -80,7 +80,7 @@ class ImageData:
         return (channels, self.crop or height, self.crop or width)
 
     def to(self, device: torch.device | str) -> ImageData:
-        """The same data with images and labels held on `device`, which spares a small set its copies from the host."""
+        """The same data with images and labels on `device`; for a small set this saves copying every batch."""
         return dataclasses.replace(
             self,
             train_images=self.train_images.to(device),
@@ -111,7 +111,7 @@ def batch(
     Args:
         indices: int64 `(B,)`, into the training split if `train`, else into the validation split.
         seed, epoch, step: decide the augmentation, alone; unused if not `train`.
-        device: where the batch goes. The uint8 images travel, and are augmented there.
+        device: where the batch goes. Images are sent as uint8, and augmented there.
         share: the part of the batch to make, for one rank of several; each image is augmented as in the whole batch.
 
     The augmentation of `ImageFiles` is decided by the seed, the epoch and each image's index, not by the step.
@@ -122,15 +122,15 @@ def batch(
     """
     images, labels = (data.train_images, data.train_labels) if train else (data.val_images, data.val_labels)
     share = slice(0, len(indices)) if share is None else share
-    mine = indices[share]
+    rows = indices[share]
     if isinstance(images, ImageFiles) and train:  # cut and mirrored where they are read
-        chosen = _send(images.crops(mine, Crops(seed, epoch, data.flip)), device)
+        chosen = _send(images.crops(rows, Crops(seed, epoch, data.flip)), device)
         made = normalize_and_augment(chosen, data, None, train=False)
     else:
-        chosen = _send(images[_send(mine, images.device)], device)
+        chosen = _send(images[_send(rows, images.device)], device)
         generator = seeded_generator("augment", seed, epoch, step) if train else None
-        made = normalize_and_augment(chosen, data, generator, train, of=len(indices), share=share)
-    return made, _send(labels[_send(mine, labels.device)], device)
+        made = normalize_and_augment(chosen, data, generator, train=train, of=len(indices), share=share)
+    return made, _send(labels[_send(rows, labels.device)], device)
 
 
 def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -152,8 +152,8 @@ def normalize_and_augment(
     images_uint8: Tensor,
     data: ImageData,
     generator: torch.Generator | None,
-    train: bool,
     *,
+    train: bool,
     of: int | None = None,
     share: slice = slice(None),
 ) -> Tensor:
@@ -167,8 +167,8 @@ def normalize_and_augment(
         images_uint8: uint8 `(B, C, H, W)`, on any device; the work happens there.
         generator: a *CPU* generator, so that one seed gives one result on every device; None takes PyTorch's global
             one. Unused if not `train`.
-        of, share: the images are this share of a batch of `of` images, whose random numbers are drawn whole; by
-            default all of it.
+        of, share: the images are this share of a batch of `of` images, for all of which random numbers are drawn; by
+            default they are all of the batch.
 
     Returns:
         float32 `(B, C, crop, crop)`, or `(B, C, H, W)` where `data.crop` is None; on the images' device.
@@ -177,7 +177,12 @@ def normalize_and_augment(
     size = (data.crop or height, data.crop or width)
     if train:
         images = _random_crop_and_flip(
-            images_uint8, size, data.padding, data.flip, generator, len(images_uint8) if of is None else of, share
+            F.pad(images_uint8, (data.padding,) * 4) if data.padding else images_uint8,
+            size,
+            generator,
+            flip=data.flip,
+            batch_size=len(images_uint8) if of is None else of,
+            share=share,
         )
     else:
         top, left = (height - size[0]) // 2, (width - size[1]) // 2
@@ -190,24 +195,25 @@ def normalize_and_augment(
 def _random_crop_and_flip(
     images: Tensor,
     size: tuple[int, int],
-    padding: int,
-    flip: bool,
     generator: torch.Generator | None,
-    of: int,
+    *,
+    flip: bool,
+    batch_size: int,
     share: slice,
 ) -> Tensor:
-    """Cuts a window of `size` from each padded image, mirrored in half of them if `flip`; no loop over images."""
+    """Cuts a window of `size` from each image, mirrored in half of them if `flip`; no loop over images.
+
+    The images are the `share` of a batch of `batch_size`, for all of which random numbers are drawn.
+    """
     count, device = len(images), images.device
-    if padding:
-        images = F.pad(images, (padding, padding, padding, padding))
-    top = torch.randint(images.shape[-2] - size[0] + 1, (of,), generator=generator, device="cpu")[share]
-    left = torch.randint(images.shape[-1] - size[1] + 1, (of,), generator=generator, device="cpu")[share]
+    top = torch.randint(images.shape[-2] - size[0] + 1, (batch_size,), generator=generator, device="cpu")[share]
+    left = torch.randint(images.shape[-1] - size[1] + 1, (batch_size,), generator=generator, device="cpu")[share]
     top, left = _send(torch.stack([top, left]), device)
     # `unfold` is a view of every possible window; the index copies one of them per image
     windows = images.unfold(-2, size[0], 1).unfold(-2, size[1], 1)
     images = windows[torch.arange(count, device=device), :, top, left]
     if flip:
-        mirrored = _send(torch.randint(2, (of,), generator=generator, device="cpu")[share].bool(), device)
+        mirrored = _send(torch.randint(2, (batch_size,), generator=generator, device="cpu")[share].bool(), device)
         images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
     return images
 
@@ -234,7 +240,7 @@ def balanced_subset(labels: Tensor, limit: int | None, seed: int, stream: str = 
         return torch.arange(len(labels), device="cpu")
     by_class = _shuffled_by_class(labels, seed, stream)
     counts = torch.bincount(labels)
-    # how many of its own class come before each row; taking the lowest ranks first takes from the classes in turn
+    # how many rows of the same class come before each row; taking the lowest ranks first takes from the classes in turn
     rank = torch.arange(len(labels), device="cpu") - (counts.cumsum(0) - counts)[labels[by_class]]
     # classes take turns in a random order, so that a limit that does not divide evenly favours none by its number
     turn = torch.randperm(len(counts), generator=seeded_generator(stream + " turns", seed), device="cpu")[
@@ -257,10 +263,11 @@ def stratified_split(labels: Tensor, every: int, seed: int) -> tuple[Tensor, Ten
 
 
 def read_ahead(data: ImageData, indices: Tensor, *, seed: int, epoch: int, train: bool) -> None:
-    """Begins to read the images that `batch` will be asked for next, and no others; nothing to do for those in memory.
+    """Begins to read the images that `batch` will be asked for next, and no others; does nothing for those in memory.
 
     Args:
-        indices: as of `batch`, in the order in which they will be asked for; seed, epoch, train: likewise.
+        indices: those of `batch`, in the order in which they will be asked for.
+        seed, epoch, train: those of `batch`.
     """
     for images, asked_for in ((data.train_images, train), (data.val_images, not train)):
         if isinstance(images, ImageFiles):

@@ -1,7 +1,7 @@
 """JPEG and PNG to one uint8 array, decoded once and kept in a memory-mapped `.npy` file.
 
-A cache file is a plain `.npy` file followed by four bytes: a CRC-32 of what comes before. It is written aside, and
-renamed when complete; one that is not exactly as it was written is decoded again.
+A cache file is a plain `.npy` file followed by four bytes: a CRC-32 of all bytes before. It is written under another
+name, and renamed when it is complete. A file that is not exactly as it was written is decoded again.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from prunetrain_kernels.probe import first_line
 
 _FORMAT = 1  # part of every cache key: raise it when decoding changes, and old files are no longer found
 _CHECKED_BLOCK = 2**20
-_CHECKED_BLOCKS = 256  # up to 256 MiB is checked whole; of a larger file this many blocks, evenly spaced
-_SMALL = 8192  # bytes of a compressed image below which two threads take longer than one: they wait for each other
+_CHECKED_BLOCKS = 256  # up to 256 MiB is checked whole; of a larger file so many blocks, evenly spaced
+_SMALL = 8192  # compressed images of fewer bytes take two threads longer than one: they wait for each other
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ def decode_cached(
     label: str,
     key: object,
 ) -> Tensor:
-    """All images of one split as uint8 `(count, 3, H, W)`, mapped from a file under `cache`; decoded if need be.
+    """All images of one split as uint8 `(count, 3, H, W)`, mapped from a file under `cache`; decoded if there is none.
 
     Args:
-        groups: called for the images in order, some hundreds at a time; `count` (at least 1) of them in all.
+        groups: gives the images in order, some hundreds at a time, whenever it is called; `count` (at least 1) in all.
         image_size: the centre square of each image is resized to this many pixels a side. None keeps the images as
             they are, and then all must have one size.
-        label: readable start of the file's name, and of the progress bar.
-        key: anything JSON can hold that changes whenever the images do.
+        label: readable start of the file's name and of the progress bar.
+        key: any JSON value that changes whenever the images do.
 
     Raises:
         InputError: an image cannot be read or has another size than the first; the cache cannot be written.
@@ -106,21 +106,21 @@ def decode_cached(
 
 
 def cache_file(cache: Path, label: str, key: Sequence[object]) -> Path:
-    """Where decoded images are kept that a `key` stands for; `label` is the readable start of the name."""
+    """The cache file of the images that `key` stands for; `label` is the readable start of its name."""
     digest = hashlib.sha256(json.dumps([_FORMAT, *key]).encode()).hexdigest()[:20]
     readable = "".join(c if c.isalnum() or c in "-_" else "_" for c in label)[:60]
     return cache / f"{readable}-{digest}.npy"
 
 
 def _size(item: Encoded) -> tuple[int, int]:
-    """Height and width, from the header alone."""
+    """Height and width of an image in pixels, from its header alone."""
     with opened(item) as image:
         return image.height, image.width
 
 
 @contextlib.contextmanager
 def opened(item: Encoded) -> Iterator[Any]:
-    """A Pillow image; whatever goes wrong while it is open becomes one sentence with its name."""
+    """The image as a Pillow image; whatever goes wrong inside becomes an InputError, one sentence with its name."""
     pillow = need("PIL.Image", "reading images")
     try:
         with pillow.open(io.BytesIO(item.source) if isinstance(item.source, bytes) else item.source) as image:
@@ -134,13 +134,13 @@ def opened(item: Encoded) -> Iterator[Any]:
 
 
 def check_depth(image: Any, name: str) -> None:
-    """Raises InputError for an image of more than 8 bits per pixel, of which Pillow's own RGB would be all white."""
+    """Raises InputError for an image of more than 8 bits per pixel, which Pillow would convert to all white."""
     if image.mode == "F" or image.mode.startswith("I"):
         raise InputError(f"{name} has more than 8 bits per pixel; convert it to an 8-bit image first")
 
 
 def _pixels(item: Encoded, image_size: int | None, height: int, width: int) -> np.ndarray:
-    """uint8 `(height, width, 3)`."""
+    """The pixels of one image, resized if `image_size` is given: uint8 `(height, width, 3)`."""
     with opened(item) as image:
         check_depth(image, item.name)
         image = image.convert("RGB")
@@ -160,7 +160,7 @@ def _pixels(item: Encoded, image_size: int | None, height: int, width: int) -> n
 def _decode(
     groups: Callable[[], Iterable[Sequence[Encoded]]], shape: tuple[int, ...], image_size: int | None, label: str
 ) -> Iterator[np.ndarray]:
-    """uint8 `(n, 3, H, W)` for each group; threads help, because Pillow decodes without holding Python's lock."""
+    """The pixels of each group, uint8 `(n, 3, H, W)`, by threads: Pillow decodes without holding Python's lock."""
 
     def pixels(item: Encoded) -> np.ndarray:
         return _pixels(item, image_size, shape[2], shape[3])
@@ -179,7 +179,7 @@ def cores() -> int:
 
 
 def decoding_bar(label: str, images: int) -> Any:
-    """Shown once two seconds have passed, and seldom where the output goes to a file."""
+    """A progress bar that appears after two seconds, and is written seldom where the output goes to a file."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(total=images, desc=f"decoding {label}", unit="img", delay=2, mininterval=interval)
 
@@ -222,7 +222,7 @@ def open_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def write_array(path: Path, shape: tuple[int, ...], slabs: Iterator[np.ndarray]) -> None:
-    """Writes the cache file; plain writes, because a full disk would kill the process under a memory map.
+    """Writes the cache file by plain writes, because on a full disk a write to a memory map would kill the process.
 
     Raises:
         InputError: the file cannot be written; nothing is left behind.

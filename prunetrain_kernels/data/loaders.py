@@ -1,7 +1,7 @@
-"""Readers of image data sets: `load`, and what is held in memory; Parquet and trees have files of their own.
+"""Readers of image data sets: `load`, and those of data held in memory; `parquet.py` and `tree.py` have the others.
 
-A reader finds the labels and class names at once, and the images only for the rows that are asked for afterwards: a
-subset of ImageNet decodes that subset.
+A reader finds the labels and class names at once, and afterwards the images of the rows that are asked for: of a subset
+of ImageNet only that subset is decoded.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from prunetrain_kernels.data.tree import image_folder
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.probe import first_line
 
-_MUCH = 2**30  # bytes of decoded images that a user should hear of before
-_MOST_CLASSES = 1_000_000  # more are no class numbers, but a column of something else
+_MUCH = 2**30  # bytes of decoded images: a user should hear of so many before they are written
+_MOST_CLASSES = 1_000_000  # a column with larger numbers holds something else than classes
 
 
 def load(
@@ -57,36 +57,19 @@ def load(
     """Loads a data set.
 
     Args:
-        spec: one of
-
-            - `digits`: scikit-learn's handwritten digits, 1x8x8, one in five of each class for validation (always the
-              same ones);
-            - a `cifar-10-python.tar.gz` or `cifar-100-python.tar.gz`, or the folder it unpacks to. CIFAR-100 is read
-              with its fine labels;
-            - a folder of Parquet files as on Hugging Face: `train-*.parquet` and `validation-*.parquet` or
-              `test-*.parquet`, or folders `train/` and `test/` of them, or one folder that holds these
-              (`plain_text/train-00000-of-00001.parquet`, `default/train/0000.parquet`), or a snapshot in the Hub's own
-              cache; with a column `img` or `image` of `{bytes, path}` and an integer column `label`, `labels`,
-              `fine_label` or `coarse_label` (the first of these that is there);
-            - a tree of images: `train/<class>/*.jpg` and `val/<class>/*.jpg` (or `valid`, `validation`, `test`). A tree
-              without `val` is split by `seed`: one in ten of each class is for validation;
-            - `synthetic:NxHxW` (3 channels) or `synthetic:NxCxHxW`: N training and N / 5 validation images of a smooth
-              random pattern per class under noise, by `seed`.
-
-            `cifar10:PATH`, `cifar100:PATH`, `parquet:PATH` and `imagefolder:PATH` say what PATH must be; the first two
-            accept an archive, its folder or Parquet files.
+        spec: `digits`, `synthetic:NxCxHxW`, or the path of an archive, of a folder of Parquet files or of a tree of
+            images; the docstring of `prunetrain_kernels.data` describes each form.
         image_size: for digits, Parquet files and trees, resize the centre square of every image to so many pixels a
             side. None keeps them as they are, and then all must have one size. Images read there are always RGB.
-        cache: folder for the decoded images of Parquet files and trees; None is
-            `$XDG_CACHE_HOME/prunetrain_kernels` (`~/.cache/prunetrain_kernels`). A cached file is used again while the
-            files' names, sizes and modification times are what they were, and their content too where it is up to
-            256 MiB.
+        cache: folder for the decoded images of Parquet files and trees; None is `$XDG_CACHE_HOME/prunetrain_kernels`
+            (`~/.cache/prunetrain_kernels`). A cached file is used again while the names, sizes and modification times
+            of the images' files are the same, and their content too where it is up to 256 MiB.
         limit_train, limit_val: at most this many images of the split: a class-balanced subset, chosen by `seed`.
         seed: chooses the subsets, the split of a tree without one, and the synthetic images. Any integer.
         classes: the number of classes that the caller expects; 10 unless given for synthetic data.
-        recipe: for trees, leave the images files, to be decoded and cropped when they are asked for; `image_size` is
-            then left out.
-        say: is told in one line, before it begins, what is to be decoded and what disk that takes, where it is much.
+        recipe: for trees, leave the images files, to be decoded and cropped when they are asked for, without an
+            `image_size`.
+        say: is called with one line before much is decoded: what that is, and how much disk it takes.
 
     Returns:
         the data, with `mean` and `std` measured on the training images and `padding` an eighth of the shorter side.
@@ -94,34 +77,34 @@ def load(
     Raises:
         InputError: the spec, a path, a file or an argument cannot be used, or an optional dependency is missing.
     """
-    for option, value in (
-        ("--image-size", image_size),
-        ("--limit-train", limit_train),
-        ("--limit-val", limit_val),
-        ("--classes", classes),
-    ):
+    counts = {"--image-size": image_size, "--limit-train": limit_train, "--limit-val": limit_val, "--classes": classes}
+    for option, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{option} must be at least 1, not {value}")
     if recipe is not None and image_size is not None:
         raise InputError("images that stay files are not all scaled to one size; give it as the recipe's `shorter`")
-
     cache = default_cache() if cache is None else _home(str(cache))
-    try:
-        source = _read(spec, image_size, cache, seed, classes)
-    except OSError as error:  # no permission, a name that is too long, a disk that went away
-        raise InputError(f"{error.filename or spec} cannot be read ({error.strerror or error})") from error
-
+    source = _source(spec, image_size, cache, seed, classes)
     class_names = _class_names(source, classes)
     train_rows = balanced_subset(source.train.labels, limit_train, seed, "train subset")
     val_rows = balanced_subset(source.val.labels, limit_val, seed, "val subset")
-    train_images: Tensor | ImageFiles
-    val_images: Tensor | ImageFiles
     if recipe is not None:
-        train_images, val_images = image_files(*_listed(spec, source, train_rows, val_rows), recipe, cache, say)
-    else:
-        if source.decoded and image_size and say is not None:
-            _say_need(len(train_rows) + len(val_rows), image_size, cache, say)
-        train_images, val_images = source.train.images(train_rows), source.val.images(val_rows)
+        images = image_files(*_listed(spec, source, train_rows, val_rows), recipe, cache, say)
+        return _image_data(source, class_names, (train_rows, val_rows), images)
+    if source.decoded and image_size and say is not None:
+        _say_need(len(train_rows) + len(val_rows), image_size, cache, say)
+    tensors = source.train.images(train_rows), source.val.images(val_rows)
+    return _image_data(source, class_names, (train_rows, val_rows), tensors)
+
+
+def _image_data(
+    source: Source,
+    class_names: tuple[str, ...],
+    rows: tuple[Tensor, Tensor],
+    images: tuple[Tensor, Tensor] | tuple[ImageFiles, ImageFiles],
+) -> ImageData:
+    """The data set of these rows of a source and their images, of each split; checks that both have one shape."""
+    (train_rows, val_rows), (train_images, val_images) = rows, images
     if train_images.shape[1:] != val_images.shape[1:]:
         raise InputError(
             f"the training images are {_by(train_images.shape[1:])} and the validation images "
@@ -149,7 +132,7 @@ def load(
 
 
 def _digest_of_many(split: Split, rows: Tensor, images: Tensor | ImageFiles) -> str | None:
-    """The files' names and sizes, where a record of the data does not read all pixels."""
+    """A digest of the files' names and sizes, where a record of the data does not read all pixels; else None."""
     return split.files(rows) if images.numel() > HASHED_BYTES or isinstance(images, ImageFiles) else None
 
 
@@ -164,7 +147,7 @@ def _listed(spec: str, source: Source, train_rows: Tensor, val_rows: Tensor) -> 
 
 
 def _say_need(images: int, image_size: int, cache: Path, say: Callable[[str], None]) -> None:
-    """Of much disk, before it is taken."""
+    """Says how much disk the decoded images take, where it is much."""
     size = images * 3 * image_size**2
     if size >= _MUCH:
         say(
@@ -173,8 +156,16 @@ def _say_need(images: int, image_size: int, cache: Path, say: Callable[[str], No
         )
 
 
+def _source(spec: str, image_size: int | None, cache: Path, seed: int, classes: int | None) -> Source:
+    """The labels and images that `spec` names; raises InputError where they cannot be read."""
+    try:
+        return _read(spec, image_size, cache, seed, classes)
+    except OSError as error:  # no permission, a name that is too long, a disk that went away
+        raise InputError(f"{error.filename or spec} cannot be read ({error.strerror or error})") from error
+
+
 def _read(spec: str, image_size: int | None, cache: Path, seed: int, classes: int | None) -> Source:
-    """Chooses the reader."""
+    """Chooses the reader and calls it."""
     kind, colon, rest = spec.partition(":")
     if spec == "digits":
         return _digits(image_size)
@@ -202,10 +193,10 @@ def _read(spec: str, image_size: int | None, cache: Path, seed: int, classes: in
             + (" by itself; give the folder that holds it" if path.suffix == ".parquet" else f"; give {FORMS}")
         )
     if kind.startswith("cifar"):
-        expected, found = int(kind.removeprefix("cifar")), len(source.class_names or ())
-        found = found or int(source.train.labels.max()) + 1
-        if found != expected:
-            raise InputError(f"{path} has {found} classes, so it is not CIFAR-{expected}; leave the {kind}: prefix out")
+        expected, count = int(kind.removeprefix("cifar")), len(source.class_names or ())
+        count = count or int(source.train.labels.max()) + 1
+        if count != expected:
+            raise InputError(f"{path} has {count} classes, so it is not CIFAR-{expected}; leave the {kind}: prefix out")
     return source
 
 
@@ -425,7 +416,7 @@ def _with_fixed_size(source: Source, image_size: int | None) -> Source:
 
 
 def _class_names(source: Source, classes: int | None) -> tuple[str, ...]:
-    """As the data name them, or their numbers; checks the labels, and that there are `classes` of them."""
+    """The names of the classes in the data, or else their numbers; checks the labels, and that there are `classes`."""
     class_names = source.class_names
     if class_names is None:
         largest = int(max(source.train.labels.max(), source.val.labels.max()))

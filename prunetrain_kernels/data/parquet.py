@@ -29,7 +29,12 @@ _WORD = re.compile(r"[-._ 0-9]+")  # what the Hub takes as the end of a word in 
 
 @dataclass(frozen=True)
 class Layout:
-    """Parquet files that belong together: {"train" | "validation" | "test" | "": files}, sorted; "" says no split."""
+    """Parquet files that belong together, by split.
+
+    Attributes:
+        folder: the folder that holds them.
+        splits: sorted files of "train", "validation", "test", and of "" where the name says no split.
+    """
 
     folder: Path
     splits: dict[str, list[Path]]
@@ -65,7 +70,10 @@ def find_parquet(path: Path) -> Layout | None:
 
 
 def _parquet_files(path: Path) -> list[Path]:
-    """In `path`, in its folders, and in their folders that are named after a split: no tree of images is searched."""
+    """The Parquet files in `path`, in its folders, and in their folders that are named after a split, sorted.
+
+    Nothing deeper is searched, because `path` may be a tree of a million images.
+    """
     files = [*path.glob("*.parquet"), *path.glob("*/*.parquet")]
     for folder in path.glob("*/*/"):  # a file that an older Python lists here holds none
         if _split_of(folder.name):
@@ -76,7 +84,7 @@ def _parquet_files(path: Path) -> list[Path]:
 
 
 def _snapshot(path: Path) -> Path:
-    """The one snapshot, where `path` is a repository in the Hub's cache: refs, blobs and snapshots."""
+    """The only snapshot, where `path` is a repository in the Hub's cache (refs, blobs and snapshots); else `path`."""
     revisions = sorted(p for p in path.glob("snapshots/*/") if p.is_dir() and (path / "refs").is_dir())
     if len(revisions) > 1:
         names = ", ".join(revision.name for revision in revisions[:5])
@@ -85,7 +93,7 @@ def _snapshot(path: Path) -> Path:
 
 
 def _split_of(name: str) -> str:
-    """The split that a file's or folder's name says, "" if none."""
+    """The split that the name of a file or folder says; "" if it says none."""
     words = set(_WORD.split(name.lower()))
     return next((split for split, called in _SPLITS.items() if words & set(called)), "")
 
@@ -113,7 +121,7 @@ def parquet(path: Path, image_size: int | None, cache: Path) -> Source:
 
 
 def _check_complete(files: list[Path]) -> None:
-    """Raises InputError where the names of a split's files say that some are missing, or belong to another writing."""
+    """Raises InputError where the names of a split's files say that some are missing, or are of another download."""
     shards = {int(m[1]) for f in files if (m := re.search(r"-of-(\d+)(?:-[0-9a-f]+)?\.parquet$", f.name))}
     if shards and shards != {len(files)}:
         raise InputError(
@@ -185,14 +193,14 @@ def _damaged(file: Path, error: Exception) -> InputError:
 
 def _columns(table: Any, file: Path) -> tuple[str, str]:
     """Names of the image column and of the label column."""
-    there = table.schema_arrow.names
-    image = next((c for c in ("img", "image") if c in there), None)
-    label = next((c for c in ("label", "labels", "fine_label", "coarse_label") if c in there), None)
+    names = table.schema_arrow.names
+    image = next((c for c in ("img", "image") if c in names), None)
+    label = next((c for c in ("label", "labels", "fine_label", "coarse_label") if c in names), None)
     if image is None or label is None:
         lacking = " and ".join(
             text for column, text in ((image, "images (img or image)"), (label, "labels (label)")) if column is None
         )
-        raise InputError(f"{file} has no column of {lacking}, only {', '.join(there)}; rename the column")
+        raise InputError(f"{file} has no column of {lacking}, only {', '.join(names)}; rename the column")
     return image, label
 
 
@@ -203,13 +211,13 @@ def _parquet_labels(file: Path, table: Any, column: str) -> Tensor:
     except Exception as error:
         raise _damaged(file, error) from error
     if not types.is_integer(values.type) or values.null_count:
-        found = f"{values.null_count} missing values" if types.is_integer(values.type) else f"{values.type} values"
-        raise InputError(f"{file}: column {column!r} has {found}; labels must be integers from 0")
+        content = f"{values.null_count} missing values" if types.is_integer(values.type) else f"{values.type} values"
+        raise InputError(f"{file}: column {column!r} has {content}; labels must be integers from 0")
     return torch.from_numpy(values.to_numpy().astype(np.int64))
 
 
 def _parquet_class_names(table: Any, column: str) -> tuple[str, ...] | None:
-    """The names in the metadata that Hugging Face writes, if they are there."""
+    """The class names in the metadata that Hugging Face writes; None if there are none."""
     metadata = (table.schema_arrow.metadata or {}).get(b"huggingface")
     try:
         names = json.loads(metadata or b"{}")["info"]["features"][column]["names"]
@@ -225,13 +233,13 @@ def _parquet_rows(
     arrow = need("pyarrow", "reading Parquet files")
     compute = need("pyarrow.compute", "reading Parquet files")
     for file, table, start, stop in zip(files, tables, starts, starts[1:], strict=False):
-        here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)] - start
+        remaining = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)] - start  # rows of this file
         batches = iter(table.iter_batches(batch_size=512, columns=[column]))
         first = 0
-        while len(here):
+        while len(remaining):
             try:
                 values = next(batches).column(0)
-                chosen = here[: np.searchsorted(here, first + len(values))]
+                chosen = remaining[: np.searchsorted(remaining, first + len(values))]
                 if arrow.types.is_struct(values.type):
                     values = compute.struct_field(values, "bytes")
                 contents = values.take(arrow.array(chosen - first)).to_pylist()
@@ -242,4 +250,4 @@ def _parquet_rows(
                     raise InputError(f"{file}: row {row} holds no image bytes in {column!r}; save the images as bytes")
                 yield Encoded(f"{file}: row {row}", content)
             first += len(values)
-            here = here[len(chosen) :]
+            remaining = remaining[len(chosen) :]

@@ -1,8 +1,8 @@
 """Images that stay files: decoded and cropped by threads, batch by batch, ahead of the training.
 
-Threads and not processes, because Pillow decodes and scales without holding Python's lock. What an image becomes
-depends on its file and the view that is asked for alone: not on how many threads there are, on what was read ahead, or
-on whether the decoded image came from the cache.
+They are threads and not processes, because Pillow decodes and scales without holding Python's lock. The pixels depend
+only on the file and the view that is asked for: not on the number of threads, on what was read ahead, or on whether the
+decoded image came from the cache.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor
 from prunetrain_kernels.data.crops import Crops, centre
 from prunetrain_kernels.data.decode import Encoded, cache_file, check_depth, cores, need, opened
 from prunetrain_kernels.data.source import Listed, stamps
-from prunetrain_kernels.data.whole import Whole, decoded_bytes, sizes_of
+from prunetrain_kernels.data.whole import WholeImages, decoded_bytes, sizes_of
 from prunetrain_kernels.errors import InputError
 
 CACHE_LIMIT = 8 * 2**30  # bytes of decoded images, unless the user says otherwise
-_HEADERS = 20_000  # so many headers are read in a few seconds; of more files a sample tells their size
+_HEADERS = 20_000  # files whose headers are read, which takes a few seconds; of more files a sample tells their size
 _SAMPLE = 512
 
 
@@ -65,26 +65,30 @@ class ResizedCrop:
 
     @property
     def scaled_to(self) -> int:
+        """The length of the shorter side for validation, in pixels."""
         return self.shorter or round(self.size * 8 / 7)
 
     @property
     def threads(self) -> int:
+        """The number of threads that decode."""
         return self.workers or cores()
 
 
 class ImageFiles:
     """The images of one split, read when they are asked for.
 
-    It is indexed as a tensor of uint8 `(N, 3, size, size)` would be, and gives the validation's view, the centres;
-    `crops` gives the training's.
+    It is indexed like a uint8 tensor `(N, 3, size, size)`, and then gives the view for validation, the centres; `crops`
+    gives the view for training.
 
     Args:
-        files: paths; `recipe`: what to make of them; `whole`: the decoded images, if they are cached.
+        files: the paths of the images.
+        recipe: the size of the views, and the threads that make them.
+        whole: the decoded images, if they are cached.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, files: Sequence[str], recipe: ResizedCrop, whole: Whole | None = None) -> None:
+    def __init__(self, files: Sequence[str], recipe: ResizedCrop, whole: WholeImages | None = None) -> None:
         self.files, self.recipe, self.whole = files, recipe, whole
         self.shape = torch.Size((len(files), 3, recipe.size, recipe.size))
         self._pool = ThreadPoolExecutor(recipe.threads, "images")
@@ -97,11 +101,11 @@ class ImageFiles:
         return math.prod(self.shape)
 
     def to(self, device: torch.device | str) -> ImageFiles:
-        """Itself: files are read by the CPU."""
+        """This object itself: files are read by the CPU."""
         return self
 
     def __getitem__(self, rows: int | Tensor) -> Tensor:
-        """uint8 `(3, size, size)` of one row, `(n, 3, size, size)` of several: their centres.
+        """The centres, uint8: `(3, size, size)` of one row, `(n, 3, size, size)` of several.
 
         Raises:
             InputError: a file is no image, or damaged.
@@ -115,11 +119,15 @@ class ImageFiles:
         return (self[rows] for rows in torch.arange(len(self), device="cpu").split(size))
 
     def crops(self, rows: Tensor, crops: Crops) -> Tensor:
-        """uint8 `(n, 3, size, size)`: random parts of the images. Raises as indexing does."""
+        """Random parts of the images, uint8 `(n, 3, size, size)`.
+
+        Raises:
+            InputError: a file is no image, or damaged.
+        """
         return self._made(rows.tolist(), crops)
 
     def expect(self, rows: Tensor, crops: Crops | None) -> None:
-        """Begins to read what will be asked for next, in this order; what was begun for nothing is given up."""
+        """Begins to read the images that will be asked for next, in this order; gives up all others that were begun."""
         wanted = dict.fromkeys((row, crops) for row in rows.tolist())
         for key in self._begun.keys() - wanted.keys():
             self._begun.pop(key).cancel()
@@ -135,11 +143,9 @@ class ImageFiles:
         finally:
             for future in futures:  # of a batch that fails
                 future.cancel()
-        return (
-            torch.from_numpy(np.stack(made))
-            if made
-            else torch.empty(0, *self.shape[1:], dtype=torch.uint8, device="cpu")
-        )
+        if not made:
+            return torch.empty(0, *self.shape[1:], dtype=torch.uint8, device="cpu")
+        return torch.from_numpy(np.stack(made))
 
     def _make(self, row: int, crops: Crops | None) -> np.ndarray:
         with self._opened(row) as image:
@@ -149,7 +155,7 @@ class ImageFiles:
 
     @contextlib.contextmanager
     def _opened(self, row: int) -> Iterator[Any]:
-        """The decoded image, RGB, as it is stored: EXIF's orientation is left aside, as torchvision leaves it."""
+        """The decoded image, RGB, as it is stored: EXIF's orientation is ignored, as torchvision ignores it."""
         file = self.files[row]
         if self.whole is not None:
             yield need("PIL.Image", "reading images").fromarray(self.whole[row])
@@ -162,27 +168,29 @@ class ImageFiles:
 def image_files(
     train: Listed, val: Listed, recipe: ResizedCrop, cache: Path, say: Callable[[str], None] | None
 ) -> tuple[ImageFiles, ImageFiles]:
-    """The images of both splits, cached whole under `cache` if they fit; first says how many they are and what they
-    take.
+    """The images of both splits, which are decoded into files under `cache` if they fit.
+
+    Before that, `say` is called with a line on how many they are and how many bytes they take.
 
     Raises:
-        InputError: a file is empty; of up to 20,000 files, or if they are cached, also one that is no image.
+        InputError: a file is empty; or is no image, which is found out now if there are up to 20,000 files, or if
+            decoded images are cached.
     """
     splits = (train, val)
     files = [[str(file) for file in split.files] for split in splits]
     on_disk = sum(map(_bytes_of, [*files[0], *files[1]]))
     sizes, decoded = _decoded(files[0] + files[1], recipe)
-    what = (
+    total = (
         f"{len(files[0]):,} training and {len(files[1]):,} validation images, {readable(on_disk)} of files, decoded "
         f"{'' if sizes is not None else 'about '}{readable(decoded)}"
     )
-    wholes: list[Whole | None] = [None, None]
+    wholes: list[WholeImages | None] = [None, None]
     if sizes is None or decoded > recipe.cache_limit:
-        why = f"more than the {readable(recipe.cache_limit)} of --cache-limit: nothing is cached"
+        caching = f"more than the {readable(recipe.cache_limit)} of --cache-limit: nothing is cached"
     else:
-        wholes, why = _caches(splits, sizes, cache)
+        wholes, caching = _caches(splits, sizes, cache)
     if say is not None:
-        say(f"{what}, {why}; {recipe.threads} threads read them batch by batch")
+        say(f"{total}, {caching}; {recipe.threads} threads read them batch by batch")
     for i, whole in enumerate(wholes):
         if whole is not None and whole.pixels is None:
             wholes[i] = whole.written(files[i], recipe.threads, splits[i].label)
@@ -201,7 +209,10 @@ def _bytes_of(file: str) -> int:
 
 
 def _decoded(files: list[str], recipe: ResizedCrop) -> tuple[np.ndarray | None, int]:
-    """Height and width of every image, None where these were not worth finding out; and bytes of them all, decoded."""
+    """Height and width of every image, and the bytes of all of them, decoded.
+
+    Sizes are None, and the bytes an estimate from a sample, where the images are many and will not fit the cache.
+    """
     if len(files) > _HEADERS:
         rows = np.linspace(0, len(files) - 1, _SAMPLE).astype(int)
         estimate = decoded_bytes(sizes_of([files[row] for row in rows], recipe.threads)) * len(files) // _SAMPLE
@@ -211,11 +222,11 @@ def _decoded(files: list[str], recipe: ResizedCrop) -> tuple[np.ndarray | None, 
     return sizes, decoded_bytes(sizes)
 
 
-def _caches(splits: Sequence[Listed], sizes: np.ndarray, cache: Path) -> tuple[list[Whole | None], str]:
-    """The two cache files, written or not, and what to say of them; none if the disk has no room."""
+def _caches(splits: Sequence[Listed], sizes: np.ndarray, cache: Path) -> tuple[list[WholeImages | None], str]:
+    """The cache files of both splits, written or not, none if the disk has no room; and in words, what is cached."""
     parts = np.split(sizes, [len(splits[0].files)])
     wholes = [
-        Whole.at(
+        WholeImages.open(
             cache_file(cache, f"{split.label}-whole", ["whole", part.tolist(), stamps(split.files, split.names)]), part
         )
         for split, part in zip(splits, parts, strict=True)
@@ -231,8 +242,8 @@ def _caches(splits: Sequence[Listed], sizes: np.ndarray, cache: Path) -> tuple[l
 
 def _free(folder: Path) -> int:
     """Bytes on the disk that `folder` is on, or will be."""
-    there = next((place for place in (folder, *folder.absolute().parents) if place.is_dir()), Path("/"))
-    return shutil.disk_usage(there).free
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
+    return shutil.disk_usage(existing).free
 
 
 def readable(size: int) -> str:

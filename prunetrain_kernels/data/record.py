@@ -1,9 +1,9 @@
 """What a run writes down about its data, and what differs from it later.
 
-A class folder that is renamed, an edited label column or another archive give a run other data under the same options.
-A record is small and quick to make, also of ImageNet: class names, counts, labels and the pixels themselves up to
-256 MiB a split; of more pixels evenly spaced images, and the names and sizes of all files that they came from. Images
-that stay files are compared by both.
+A renamed class folder, an edited label column or another archive gives a run other data under the same options. A
+record is small and quick to make, also of ImageNet: it has class names, counts, labels, and the pixels themselves up to
+256 MiB a split. Of more pixels it has evenly spaced images, and the names and sizes of all files that they came from;
+so it has of images that stay files.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from prunetrain_kernels.data.dataset import ImageData
 from prunetrain_kernels.data.decode import pillow_version
 from prunetrain_kernels.data.reader import ImageFiles
 
-HASHED_BYTES = 256 * 2**20  # of the pixels of one split: half a second
-_HASHED_CHUNK = 16 * 2**20  # this many at a time
+HASHED_BYTES = 256 * 2**20  # of the pixels of one split, which takes half a second
+_HASHED_CHUNK = 16 * 2**20  # bytes of them at a time
 _NAMED = 3  # classes that a sentence names; the rest are counted
-_SAME_STATISTICS = 1e-6  # of mean and std, 0..1: sums in another order
+_SAME_STATISTICS = 1e-6  # difference of mean or std (0..1) that sums in another order make
 SPLITS = {"train": "training", "val": "validation"}
 
 Record = dict[str, Any]
 
 
 def record_of(data: ImageData) -> Record:
-    """What identifies `data`, as plain values that JSON and `torch.load(weights_only=True)` can hold.
+    """A record that identifies `data`, of plain values that JSON and `torch.load(weights_only=True)` can hold.
 
     Returns:
         `class_names`; `image`, the stored (C, H, W) before any crop; `mean` and `std` per channel, 0..1; `pillow`, the
@@ -77,11 +77,13 @@ def difference_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
 def _difference_of_classes(before: Sequence[str], now: Sequence[str]) -> str | None:
     if list(before) == list(now):
         return None
-    gone, new = ([name for name in one if name not in set(other)] for one, other in ((before, now), (now, before)))
+    gone, new = (
+        [name for name in names if name not in set(others)] for names, others in ((before, now), (now, before))
+    )
     if not gone and not new and len(before) == len(now):
         i = next(i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
         return f"the order of the classes was another: class {i} was {before[i]!r} and is {now[i]!r}"
-    changes = [f"{_listed(names)} {is_}" for names, is_ in ((gone, "gone"), (new, "new")) if names]
+    changes = [f"{_listed(names)} {state}" for names, state in ((gone, "gone"), (new, "new")) if names]
     return f"the classes differ ({len(before)} then, {len(now)} now): {' and '.join(changes)}"
 
 
@@ -93,21 +95,21 @@ def _listed(names: Sequence[str]) -> str:
 def _difference_of_images(before: Sequence[int], now: Sequence[int]) -> str | None:
     if list(before) == list(now):
         return None
-    was, is_ = ("x".join(map(str, shape)) for shape in (before, now))
-    return f"the images (channels x height x width) were {was} and are {is_}"
+    shapes = ["x".join(map(str, shape)) for shape in (before, now)]
+    return f"the images (channels x height x width) were {shapes[0]} and are {shapes[1]}"
 
 
 def _difference_of_splits(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for split, called in SPLITS.items():
-        was, is_ = before[split], now[split]
-        for name, a, b in zip(before["class_names"], was["counts"], is_["counts"], strict=True):
+        old, new = before[split], now[split]
+        for name, a, b in zip(before["class_names"], old["counts"], new["counts"], strict=True):
             if a != b:
                 return f"class {name!r} had {a} {called} images and has {b}"
-        if was["labels"] != is_["labels"]:
+        if old["labels"] != new["labels"]:
             return f"the {called} images have other labels, or another order, though as many of each class"
-        if was["files"] is not None and is_["files"] is not None and was["files"] != is_["files"]:
+        if old["files"] is not None and new["files"] is not None and old["files"] != new["files"]:
             return f"the files of the {called} images have other names or sizes"
-        if was["pixels"] != is_["pixels"]:
+        if old["pixels"] != new["pixels"]:
             decoders = [record["pillow"] for record in (before, now)]
             by = f" (decoded by Pillow {decoders[0]} then, {decoders[1]} now)" if decoders[0] != decoders[1] else ""
             return f"the {called} images have other pixels{by}"
@@ -116,12 +118,12 @@ def _difference_of_splits(before: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 def _difference_of_statistics(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for name in ("mean", "std"):
-        was, is_ = before[name], now[name]
-        same = len(was) == len(is_) and all(
-            math.isclose(a, b, abs_tol=_SAME_STATISTICS) for a, b in zip(was, is_, strict=True)
+        old, new = before[name], now[name]
+        same = len(old) == len(new) and all(
+            math.isclose(a, b, abs_tol=_SAME_STATISTICS) for a, b in zip(old, new, strict=True)
         )
         if not same:
-            values = [", ".join(f"{value:.6g}" for value in record) for record in (was, is_)]
+            values = [", ".join(f"{value:.6g}" for value in record) for record in (old, new)]
             return f"the {name} of the training images was {values[0]} and is {values[1]}"
     return None
 
@@ -131,7 +133,7 @@ def _digest_of(tensor: Tensor) -> str:
 
 
 def _digest_of_pixels(images: Tensor | ImageFiles) -> str:
-    """Of all pixels, or of evenly spaced images of 256 MiB together."""
+    """The digest of all pixels, or of evenly spaced images of 256 MiB together."""
     per_image = max(1, images[0].numel())
     used = min(len(images), max(1, HASHED_BYTES // per_image))
     if used < len(images):

@@ -1,4 +1,4 @@
-"""What the readers of data sets share: a source of labels and images, and what stands for files in a cache's key."""
+"""Types that the readers of data sets share (a source of labels and images), and digests of files for cache keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMS = (
     "digits, synthetic:NxCxHxW, a CIFAR python archive (.tar.gz), a folder of train-*.parquet and test-*.parquet, "
     "or a folder of images as train/<class>/*.jpg and val/<class>/*.jpg"
 )
-READ_BYTES = 256 * 2**20  # files of so many bytes together are told apart by content too, in well under a second
+READ_BYTES = 256 * 2**20  # up to so many bytes in all, files are told apart by content too, in well under a second
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,45 @@ class Listed:
 
 @dataclass(frozen=True)
 class Split:
-    labels: Tensor  # int64 (N,)
-    images: Callable[[Tensor], Tensor]  # ascending rows -> uint8 (rows, C, H, W)
-    where: Callable[[int], str]  # what an error message calls a row
-    files: Callable[[Tensor], str | None]  # ascending rows -> a digest of the names and sizes of their files
-    listed: Callable[[Tensor], Listed] | None = None  # ascending rows -> their files, where each image is one
+    """One split of a source of N images.
+
+    Attributes:
+        labels: int64 (N,).
+        images: a function from ascending rows to their images, uint8 (rows, C, H, W).
+        where: a function from a row to its name in an error message.
+        files: a function from ascending rows to a digest of the names and sizes of their files; None without files.
+        listed: a function from ascending rows to their files; None where images are not files of their own.
+    """
+
+    labels: Tensor
+    images: Callable[[Tensor], Tensor]
+    where: Callable[[int], str]
+    files: Callable[[Tensor], str | None]
+    listed: Callable[[Tensor], Listed] | None = None
 
 
 @dataclass(frozen=True)
 class Source:
+    """A data set before rows are chosen.
+
+    Attributes:
+        class_names: None where the data have no names; then the labels tell how many classes there are.
+        name, train, val, flip, decoded: as of `ImageData`.
+    """
+
     name: str
     train: Split
     val: Split
-    class_names: tuple[str, ...] | None  # None where the data do not say: then the labels do
+    class_names: tuple[str, ...] | None
     flip: bool
     decoded: bool = False
 
 
 def stamps(files: Sequence[Path], names: Sequence[str]) -> list[list[object]]:
-    """What changes when files do: names, sizes, modification times, and a digest of what they hold if it is not much.
+    """Values that change when the files do: names, sizes, modification times, and a digest of the contents if these are
+    not large.
 
-    Without the content, a file that was replaced by one of the same size, with its time set back, would be the old one.
+    Without the contents, a file that was replaced by one of the same size and time would count as unchanged.
     """
     listed: list[list[object]] = []
     total = 0
@@ -67,7 +85,7 @@ def stamps(files: Sequence[Path], names: Sequence[str]) -> list[list[object]]:
 
 
 def digest_of_files(files: Sequence[Path], names: Sequence[str], *more: str) -> str:
-    """Stands for files by name and size, in this order; `more` for what is taken out of them."""
+    """A digest of the files' names and sizes, in this order, and of `more`, which says what is taken out of them."""
     digest = hashlib.blake2b(digest_size=16)
     for file, name in zip(files, names, strict=True):
         digest.update(repr((name, _reading(file, file.stat).st_size)).encode())
@@ -76,7 +94,7 @@ def digest_of_files(files: Sequence[Path], names: Sequence[str], *more: str) -> 
 
 
 def digest_of_rows(rows: Tensor) -> str:
-    """Stands for a list of rows."""
+    """A digest of a list of rows."""
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from prunetrain_kernels.data.source import FORMS, Listed, Source, Split, digest_
 from prunetrain_kernels.errors import InputError
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-_VAL_NAMES = ("validation", "valid", "val", "test")  # test last: published test sets often carry no labels
+_VAL_NAMES = ("validation", "valid", "val", "test")  # test last: published test sets often have no labels
 
 
 def image_folder(path: Path, image_size: int | None, cache: Path, seed: int) -> Source:
@@ -78,7 +78,7 @@ def image_folder(path: Path, image_size: int | None, cache: Path, seed: int) -> 
 
 
 def _subfolders(path: Path) -> list[str]:
-    """Sorted; hidden ones (.git, .ipynb_checkpoints) and links back to where they are do not count."""
+    """Names of the folders in `path`, sorted, without hidden ones (.git) and links back to a folder around them."""
     real = path.resolve()
     return sorted(
         p.name
@@ -88,7 +88,7 @@ def _subfolders(path: Path) -> list[str]:
 
 
 def _listing(root: Path, names: Sequence[str]) -> tuple[list[Path], Tensor]:
-    """Image files below each class's folder, however deep, and their labels; a class may have no folder here."""
+    """Image files below each class's folder, however deep, and their labels; a class may have no folder in `root`."""
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
@@ -99,15 +99,18 @@ def _listing(root: Path, names: Sequence[str]) -> tuple[list[Path], Tensor]:
 
 
 def _images_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Links to folders are followed, but for those to a folder that holds one on the way here: they would never end."""
-    way = (*above, folder.resolve())
+    """Image files below `folder`, which was reached through the folders `above`.
+
+    Links to folders are followed, except for those back to a folder on the path to this one: they would never end.
+    """
+    path = (*above, folder.resolve())
     with os.scandir(folder) as entries:
         for entry in entries:
             inside = folder / entry.name
             linked = entry.is_symlink()
             if inside.is_dir() if linked else entry.is_dir():  # of a link to itself, only the former is silent
-                if not (linked and any(place.is_relative_to(inside.resolve()) for place in way)):
-                    yield from _images_below(inside, way)
+                if not (linked and any(passed.is_relative_to(inside.resolve()) for passed in path)):
+                    yield from _images_below(inside, path)
             # a name that starts with a dot is a desktop's own note about the file, not the file
             elif os.path.splitext(entry.name)[1].lower() in _IMAGE_SUFFIXES and not entry.name.startswith("."):
                 yield inside

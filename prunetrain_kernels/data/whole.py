@@ -1,4 +1,4 @@
-"""Decoded images of several sizes, one behind the other in a mapped cache file."""
+"""Decoded images of different sizes, one after the other in a mapped cache file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ _GROUP = 64  # images in memory at a time; whole ones may be large
 
 
 @dataclass(frozen=True)
-class Whole:
-    """The images of a split as they are, RGB.
+class WholeImages:
+    """The images of a split in RGB, in the sizes that they have in their files.
 
     Attributes:
+        path: the cache file.
         sizes: int64 (N, 2), height and width in pixels.
-        pixels: uint8, all images' (height, width, 3) in a row; None as long as the file is not written.
+        pixels: uint8, the (height, width, 3) of all images in one row; None as long as the file is not written.
     """
 
     path: Path
@@ -38,23 +39,23 @@ class Whole:
     pixels: np.ndarray | None
 
     @classmethod
-    def at(cls, path: Path, sizes: np.ndarray) -> Whole:
-        """What the file holds, if it is there and sound."""
+    def open(cls, path: Path, sizes: np.ndarray) -> WholeImages:
+        """The images of these sizes in a cache file; without pixels if the file is not there, or damaged."""
         return cls(path, sizes, open_array(path, (decoded_bytes(sizes),)))
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """uint8 (height, width, 3)."""
+        """The pixels of one image, uint8 (height, width, 3)."""
         assert self.pixels is not None
         height, width = self.sizes[row].tolist()
         return self.pixels[self._starts[row] : self._starts[row + 1]].reshape(height, width, 3)
 
     @functools.cached_property
     def _starts(self) -> list[int]:
-        """Where in `pixels` each image begins, and where the last one ends."""
+        """The index in `pixels` where each image begins, and the one where the last image ends."""
         return [0, *np.cumsum(self.sizes.prod(axis=1) * 3).tolist()]
 
-    def written(self, files: Sequence[str], threads: int, label: str) -> Whole:
-        """Decodes the files into the cache file.
+    def written(self, files: Sequence[str], threads: int, label: str) -> WholeImages:
+        """Decodes the files into the cache file; returns the images with their pixels.
 
         Raises:
             InputError: an image cannot be read; the cache cannot be written.
@@ -76,7 +77,7 @@ class Whole:
                         bar.update()
 
         write_array(self.path, (decoded_bytes(self.sizes),), groups())
-        again = Whole.at(self.path, self.sizes)
+        again = WholeImages.open(self.path, self.sizes)
         if again.pixels is None:
             raise InputError(
                 f"{self.path} reads back differently from what was written; choose another disk with --cache"
@@ -85,7 +86,7 @@ class Whole:
 
 
 def decoded_bytes(sizes: np.ndarray) -> int:
-    """Of RGB images of these heights and widths, int64 (N, 2)."""
+    """Bytes of RGB images of these heights and widths, int64 (N, 2)."""
     return int(sizes.prod(axis=1).sum()) * 3
 
 

@@ -1,4 +1,4 @@
-"""How every network here starts: one function, so that networks differ in shape only."""
+"""The initial weights of every network in this folder: one function, so that networks differ in shape only."""
 
 from torch import nn
 

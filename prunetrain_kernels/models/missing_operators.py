@@ -14,13 +14,13 @@ Value = TypeVar("Value")
 
 _SCHEMAS = {
     name: f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    for name in ("nms", "qnms")  # all that torchvision registers functions for without looking whether they are there
+    for name in ("nms", "qnms")  # torchvision registers functions for these without checking that they exist
 }
 _DECLARED: list[torch.library.Library] = []  # operators live as long as their library does
 
 
 def with_torchvision(load: Callable[[], Value]) -> Value:
-    """What `load()` returns, which may import torchvision; run once more where that lacks operators of its own.
+    """The result of `load()`, which may import torchvision; called twice where torchvision lacks its own operators.
 
     Nothing is declared where torchvision's compiled part loads, nor where torchvision is not imported.
 
@@ -50,7 +50,7 @@ def _is_missing_operator(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and those that it came from."""
+    """An exception, and the exceptions that caused it."""
     each: BaseException | None = error
     while each is not None:
         yield each

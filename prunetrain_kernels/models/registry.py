@@ -22,7 +22,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg13": vgg13,
     "imagenet_resnet50": imagenet_resnet50,
 }
-_LONGEST = 300  # characters of somebody else's message that a sentence can hold
+_LONGEST = 300  # characters of another library's message that are quoted
 
 
 def build(name_or_path: str, num_classes: int, in_channels: int = 3) -> nn.Module:
@@ -30,9 +30,9 @@ def build(name_or_path: str, num_classes: int, in_channels: int = 3) -> nn.Modul
 
     Args:
         name_or_path: a name in `MODELS`, or `package.module:function` (say `torchvision.models:resnet18`): any callable
-            that takes `num_classes=` and returns an `nn.Module`, nested as you like (`module:Class.method`). It is
-            given `in_channels=` only if it has a parameter of that name. torchvision may be of another build than
-            PyTorch, whose compiled operators do not load.
+            that takes `num_classes=` and returns an `nn.Module`; it may be nested (`module:Class.method`). It gets
+            `in_channels=` only if it has a parameter of that name. torchvision may be of another build than PyTorch, so
+            that its compiled operators do not load.
         num_classes: logits per image.
         in_channels: channels of the input images.
 
@@ -58,8 +58,8 @@ def build(name_or_path: str, num_classes: int, in_channels: int = 3) -> nn.Modul
         hint = "" if _takes(factory, arguments) else "; name a function that needs no argument but num_classes"
         raise InputError(f"The call {call} failed with {_one_line(error)}{hint}.") from error
     if not isinstance(model, nn.Module):
-        is_ = f"the class {model.__name__} itself" if isinstance(model, type) else type(model).__name__
-        raise InputError(f"The call {call} must return a torch.nn.Module, but returned {is_}.")
+        returned = f"the class {model.__name__} itself" if isinstance(model, type) else type(model).__name__
+        raise InputError(f"The call {call} must return a torch.nn.Module, but returned {returned}.")
     return model
 
 
@@ -103,7 +103,7 @@ def _attribute(holder: object, name: str, called: str) -> object:
 
 
 def _takes(factory: Callable[..., object], arguments: dict[str, int]) -> bool:
-    """Whether a function can be called with these arguments, as far as its signature says."""
+    """Whether a function can be called with these arguments, as far as its signature tells."""
     try:
         inspect.signature(factory).bind(**arguments)
     except ValueError:  # it has none that can be read

@@ -17,8 +17,21 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops.channel_index import channel_map_output
 from prunetrain_kernels.ops.launch import KERNEL_DTYPES
 from prunetrain_kernels.ops.layout import dense, is_channels_last, matrix
-from prunetrain_kernels.ops.sgd import _beside, _check, _flags, _settings
-from prunetrain_kernels.ops.tables import Tile, addresses, by_dtype, flat_tile, is_dense, slice_tile, table_of
+from prunetrain_kernels.ops.sgd import (
+    UNSCALED,
+    Hyperparameters,
+    LassoState,
+    Parameters,
+    Scaling,
+    check_parameters,
+    copy_back,
+    flags_tensor,
+    in_layout_of,
+    settings_of,
+    settings_tensor,
+    tiles_of,
+)
+from prunetrain_kernels.ops.tables import addresses, by_dtype, is_dense, table_of
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_cuda.abi3.so"
 DEVICE = "cuda"
@@ -81,30 +94,25 @@ def _check_kernels(params: Sequence[Tensor], buffers: Sequence[Tensor], learning
             )
 
 
+def _check_norms(norms: Tensor, max_abs: Tensor, count: int) -> None:
+    """Raises InputError unless there is room for the norms of `count` channel slices."""
+    if norms.numel() < count or 0 < max_abs.numel() < count:
+        raise InputError(
+            f"the weights with a lasso have {count} channel slices, but there are {norms.numel()} norms and "
+            f"{max_abs.numel()} max_abs; take them from slice_statistics of these weights."
+        )
+
+
 def _scalar(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.to(torch.float32)
 
 
 def sgd_update_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    norms: Tensor,
-    max_abs: Tensor,
+    parameters: Parameters,
+    lasso: LassoState,
     learning_rates: Sequence[Tensor],
-    coefficient: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    momentum: Sequence[float],
-    dampening: Sequence[float],
-    weight_decay: Sequence[float],
-    nesterov: Sequence[bool],
-    maximize: Sequence[bool],
-    group: Sequence[int],
-    first: Sequence[bool],
-    blocks: Sequence[int],
-    used: Sequence[int],
-    eps: float,
+    hyperparameters: Sequence[Hyperparameters],
+    scaling: Scaling = UNSCALED,
 ) -> None:
     """One step of SGD for all parameters, in place; arguments as of `ops.sgd.sgd_update_`, which has the maths.
 
@@ -112,27 +120,17 @@ def sgd_update_(
         InputError: the library is not built; lists of different lengths; tensors that are not on a GPU, not fp32, fp16
             or bf16, or not dense; too few norms.
     """
-    _check(params, grads, buffers, group, first, blocks, used)
+    check_parameters(parameters)
+    params, buffers = parameters.params, parameters.buffers
     operators = _required("SGD", *params)
     if not params:
         return
     _check_kernels(params, buffers, learning_rates)
-    beside = [_beside(p, g) for p, g in zip(params, grads, strict=True)]
-    beside = [g if g.dtype == p.dtype else g.to(p.dtype) for p, g in zip(params, beside, strict=True)]
-    hyper = tuple(
-        (m, 1 - d, w, float(n), -1.0 if x else 1.0)
-        for m, d, w, n, x in zip(momentum, dampening, weight_decay, nesterov, maximize, strict=True)
-    )
-    tiles: list[Tile] = []
-    at = 0
-    for p, block, sides, i in zip(params, blocks, used, group, strict=True):
-        tiles.append(slice_tile(p, block, sides, at, i) if sides else flat_tile(p, i))
-        at += (p.shape[1] // block + p.shape[0]) if sides else 0
-    if norms.numel() < at or 0 < max_abs.numel() < at:
-        raise InputError(
-            f"the weights with a lasso have {at} channel slices, but there are {norms.numel()} norms and "
-            f"{max_abs.numel()} max_abs; take them from slice_statistics of these weights."
-        )
+    grads = [in_layout_of(p, g).to(p.dtype) for p, g in zip(params, parameters.grads, strict=True)]
+    settings = settings_of(hyperparameters)
+    tiles, count = tiles_of(parameters)
+    norms, max_abs, coefficient, eps = lasso
+    _check_norms(norms, max_abs, count)
     for positions in by_dtype(params):
         device, dtype = params[positions[0]].device, params[positions[0]].dtype
         table = table_of(tuple(tiles[i] for i in positions), device)
@@ -142,25 +140,21 @@ def sgd_update_(
             table.fold_tensor,
             table.fold_start,
             addresses([params[i] for i in positions]),
-            addresses([beside[i] for i in positions]),
+            addresses([grads[i] for i in positions]),
             addresses([buffers[i] for i in positions]),
-            _flags(tuple(first[i] for i in positions), device),
+            flags_tensor(tuple(parameters.first[i] for i in positions), device),
             dtype,
             addresses(learning_rates),
-            _settings(hyper, torch.float32, device),
+            settings_tensor(settings, torch.float32, device),
             norms.new_empty(table.slots),
             norms.new_empty(table.slots),
             norms,
             max_abs,
-            _scalar(coefficient),
-            _scalar(grad_scale),
-            _scalar(found_inf),
+            *map(_scalar, (coefficient, *scaling)),
             eps,
         )
-    if grad_scale is not None:
-        for given, unscaled in zip(grads, beside, strict=True):
-            if given is not unscaled:
-                given.copy_(unscaled)
+    if scaling.grad_scale is not None:
+        copy_back(parameters.grads, grads)
 
 
 # -- channels by index -------------------------------------------------------------------------------------------------

@@ -80,6 +80,11 @@ class Groups:
     inputs: bool = True
     outputs: bool = True
 
+    @classmethod
+    def of_used(cls, block: int, used: int) -> "Groups":
+        """The groups with this `block` and `used`, as an operator takes them."""
+        return cls(block, inputs=bool(used & 1), outputs=bool(used & 2))
+
     @property
     def used(self) -> int:
         """Both flags as one number, as the operators take them: 1 for inputs, 2 for outputs."""
@@ -90,7 +95,7 @@ class Groups:
 
 
 def slice_view(weight: Tensor, block: int = 1) -> Tensor:
-    """Weight as (K, C, ...): a view in which dim 0 is the output channel and dim 1 the input channel.
+    """The weight as (K, C, ...): a view in which dim 0 is the output channel and dim 1 the input channel.
 
     Args:
         weight: (K, C, R, S) of a convolution, or (K, C * block) of a linear layer.
@@ -185,7 +190,7 @@ def store_column_partials(
     square, size, row0, column0, columns, sums, maxima, slots,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The same of the columns of a whole tile."""
+    """Column sums of squares and largest |w| of a whole tile, into the tile's own slots."""
     cols = column0 + tl.arange(0, COLUMNS)
     slot = slots + (row0 // ROWS).to(tl.int64) * columns + cols
     tl.store(sums + slot, tl.sum(square, 0), mask=cols < columns)
@@ -193,17 +198,17 @@ def store_column_partials(
 
 
 @triton.jit
-def inverse_norms(norms, at, exists):
+def inverse_norms(norms, index, exists):
     """1 / n, and 0 where there is no norm."""
-    norm = tl.load(norms + at, mask=exists, other=1.0)
+    norm = tl.load(norms + index, mask=exists, other=1.0)
     return tl.where(exists, 1 / norm, tl.zeros_like(norm))
 
 
 @triton.jit
 def _norms_tile(
     address, entry, height, columns, numel, row0, column0, sums, maxima,
-    VECTOR: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    ACC: tl.constexpr, BITS: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
+    BITS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     column_square = tl.zeros((STEP, COLUMNS), ACC)
     column_size = tl.zeros((STEP, COLUMNS), BITS)
@@ -238,12 +243,12 @@ def _norms_kernel(
     if is_vector(height, columns, numel, address):
         _norms_tile(
             address, entry, height, columns, numel, row0, column0, sums, maxima,
-            True, DTYPE, ROWS, COLUMNS, STEP, ACC, BITS,
+            DTYPE, ROWS, COLUMNS, STEP, ACC, BITS, VECTOR=True,
         )  # fmt: skip
     else:
         _norms_tile(
             address, entry, height, columns, numel, row0, column0, sums, maxima,
-            False, DTYPE, ROWS, COLUMNS, STEP // 2, ACC, BITS,
+            DTYPE, ROWS, COLUMNS, STEP // 2, ACC, BITS, VECTOR=False,
         )  # fmt: skip
 
 
@@ -279,22 +284,23 @@ def _fold_kernel(
             column = (copy // inner) * channels * inner + copy % inner
             in_slot = step.to(tl.int64)[None, :] * columns + column[None, :] + (channel * inner)[:, None]
             out_slot = slot.to(tl.int64)[None, :] * height + channel[:, None]
-            at = base + tl.where(is_in, in_slot, out_slot)
+            source = base + tl.where(is_in, in_slot, out_slot)
             exists = (slot < slots)[None, :] & (channel < count)[:, None]
-            total += tl.load(sums + at, mask=exists, other=0.0)
+            total += tl.load(sums + source, mask=exists, other=0.0)
             if MAXIMA:
-                largest = tl.maximum(largest, tl.load(maxima + at, mask=exists, other=0.0).to(BITS, bitcast=True))
-        to = tl.load(entry + 9) + tl.where(is_in, 0, channels) + channel
-        tl.store(norms + to, tl.sqrt(tl.sum(total, 1) + eps), mask=channel < count)
+                size = tl.load(maxima + source, mask=exists, other=0.0)
+                largest = tl.maximum(largest, size.to(BITS, bitcast=True))
+        target = tl.load(entry + 9) + tl.where(is_in, 0, channels) + channel
+        tl.store(norms + target, tl.sqrt(tl.sum(total, 1) + eps), mask=channel < count)
         if MAXIMA:
-            tl.store(max_abs + to, tl.max(largest, 1).to(ACC, bitcast=True), mask=channel < count)
+            tl.store(max_abs + target, tl.max(largest, 1).to(ACC, bitcast=True), mask=channel < count)
 
 
 @triton.jit
 def _gradient_tile(
     address, gradient, entry, height, columns, inner, channels, numel, row0, column0, norms, scale,
-    VECTOR: tl.constexpr, DTYPE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STEP: tl.constexpr, ACC: tl.constexpr,
+    DTYPE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    ACC: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     norm0, used = tl.load(entry + 9), tl.load(entry + 10)
     cols = column0 + tl.arange(0, COLUMNS)
@@ -327,12 +333,12 @@ def _gradient_kernel(
     if is_vector(height, columns, numel, address | gradient):
         _gradient_tile(
             address, gradient, entry, height, columns, inner, channels, numel, row0, column0, norms, scale,
-            True, DTYPE, ADD, ROWS, COLUMNS, STEP, ACC,
+            DTYPE, ADD, ROWS, COLUMNS, STEP, ACC, VECTOR=True,
         )  # fmt: skip
     else:
         _gradient_tile(
             address, gradient, entry, height, columns, inner, channels, numel, row0, column0, norms, scale,
-            False, DTYPE, ADD, ROWS, COLUMNS, STEP // 2, ACC,
+            DTYPE, ADD, ROWS, COLUMNS, STEP // 2, ACC, VECTOR=False,
         )  # fmt: skip
 
 
@@ -340,12 +346,7 @@ def _gradient_kernel(
 
 
 def fold(
-    table: Table,
-    partials: tuple[Tensor, Tensor],
-    norms: Tensor,
-    max_abs: Tensor | None,
-    eps: float,
-    skip: Tensor | None,
+    table: Table, partials: Sequence[Tensor], norms: Tensor, max_abs: Tensor | None, *, eps: float, skip: Tensor | None
 ) -> None:
     """Folds the slots of a table into norms sqrt(sum + eps) and, if wanted, largest |w|; not if `skip` holds a 1."""
     sums, maxima = partials
@@ -385,7 +386,7 @@ def _all_by_tables(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _measure(weights: Sequence[Tensor], blocks: Sequence[int], eps: float, sizes: bool) -> tuple[Tensor, Tensor]:
+def _measure(weights: Sequence[Tensor], blocks: Sequence[int], eps: float, *, sizes: bool) -> tuple[Tensor, Tensor]:
     """Norms, and the largest |w| if wanted (else without elements), of all slices of all weights: one read of them."""
     if not _all_by_tables(weights):
         norms = _reference_norms(weights, blocks, eps)
@@ -396,12 +397,10 @@ def _measure(weights: Sequence[Tensor], blocks: Sequence[int], eps: float, sizes
     max_abs = torch.empty_like(norms) if sizes else None
     for positions in by_dtype(weights):
         table = table_of(tuple(tiles[i] for i in positions), norms.device)
-        some = [weights[i] for i in positions]
-        if native.use_native(some[0]):
+        dtype, pointers = weights[positions[0]].dtype, addresses([weights[i] for i in positions])
+        if native.use_native(weights[positions[0]]):
             sizes_or_none = norms.new_empty(0) if max_abs is None else max_abs
-            native.ops().slice_statistics(
-                table.tensors, addresses(some), native.DTYPE[some[0].dtype], norms, sizes_or_none, eps
-            )
+            native.ops().slice_statistics(table.tensors, pointers, native.DTYPE[dtype], norms, sizes_or_none, eps)
             continue
         partials = norms.new_empty(table.slots), norms.new_empty(table.slots)
         launch(
@@ -409,10 +408,10 @@ def _measure(weights: Sequence[Tensor], blocks: Sequence[int], eps: float, sizes
             (len(table.tile_tensor),),
             table.tensors,
             table.tile_tensor,
-            addresses(some),
+            pointers,
             *partials,
             FIELDS=FIELDS,
-            DTYPE=triton_dtype(some[0].dtype),
+            DTYPE=triton_dtype(dtype),
             ROWS=TILE_ROWS,
             COLUMNS=TILE_COLUMNS,
             STEP=TILE_STEP,
@@ -420,7 +419,7 @@ def _measure(weights: Sequence[Tensor], blocks: Sequence[int], eps: float, sizes
             BITS=bits(norms.dtype),
             num_warps=8,
         )
-        fold(table, partials, norms, max_abs, eps, None)
+        fold(table, partials, norms, max_abs, eps=eps, skip=None)
     return norms, norms.new_empty(0) if max_abs is None else max_abs
 
 
@@ -431,23 +430,24 @@ def _write_gradient(
     scale: Tensor,
     blocks: Sequence[int],
     used: Sequence[int],
+    *,
     add: bool,
 ) -> None:
     """Gradients of dense weights, in their layout, written or added into `gradients`."""
     tiles, _ = slice_tiles(weights, blocks, used)
     for positions in by_dtype(weights):
         table = table_of(tuple(tiles[i] for i in positions), norms.device)
-        places = addresses([weights[i] for i in positions]), addresses([gradients[i] for i in positions])
+        pointers = addresses([weights[i] for i in positions]), addresses([gradients[i] for i in positions])
         dtype = weights[positions[0]].dtype
         if native.use_native(weights[positions[0]]):
-            native.ops().group_lasso_gradient(table.tensors, *places, native.DTYPE[dtype], norms, scale, add)
+            native.ops().group_lasso_gradient(table.tensors, *pointers, native.DTYPE[dtype], norms, scale, add)
             continue
         launch(
             _gradient_kernel,
             (len(table.tile_tensor),),
             table.tensors,
             table.tile_tensor,
-            *places,
+            *pointers,
             norms,
             scale,
             FIELDS=FIELDS,
@@ -465,7 +465,7 @@ def _write_gradient(
 
 
 def counted(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], like: Tensor) -> Tensor:
-    """1 for each norm that enters the penalty, 0 for the others, beside flat norms `like`."""
+    """Factors of flat norms `like`: 1 for each that enters the penalty, 0 for the others."""
     key = tuple((*channels_of(w, b), u) for w, b, u in zip(weights, blocks, used, strict=True))
     return _counted(key, like.dtype, like.device)
 
@@ -514,7 +514,7 @@ def _gradient_reference(
     upstream: Tensor, norms: Tensor, weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]
 ) -> list[Tensor]:
     parts = split_by_layer(norms, weights, blocks)
-    groups = [Groups(b, bool(u & 1), bool(u & 2)) for b, u in zip(blocks, used, strict=True)]
+    groups = [Groups.of_used(b, u) for b, u in zip(blocks, used, strict=True)]
     return [reference_gradient(w, n, g, upstream) for w, n, g in zip(weights, parts, groups, strict=True)]
 
 
@@ -577,13 +577,12 @@ def _add_group_lasso_gradient_(
     if same and _all_by_tables(weights):
         _write_gradient(gradients, weights, norms, coefficient, blocks, used, add=True)
         return
-    for gradient, addend in zip(
-        gradients, _group_lasso_gradient(coefficient, norms, weights, blocks, used), strict=True
-    ):
+    addends = _group_lasso_gradient(coefficient, norms, weights, blocks, used)
+    for gradient, addend in zip(gradients, addends, strict=True):
         gradient += addend
 
 
-def _check(weights: Sequence[Tensor], groups: Sequence[Groups], penalised: bool = True) -> None:
+def _check(weights: Sequence[Tensor], groups: Sequence[Groups], *, penalised: bool = True) -> None:
     if len(weights) != len(groups):
         raise InputError(f"group_lasso got {len(weights)} weights but {len(groups)} groups; give one entry per weight.")
     if penalised and not any(group.used for group in groups):
@@ -678,18 +677,18 @@ def add_group_lasso_gradient_(
         if not chosen:
             continue
         some = [weights[i] for i in chosen]
-        their = torch.cat([side for i in chosen for side in parts[i]]) if len(chosen) < len(weights) else norms
+        some_norms = torch.cat([side for i in chosen for side in parts[i]]) if len(chosen) < len(weights) else norms
         arguments = [blocks[i] for i in chosen], [used[i] for i in chosen]
         if add:
-            _add_group_lasso_gradient_([w.grad for w in some], some, their, scale, *arguments)
+            _add_group_lasso_gradient_([w.grad for w in some], some, some_norms, scale, *arguments)
         else:
-            for weight, gradient in zip(some, _group_lasso_gradient(scale, their, some, *arguments), strict=True):
+            for weight, gradient in zip(some, _group_lasso_gradient(scale, some_norms, some, *arguments), strict=True):
                 weight.grad = gradient
     return penalty
 
 
 def coefficient_tensor(coefficient: float | Tensor, like: Tensor) -> Tensor:
-    """A coefficient as a scalar tensor beside `like`; numbers are uploaded once."""
+    """A coefficient as a scalar tensor of the device and dtype of `like`; numbers are uploaded once."""
     if isinstance(coefficient, Tensor):
         return coefficient.detach().to(like.device, like.dtype)
     return _number(float(coefficient), like.dtype, like.device)

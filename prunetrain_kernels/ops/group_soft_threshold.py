@@ -34,7 +34,7 @@ from prunetrain_kernels.ops.tables import (
     is_vector,
     pointer_to,
     read_tensor,
-    slice_tile,
+    slice_tiles,
     table_of,
     tile_of,
 )
@@ -55,9 +55,9 @@ def _reference(weight: Tensor, norms: tuple[Tensor, Tensor], group: Groups, thre
 
 
 @triton.jit
-def _shrinkage(norms, at, exists, threshold):
+def _shrinkage(norms, index, exists, threshold):
     """max(0, 1 - threshold / n), and 1 where there is no norm; NaN stays NaN."""
-    norm = tl.load(norms + at, mask=exists, other=float("inf"))
+    norm = tl.load(norms + index, mask=exists, other=float("inf"))
     keep = 1 - threshold / norm
     return tl.where((keep <= 0) | (norm == 0), tl.zeros_like(keep), keep)
 
@@ -65,8 +65,8 @@ def _shrinkage(norms, at, exists, threshold):
 @triton.jit
 def _shrink_tile(
     address, entry, height, columns, inner, channels, numel, row0, column0, norms, threshold,
-    VECTOR: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    ACC: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     norm0, used = tl.load(entry + 9), tl.load(entry + 10)
     cols = column0 + tl.arange(0, COLUMNS)
@@ -100,12 +100,12 @@ def _soft_threshold_kernel(
         if is_vector(height, columns, numel, address):
             _shrink_tile(
                 address, entry, height, columns, inner, channels, numel, row0, column0, norms, threshold,
-                True, DTYPE, ROWS, COLUMNS, STEP, ACC,
+                DTYPE, ROWS, COLUMNS, STEP, ACC, VECTOR=True,
             )  # fmt: skip
         else:
             _shrink_tile(
                 address, entry, height, columns, inner, channels, numel, row0, column0, norms, threshold,
-                False, DTYPE, ROWS, COLUMNS, STEP // 2, ACC,
+                DTYPE, ROWS, COLUMNS, STEP // 2, ACC, VECTOR=False,
             )  # fmt: skip
 
 
@@ -126,18 +126,15 @@ def group_soft_threshold_(
 
     Args:
         weights: (K, C, ...) or (K, C * block).
-        norms: their flat norms, as `slice_statistics` gives them with eps = 0.
+        norms: the flat norms of the weights, as `slice_statistics` gives them with eps = 0.
         thresholds: one scalar tensor per hyperparameter group, in the dtype of the norms.
         found_inf: a 1 in it skips the step.
-        group: of hyperparameters, of each weight.
+        group: the number of each weight's hyperparameter group.
         blocks, used: as in the lasso's operators.
     """
     wide = norms.dtype == torch.float64
     if all(use_kernels(w) and is_dense(w) and (w.dtype == torch.float64) == wide for w in weights):
-        tiles, at = [], 0
-        for w, block, sides, i in zip(weights, blocks, used, group, strict=True):
-            tiles.append(slice_tile(w, block, sides, at, i))
-            at += w.shape[1] // block + w.shape[0]
+        tiles, _ = slice_tiles(weights, blocks, used, group)
         for positions in by_dtype(weights):
             table = table_of(tuple(tiles[i] for i in positions), norms.device)
             launch(
@@ -164,4 +161,4 @@ def group_soft_threshold_(
     for w, pair, i, block, sides in zip(
         weights, split_by_layer(norms, weights, blocks), group, blocks, used, strict=True
     ):
-        _reference(w, pair, Groups(block, bool(sides & 1), bool(sides & 2)), thresholds[i].to(norms.device))
+        _reference(w, pair, Groups.of_used(block, sides), thresholds[i].to(norms.device))

@@ -1,4 +1,4 @@
-"""How kernels are launched, and when: what all operators share with Triton.
+"""How and when kernels are launched, and how operators are registered: what all operators share.
 
 An operator's kernels run when its tensors are on CUDA. On the CPU its plain-PyTorch reference runs instead, except
 
@@ -51,14 +51,14 @@ _compiled: list[Any] | None = None  # inside compiling_only: what each launch co
 
 @cache
 def backend() -> str:
-    """The backend that `PRUNETRAIN_BACKEND` asks for when it is first needed:
+    """The backend that `PRUNETRAIN_BACKEND` asked for when this was first called:
 
     * `auto`, or unset: kernels on a GPU; on the CPU the native library if it is there, else the references;
     * `native`: as auto, but an error if the library is not there;
     * `reference`: the references everywhere.
 
     Raises:
-        InputError: it names none.
+        InputError: `PRUNETRAIN_BACKEND` names no backend.
     """
     wanted = os.environ.get("PRUNETRAIN_BACKEND", "").strip().lower() or "auto"
     if wanted not in BACKENDS:
@@ -78,9 +78,9 @@ def use_kernels(tensor: Tensor) -> bool:
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether this is a plain call on a real tensor that nobody traces, transforms or watches.
+    """Whether this is a plain call on a real tensor that nothing traces, transforms or records.
 
-    Then an operator's implementation may be called as it is. Through PyTorch's dispatcher a Python operator costs
+    Then an operator's implementation may be called directly. Through PyTorch's dispatcher, an operator in Python takes
     more time on the host than most of these kernels take on the device.
     """
     return (
@@ -93,9 +93,9 @@ def is_eager(tensor: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, ...) or forward-mode differentiation is at work around this call.
+    """Whether this call is inside a torch.func transform (grad, vmap, ...) or forward-mode differentiation.
 
-    An operator then computes with PyTorch's own operations, which know all of these, and not with its kernels.
+    An operator then computes with PyTorch's own operations, which have rules for all of these, and not with kernels.
     """
     return not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -103,8 +103,11 @@ def is_transformed() -> bool:
 
 
 def is_differentiated_again(gradient: Tensor) -> bool:
-    """Whether a backward that was handed `gradient` must itself be made of PyTorch's own operations: somebody may take
-    its derivative (`create_graph=True`), or asks for many gradients at a time (`is_grads_batched=True`, torch.func)."""
+    """Whether a backward pass on `gradient` must be made of PyTorch's own operations.
+
+    That is so where its derivative may be taken (`create_graph=True`), and where many gradients are computed at a time
+    (`is_grads_batched=True`, torch.func).
+    """
     if torch.compiler.is_compiling():
         return False
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient) or is_transformed()
@@ -149,9 +152,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 @contextmanager
 def compiling_only() -> Iterator[list[Any]]:
-    """Launches inside compile for Triton's active target and run nothing; yields the list of compiled kernels.
+    """Inside, launches compile for Triton's active target and run nothing; yields the list of compiled kernels.
 
-    Works in a process without the interpreter; results of the operators called inside are memory nobody has written.
+    It works in processes without the interpreter. Results of operators called inside are uninitialised memory.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on.
     """
     global _compiled
     if INTERPRET:
@@ -167,28 +173,30 @@ def register(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[
     """Registers a function as the operator `prunetrain_kernels::name` for every device; the schema comes from its
     annotations. Its shape function and derivative are added by `.register_fake` and `.register_autograd`.
 
-    The operator itself refuses transforms; public functions compute in another way there (`is_transformed`).
+    The operator itself refuses transforms; public functions compute in another way inside them (`is_transformed`).
     """
 
     def decorate(function: Callable[..., Any]) -> CustomOpDef:
-        made = torch.library.custom_op(f"prunetrain_kernels::{name}", mutates_args=mutates)(function)
-        made.__class__ = _Operator
-        return made
+        operator = torch.library.custom_op(f"prunetrain_kernels::{name}", mutates_args=mutates)(function)
+        operator.__class__ = _Operator
+        return operator
 
     return decorate
 
 
 class _Operator(CustomOpDef):
-    """An operator that says which transforms it has no rule for; PyTorch would name neither it nor a way out, and for
-    forward mode give zeros."""
+    """An operator that refuses the transforms it has no rule for, by name and with an alternative.
+
+    PyTorch's own error would name neither, and in forward mode the derivative would be zero.
+    """
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if is_transformed():
-            by_func = torch._C._are_functorch_transforms_active()
-            if by_func or _has_tangent((*arguments, *keywords.values())):
+            in_func = torch._C._are_functorch_transforms_active()
+            if in_func or _has_tangent((*arguments, *keywords.values())):
                 raise InputError(
                     f"the operator {self._qualname} has no rule for "
-                    f"{'the transforms of torch.func' if by_func else 'forward-mode differentiation'}; call the "
+                    f"{'the transforms of torch.func' if in_func else 'forward-mode differentiation'}; call the "
                     "differentiable functions of prunetrain_kernels.ops, or plain torch.nn modules."
                 )
         return super().__call__(*arguments, **keywords)
@@ -205,7 +213,7 @@ def _has_tangent(arguments: Sequence[Any]) -> bool:
 
 
 def refuse_derivative(operator: CustomOpDef, instead: str) -> None:
-    """Lets a backward through `operator` say that it has no derivative, and what has."""
+    """Makes a backward pass through `operator` fail with an error that names `instead`, which has a derivative."""
 
     def refuse(ctx: Any, *_: Any) -> Any:
         raise InputError(f"the operator {operator._qualname} has no derivative; use {instead}.")

@@ -60,7 +60,7 @@ def matrix_of(x: Tensor) -> Matrix:
     """The matrix of a dense activation (N, C, ...), contiguous or channels_last; see `dense`.
 
     Raises:
-        ValueError: C * H * W, or what a row of it would be, is beyond 2^31.
+        ValueError: C * H * W, or the length of a row, is 2^31 or more.
     """
     channels = x.shape[1]
     pixels = x.numel() // max(x.shape[0] * channels, 1)
@@ -82,8 +82,10 @@ def matrix(numel: int, channels: int, inner: int) -> Matrix:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a dense (N, C, ...) keeps the channels of a pixel together; of a tensor that is both, such as (N, C) or
-    (N, C, 1, 1), yes: it is the layout with less to index."""
+    """Whether a dense (N, C, ...) keeps the channels of a pixel together.
+
+    True also for a tensor that is stored both ways, such as (N, C) or (N, C, 1, 1): this layout has less to index.
+    """
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last)
     if x.dim() == 5:
@@ -102,7 +104,7 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last for a tensor that is stored so and not also the plain way."""
+    """The memory format of a dense tensor: channels_last only if it is not contiguous as well."""
     if x.is_contiguous():
         return torch.contiguous_format
     return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)

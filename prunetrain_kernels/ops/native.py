@@ -1,7 +1,7 @@
 """The native library: C++ operators for the CPU (csrc/cpu), and when they run.
 
-It is built when the package is installed, if a C++ compiler is there. Without it the plain-PyTorch references serve the
-CPU, with the same results and in more time, which is said once. `launch.backend` tells how to force a path.
+It is built when the package is installed, if a C++ compiler is there. Without it the plain-PyTorch references compute
+on the CPU, with the same results and in more time; a warning says so once. `launch.backend` tells how to force a path.
 """
 
 import os
@@ -21,23 +21,25 @@ from prunetrain_kernels.ops.launch import backend
 
 INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")
 
-# How csrc/cpu/common.h calls them.
+# The numbers that csrc/cpu/common.h gives dtypes.
 DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
-ENABLED = True  # tests switch it, to compare paths in one process
+ENABLED = True  # tests set it to False, to compare paths in one process
 
 
 def library() -> Path | None:
-    """Where the native library lies; None if the package was installed without it."""
-    given = os.environ.get("PRUNETRAIN_CPU_LIBRARY")
-    if given:
-        return Path(given)
+    """The path of the native library; None if the package was installed without it."""
+    path = os.environ.get("PRUNETRAIN_CPU_LIBRARY")
+    if path:
+        return Path(path)
     return next(iter(sorted(Path(__file__).parent.parent.glob("_cpu*.so"))), None)
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a library is as long as its ELF header says: loading one that was cut short kills the process. True where
-    there is no file, or another format: then loading says what is wrong."""
+    """Whether a library is as long as its ELF header says: loading one that was cut short kills the process.
+
+    True also where there is no file, or one of another system's format: then the error of loading says what is wrong.
+    """
     try:
         with path.open("rb") as file:
             header = file.read(64)
@@ -52,7 +54,7 @@ def _is_whole(path: Path) -> bool:
 
 @cache
 def problem() -> str | None:
-    """Loads the library, once; why it cannot be used, or None."""
+    """Loads the library, once; returns why it cannot be used, or None."""
     if backend() == "reference":
         return "PRUNETRAIN_BACKEND=reference turns it off"
     path = library()
@@ -108,5 +110,5 @@ def ops() -> Any:
 
 
 def instruction_set() -> str:
-    """The one that the library chose for this machine: the widest that it was built for and the machine has."""
+    """The instruction set that the library chose: the widest that it was built for and this machine has."""
     return INSTRUCTION_SETS[ops().instruction_set()]

@@ -64,6 +64,7 @@ from prunetrain_kernels.ops.tables import (
     addresses,
     bits,
     by_dtype,
+    channels_of,
     flat_tile,
     is_dense,
     is_vector,
@@ -77,64 +78,173 @@ from prunetrain_kernels.ops.tables import (
 NARROW = (torch.float16, torch.bfloat16)
 
 
-def widest(param: Tensor, grad: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: the wider of a parameter's and its gradient's, and at least fp32."""
-    return torch.promote_types(torch.promote_types(param.dtype, grad.dtype), torch.float32)
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+class Hyperparameters(NamedTuple):
+    """How the parameters of one group are updated; names, meanings and defaults are those of `torch.optim.SGD`. The
+    learning rate is not among them: it is passed as a tensor, which a captured CUDA graph follows."""
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+
+class Parameters(NamedTuple):
+    """The parameters that one call updates; every list has one entry per parameter.
+
+    Attributes:
+        params, grads: parameters and gradients, same shapes and devices. The arithmetic is in the wider of their dtypes
+            and at least fp32; where the two differ, plain PyTorch computes instead of kernels and the native library.
+        buffers: momentum buffers of the parameters' shapes; one without elements where momentum is 0.
+        group: the number of the parameter's hyperparameter group.
+        first: whether the parameter's buffer is to be initialised.
+        blocks, used: as in the lasso's operators; `used` is 0 for a parameter without a lasso.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+    group: Sequence[int]
+    first: Sequence[bool]
+    blocks: Sequence[int]
+    used: Sequence[int]
+
+
+class LassoState(NamedTuple):
+    """The lasso's strength and what the update knows of its weights.
+
+    Attributes:
+        norms: flat norms of the weights with a lasso, as `slice_statistics` gives them, in the order of the parameters;
+            read if there is a coefficient, and overwritten by those of the new weights.
+        max_abs: largest |w| of the same slices, overwritten; without elements if not wanted.
+        coefficient: lambda, a scalar tensor; None for no lasso.
+        eps: added to every squared norm.
+    """
+
+    norms: Tensor
+    max_abs: Tensor
+    coefficient: Tensor | None
+    eps: float
+
+
+class Scaling(NamedTuple):
+    """What a gradient scaler hands over.
+
+    Attributes:
+        grad_scale: what the gradients were multiplied by; they are divided by it, in place. None for 1.
+        found_inf: a 1 in it skips the step. None for 0.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+UNSCALED = Scaling()
+
+
+def check_parameters(parameters: Parameters) -> None:
+    """Raises InputError where lists differ in length, or a gradient or buffer is of another shape or device."""
+    params = parameters.params
+    if any(len(values) != len(params) for values in parameters):
+        raise InputError(f"sgd_ takes one entry per parameter in every list, and got {len(params)} parameters.")
+    for p, g, b in zip(params, parameters.grads, parameters.buffers, strict=True):
+        if g.shape != p.shape or (b.shape != p.shape and b.numel()):
+            raise InputError(
+                f"a parameter of shape {tuple(p.shape)} came with a gradient of shape {tuple(g.shape)} and a momentum "
+                f"buffer of shape {tuple(b.shape)}; all three must agree."
+            )
+        if not p.device == g.device == b.device == params[0].device:
+            raise InputError(
+                f"sgd_ got tensors on {params[0].device}, {p.device}, {g.device} and {b.device}; one call updates one "
+                "device."
+            )
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
+def widest(param: Tensor, grad: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: the wider of a parameter's and its gradient's, and at least fp32."""
+    return torch.promote_types(torch.promote_types(param.dtype, grad.dtype), torch.float32)
+
+
 def _reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
+    parameters: Parameters,
+    lasso_gradients: Sequence[Tensor | None],
     learning_rates: Sequence[Tensor],
-    momentum: Sequence[float],
-    dampening: Sequence[float],
-    weight_decay: Sequence[float],
-    nesterov: Sequence[bool],
-    maximize: Sequence[bool],
-    group: Sequence[int],
-    first: Sequence[bool],
+    hyperparameters: Sequence[Hyperparameters],
 ) -> None:
-    """The update in torch's own order of operations; `gradients` are the lasso's, already scaled.
+    """The update in torch's own order of operations; the lasso's gradients are already scaled by its coefficient.
 
     Gradients in fp16 and bf16 are widened, so that results are rounded once, when they are stored, as in the kernels.
     """
-    for p, g, b, lasso, i, begins in zip(params, grads, buffers, gradients, group, first, strict=True):
+    params, grads, buffers, group, first, *_ = parameters
+    for p, g, b, lasso, i, begins in zip(params, grads, buffers, lasso_gradients, group, first, strict=True):
+        momentum, dampening, weight_decay, nesterov, maximize = hyperparameters[i]
         stored = b
         if g.dtype in NARROW:
             g, b = g.to(widest(p, g)), b.to(widest(p, g))
-        if maximize[i]:
+        if maximize:
             g = -g
         if lasso is not None:
             g = g + lasso
-        if weight_decay[i]:
-            g = g.add(p, alpha=weight_decay[i])
-        if momentum[i]:
+        if weight_decay:
+            g = g.add(p, alpha=weight_decay)
+        if momentum:
             if begins:
                 b.copy_(g)
             else:
-                b.mul_(momentum[i]).add_(g, alpha=1 - dampening[i])
+                b.mul_(momentum).add_(g, alpha=1 - dampening)
             if b is not stored:
                 stored.copy_(b)
-            g = g.add(b, alpha=momentum[i]) if nesterov[i] else b
+            g = g.add(b, alpha=momentum) if nesterov else b
         p.add_(g, alpha=-float(learning_rates[i]))
+
+
+def _update_by_reference(
+    parameters: Parameters,
+    lasso: LassoState,
+    learning_rates: Sequence[Tensor],
+    hyperparameters: Sequence[Hyperparameters],
+    scaling: Scaling,
+) -> None:
+    params, grads, blocks, used = parameters.params, parameters.grads, parameters.blocks, parameters.used
+    grad_scale, found_inf = scaling
+    if found_inf is not None and float(found_inf):
+        return
+    if grad_scale is not None:
+        for g in grads:
+            g.div_(grad_scale.to(g.device))
+    with_lasso = [i for i, sides in enumerate(used) if sides]
+    weights, weight_blocks = [params[i] for i in with_lasso], [blocks[i] for i in with_lasso]
+    lasso_gradients: list[Tensor | None] = [None] * len(params)
+    if lasso.coefficient is not None and with_lasso:
+        for i, norms in zip(with_lasso, split_by_layer(lasso.norms, weights, weight_blocks), strict=True):
+            weight = params[i].to(widest(params[i], grads[i]))
+            groups = Groups.of_used(blocks[i], used[i])
+            lasso_gradients[i] = reference_gradient(weight, norms, groups, lasso.coefficient)
+    _reference(parameters, lasso_gradients, learning_rates, hyperparameters)
+    if with_lasso and lasso.norms.numel():
+        lasso.norms.copy_(_reference_norms(weights, weight_blocks, lasso.eps))
+    if with_lasso and lasso.max_abs.numel():
+        lasso.max_abs.copy_(_reference_max_abs(weights, weight_blocks))
 
 
 # -- kernel ------------------------------------------------------------------------------------------------------------
 
-HYPERPARAMETERS = 5  # momentum, 1 - dampening, weight decay, nesterov, sign of the gradient
+SETTINGS = 5  # numbers per hyperparameter group: momentum, 1 - dampening, weight decay, nesterov, sign of the gradient
 
 
 @triton.jit
 def _sgd_tile(
     param, grad, buffer, entry, height, columns, inner, channels, numel, row0, column0, used, begins,
     norms, sums, maxima, lr, settings, coefficient, grad_scale,
-    VECTOR: tl.constexpr, DTYPE: tl.constexpr, LASSO: tl.constexpr, MEASURE: tl.constexpr, SCALED: tl.constexpr,
+    DTYPE: tl.constexpr, LASSO: tl.constexpr, MEASURE: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr, BITS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     momentum, undamped = tl.load(settings), tl.load(settings + 1)
     decay, nesterov, sign = tl.load(settings + 2), tl.load(settings + 3), tl.load(settings + 4)
@@ -208,34 +318,64 @@ def _sgd_kernel(
             _sgd_tile(
                 param, grad, buffer, entry, height, columns, inner, channels, numel, row0, column0, used, begins,
                 norms, sums, maxima, lr, settings, coefficient, grad_scale,
-                True, DTYPE, LASSO, MEASURE, SCALED, ROWS, COLUMNS, STEP, ACC, BITS,
+                DTYPE, LASSO, MEASURE, SCALED, ROWS, COLUMNS, STEP, ACC, BITS, VECTOR=True,
             )  # fmt: skip
         else:
             _sgd_tile(
                 param, grad, buffer, entry, height, columns, inner, channels, numel, row0, column0, used, begins,
                 norms, sums, maxima, lr, settings, coefficient, grad_scale,
-                False, DTYPE, LASSO, MEASURE, SCALED, ROWS, COLUMNS, STEP // 2, ACC, BITS,
+                DTYPE, LASSO, MEASURE, SCALED, ROWS, COLUMNS, STEP // 2, ACC, BITS, VECTOR=False,
             )  # fmt: skip
 
 
 # -- launcher ----------------------------------------------------------------------------------------------------------
 
 
+def settings_of(hyperparameters: Sequence[Hyperparameters]) -> tuple[tuple[float, ...], ...]:
+    """The numbers of each group that the kernels read: SETTINGS of them."""
+    return tuple((m, 1 - d, w, float(n), -1.0 if x else 1.0) for m, d, w, n, x in hyperparameters)
+
+
 @lru_cache(maxsize=64)
-def _settings(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def settings_tensor(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`settings_of` the groups as a tensor (groups, SETTINGS); uploaded once."""
     return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
 
 @lru_cache(maxsize=64)
-def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
+def flags_tensor(values: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Flags as an int32 tensor; uploaded once."""
     return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 
 
-def _fits(params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
+def tiles_of(parameters: Parameters) -> tuple[list[Tile], int]:
+    """The tile of each parameter, and how many norms those with a lasso have together."""
+    tiles: list[Tile] = []
+    norms = 0
+    params, blocks, used, group = parameters.params, parameters.blocks, parameters.used, parameters.group
+    for p, block, sides, i in zip(params, blocks, used, group, strict=True):
+        tiles.append(slice_tile(p, block, sides, norms, i) if sides else flat_tile(p, i))
+        norms += sum(channels_of(p, block)) if sides else 0
+    return tiles, norms
+
+
+def in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in the parameter's memory layout; it is copied only if autograd has chosen another layout."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+
+
+def copy_back(grads: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Writes copies of gradients, which a kernel has unscaled, back into the gradients."""
+    for grad, copy in zip(grads, copies, strict=True):
+        if grad is not copy:
+            grad.copy_(copy)
+
+
+def _fits(parameters: Parameters) -> bool:
     """Whether kernels, or the native library, can update these tensors; otherwise the reference does, on any device."""
-    if len({p.dtype == torch.float64 for p in params}) > 1:
+    if len({p.dtype == torch.float64 for p in parameters.params}) > 1:
         return False
-    for p, g, b in zip(params, grads, buffers, strict=True):
+    for p, g, b in zip(parameters.params, parameters.grads, parameters.buffers, strict=True):
         if p.numel() == 0:
             continue
         if not ((use_kernels(p) or native.use_native(p)) and is_dense(p) and g.dtype == b.dtype == p.dtype):
@@ -245,13 +385,17 @@ def _fits(params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[T
     return True
 
 
-def _beside(param: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in the parameter's memory layout, which is autograd's own choice, and then no copy."""
-    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
-
-
 class _Part(NamedTuple):
-    """Parameters of one dtype, which one launch updates."""
+    """Parameters of one dtype, which one launch updates.
+
+    Attributes:
+        positions: the indices of the parameters in the call's lists.
+        native: whether the native library updates them, and not a kernel.
+        measure: whether any of them has a lasso.
+        table: the parameters' tiles.
+        params, buffers: addresses of parameters and momentum buffers.
+        begins: whether each buffer is to be initialised, int32.
+    """
 
     positions: list[int]
     dtype: torch.dtype
@@ -264,8 +408,13 @@ class _Part(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What a call prepares on the host, kept while the next calls are about the same memory: on small networks this
-    takes longer than the update."""
+    """What a call prepares on the host. It is kept for the next calls on the same memory, because on small networks it
+    takes longer than the update.
+
+    Attributes:
+        facts: everything that the plan depends on.
+        parts: the launches.
+    """
 
     facts: tuple[Any, ...]
     parts: list[_Part]
@@ -276,7 +425,7 @@ _plans_lock = threading.Lock()  # models may be trained in several threads
 
 
 def _known_plans() -> list[_Plan]:
-    """The plans as they are now: another thread may add one while they are compared."""
+    """A copy of the list of plans: another thread may add one while they are compared."""
     with _plans_lock:
         return list(_plans)
 
@@ -286,10 +435,9 @@ def _remember(plan: _Plan) -> None:
         _plans.appendleft(plan)
 
 
-def _facts(
-    params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], *others: Sequence[int]
-) -> tuple[Any, ...]:
-    """All that a plan depends on: where everything lies, in which shape, layout and dtype."""
+def _facts(parameters: Parameters) -> tuple[Any, ...]:
+    """All that a plan depends on: addresses, shapes, layouts, dtypes, and the integers that tables hold."""
+    params, grads, buffers, *others = parameters
     return (
         [p.data_ptr() for p in params],
         [b.data_ptr() for b in buffers],
@@ -303,42 +451,31 @@ def _facts(
     )
 
 
-def _plan(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    group: Sequence[int],
-    first: Sequence[bool],
-    blocks: Sequence[int],
-    used: Sequence[int],
-) -> _Plan | None:
-    """The plan of these tensors; None if neither kernels nor the native library can update them."""
-    facts = _facts(params, grads, buffers, group, first, blocks, used)
+def _plan(parameters: Parameters) -> _Plan | None:
+    """The plan of these parameters; None if neither kernels nor the native library can update them."""
+    facts = _facts(parameters)
     for plan in _known_plans():
         if plan.facts == facts:
             return plan
-    _check(params, grads, buffers, group, first, blocks, used)
-    if not _fits(params, grads, buffers):
+    check_parameters(parameters)
+    if not _fits(parameters):
         return None
-    tiles: list[Tile] = []
-    at = 0
-    for p, block, sides, i in zip(params, blocks, used, group, strict=True):
-        tiles.append(slice_tile(p, block, sides, at, i) if sides else flat_tile(p, i))
-        at += (p.shape[1] // block + p.shape[0]) if sides else 0
+    params, buffers = parameters.params, parameters.buffers
+    tiles, _ = tiles_of(parameters)
     parts = []
     for positions in by_dtype(params):
-        some = tuple(tiles[i] for i in positions)
+        part_tiles = tuple(tiles[i] for i in positions)
         leader = params[positions[0]]
         parts.append(
             _Part(
                 positions,
                 leader.dtype,
                 native.use_native(leader),
-                any(tile.used for tile in some),
-                table_of(some, leader.device),
+                any(tile.used for tile in part_tiles),
+                table_of(part_tiles, leader.device),
                 addresses([params[i] for i in positions]),
                 addresses([buffers[i] for i in positions]),
-                _flags(tuple(first[i] for i in positions), leader.device),
+                flags_tensor(tuple(parameters.first[i] for i in positions), leader.device),
             )
         )
     plan = _Plan(facts, parts)
@@ -348,83 +485,97 @@ def _plan(
 
 
 def _launch(
-    plan: _Plan,
+    part: _Part,
     grads: Sequence[Tensor],
-    norms: Tensor,
-    max_abs: Tensor,
+    lasso: LassoState,
     learning_rates: Sequence[Tensor],
-    coefficient: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    hyper: tuple[tuple[float, ...], ...],
-    eps: float,
+    settings: tuple[tuple[float, ...], ...],
+    scaling: Scaling,
 ) -> None:
-    for part in plan.parts:
-        table = part.table
-        dtype = accumulator_dtype(part.dtype)
-        places = part.params, addresses([grads[i] for i in part.positions]), part.buffers
-        rates, settings = addresses(learning_rates), _settings(hyper, dtype, table.tensors.device)
-        if part.native:
-            native.ops().sgd(
-                table.tensors, *places, part.begins, native.DTYPE[part.dtype], norms, max_abs, rates, settings,
-                coefficient, grad_scale, found_inf, eps,
-            )  # fmt: skip
-            continue
-        partials = norms.new_empty(table.slots), norms.new_empty(table.slots)
-        launch(
-            _sgd_kernel,
-            (len(table.tile_tensor),),
-            table.tensors,
-            table.tile_tensor,
-            *places,
-            part.begins,
-            norms,
-            *partials,
-            rates,
-            settings,
-            norms if coefficient is None else coefficient,
-            norms if grad_scale is None else grad_scale,
-            norms if found_inf is None else found_inf,
-            FIELDS=FIELDS,
-            SETTINGS=HYPERPARAMETERS,
-            DTYPE=triton_dtype(part.dtype),
-            LASSO=part.measure and coefficient is not None,
-            MEASURE=part.measure,
-            SCALED=grad_scale is not None,
-            SKIPS=found_inf is not None,
-            ROWS=TILE_ROWS,
-            COLUMNS=TILE_COLUMNS,
-            STEP=TILE_STEP,
-            ACC=accumulator(dtype),
-            BITS=bits(dtype),
-            num_warps=8,
-        )
-        if part.measure:
-            fold(table, partials, norms, max_abs if max_abs.numel() else None, eps, found_inf)
-
-
-def _check(
-    params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], *others: Sequence[int]
-) -> None:
-    if any(len(values) != len(params) for values in (grads, buffers, *others)):
-        raise InputError(f"sgd_ takes one entry per parameter in every list, and got {len(params)} parameters.")
-    for p, g, b in zip(params, grads, buffers, strict=True):
-        if g.shape != p.shape or (b.shape != p.shape and b.numel()):
-            raise InputError(
-                f"a parameter of shape {tuple(p.shape)} came with a gradient of shape {tuple(g.shape)} and a momentum "
-                f"buffer of shape {tuple(b.shape)}; all three must agree."
-            )
-        if not p.device == g.device == b.device == params[0].device:
-            raise InputError(
-                f"sgd_ got tensors on {params[0].device}, {p.device}, {g.device} and {b.device}; one call updates one "
-                "device."
-            )
+    """Updates the parameters of one dtype; `grads` are those of all parameters, in their layouts."""
+    norms, max_abs, coefficient, eps = lasso
+    grad_scale, found_inf = scaling
+    table, dtype = part.table, accumulator_dtype(part.dtype)
+    pointers = part.params, addresses([grads[i] for i in part.positions]), part.buffers
+    rates, group_settings = addresses(learning_rates), settings_tensor(settings, dtype, table.tensors.device)
+    if part.native:
+        native.ops().sgd(
+            table.tensors, *pointers, part.begins, native.DTYPE[part.dtype], norms, max_abs, rates, group_settings,
+            coefficient, grad_scale, found_inf, eps,
+        )  # fmt: skip
+        return
+    partials = norms.new_empty(table.slots), norms.new_empty(table.slots)
+    launch(
+        _sgd_kernel,
+        (len(table.tile_tensor),),
+        table.tensors,
+        table.tile_tensor,
+        *pointers,
+        part.begins,
+        norms,
+        *partials,
+        rates,
+        group_settings,
+        norms if coefficient is None else coefficient,
+        norms if grad_scale is None else grad_scale,
+        norms if found_inf is None else found_inf,
+        FIELDS=FIELDS,
+        SETTINGS=SETTINGS,
+        DTYPE=triton_dtype(part.dtype),
+        LASSO=part.measure and coefficient is not None,
+        MEASURE=part.measure,
+        SCALED=grad_scale is not None,
+        SKIPS=found_inf is not None,
+        ROWS=TILE_ROWS,
+        COLUMNS=TILE_COLUMNS,
+        STEP=TILE_STEP,
+        ACC=accumulator(dtype),
+        BITS=bits(dtype),
+        num_warps=8,
+    )
+    if part.measure:
+        fold(table, partials, norms, max_abs if max_abs.numel() else None, eps=eps, skip=found_inf)
 
 
 # -- operator ----------------------------------------------------------------------------------------------------------
 
 
 def sgd_update_(
+    parameters: Parameters,
+    lasso: LassoState,
+    learning_rates: Sequence[Tensor],
+    hyperparameters: Sequence[Hyperparameters],
+    scaling: Scaling = UNSCALED,
+) -> None:
+    """One step of SGD for all parameters, in place; see the module's docstring for the maths.
+
+    The operator `sgd_` does the same through PyTorch's dispatcher; this is for plain eager calls (`launch.is_eager`).
+
+    Args:
+        parameters: the tensors, all on one device.
+        lasso: its coefficient, and the norms of its weights.
+        learning_rates: one scalar tensor per hyperparameter group, fp32 on the parameters' device (fp64 where a
+            parameter or gradient is fp64 or complex128).
+        hyperparameters: one entry per group.
+        scaling: the scale of the gradients, and whether to skip the step.
+
+    Raises:
+        InputError: lists of different lengths, or a gradient or buffer of another shape or device than its parameter.
+    """
+    plan = _plan(parameters)
+    if plan is None:
+        _update_by_reference(parameters, lasso, learning_rates, hyperparameters, scaling)
+        return
+    grads = [in_layout_of(p, g) for p, g in zip(parameters.params, parameters.grads, strict=True)]
+    settings = settings_of(hyperparameters)
+    for part in plan.parts:
+        _launch(part, grads, lasso, learning_rates, settings, scaling)
+    if scaling.grad_scale is not None:
+        copy_back(parameters.grads, grads)
+
+
+@register("sgd_", mutates=("params", "grads", "buffers", "norms", "max_abs"))
+def sgd_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     buffers: Sequence[Tensor],
@@ -445,63 +596,38 @@ def sgd_update_(
     used: Sequence[int],
     eps: float,
 ) -> None:
-    """One step of SGD for all parameters, in place; see the module's docstring for the maths.
+    """One step of SGD for all parameters, in place: `sgd_update_` as the operator `prunetrain_kernels::sgd_`, which may
+    be traced and compiled. An operator's schema has no tuples, so the arguments are flat here.
 
     Args:
-        params, grads: parameters and gradients, same shapes and devices. The arithmetic is in the wider of their dtypes
-            and at least fp32; where the two differ, plain PyTorch computes instead of kernels and the native library.
-        buffers: momentum buffers of the parameters' shapes; one without elements where momentum is 0.
-        norms: flat norms of the weights with a lasso, as `slice_statistics` gives them, in the order of `params`; read
-            if there is a coefficient, and overwritten by those of the new weights.
-        max_abs: largest |w| beside the norms, overwritten; without elements if not wanted.
-        learning_rates: one scalar tensor per hyperparameter group, fp32 on the parameters' device (fp64 where a
-            parameter or gradient is fp64 or complex128).
-        coefficient: lambda, a scalar tensor; None for no lasso.
-        grad_scale: what the gradients were multiplied by; they are divided by it, in place. None for 1.
-        found_inf: a 1 in it skips the step.
-        momentum, dampening, weight_decay, nesterov, maximize: one entry per hyperparameter group.
-        group: of each parameter.
-        first: whether a parameter's buffer is to be initialised.
-        blocks, used: as in the lasso's operators; `used` is 0 for a parameter without a lasso.
-        eps: added to every squared norm.
+        params, grads, buffers, group, first, blocks, used: see `Parameters`.
+        norms, max_abs, coefficient, eps: see `LassoState`.
+        learning_rates: one scalar tensor per hyperparameter group; see `sgd_update_`.
+        grad_scale, found_inf: see `Scaling`.
+        momentum, dampening, weight_decay, nesterov, maximize: see `Hyperparameters`; one entry per group.
 
     Raises:
-        ValueError: lists of different lengths, or a gradient or buffer of another shape or device than its parameter.
+        ValueError: as `sgd_update_`; or settings for different numbers of groups.
     """
-    plan = _plan(params, grads, buffers, group, first, blocks, used)
-    if plan is not None:
-        given, grads = grads, [_beside(p, g) for p, g in zip(params, grads, strict=True)]
-        hyper = tuple(
-            (m, 1 - d, w, float(n), -1.0 if x else 1.0)
-            for m, d, w, n, x in zip(momentum, dampening, weight_decay, nesterov, maximize, strict=True)
-        )
-        _launch(plan, grads, norms, max_abs, learning_rates, coefficient, grad_scale, found_inf, hyper, eps)
-        if grad_scale is not None:
-            for old, new in zip(given, grads, strict=True):
-                if old is not new:
-                    old.copy_(new)
-        return
-    if grad_scale is not None and not (found_inf is not None and float(found_inf)):
-        for g in grads:
-            g.div_(grad_scale.to(g.device))
-    if found_inf is not None and float(found_inf):
-        return
-    lasso = [i for i, sides in enumerate(used) if sides]
-    weights, their_blocks = [params[i] for i in lasso], [blocks[i] for i in lasso]
-    gradients: list[Tensor | None] = [None] * len(params)
-    if coefficient is not None and lasso:
-        for i, pair in zip(lasso, split_by_layer(norms, weights, their_blocks), strict=True):
-            sides = Groups(blocks[i], bool(used[i] & 1), bool(used[i] & 2))
-            gradients[i] = reference_gradient(params[i].to(widest(params[i], grads[i])), pair, sides, coefficient)
-    _reference(
-        params, grads, buffers, gradients, learning_rates, momentum, dampening, weight_decay, nesterov, maximize, group,
-        first,
-    )  # fmt: skip
-    if lasso and norms.numel():
-        norms.copy_(_reference_norms(weights, their_blocks, eps))
-    if lasso and max_abs.numel():
-        max_abs.copy_(_reference_max_abs(weights, their_blocks))
+    groups = zip(momentum, dampening, weight_decay, nesterov, maximize, strict=True)
+    sgd_update_(
+        Parameters(params, grads, buffers, group, first, blocks, used),
+        LassoState(norms, max_abs, coefficient, eps),
+        learning_rates,
+        [Hyperparameters(*settings) for settings in groups],
+        Scaling(grad_scale, found_inf),
+    )
 
 
-# The operator `prunetrain_kernels::sgd_`: the same for whoever traces or compiles.
-sgd_ = register("sgd_", mutates=("params", "grads", "buffers", "norms", "max_abs"))(sgd_update_)
+def flat(
+    parameters: Parameters,
+    lasso: LassoState,
+    learning_rates: Sequence[Tensor],
+    hyperparameters: Sequence[Hyperparameters],
+    scaling: Scaling = UNSCALED,
+) -> tuple[Any, ...]:
+    """The arguments of `sgd_update_` as `sgd_` takes them."""
+    params, grads, buffers, *layout = parameters
+    settings = [[getattr(each, name) for each in hyperparameters] for name in Hyperparameters._fields]
+    norms, max_abs, coefficient, eps = lasso
+    return (params, grads, buffers, norms, max_abs, learning_rates, coefficient, *scaling, *settings, *layout, eps)

@@ -5,9 +5,9 @@ with channel slices is K x J, J = C*R*S, in which column j belongs to input chan
 R*S (contiguous), 1 (channels_last), or the block of a linear layer; a row is an output channel. Of any other tensor
 only the elements matter: it is cut into rows of 128.
 
-Where a tensor lies, its shape, and where its results go is read from the tables, so neither the number of tensors nor
-any shape is compiled in. A tile is walked down in steps of a few rows, so that registers hold a few rows and not a
-tile. A tensor whose rows all begin at multiples of 16 elements and bytes is read in vectors; others by the number.
+A tensor's address, its shape, and where its results go are read from the tables, so neither the number of tensors nor
+any shape is compiled in. A tile is processed in steps of a few rows, so that registers hold a few rows and not a tile.
+A tensor whose rows all begin at multiples of 16 elements and bytes is read in vectors; others element by element.
 """
 
 from collections.abc import Sequence
@@ -30,15 +30,15 @@ WIDEST = 1 << 25  # columns: offsets inside a step of rows are of 32 bits
 
 
 class Tile(NamedTuple):
-    """One tensor as a matrix of rows x columns in storage order; what the kernels know of it.
+    """One tensor as a matrix of rows x columns in storage order, as its kernel sees it.
 
     Attributes:
         rows, columns: K and J of a weight; a tensor without channel slices is cut into rows of 128.
         inner, channels: column j belongs to input channel `(j // inner) % channels`.
         numel: elements; positions at or beyond it do not exist.
-        used: 1 for inputs, 2 for outputs, 3 for both; 0 for a tensor without a lasso, whose norms nobody wants.
-        norms: where in the flat norms its input channels begin, its output channels after them.
-        group: of hyperparameters.
+        used: the sides with a lasso: 1 for inputs, 2 for outputs, 3 for both; 0 for a tensor that is not measured.
+        norms: the index in the flat norms where its input channels begin; its output channels follow.
+        group: the number of its hyperparameter group.
     """
 
     rows: int
@@ -71,21 +71,20 @@ class Table:
 
 
 def channels_of(weight: Tensor, block: int) -> tuple[int, int]:
-    """(C, K) of a weight."""
+    """The numbers (C, K) of input and output channels of a weight."""
     return weight.shape[1] // block, weight.shape[0]
 
 
 def slice_tile(weight: Tensor, block: int, used: int, norms: int, group: int = 0) -> Tile:
-    """A weight (K, C, ...) whose channel slices are measured; dense, contiguous or channels_last."""
+    """The tile of a weight (K, C, ...) whose channel slices are measured; it is dense, contiguous or channels_last."""
     columns = weight.numel() // max(weight.shape[0], 1)
     channels = weight.shape[1] // block
-    plain = weight.is_contiguous()
-    inner = columns // max(channels, 1) if plain else 1
+    inner = columns // max(channels, 1) if weight.is_contiguous() else 1
     return Tile(weight.shape[0], columns, inner, channels, weight.numel(), used, norms, group)
 
 
 def flat_tile(tensor: Tensor, group: int = 0) -> Tile:
-    """A tensor of which only the elements matter."""
+    """The tile of a tensor of which only the elements matter, cut into rows of 128."""
     return Tile(-(-tensor.numel() // TILE_COLUMNS), TILE_COLUMNS, 1, TILE_COLUMNS, tensor.numel(), group=group)
 
 
@@ -97,7 +96,11 @@ def is_dense(tensor: Tensor) -> bool:
 
 @lru_cache(maxsize=64)
 def table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
-    """The tables of a list of tensors; made once for each combination of shapes."""
+    """The tables of a list of tensors; made once for each combination of shapes.
+
+    Raises:
+        ValueError: a weight has 2^25 columns or more.
+    """
     rows: list[list[int]] = []
     tile_tensor: list[int] = []
     fold_tensor: list[int] = []
@@ -117,8 +120,8 @@ def table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
             fold_tensor += [i] * sides
             fold_start += [block * FOLD_CHANNELS for block in range(sides)]
         shape = (tile.rows, tile.columns, tile.inner, tile.channels, tile.numel)
-        places = (len(tile_tensor), across, row_slots, column_slots, tile.norms)
-        rows.append([*shape, *places, tile.used, tile.group])
+        offsets = (len(tile_tensor), across, row_slots, column_slots, tile.norms)
+        rows.append([*shape, *offsets, tile.used, tile.group])
         tile_tensor += [i] * (across * down)
 
     def to_device(values: list[Any], dtype: torch.dtype) -> Tensor:
@@ -141,31 +144,34 @@ def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
-    """Where tensors begin, int64 on their device; 0 for one without elements. Uploaded again only when they moved."""
+    """The addresses of tensors, int64 on their device; 0 for one without elements. Uploaded only when they change."""
     return _addresses(tuple(t.data_ptr() for t in tensors), tensors[0].device)
 
 
-def slice_tiles(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int]) -> tuple[list[Tile], int]:
-    """The tiles of weights whose norms lie one after the other, and how many norms that makes."""
+def slice_tiles(
+    weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], groups: Sequence[int] | None = None
+) -> tuple[list[Tile], int]:
+    """The tiles of weights whose norms lie one after the other, and how many norms that makes; hyperparameter groups
+    are 0 unless given."""
     tiles: list[Tile] = []
     norms = 0
-    for weight, block, sides in zip(weights, blocks, used, strict=True):
-        tiles.append(slice_tile(weight, block, sides, norms))
+    for weight, block, sides, group in zip(weights, blocks, used, groups or [0] * len(weights), strict=True):
+        tiles.append(slice_tile(weight, block, sides, norms, group))
         norms += sum(channels_of(weight, block))
     return tiles, norms
 
 
 def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of tensors of one dtype each: a launch reads one."""
-    found: dict[torch.dtype, list[int]] = {}
+    """The positions of tensors with elements, a list for each dtype: a launch reads one dtype."""
+    positions: dict[torch.dtype, list[int]] = {}
     for i, tensor in enumerate(tensors):
         if tensor.numel():
-            found.setdefault(tensor.dtype, []).append(i)
-    return list(found.values())
+            positions.setdefault(tensor.dtype, []).append(i)
+    return list(positions.values())
 
 
 def bits(dtype: torch.dtype) -> Any:
-    """Triton's integer of the accumulator's size."""
+    """Triton's integer type of the size of the accumulator for `dtype`."""
     return tl.int64 if dtype == torch.float64 else tl.int32
 
 

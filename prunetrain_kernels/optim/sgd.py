@@ -9,8 +9,9 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,16 +29,16 @@ from prunetrain_kernels.ops.group_lasso import (
 )
 from prunetrain_kernels.ops.group_soft_threshold import group_soft_threshold_
 from prunetrain_kernels.ops.launch import is_eager
-from prunetrain_kernels.ops.sgd import sgd_, sgd_update_
+from prunetrain_kernels.ops.sgd import Hyperparameters, LassoState, Parameters, Scaling, flat, sgd_, sgd_update_
 from prunetrain_kernels.ops.tables import channels_of
 from prunetrain_kernels.regularizer import GroupLasso
 
 
 class _Norms:
-    """Norms and largest |w| of the weights with a lasso, and which weights, in which state, they are of.
+    """Norms and largest |w| of the weights with a lasso, and of which weights, in which state, they were measured.
 
-    Multipliers reach the update through the norms that it reads: it pulls by lambda w / n, so norms over multipliers
-    make it pull by lambda * multiplier w / n. Kept are the norms themselves.
+    Multipliers reach the update through the norms that it reads. It pulls by lambda w / n, so norms divided by
+    multipliers make it pull by lambda * multiplier w / n. What is kept here are the norms themselves.
     """
 
     def __init__(self, weights: Sequence[Tensor], groups: list[Groups], multipliers: list[float], eps: float) -> None:
@@ -52,17 +53,17 @@ class _Norms:
         wide = any(w.dtype == torch.float64 for w in weights)
         self.norms = weights[0].new_empty(count, dtype=torch.float64 if wide else torch.float32)
         self.max_abs = torch.empty_like(self.norms)
-        self.factor = None if set(multipliers) == {1.0} else self._beside_norms(multipliers)
+        self.factor = None if set(multipliers) == {1.0} else self._per_norm(multipliers)
         self.state: list[tuple[int, int]] | None = None
-        self.asked: Any = None  # parameters and weights when this was made: while they are the same, it serves
+        self.made_for: Any = None  # parameters and weights when this was made: while they are the same, it serves
 
-    def _beside_norms(self, multipliers: list[float]) -> Tensor:
-        """Of each norm, that of its weight."""
+    def _per_norm(self, multipliers: list[float]) -> Tensor:
+        """The multipliers, each repeated for every norm of its weight."""
         sizes = [sum(channels_of(w, block)) for w, block in zip(self.weights, self.blocks, strict=True)]
         return torch.cat([self.norms.new_full((n,), m) for n, m in zip(sizes, multipliers, strict=True)])
 
     def fit(self, weights: Sequence[Tensor], groups: list[Groups]) -> bool:
-        """Whether these are the same weights, in the same shapes."""
+        """Whether the norms are of these weights and groups, in their present shapes."""
         same = len(weights) == len(self.weights) and all(a is b for a, b in zip(weights, self.weights, strict=True))
         return same and self.groups == groups and self.shapes == [w.shape for w in weights]
 
@@ -101,16 +102,43 @@ class _Norms:
 
 @dataclass
 class _Step:
-    """One step of the parameters on one device."""
+    """One step of the parameters on one device; `lasso` is None where the weights with a lasso are on another."""
 
-    params: list[Tensor]
-    buffers: list[Tensor]
-    group_of: list[int]
-    first: list[bool]
+    parameters: Parameters
     device: torch.device
     lasso: _Norms | None
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
+    scaling: Scaling
+
+    @property
+    def skipped(self) -> bool:
+        """Whether gradient scaling skips the step; to know it the host waits for the device."""
+        return self.scaling.found_inf is not None and bool(float(self.scaling.found_inf))
+
+
+class _Scalars:
+    """Numbers as scalar tensors on a device, each uploaded again only when it has changed.
+
+    A number is known by its parameter group and name, and kept for each device and dtype that asks for it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, str, torch.device, torch.dtype], tuple[float, Tensor]] = {}
+
+    def tensor(
+        self, group: int, name: str, value: float | Tensor, *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """`value` as a scalar tensor: the user's own tensor if it has this dtype and device, else one that is kept."""
+        if isinstance(value, Tensor) and value.device == device and value.dtype == dtype and value.numel() == 1:
+            return value
+        key = (group, name, device, dtype)
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            kept = self._kept.get(key, (math.nan, torch.empty((), dtype=dtype, device=device)))[1]
+            self._kept[key] = (math.nan, kept.copy_(value))  # on the device, so that a captured graph follows it too
+            return kept
+        number = float(value)
+        if key not in self._kept or self._kept[key][0] != number:
+            self._kept[key] = (number, torch.tensor(number, dtype=dtype, device="cpu").to(device))
+        return self._kept[key][1]
 
 
 class SGD(torch.optim.SGD):
@@ -146,8 +174,8 @@ class SGD(torch.optim.SGD):
         ValueError: a learning rate, momentum or weight decay below 0; Nesterov momentum without momentum.
     """
 
-    # What is made anew by itself when parameters change their shape: `prune/optimizers.py` leaves it alone.
-    follows_by_itself = ("_lasso", "_coefficient", "_norms", "_rates")
+    # Attributes that are made anew when parameters change their shape: `prune/optimizers.py` leaves them alone.
+    follows_by_itself = ("_lasso", "_coefficient", "_norms", "_scalars")
     _step_supports_amp_scaling = True  # read by GradScaler: it then hands over grad_scale and found_inf
 
     def __init__(
@@ -157,25 +185,18 @@ class SGD(torch.optim.SGD):
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,
-        nesterov: bool = False,
+        nesterov: bool = False,  # noqa: FBT001, FBT002 (the sixth argument of torch.optim.SGD, by position there too)
         *,
         maximize: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        if differentiable:
-            raise InputError(
-                "this SGD updates in place and has no derivative; use torch.optim.SGD(differentiable=True)."
-            )
-        if foreach and fused:
-            raise InputError(
-                "`foreach` and `fused` cannot be True together; leave one out, here neither changes anything."
-            )
+        _check_options(differentiable=differentiable, foreach=foreach, fused=fused)
         self._lasso: GroupLasso | None = None
         self._coefficient: float | Tensor = 0.0
         self._norms: _Norms | None = None
-        self._rates: dict[tuple[int, str], tuple[float, Tensor]] = {}
+        self._scalars = _Scalars()
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=None, fused=None
         )
@@ -185,7 +206,7 @@ class SGD(torch.optim.SGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, value in (("_lasso", None), ("_coefficient", 0.0), ("_norms", None), ("_rates", {})):
+        for name, value in (("_lasso", None), ("_coefficient", 0.0), ("_norms", None), ("_scalars", _Scalars())):
             self.__dict__.setdefault(name, value)
 
     # -- the lasso ------------------------------------------------------------------------------------------------
@@ -194,20 +215,14 @@ class SGD(torch.optim.SGD):
         """From the next step on, adds coefficient * dR/dW to every gradient; `None` ends it.
 
         Args:
-            lasso: whose weights this optimizer holds.
+            lasso: a lasso of weights that this optimizer holds.
             coefficient: lambda, a number, or a scalar tensor on the parameters' device that a CUDA graph may follow.
 
         Raises:
             InputError: a coefficient below zero or not a number, or a weight that this optimizer does not hold.
         """
         if lasso is not None:
-            if not isinstance(coefficient, Tensor) and not 0 <= coefficient < math.inf:
-                raise InputError(f"the lasso's coefficient must be 0 or more, not {coefficient}.")
-            held = {id(p) for group in self.param_groups for p in group["params"]}
-            if any(w.requires_grad and id(w) not in held for w in lasso.weights()[0]):
-                raise InputError(
-                    "the lasso has weights that the optimizer does not hold; build both from the same model."
-                )
+            _check_lasso(lasso, coefficient, self.param_groups)
         if lasso is not self._lasso:
             self._norms = None
         self._lasso, self._coefficient = lasso, coefficient
@@ -219,13 +234,14 @@ class SGD(torch.optim.SGD):
 
     @property
     def lasso_coefficient(self) -> float | Tensor:
-        """Its lambda."""
+        """The lambda of the lasso inside the update."""
         return self._coefficient
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
-        """R(W) of the present weights that are trained, a scalar tensor; after a step of `SGD` it costs no pass over
-        them.
+        """R(W) of the present weights that are trained, a scalar tensor.
+
+        After a step of `SGD` it costs no pass over the weights.
 
         Raises:
             InputError: there is no lasso.
@@ -238,8 +254,9 @@ class SGD(torch.optim.SGD):
 
     @torch.no_grad()
     def slice_max_abs(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        """Largest |w| of the input channels (C,) and output channels (K,) of each weight of the lasso, for the sparse
-        test; after a step of `SGD` it costs no pass over the weights.
+        """Largest |w| of the input channels (C,) and output channels (K,) of each weight of the lasso.
+
+        It decides what is sparse. After a step of `SGD` it costs no pass over the weights.
 
         Raises:
             InputError: there is no lasso.
@@ -251,16 +268,19 @@ class SGD(torch.optim.SGD):
         return dict(zip(state.weights, split_by_layer(state.max_abs, state.weights, state.blocks), strict=True))
 
     def forget_norms(self) -> None:
-        """Has the norms measured again before the next step. Needed only after writing into `weight.data`, which
-        PyTorch does not record; replaced weights and all other writes are noticed."""
+        """Has the norms measured again before the next step.
+
+        This is needed only after writing into `weight.data`, which PyTorch does not record; replaced weights and all
+        other writes are noticed.
+        """
         self._norms = None
 
     def replayed(self) -> None:
-        """To be called whenever a CUDA graph that has captured `step` was replayed: PyTorch does not record that the
-        parameters have changed."""
-        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        buffers = [self.state[p]["momentum_buffer"] for p in held if "momentum_buffer" in self.state.get(p, {})]
-        increment_version([*held, *buffers])
+        """Records that a CUDA graph which has captured `step` was replayed; to be called after every replay, because
+        PyTorch does not record that the parameters have changed."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        buffers = [self.state[p]["momentum_buffer"] for p in params if "momentum_buffer" in self.state.get(p, {})]
+        increment_version([*params, *buffers])
         self.replays = getattr(self, "replays", 0) + 1  # counted for forecasts
         self._norms_after_replay()
 
@@ -277,25 +297,20 @@ class SGD(torch.optim.SGD):
         return self._required().eps
 
     def _state(self) -> _Norms | None:
-        """Norms, perhaps not yet measured, of the lasso's weights that are trained, in the order of the parameters;
+        """The norms, perhaps not yet measured, of the lasso's weights that are trained, in the order of the parameters;
         None where all layers with a lasso have been removed."""
-        held = [id(p) for group in self.param_groups for p in group["params"]]
-        weights, groups = self._required().weights()
-        asked = (held, [(id(w), w.requires_grad, w.shape) for w in weights])
-        if self._norms is not None and self._norms.asked == asked:
+        params = [p for group in self.param_groups for p in group["params"]]
+        lasso = self._required()
+        present, _ = lasso.weights()
+        now = ([id(p) for p in params], [(id(w), w.requires_grad, w.shape) for w in present])
+        if self._norms is not None and self._norms.made_for == now:
             return self._norms
-        if not weights:
+        if not present:
             return None
-        order = {key: i for i, key in enumerate(held)}
-        rows = zip(weights, groups, self._required().multipliers(), strict=True)
-        trained = [row for row in rows if row[0].requires_grad and id(row[0]) in order]
-        trained.sort(key=lambda row: order[id(row[0])])
-        if not trained:
-            raise InputError("none of the lasso's weights is trained; end the lasso with regularize_with(None).")
-        weights, groups, multipliers = map(list, zip(*trained, strict=True))
+        weights, groups, multipliers = _trained(lasso, params)
         if self._norms is None or not self._norms.fit(weights, groups):
             self._norms = _Norms(weights, groups, multipliers, self._eps())
-        self._norms.asked = asked
+        self._norms.made_for = now
         return self._norms
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -320,15 +335,15 @@ class SGD(torch.optim.SGD):
             for weight in state.weights:
                 if weight.grad is None:  # the lasso pulls at a weight that the loss did not reach, too
                     weight.grad = torch.zeros_like(weight)
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for device in {p.device for group in self.param_groups for p in group["params"] if p.grad is not None}:
+            lasso = state if state is not None and state.norms.device == device else None
             self._update(
                 _Step(
-                    *self._gather(device),
+                    _parameters_on(device, self.param_groups, self.state, lasso),
                     device,
-                    state if state is not None and state.norms.device == device else None,
-                    None if grad_scale is None else grad_scale.to(device),
-                    None if found_inf is None else found_inf.to(device),
+                    lasso,
+                    Scaling(*(None if value is None else value.to(device) for value in scaling)),
                 )
             )
         return loss
@@ -336,103 +351,135 @@ class SGD(torch.optim.SGD):
     def _check_settings(self) -> None:
         """Raises InputError where a schedule has brought the settings out of range, before anything is changed."""
 
-    def _gather(self, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[int], list[bool]]:
-        """Parameters with a gradient, their momentum buffers, groups, and whether the buffer is to be begun."""
-        params: list[Tensor] = []
-        buffers: list[Tensor] = []
-        group_of: list[int] = []
-        first: list[bool] = []
-        for i, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.grad is None or p.device != device:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError("this SGD takes no sparse gradients; use torch.optim.SGD for embeddings.")
-                begins = False
-                if group["momentum"] == 0:
-                    buffer = p.new_empty(0)
-                else:
-                    kept = self.state[p].get("momentum_buffer") if p in self.state else None
-                    begins = kept is None
-                    buffer = torch.empty_like(p, dtype=_momentum_dtype(p, group)) if kept is None else kept
-                params.append(p)
-                buffers.append(buffer)
-                group_of.append(i)
-                first.append(begins)
-        return params, buffers, group_of, first
-
-    def _update(self, step: "_Step") -> None:
+    def _update(self, step: _Step) -> None:
         """One call of the operator; the new momentum buffers become state, unless the step was skipped."""
         self._launch(step, self._lasso_coefficient(step), self._eps() if step.lasso is not None else EPS)
+        params, _, buffers, _, first, *_ = step.parameters
         # Whether gradient scaling skipped the very first step has to be known, and waited for, only then.
-        if any(step.first) and not (step.found_inf is not None and float(step.found_inf)):
-            for p, buffer, begins in zip(step.params, step.buffers, step.first, strict=True):
+        if any(first) and not step.skipped:
+            for p, buffer, begins in zip(params, buffers, first, strict=True):
                 if begins:
                     self.state[p]["momentum_buffer"] = buffer
         if step.lasso is not None:
             step.lasso.mark()
 
-    def _lasso_coefficient(self, step: "_Step") -> Tensor | None:
-        """Lambda on the device, with valid norms beside it."""
+    def _lasso_coefficient(self, step: _Step) -> Tensor | None:
+        """Lambda as a scalar tensor on the device of the norms, which are measured if they are not known."""
         if step.lasso is None:
             return None
         step.lasso.measure()
         return coefficient_tensor(self._coefficient, step.lasso.norms)
 
-    def _launch(self, step: "_Step", coefficient: Tensor | None, eps: float) -> None:
-        settings = self.param_groups
-        dtypes = {t.dtype for p in step.params for t in (p, p.grad) if t is not None}
-        wide = torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
-        sides = {} if step.lasso is None else dict(zip(map(id, step.lasso.weights), step.lasso.groups, strict=True))
-        empty = torch.empty(0, dtype=wide, device=step.device)
-        norms = empty
+    def _launch(self, step: _Step, coefficient: Tensor | None, eps: float) -> None:
+        dtype = _dtype_of_rates(step.parameters)
+        norms, max_abs = (torch.empty(0, dtype=dtype, device=step.device) for _ in range(2))
         if step.lasso is not None:
-            norms = step.lasso.norms if coefficient is None else step.lasso.for_update()
-        eager = is_eager(step.params[0])
-        update = sgd_update_ if eager else sgd_
-        update(
-            step.params,
-            [p.grad for p in step.params],  # type: ignore[misc]
-            step.buffers,
-            norms,
-            empty.clone() if step.lasso is None else step.lasso.max_abs,
-            [self._number(i, "lr", group["lr"], wide, step.device) for i, group in enumerate(settings)],
-            coefficient,
-            step.grad_scale,
-            step.found_inf,
-            [float(group["momentum"]) for group in settings],
-            [float(group["dampening"]) for group in settings],
-            [float(group["weight_decay"]) for group in settings],
-            [bool(group["nesterov"]) for group in settings],
-            [bool(group["maximize"]) for group in settings],
-            step.group_of,
-            step.first,
-            [sides[id(p)].block if id(p) in sides else 1 for p in step.params],
-            [sides[id(p)].used if id(p) in sides else 0 for p in step.params],
-            eps,
-        )
-        if eager:  # what the dispatcher does for an operator that writes: autograd then notices, and so do the norms
-            increment_version([*step.params, *step.buffers])
+            norms, max_abs = step.lasso.norms if coefficient is None else step.lasso.for_update(), step.lasso.max_abs
+        rates = [
+            self._scalars.tensor(i, "lr", group["lr"], dtype=dtype, device=step.device)
+            for i, group in enumerate(self.param_groups)
+        ]
+        hyperparameters = [_hyperparameters(group) for group in self.param_groups]
+        _call_operator(step, LassoState(norms, max_abs, coefficient, eps), rates, hyperparameters)
         if step.lasso is not None:
-            step.lasso.take(norms, step.found_inf)
-
-    def _number(self, group: int, name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A hyperparameter as a scalar tensor on the device: the user's own tensor, or one that is kept."""
-        if isinstance(value, Tensor) and value.device == device and value.dtype == dtype and value.numel() == 1:
-            return value
-        key = (group, f"{name}/{device}/{dtype}")
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            kept = self._rates.get(key, (math.nan, torch.empty((), dtype=dtype, device=device)))[1]
-            self._rates[key] = (math.nan, kept.copy_(value))  # on the device, so that a captured graph follows it too
-            return kept
-        number = float(value)
-        if key not in self._rates or self._rates[key][0] != number:
-            self._rates[key] = (number, torch.tensor(number, dtype=dtype, device="cpu").to(device))
-        return self._rates[key][1]
+            step.lasso.take(norms, step.scaling.found_inf)
 
 
-def _momentum_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
-    """That of the first step's gradient with weight decay, which is what the buffer begins with."""
+def _call_operator(
+    step: _Step, lasso: LassoState, learning_rates: list[Tensor], hyperparameters: list[Hyperparameters]
+) -> None:
+    """The update, through PyTorch's dispatcher only where somebody traces, transforms or watches the call."""
+    arguments = step.parameters, lasso, learning_rates, hyperparameters, step.scaling
+    if is_eager(step.parameters.params[0]):
+        sgd_update_(*arguments)
+        # what the dispatcher does for an operator that writes: autograd then notices, and so do the norms
+        increment_version([*step.parameters.params, *step.parameters.buffers])
+    else:
+        sgd_(*flat(*arguments))
+
+
+def _check_options(*, differentiable: bool, foreach: bool | None, fused: bool | None) -> None:
+    """Raises InputError for options of `torch.optim.SGD` that this optimizer refuses."""
+    if differentiable:
+        raise InputError("this SGD updates in place and has no derivative; use torch.optim.SGD(differentiable=True).")
+    if foreach and fused:
+        raise InputError("`foreach` and `fused` cannot be True together; leave one out, here neither changes anything.")
+
+
+def _check_lasso(lasso: GroupLasso, coefficient: float | Tensor, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError unless the update of these parameters can hold this lasso."""
+    if not isinstance(coefficient, Tensor) and not 0 <= coefficient < math.inf:
+        raise InputError(f"the lasso's coefficient must be 0 or more, not {coefficient}.")
+    params = {id(p) for group in param_groups for p in group["params"]}
+    if any(w.requires_grad and id(w) not in params for w in lasso.weights()[0]):
+        raise InputError("the lasso has weights that the optimizer does not hold; build both from the same model.")
+
+
+def _trained(lasso: GroupLasso, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Groups], list[float]]:
+    """The lasso's weights that are trained, their groups and multipliers, in the order of the parameters.
+
+    Raises:
+        InputError: there is none.
+    """
+    order = {id(p): i for i, p in enumerate(params)}
+    rows = zip(*lasso.weights(), lasso.multipliers(), strict=True)
+    trained = [row for row in rows if row[0].requires_grad and id(row[0]) in order]
+    if not trained:
+        raise InputError("none of the lasso's weights is trained; end the lasso with regularize_with(None).")
+    trained.sort(key=lambda row: order[id(row[0])])
+    return [w for w, _, _ in trained], [g for _, g, _ in trained], [m for _, _, m in trained]
+
+
+def _parameters_on(
+    device: torch.device,
+    param_groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    lasso: _Norms | None,
+) -> Parameters:
+    """The parameters on a device that have a gradient, for one call of the operator; `lasso` is that of their weights.
+
+    A parameter without a momentum buffer in `state` gets one that the update is to initialise.
+    """
+    groups = {} if lasso is None else dict(zip(map(id, lasso.weights), lasso.groups, strict=True))
+    rows = []
+    for i, group in enumerate(param_groups):
+        for p in group["params"]:
+            if p.grad is None or p.device != device:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError("this SGD takes no sparse gradients; use torch.optim.SGD for embeddings.")
+            begins = False
+            if group["momentum"] == 0:
+                buffer = p.new_empty(0)
+            else:
+                kept = state[p].get("momentum_buffer") if p in state else None
+                begins = kept is None
+                buffer = torch.empty_like(p, dtype=_momentum_dtype(p, group)) if kept is None else kept
+            sides = groups.get(id(p))
+            block, used = (1, 0) if sides is None else (sides.block, sides.used)
+            rows.append((p, p.grad, buffer, i, begins, block, used))
+    return Parameters(*map(list, zip(*rows, strict=True)))
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
+    """Those of a parameter group, as numbers and flags of Python's own."""
+    return Hyperparameters(
+        momentum=float(group["momentum"]),
+        dampening=float(group["dampening"]),
+        weight_decay=float(group["weight_decay"]),
+        nesterov=bool(group["nesterov"]),
+        maximize=bool(group["maximize"]),
+    )
+
+
+def _dtype_of_rates(parameters: Parameters) -> torch.dtype:
+    """The dtype in which learning rates are read: fp64 where a parameter or gradient is fp64 or complex128."""
+    dtypes = {t.dtype for tensors in (parameters.params, parameters.grads) for t in tensors}
+    return torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
+
+
+def _momentum_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of a new momentum buffer: that of the first step's gradient with weight decay, which it begins with."""
     assert param.grad is not None
     dtype = param.grad.dtype
     return torch.promote_types(dtype, param.dtype) if group["weight_decay"] else dtype
@@ -468,12 +515,12 @@ class ProximalSGD(SGD):
     def _eps(self) -> float:
         return 0.0  # bare norms: the threshold is compared with them
 
-    def _update(self, step: "_Step") -> None:
+    def _update(self, step: _Step) -> None:
         super()._update(step)
         if step.lasso is None:
             return
-        where = {id(p): i for p, i in zip(step.params, step.group_of, strict=True)}
-        group = [where[id(w)] for w in step.lasso.weights]
+        group_of = {id(p): i for p, i in zip(step.parameters.params, step.parameters.group, strict=True)}
+        group = [group_of[id(w)] for w in step.lasso.weights]
         kinds = [(i, 1.0) for i in range(len(self.param_groups))]
         if step.lasso.factor is not None:  # a threshold for each parameter group and multiplier that come together
             pairs = list(zip(group, step.lasso.multipliers, strict=True))
@@ -484,7 +531,7 @@ class ProximalSGD(SGD):
             step.lasso.weights,
             step.lasso.norms,
             [self._threshold(i, m, coefficient) for i, m in kinds],
-            step.found_inf,
+            step.scaling.found_inf,
             group,
             step.lasso.blocks,
             step.lasso.used,
@@ -493,7 +540,7 @@ class ProximalSGD(SGD):
     def _norms_after_replay(self) -> None:
         return  # of the weights before the threshold, as after a step
 
-    def _lasso_coefficient(self, step: "_Step") -> Tensor | None:
+    def _lasso_coefficient(self, step: _Step) -> Tensor | None:
         return None  # no subgradient
 
     def _threshold(self, group: int, multiplier: float, coefficient: Tensor) -> Tensor:
@@ -501,11 +548,10 @@ class ProximalSGD(SGD):
         momentum = float(settings["momentum"])
         scale = (1 - float(settings["dampening"])) / (1 - momentum) if momentum else 1.0
         scale *= multiplier
+        tensor = partial(self._scalars.tensor, dtype=coefficient.dtype, device=coefficient.device)
         if isinstance(settings["lr"], Tensor) or isinstance(self._coefficient, Tensor):
-            rate = self._number(group, "lr", settings["lr"], coefficient.dtype, coefficient.device)
-            return rate * coefficient * scale
-        value = settings["lr"] * self._coefficient * scale
-        return self._number(group, f"threshold of {multiplier}", value, coefficient.dtype, coefficient.device)
+            return tensor(group, "lr", settings["lr"]) * coefficient * scale
+        return tensor(group, f"threshold of {multiplier}", settings["lr"] * self._coefficient * scale)
 
 
 def _check_momentum(momentum: float) -> None:

@@ -23,6 +23,7 @@ from test_sgd_operator import FP32, norms_of, problem
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops import cuda_native
 from prunetrain_kernels.ops.channel_index import ChannelIndex
+from prunetrain_kernels.ops.sgd import Hyperparameters, LassoState, Parameters
 from prunetrain_kernels.ops.tables import is_dense
 
 t0 = pytest.mark.t0
@@ -129,9 +130,11 @@ def test_tiles_down_and_across(dtype: torch.dtype, kernels: torch.device, monkey
         norms, max_abs = (norms_of(params, blocks, used, i, kernels) for i in (0, 1))
         count = len(params)
         cuda_native.sgd_update_(
-            params, grads, buffers, norms, max_abs, [rate], coefficient, None, None, [0.9], [0.0], [5e-4], [False],
-            [False], [0] * count, [False] * count, blocks, used, 1e-8,
-        )  # fmt: skip
+            Parameters(params, grads, buffers, [0] * count, [False] * count, blocks, used),
+            LassoState(norms, max_abs, coefficient, 1e-8),
+            [rate],
+            [Hyperparameters(momentum=0.9, weight_decay=5e-4)],
+        )
         runs.append([*params, *buffers, norms, max_abs])
         monkeypatch.setenv("ON_HOST_BACKWARDS", "1")  # blocks and threads the other way round
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -153,9 +156,11 @@ def test_a_nan_is_not_sparse(kernels: torch.device) -> None:
     norms, max_abs = (norms_of([p], [1], [3], i, kernels) for i in (0, 1))
     norms.fill_(1)
     cuda_native.sgd_update_(
-        [p], [torch.zeros_like(p)], [p.new_empty(0)], norms, max_abs.zero_(), [torch.tensor(0.1, device=kernels)],
-        None, None, None, [0.0], [0.0], [0.0], [False], [False], [0], [False], [1], [3], 1e-8,
-    )  # fmt: skip
+        Parameters([p], [torch.zeros_like(p)], [p.new_empty(0)], [0], [False], [1], [3]),
+        LassoState(norms, max_abs.zero_(), None, 1e-8),
+        [torch.tensor(0.1, device=kernels)],
+        [Hyperparameters()],
+    )
     assert max_abs.isnan().tolist() == norms.isnan().tolist() == [False, False, True, False, True, False, False]
 
 

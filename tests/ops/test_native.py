@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunetrain_kernels.ops import ChannelIndex, Groups, batch_norm_act, channel_gather, channel_scatter, native
 from prunetrain_kernels.ops.group_lasso import add_group_lasso_gradient_, slice_statistics
-from prunetrain_kernels.ops.sgd import sgd_update_
+from prunetrain_kernels.ops.sgd import Hyperparameters, LassoState, Parameters, sgd_update_
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=f"no native library: {native.problem()}")
 
@@ -33,9 +33,11 @@ def everything() -> list[Tensor]:
     flat = torch.cat([side for pair in norms for side in pair])
     grads, buffers = [torch.randn_like(p) for p in params], [torch.randn_like(p) for p in params]
     sgd_update_(
-        params, grads, buffers, flat, torch.empty_like(flat), [torch.tensor(0.1)], torch.tensor(0.01), None, None,
-        [0.9], [0.0], [5e-4], [True], [False], [0] * 4, [False] * 4, [1, 1, 3, 1], [3, 2, 3, 0], 1e-8,
-    )  # fmt: skip
+        Parameters(params, grads, buffers, [0] * 4, [False] * 4, [1, 1, 3, 1], [3, 2, 3, 0]),
+        LassoState(flat, torch.empty_like(flat), torch.tensor(0.01), 1e-8),
+        [torch.tensor(0.1)],
+        [Hyperparameters(momentum=0.9, weight_decay=5e-4, nesterov=True)],
+    )
     found += [*params, *buffers, flat]
     x = torch.randn(9, 13, 33, 31).contiguous(memory_format=torch.channels_last).requires_grad_()
     residual, weight, bias = torch.randn_like(x).requires_grad_(), torch.rand(13), torch.randn(13)

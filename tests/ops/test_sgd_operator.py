@@ -9,7 +9,7 @@ from exact import assert_as_exact, error, gradient, largest, sides
 from fences import fenced, layout
 from torch import Tensor
 
-from prunetrain_kernels.ops.sgd import sgd_, sgd_update_
+from prunetrain_kernels.ops.sgd import Hyperparameters, LassoState, Parameters, Scaling, flat, sgd_, sgd_update_
 
 pytestmark = pytest.mark.t0
 T0_BACKENDS = ("reference", "kernels", "native")
@@ -51,12 +51,15 @@ class Problem:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        momentum, dampening, decay, nesterov, maximize = (list(column) for column in zip(*self.settings, strict=True))
-        self.update(
-            self.params, self.grads, self.buffers, self.norms, self.max_abs, self.rates, coefficient, grad_scale,
-            found_inf, momentum, dampening, decay, nesterov, maximize, self.group, [first] * len(self.params),
-            self.blocks, self.used, 1e-8,
-        )  # fmt: skip
+        firsts = [first] * len(self.params)
+        arguments = (
+            Parameters(self.params, self.grads, self.buffers, self.group, firsts, self.blocks, self.used),
+            LassoState(self.norms, self.max_abs, coefficient, 1e-8),
+            self.rates,
+            [Hyperparameters(*settings) for settings in self.settings],
+            Scaling(grad_scale, found_inf),
+        )
+        self.update(*(flat(*arguments) if self.update is sgd_ else arguments))
 
     def exact_step(self, first: bool, coefficient: float) -> None:
         for i, (p, g) in enumerate(zip(self.exact, self.grads, strict=True)):

@@ -170,7 +170,7 @@ def _constant_batch_norm_rule(flow: Flow, node: fx.Node, name: str, module: Any)
 register_rule(RemovedLayer, _removed_rule)
 register_rule(ConstantConv, _constant_rule)
 register_rule(ConstantBatchNorm, _constant_batch_norm_rule)
-register_expansion(ConstantBatchNorm, lambda graph, node, module: expand_sum_and_relu(graph, node, module.relu))
+register_expansion(ConstantBatchNorm, lambda graph, node, module: expand_sum_and_relu(graph, node, relu=module.relu))
 
 
 def _bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Parameter | None:

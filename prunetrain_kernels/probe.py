@@ -24,14 +24,14 @@ ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch
 ROUNDING_TF32 = 1e-2  # fp32 on CUDA: cuDNN multiplies in TF32 unless told otherwise
 ROUNDING_OTHER = 2e-1  # narrower types still
 
-# Objects inside an output are opened this deep; what lies deeper is no output that anyone reads.
+# How deep `named_tensors_in` looks into objects; what lies deeper is no output that anyone reads.
 DEEPEST = 8
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message without a full stop at its end, or its class where there is no message.
+    """The first line of an exception's message without the full stop at its end; its class if it has no message.
 
-    A library's own exceptions may begin with empty lines, or have no message at all (`raise RuntimeError()`).
+    The messages of libraries may begin with empty lines, or be empty (`raise RuntimeError()`).
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
 
@@ -41,23 +41,23 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Whatever is run inside, the model is as it was afterwards, and so are the random number generators.
+    """Restores the model and the random number generators afterwards, whatever is run inside.
 
-    Restored are each module's mode, its buffers (the same objects with the same values), those of its attributes that
-    were bound to something else, and the generators of PyTorch (on the CPU and the model's devices), Python and NumPy.
+    That is: each module's mode, its buffers (the same objects with the same values), its attributes where they were
+    bound to other objects, and the generators of PyTorch (on the CPU and the model's devices), Python and NumPy.
     """
     modules = list(model.modules())
     attributes = [(module, attributes_of(module)) for module in modules]
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     tensors = (t for m in modules for table in (m._parameters, m._buffers) for t in table.values())
     devices = sorted({t.get_device() for t in tensors if t is not None and t.is_cuda})
-    put_back, put_own_back = random_state(), _generators_of(modules)
+    restore_random_state, restore_generators = random_state(), _generators_of(modules)
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        put_back()
-        put_own_back()
+        restore_random_state()
+        restore_generators()
         for module, before in attributes:
             restore_attributes(module, before)
         with torch.no_grad():
@@ -73,26 +73,26 @@ _CONTAINERS = frozenset((list, dict, set))
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes, each beside its content where it is a list, dict or set: for `restore_attributes`."""
-    own = vars(module)
-    names = own.keys() - _OF_PYTORCH
-    return {n: (own[n], own[n].copy() if type(own[n]) in _CONTAINERS else None) for n in names}
+    """A module's attributes by name, each with a copy of its content if it is a list, dict or set (else None), for
+    `restore_attributes`; PyTorch's own tables are not among them."""
+    values = {name: value for name, value in vars(module).items() if name not in _OF_PYTORCH}
+    return {name: (v, v.copy() if type(v) in _CONTAINERS else None) for name, v in values.items()}
 
 
 def restore_attributes(module: nn.Module, before: Mapping[str, Any]) -> list[str]:
-    """Undoes what was done to a module's attributes since `attributes_of`; returns the names of those."""
-    own = vars(module)
-    changed = list(own.keys() - _OF_PYTORCH - before.keys())
+    """Undoes changes of a module's attributes since `attributes_of`; returns the names of those that had changed."""
+    attributes = vars(module)
+    changed = list(attributes.keys() - _OF_PYTORCH - before.keys())
     for name in changed:
-        del own[name]
+        del attributes[name]
     for name, (value, content) in before.items():
-        inside = content is not None and not _same_content(value, content)
-        if own.get(name, changed) is not value or inside:
+        content_changed = content is not None and not _same_content(value, content)
+        if attributes.get(name, changed) is not value or content_changed:
             changed.append(name)
-            own[name] = value
-            if inside and isinstance(value, list):
+            attributes[name] = value
+            if content_changed and isinstance(value, list):
                 value[:] = content
-            elif inside:
+            elif content_changed:
                 value.clear()
                 value.update(content)
     return changed
@@ -107,21 +107,21 @@ def _flat(container: Any) -> list[Any]:
 
 
 def random_state() -> Callable[[], None]:
-    """Puts the generators of Python and NumPy back when it is called."""
-    pythons = random.getstate()
+    """A function that puts the generators of Python and NumPy back into their present states."""
+    python_state = random.getstate()
     numpy = sys.modules.get("numpy.random")
-    numpys = numpy.get_state() if numpy is not None else None
+    numpy_state = numpy.get_state() if numpy is not None else None
 
-    def put_back() -> None:
-        random.setstate(pythons)
+    def restore() -> None:
+        random.setstate(python_state)
         if numpy is not None:
-            numpy.set_state(numpys)
+            numpy.set_state(numpy_state)
 
-    return put_back
+    return restore
 
 
 def _generators_of(modules: Sequence[nn.Module]) -> Callable[[], None]:
-    """Puts the generators that modules hold in their attributes back when it is called."""
+    """A function that puts the generators in the modules' attributes back into their present states."""
     states: list[tuple[Any, Any]] = []
     for value in (value for module in modules for value in vars(module).values()):
         if isinstance(value, torch.Generator):
@@ -131,11 +131,11 @@ def _generators_of(modules: Sequence[nn.Module]) -> Callable[[], None]:
         elif hasattr(value, "bit_generator"):  # NumPy's
             states.append((partial(setattr, value.bit_generator, "state"), value.bit_generator.state))
 
-    def put_back() -> None:
-        for put, state in states:
-            put(state)
+    def restore() -> None:
+        for set_state, state in states:
+            set_state(state)
 
-    return put_back
+    return restore
 
 
 @contextmanager
@@ -147,9 +147,9 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            own = vars(module)
-            if "training" in own:  # by setattr it would take as long as a small layer's forward
-                own["training"] = mode
+            attributes = vars(module)
+            if "training" in attributes:  # by setattr it would take as long as a small layer's forward
+                attributes["training"] = mode
             else:  # TorchScript keeps it elsewhere
                 module.training = mode
 
@@ -173,8 +173,8 @@ def outputs_of(
 ) -> dict[str, Tensor]:
     """The tensors that `model(*inputs)` returns, by name, in evaluation (default) or training mode; detached.
 
-    Every call starts from the same state of the random number generators, so that two calls draw the same numbers;
-    with `other_chance` others, which whether the outputs depend on chance.
+    Every call starts from the same state of the random number generators, so that two calls draw the same numbers.
+    With `other_chance` a call draws other numbers, which shows whether the outputs depend on chance.
 
     Raises:
         Exception: whatever the model raises.
@@ -186,7 +186,7 @@ def outputs_of(
 
 
 def _draw(model: nn.Module) -> None:
-    """Moves every generator that a forward may draw from on: by odd counts, for those drawn in pairs."""
+    """Advances every generator that a forward may draw from; by odd counts, because some draw numbers in pairs."""
     for device in {torch.device("cpu"), *(p.device for p in model.parameters())}:
         torch.rand(1001, device=device)
     for _ in range(101):
@@ -195,15 +195,15 @@ def _draw(model: nn.Module) -> None:
         numpy.random(101)
 
 
-# -- what it returned --------------------------------------------------------------------------------------------------
+# -- outputs by name ---------------------------------------------------------------------------------------------------
 
 
 def named_tensors_in(value: object) -> dict[str, Tensor]:
-    """The tensors in any structure that a model may return, each named by where it is: "", "[0].logits", "['boxes']".
+    """The tensors in any structure that a model may return, by their place in it: "", "[0].logits", "['boxes']".
 
-    Opened are lists, tuples and named tuples, mappings (Hugging Face's `ModelOutput`, too), dataclasses, and
-    other objects that hold tensors in their attributes (as detectron2's `Instances`); a tensor that is held twice is
-    named once, and modules, classes and functions are not opened.
+    Looked into are lists, tuples and named tuples, mappings (also Hugging Face's `ModelOutput`), dataclasses, and other
+    objects that hold tensors in their attributes (such as detectron2's `Instances`), but no modules, classes and
+    functions. A tensor that is held twice is named once.
     """
     tensors: dict[str, Tensor] = {}
     _collect(value, "", tensors, {}, 0)
@@ -227,14 +227,14 @@ def _collect(value: object, name: str, tensors: dict[str, Tensor], seen: dict[in
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """With one number for each element, which a sparse or a quantized tensor has not."""
+    """The tensor with one number for each element, unlike a sparse or a quantized tensor."""
     if tensor.is_quantized:
         return tensor.dequantize()
     return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def _parts(value: object) -> Iterator[tuple[str, object]]:
-    """What a container or object holds, with how one gets there."""
+    """The objects that a container or object holds, each after the step that leads there: "[0]", ".logits"."""
     if isinstance(value, Mapping):
         yield from ((f"[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -270,8 +270,9 @@ class Difference:
         largest: largest absolute difference over what is finite in both; infinite where the structure, a shape, an
             integer, a bool, or the pattern of what is not finite differs.
         scale: largest finite absolute value of the floating-point outputs of the first run.
-        excess: largest difference of a tensor as a share of what rounding explains for it; above 1 it is no rounding.
-        where: the tensor that `excess` is of, by name; where nothing differs, "".
+        excess: the largest quotient of a tensor's difference and what rounding explains for it; above 1, rounding
+            does not explain it.
+        where: the name of the tensor with that quotient; "" where nothing differs.
         compared: elements that were compared; 0 means that nothing is known.
         share: largest difference of a tensor as a share of its scale.
     """

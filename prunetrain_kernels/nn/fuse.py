@@ -25,10 +25,10 @@ because a fused batch norm that is called plainly is a plain batch norm; it runs
 
 Each call compares these few things first (a few microseconds for a residual block).
 
-What torch.fx would get wrong without saying is left alone: a forward with `with` blocks, one that asks for types, draws
-random numbers, writes to buffers or attributes. Code outside the model that a forward depends on (a global flag, say)
-is not seen. `torch.nn.DataParallel` copies modules in a way that an instance's forward does not survive: fuse and use
-DistributedDataParallel, or do not fuse. Call `fuse` before `torch.compile`.
+A forward that torch.fx would get wrong without an error is left alone: one with `with` blocks, one that asks for types,
+draws random numbers, writes to buffers or attributes. Code outside the model that a forward depends on (a global flag,
+say) is not seen. `torch.nn.DataParallel` copies modules in a way that an instance's forward does not survive: fuse and
+use DistributedDataParallel, or do not fuse. Call `fuse` before `torch.compile`.
 
 Tracing patches `nn.Module` for the whole process, one trace at a time and as short as possible; modules that other
 threads call meanwhile run as they are. But the model that is being fused must not run: its mode changes meanwhile.
@@ -60,12 +60,12 @@ from prunetrain_kernels.nn.fuse_report import FusedBatchNorm, FuseReport, LeftAl
 
 RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 RELU_METHODS = {"relu", "relu_"}
-# A forward that uses these decides by what tracing only imitates, or does more than compute.
+# A forward that uses these makes decisions that tracing would fix for ever, or does more than compute.
 BURNT_IN = {
     "isinstance", "issubclass", "hasattr", "is_tensor", "callable", "print", "checkpoint", "checkpoint_sequential",
     "is_grad_enabled", "is_autocast_enabled",
 }  # fmt: skip
-# Their outputs are tensors of their own, which nobody else writes to.
+# Modules whose outputs are new tensors, to which nobody else writes.
 MAKES_ITS_OUTPUT = (nn.modules.conv._ConvNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
 
 
@@ -76,16 +76,16 @@ def fuse(model: nn.Module, example_inputs: tuple[Tensor, ...] | None = None) -> 
 
     Args:
         model: any module, on any device, in either mode.
-        example_inputs: the model's positional arguments. With them the fused model is run and compared with what it
-            was, and a sum that broadcasts is left apart; without them such a sum still computes right, apart (see
+        example_inputs: the model's positional arguments. With them the fused model is run and compared with the model
+            before, and a sum that broadcasts is not fused; without them such a sum still computes right, unfused (see
             `BatchNormAct2d`), but the report does not say so.
 
     Returns:
-        What was fused, and what was left alone and why.
+        The batch norms that were fused, and those that were left alone, with the reasons.
 
     Raises:
         InputError: the model does not run on the example inputs.
-        PruneTrainError: the fused model computes something else; all of it has been undone.
+        PruneTrainError: the fused model computes something else; all changes have been undone.
     """
     expected = None if example_inputs is None else _outputs(model, example_inputs)
     apart: set[int] = set()
@@ -122,6 +122,7 @@ class _Call:
 
     @property
     def what(self) -> str:
+        """The operations that are fused into the call, as in `FusedBatchNorm`."""
         parts = [name for name, node in (("add", self.add), ("ReLU", self.relu)) if node is not None]
         return " + ".join(parts) or "alone"
 
@@ -144,7 +145,7 @@ class _Unfit(Exception):
 
 
 class _Proxy(fx.Proxy):
-    """Records `a += b` as what it is; torch.fx itself makes it `a = a + b`, which others that hold `a` would notice."""
+    """Records `a += b` as such; torch.fx itself makes it `a = a + b`, which differs for others that hold `a`."""
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -171,19 +172,23 @@ class _Tracer(ThreadTracer):
         return _Proxy(node, self)
 
     def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+        self,
+        root_fn: Callable[..., Any],
+        is_module: Any,
+        concrete_args: Any = None,
     ) -> tuple[Any, list[Any]]:
         names = [p.name for p in _required(_signature(root_fn))]
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
 
 
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    """Of a module class's forward, without `self`."""
+    """The signature of a module class's forward, without `self`."""
     signature = inspect.signature(forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def _required(signature: inspect.Signature) -> list[inspect.Parameter]:
+    """The positional parameters without a default."""
     return [
         p
         for p in signature.parameters.values()
@@ -192,7 +197,7 @@ def _required(signature: inspect.Signature) -> list[inspect.Parameter]:
 
 
 def _traced(path: str, module: nn.Module) -> _Forward:
-    """Traces a module's forward in both modes; raises `_Unfit` where the traced program may not be all it does."""
+    """Traces a module's forward in both modes; raises `_Unfit` where the forward may do more than the program."""
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType):
         raise _Unfit("its forward is no Python function")
@@ -204,7 +209,7 @@ def _traced(path: str, module: nn.Module) -> _Forward:
     names = _names_used(type(module), forward)
     if burnt := sorted(names & BURNT_IN):
         raise _Unfit(f"its forward calls '{burnt[0]}', which tracing would settle once and for all")
-    training, evaluation = (_trace_once(module, mode) for mode in (True, False))
+    training, evaluation = (_trace_once(module, training=mode) for mode in (True, False))
     guards = {
         name: value
         for name, value in vars(module).items()
@@ -217,7 +222,7 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def _names_used(cls: type, forward: types.FunctionType) -> set[str]:
-    """Every name, attribute and string in a forward, and in the methods and functions it may call but torch's own."""
+    """Every name, attribute and string in a forward and in what it may call, but in no function of torch's."""
     names: set[str] = set()
     waiting: list[tuple[types.CodeType, dict[str, Any]]] = []
 
@@ -239,10 +244,10 @@ def _names_used(cls: type, forward: types.FunctionType) -> set[str]:
             raise _Unfit("its forward has a `with` block, which torch.fx does not record")
         if _reads_another_mode(code):
             raise _Unfit("its forward reads the mode (training or not) of another module")
-        found = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
-        names |= found
+        code_names = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
+        names |= code_names
         waiting += [(c, space) for c in code.co_consts if isinstance(c, types.CodeType)]
-        for name in found:
+        for name in code_names:
             look_into(space.get(name))
             for base in cls.__mro__:  # all of them: there is super()
                 look_into(vars(base).get(name))
@@ -250,6 +255,7 @@ def _names_used(cls: type, forward: types.FunctionType) -> set[str]:
 
 
 def _reads_another_mode(code: types.CodeType) -> bool:
+    """Whether code reads the attribute `training` of anything but a local variable such as `self`."""
     instructions = list(dis.get_instructions(code))
     return any(
         load.argval == "training" and load.opname == "LOAD_ATTR" and before.opname != "LOAD_FAST"
@@ -257,7 +263,8 @@ def _reads_another_mode(code: types.CodeType) -> bool:
     )
 
 
-def _trace_once(module: nn.Module, training: bool) -> fx.Graph:
+def _trace_once(module: nn.Module, *, training: bool) -> fx.Graph:
+    """Traces a module's forward in one mode; raises `_Unfit` where that fails or the forward has side effects."""
     before = probe.attributes_of(module)
     versions = [(t, _version(t)) for t in (*module.parameters(), *module.buffers())]
     random_state = _random_state()
@@ -284,14 +291,15 @@ def _trace_once(module: nn.Module, training: bool) -> fx.Graph:
 
 
 def _random_state() -> tuple[object, ...]:
-    """What drawing a random number on the CPU changes."""
+    """The states of the CPU's generators, which differ once a random number was drawn."""
     numpys = sys.modules.get("numpy.random")
     drawn = () if numpys is None else (repr(numpys.get_state()[1:3]), numpys.get_state()[2])
     return random.getstate(), bytes(torch.get_rng_state().tolist()), drawn
 
 
 def _version(tensor: Tensor) -> int | bytes:
-    """What changes when a tensor is written to; tensors made in inference mode do not count their versions."""
+    """A value that changes when the tensor is written to: its version, or its bytes if it was made in inference mode,
+    where versions are not counted."""
     if not tensor.is_inference():
         return tensor._version
     return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
@@ -301,12 +309,13 @@ def _version(tensor: Tensor) -> int | bytes:
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    """A plain batch norm, or one that an earlier `fuse` made of it, that nobody watches."""
+    """Whether a module is a plain batch norm, or one that an earlier `fuse` made of it, without hooks."""
     plain = type(module) is nn.BatchNorm2d or (type(module) is BatchNormAct2d and not module.relu)
     return plain and "forward" not in vars(module) and not _hooked(module)
 
 
 def _hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -314,7 +323,7 @@ def _hooked(module: nn.Module) -> bool:
 
 def _calls(program: fx.Graph, modules: dict[str, nn.Module], apart: set[int]) -> Iterator[tuple[nn.Module, _Call]]:
     """The calls of batch norms in a traced forward with what may be fused into each, last call first."""
-    taken: set[fx.Node] = set()
+    fused_sums: set[fx.Node] = set()
     for node in reversed(program.nodes):
         if node.op != "call_module" or not _is_candidate(module := modules[str(node.target)]):
             continue
@@ -324,12 +333,12 @@ def _calls(program: fx.Graph, modules: dict[str, nn.Module], apart: set[int]) ->
             continue
         user = _only_user(node)
         if user is not None and user.target in ADDITIONS and user.op in ("call_function", "call_method"):
-            call.note = _why_not_added(program, modules, node, user, taken) or (
+            call.note = _why_not_added(program, modules, node, user, fused_sums) or (
                 "the sum broadcasts" if id(module) in apart else ""
             )
             if not call.note:
                 call.add = user
-                taken.add(user)
+                fused_sums.add(user)
                 user = _only_user(user)
         if user is not None and (call.add is not None or user.target not in ADDITIONS) and _is_relu(modules, user):
             call.relu = user
@@ -350,10 +359,10 @@ def _is_relu(modules: dict[str, nn.Module], node: fx.Node) -> bool:
 
 
 def _why_not_added(
-    program: fx.Graph, modules: dict[str, nn.Module], node: fx.Node, add: fx.Node, taken: set[fx.Node]
+    program: fx.Graph, modules: dict[str, nn.Module], node: fx.Node, add: fx.Node, fused_sums: set[fx.Node]
 ) -> str:
-    """Why a sum cannot be fused into the batch norm it reads; nothing if it can."""
-    if add in taken:
+    """Why a sum cannot be fused into the batch norm that it reads, in words; empty if it can."""
+    if add in fused_sums:
         return "the sum is fused with the other batch norm it reads"
     if add.kwargs or len(add.args) != 2 or not all(isinstance(a, fx.Node) for a in add.args):
         return "the sum is not one of two tensors"
@@ -366,21 +375,21 @@ def _why_not_added(
     assert isinstance(source, fx.Node)
     nodes = list(program.nodes)
     between = nodes[nodes.index(node) + 1 : nodes.index(add)]
-    own = (
+    is_unshared = (
         source.op == "call_module"
         and isinstance(modules[str(source.target)], MAKES_ITS_OUTPUT)
         and len(source.users) == 1
     )
-    if not own and any(n.op != "get_attr" for n in between):
+    if not is_unshared and any(n.op != "get_attr" for n in between):
         return "what it normalises may change before the sum is made"
     return ""
 
 
-# -- doing it ----------------------------------------------------------------------------------------------------------
+# -- rewriting ---------------------------------------------------------------------------------------------------------
 
 
 def _fuse(model: nn.Module, apart: set[int]) -> tuple[FuseReport, Callable[[], None]]:
-    """Fuses all but the sums of the batch norms `apart`; returns what undoes it too."""
+    """Fuses everything but the sums behind the batch norms `apart` (ids); returns a function that undoes it too."""
     _forget_pickled(model)
     forwards, failed = _trace_all(model)
     for forward in forwards:
@@ -397,20 +406,20 @@ def _fuse(model: nn.Module, apart: set[int]) -> tuple[FuseReport, Callable[[], N
     fused: dict[int, FusedBatchNorm] = {}
     rewritten: list[str] = []
     for forward in forwards:
-        some = False
+        is_rewritten = False
         for module, call in forward.calls:
             if len(kinds[id(module)]) > 1:
                 call.add, call.relu, call.note = None, None, "its calls are followed by different things"
             what = call.what
             _rewrite(call)
-            some |= what != "alone"
+            is_rewritten |= what != "alone"
             if type(module) is nn.BatchNorm2d or what != "alone":
                 fused.setdefault(id(module), FusedBatchNorm(names[id(module)], what, forward.path, call.note))
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = BatchNormAct2d
                 module.__dict__["relu"] = False
                 undo.append(lambda module=module: _unfuse(module))  # type: ignore[misc]
-        if some:
+        if is_rewritten:
             _bind(forward)
             rewritten.append(forward.path)
             undo.append(lambda module=forward.module: _unbind(module))  # type: ignore[misc]
@@ -425,16 +434,18 @@ def _fuse(model: nn.Module, apart: set[int]) -> tuple[FuseReport, Callable[[], N
         if isinstance(module, nn.BatchNorm2d) and not isinstance(module, BatchNormAct2d) and id(module) not in fused
     ]
     order = {name: i for i, name in enumerate(names.values())}
-    done = sorted(fused.values(), key=lambda b: order[b.name])
-    return FuseReport(type(model).__name__, tuple(done), tuple(left), tuple(rewritten)), undo_all
+    in_order = sorted(fused.values(), key=lambda b: order[b.name])
+    return FuseReport(type(model).__name__, tuple(in_order), tuple(left), tuple(rewritten)), undo_all
 
 
 def _unfuse(module: nn.Module) -> None:
+    """Makes a fused batch norm an `nn.BatchNorm2d` again."""
     del module.__dict__["relu"]
     module.__class__ = nn.BatchNorm2d
 
 
 def _unbind(module: nn.Module) -> None:
+    """Takes a rewritten forward off its module."""
     module.__dict__.pop("forward", None)
     for part in module.modules():
         part.__dict__.pop("_fused_part", None)
@@ -448,9 +459,9 @@ def _trace_all(model: nn.Module) -> tuple[list[_Forward], dict[str, str]]:
         for path, module in model.named_modules():
             if not _may_call_batch_norms(module):
                 continue
-            own = vars(module).get("forward")
-            if own is not None:
-                if not getattr(own, "computes_the_same", False):
+            instance_forward = vars(module).get("forward")
+            if instance_forward is not None:
+                if not getattr(instance_forward, "computes_the_same", False):
                     failed[path] = "its forward was replaced on this instance"
                 continue
             try:
@@ -461,13 +472,14 @@ def _trace_all(model: nn.Module) -> tuple[list[_Forward], dict[str, str]]:
 
 
 def _forget_pickled(model: nn.Module) -> None:
-    """Takes off what unpickling makes of a rewritten forward: the class's own, bound to the instance."""
+    """Takes off the forward of the class, bound to the instance: unpickling makes this of a rewritten forward."""
     for module in model.modules():
         if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
             del module.__dict__["forward"]
 
 
 def _may_call_batch_norms(module: nn.Module) -> bool:
+    """Whether a module has batch norms inside and a forward that is neither torch's nor TorchScript."""
     of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
     if of_torch or isinstance(module, torch.jit.ScriptModule):
         return False
@@ -475,6 +487,7 @@ def _may_call_batch_norms(module: nn.Module) -> bool:
 
 
 def _why_left(model: nn.Module, name: str, module: nn.Module, failed: dict[str, str]) -> str:
+    """Why a batch norm was left alone, in words."""
     if type(module) is not nn.BatchNorm2d:
         return f"it is a {type(module).__name__}"
     if _hooked(module):
@@ -490,6 +503,7 @@ def _why_left(model: nn.Module, name: str, module: nn.Module, failed: dict[str, 
 
 
 def _rewrite(call: _Call) -> None:
+    """Puts one call of the batch norm in place of it, the sum and the ReLU, in the traced program."""
     if call.what == "alone":
         return
     graph, node = call.node.graph, call.node
@@ -541,7 +555,8 @@ def _bind(forward: _Forward) -> None:
 
 
 def _arguments(signature: inspect.Signature, space: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
-    """What the function takes, what it passes on, and under which conditions its optional arguments are at rest."""
+    """The source of the bound function's parameters, of the arguments that it passes on, and of the conditions under
+    which its optional arguments have their defaults."""
     takes, passes, holds = ["self"], ["self"], []
     for i, p in enumerate(signature.parameters.values()):
         if p.kind is p.VAR_POSITIONAL or p.kind is p.VAR_KEYWORD:
@@ -560,16 +575,16 @@ def _arguments(signature: inspect.Signature, space: dict[str, Any]) -> tuple[lis
     return takes, passes, holds
 
 
-# -- what must not have changed since ----------------------------------------------------------------------------------
+# -- conditions: the model has not changed since -----------------------------------------------------------------------
 
-# Modules are told by a number in their `__dict__`, not by identity: a copy's parts have the same numbers, nothing is
-# kept alive, and it can be pickled and compiled.
+# Modules are recognised by a number in their `__dict__`, not by identity: the parts of a copied model have the same
+# numbers, nothing is kept alive, and the model can be pickled and compiled.
 _NUMBERS = itertools.count(1)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _class_holds(forward: _Forward, space: dict[str, Any]) -> list[str]:
-    """The class's forward, and the methods and class attributes that it may read, are those that were traced."""
+    """Conditions: the class's forward, and the methods and class attributes that it may read, are those traced."""
     module = forward.module
     space["_original"], space["_everywhere"] = type(module).forward, nn_module
     holds = ["type(self).forward is _original"]
@@ -585,7 +600,7 @@ def _class_holds(forward: _Forward, space: dict[str, Any]) -> list[str]:
         space[f"_class_{i}"] = cls
         space[f"_value_{i}"] = copy.deepcopy(value) if _is_plain(value) else value
         holds.append(_unchanged(f"_class_{i}.__dict__.get({name!r})", f"_value_{i}", value))
-        if getattr(type(module), name, None) is value:  # no class between them has it, nor may one that is put there
+        if getattr(type(module), name, None) is value:  # no subclass has it; none may get it later
             holds.append(_unchanged(f"getattr(type(self), {name!r}, None)", f"_value_{i}", value))
         if name not in vars(module):
             holds.append(f"{name!r} not in self.__dict__")
@@ -593,7 +608,8 @@ def _class_holds(forward: _Forward, space: dict[str, Any]) -> list[str]:
 
 
 def _inside_holds(expression: str, value: Any, names: set[str], space: dict[str, Any], depth: int = 3) -> list[str]:
-    """What a forward may read of an object that its module holds, such as a configuration, is as it was."""
+    """Conditions: the attributes that a forward may read of an object in its module, such as a configuration, are as
+    before."""
     if depth == 0 or isinstance(value, Tensor | nn.Module | type | types.ModuleType | types.FunctionType):
         return []
     holds: list[str] = []
@@ -606,11 +622,11 @@ def _inside_holds(expression: str, value: Any, names: set[str], space: dict[str,
 
 
 def _parts_hold(forward: _Forward, space: dict[str, Any]) -> list[str]:
-    """Each module that the program calls or has taken over, and the containers on the way, are where they were."""
+    """Conditions: each module that the program calls or has taken over, and the containers around it, are in place."""
     module = forward.module
     plain = {path for _, call in forward.calls for path in call.watched}
     called = {str(n.target) for program in forward.programs for n in program.nodes if n.op == "call_module"} | plain
-    called |= {name for name, _ in module.named_children() if name in forward.names}  # those it only reads, too
+    called |= {name for name, _ in module.named_children() if name in forward.names}  # also those that it only reads
     prefixes = {path.rpartition(".")[0] for path in called} - {""}
     while more := {path.rpartition(".")[0] for path in prefixes} - {""} - prefixes:
         prefixes |= more
@@ -638,7 +654,7 @@ def _parts_hold(forward: _Forward, space: dict[str, Any]) -> list[str]:
 
 
 def _as_plain_as_before(p: str, part: nn.Module) -> list[str]:
-    """A batch norm or a ReLU is of its class, computes as that does, and nobody watches."""
+    """Conditions: a batch norm or a ReLU is of its class, computes as the class does, and has no hooks."""
     holds = [f"type({p}) is _batch_norm"]
     if isinstance(part, nn.ReLU):
         holds = [f"type({p}) is _relu", "_relu.forward is _relu_forward"]
@@ -646,10 +662,12 @@ def _as_plain_as_before(p: str, part: nn.Module) -> list[str]:
 
 
 def _unchanged(expression: str, name: str, value: Any) -> str:
+    """The condition that an expression has the value that `name` stands for: equal if plain, else the same object."""
     return f"{expression} == {name}" if _is_plain(value) else f"{expression} is {name}"
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether a value consists of numbers, strings, lists, tuples and dicts, so that it is compared by equality."""
     if type(value) in (list, tuple):
         return all(map(_is_plain, value))
     if type(value) is dict:
@@ -661,7 +679,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _outputs(model: nn.Module, example_inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What the model makes of the first few examples in evaluation mode; nothing about it changes."""
+    """The model's outputs on the first examples in evaluation mode; the model is not changed."""
     if isinstance(example_inputs, Tensor) or not all(isinstance(x, Tensor) for x in example_inputs):
         raise InputError("example_inputs must be a tuple of tensors, the model's positional arguments, such as (x,).")
     one_batch = len({x.shape[:1] for x in example_inputs}) == 1 and example_inputs[0].dim() > 0

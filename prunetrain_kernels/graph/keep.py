@@ -65,8 +65,7 @@ class ChannelGraph(ChannelSpaces):
         self,
         model: nn.Module,
         threshold: float = 1e-4,
-        *,
-        relative: bool = False,
+        relative: bool = False,  # noqa: FBT001, FBT002 - by position since 0.1
         policy: str = "union",
         round_to: int = 1,
         cost: ConvolutionCost | str | None = None,

@@ -104,7 +104,7 @@ class _Tracer(ThreadTracer):
     def create_args_for_root(
         self,
         root_fn: Callable[..., Any],
-        is_module: Any,
+        is_module: bool,  # noqa: FBT001 - torch.fx calls it so
         concrete_args: Any = None,
     ) -> tuple[Any, list[Any]]:
         names = [p.name for p in required_parameters(_signature(root_fn))]

@@ -66,7 +66,12 @@ class RemovedLayer(nn.Module):
         super().__init__()
         self.geometry = geometry
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool | None = None,  # noqa: FBT001 - as BatchNormAct2d
+    ) -> Tensor:
         # Nothing reads these zeros but layers that are gone too, so a residual would change nothing.
         # A fresh tensor, never a view of x: what follows may work in place.
         return x.new_zeros((x.shape[0], 1, *_map_size(x.shape[2:], self.geometry)))
@@ -137,7 +142,12 @@ class ConstantBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         return
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        relu: bool | None = None,  # noqa: FBT001 - as BatchNormAct2d
+    ) -> Tensor:
         ones = [1] * (input.dim() - 2)
         pixel = input[(slice(0, 1), slice(None), *[slice(0, 1)] * len(ones))]
         # Two equal values: batch norm refuses a single one in training mode, and their variance is the true one, zero.

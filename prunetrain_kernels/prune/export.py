@@ -135,7 +135,7 @@ def _plain(module: nn.Module, x: Tensor) -> nn.Module:
         dtype=x.dtype,
     ).to_empty(device=x.device)
     nn.init.zeros_(conv.weight)
-    conv.weight.requires_grad_(requires_grad=False)  # a removed branch is not to grow again
+    conv.weight.requires_grad = False  # a removed branch is not to grow again
     if isinstance(module, ConstantConv) and module.bias is not None:
         conv.bias = module.bias
     return conv

@@ -239,14 +239,14 @@ class Flow:
         live: tuple[Tensor | None, Tensor | None] = (None, None),
         groups: int = 1,
     ) -> bool:
-        """Makes a layer from the channels of `value` (of one group) to `outputs` new ones.
-
-        `live` holds the layer's `live_in` and `live_out` (see `Layer`)."""
+        """Makes a layer from the channels of `value` (of one group) to `outputs` new ones; `live`: its `live_in`
+        and `live_out`."""
         known = self.layers.get(name)
         dim = value.dim if kind == "linear" else 1
         if known is None:
-            before, after = (tuple(self.shape(n) or ())[2:] for n in (node.args[0], node))
-            self.layers[name] = Layer(name, kind, -1, -1, value.block, *live, before, after, groups)
+            layer = Layer(name, kind, -1, -1, value.block, live_in=live[0], live_out=live[1], groups=groups)
+            layer.map_in, layer.map_out = (tuple(self.shape(n) or ())[2:] for n in (node.args[0], node))
+            self.layers[name] = layer
             self.read[name], self.made[name] = value.ids, self.new_space(outputs // groups) * groups
         elif known.block != value.block:
             for ids in (self.read[name], self.made[name], value.ids):

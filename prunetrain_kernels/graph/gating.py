@@ -211,10 +211,21 @@ def convolution(
     padding = explicit_padding(module)
     assert padding is not None  # such a layer is not gated
     return Convolution(
-        batch, layer.map_in, layer.map_out, module.kernel_size, module.stride, padding, module.dilation,  # type: ignore[arg-type]
-        channels[0], live[0], channels[1], live[1], module.weight.element_size(), places,
-        not graph.spaces[layer.input].is_input,
-    )  # fmt: skip
+        batch=batch,
+        map_in=layer.map_in,  # type: ignore[arg-type]
+        map_out=layer.map_out,  # type: ignore[arg-type]
+        kernel=module.kernel_size,  # type: ignore[arg-type]
+        stride=module.stride,  # type: ignore[arg-type]
+        padding=padding,
+        dilation=module.dilation,  # type: ignore[arg-type]
+        in_full=channels[0],
+        in_live=live[0],
+        out_full=channels[1],
+        out_live=live[1],
+        itemsize=module.weight.element_size(),
+        places=places,
+        input_gradient=not graph.spaces[layer.input].is_input,
+    )
 
 
 def forms(conv: Convolution, sides: tuple[bool, bool], device: torch.device, dtype: torch.dtype) -> Iterator[Form]:

@@ -165,6 +165,9 @@ def _positions(chosen: Tensor, kept: Tensor) -> Tensor | None:
     return None if len(chosen) == len(kept) else torch.isin(kept, chosen).nonzero().flatten()
 
 
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
 def choose(
     graph: ChannelGraph,
     model: nn.Module,
@@ -320,6 +323,9 @@ def _in_order(channels: Tensor, chosen: Tensor | None) -> Tensor:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+# -- numbers of channels -----------------------------------------------------------------------------------------------
 
 
 def _per_space(

@@ -67,7 +67,8 @@ class _Trial:
     """Trial cuts of one model.
 
     Attributes:
-        starts: (training, start): the runs that are compared, those that the model survives on `inputs`.
+        inputs: the example inputs, or noise in place of inputs without variety.
+        starts: (training, start): the runs that are compared; the model runs on `inputs` in each.
         cuts: how many cuts were tried.
     """
 

@@ -270,16 +270,16 @@ def _graph(
         follower.space = numbers.of(flow.followed[follower.name])
         numbers.spaces[follower.space].followers.append(follower.name)
     return ChannelGraph(
-        numbers.spaces,
-        flow.layers,
-        flow.followers,
-        [merge for merge in flow.merges if merge.node.graph is first],
-        calls,
-        first,
-        examples,
-        opaque,
-        frozenset(flow.not_followed | varied),
-        flow.pinned,
+        spaces=numbers.spaces,
+        layers=flow.layers,
+        followers=flow.followers,
+        merges=[merge for merge in flow.merges if merge.node.graph is first],
+        calls=calls,
+        program=first,
+        example_inputs=examples,
+        opaque=opaque,
+        not_followed=frozenset(flow.not_followed | varied),
+        pinned=flow.pinned,
         uncalled=_uncalled(modules, [node for program in programs for node in program.nodes]),
     )
 

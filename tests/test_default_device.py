@@ -286,7 +286,7 @@ def graphs() -> dict[str, Any]:
         model.load_state_dict(network().state_dict())
         channels = pk.trace_channels(model, (X,))
         assert isinstance(channels, pk.ChannelGraph)
-        keep = channels.keep(model, 1e-4, relative, policy, round_to, convolution.flops)
+        keep = channels.keep(model, relative=relative, policy=policy, round_to=round_to, cost=convolution.flops)
         assert isinstance(keep, pk.Keep)
         done = pk.reconfigure(model, optimizer, keep)
         assert isinstance(done, pk.Reconfiguration)

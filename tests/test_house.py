@@ -54,7 +54,7 @@ def sources(root: Path) -> dict[str, Path]:
 def imports(root: Path) -> list[Import]:
     """All imports of one file of the project by another, wherever in the file they stand."""
     modules = sources(root)
-    found = []
+    edges = []
     for module, path in modules.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         hidden = {id(node) for guard in ast.walk(tree) if _is_guard(guard) for node in ast.walk(guard)}
@@ -63,8 +63,8 @@ def imports(root: Path) -> list[Import]:
                 imported = name if name in modules else name.rpartition(".")[0]  # a module, or something in one
                 if imported in modules and imported != module:
                     files = (modules[each].relative_to(root).as_posix() for each in (module, imported))
-                    found.append(Import(*files, getattr(node, "lineno", 0), id(node) in hidden))
-    return found
+                    edges.append(Import(*files, getattr(node, "lineno", 0), id(node) in hidden))
+    return edges
 
 
 def _is_guard(node: ast.AST) -> bool:
@@ -82,10 +82,10 @@ def _names(node: ast.AST, package: str) -> Iterator[str]:
         yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def upward(found: list[Import], floor: Mapping[str, int]) -> list[str]:
+def upward(edges: list[Import], floor: Mapping[str, int]) -> list[str]:
     """Imports of a room that does not lie on a lower floor, in words."""
     faults = []
-    for each in found:
+    for each in edges:
         rooms = [room_of(file) for file in (each.importer, each.imported)]
         below, above = (floor.get(room) for room in rooms[::-1])
         if rooms[0] != rooms[1] and (below is None or above is None or below >= above):
@@ -93,9 +93,9 @@ def upward(found: list[Import], floor: Mapping[str, int]) -> list[str]:
     return faults
 
 
-def circles(found: list[Import]) -> list[frozenset[str]]:
+def circles(edges: list[Import]) -> list[frozenset[str]]:
     """Largest sets of files in which each imports all the others, directly or through others."""
-    reach = {file: {each.imported for each in found if each.importer == file} for file in {i.importer for i in found}}
+    reach = {file: {each.imported for each in edges if each.importer == file} for file in {i.importer for i in edges}}
     changed = True
     while changed:
         changed = False
@@ -108,7 +108,7 @@ def circles(found: list[Import]) -> list[frozenset[str]]:
 
 
 def attributes_of_flow(text: str) -> list[str]:
-    """What a file reads or writes of a `flow` that is no method of it, as source."""
+    """The attributes of a `flow` that a file reads or writes and that are no methods, as source."""
     attributes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
     of_flow = [each for each in attributes if isinstance(each.value, ast.Name) and each.value.id == "flow"]
     public = {name for name in vars(Flow) if not name.startswith("_")}
@@ -119,7 +119,7 @@ def attributes_of_flow(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Import]:
+def edges() -> list[Import]:
     return imports(ROOT)
 
 
@@ -133,17 +133,17 @@ def test_every_room_has_a_floor(floor: dict[str, int]) -> None:
     assert rooms - set(floor) == set(), "rooms that the table of docs/design.md, section 3, does not name"
 
 
-def test_imports_go_down(found: list[Import], floor: dict[str, int]) -> None:
-    assert len(found) > 500
-    assert upward(found, floor) == []
+def test_imports_go_down(edges: list[Import], floor: dict[str, int]) -> None:
+    assert len(edges) > 500
+    assert upward(edges, floor) == []
 
 
-def test_no_circle_of_files(found: list[Import]) -> None:
-    assert [sorted(ring) for ring in circles(found)] == []
+def test_no_circle_of_files(edges: list[Import]) -> None:
+    assert [sorted(ring) for ring in circles(edges)] == []
 
 
-def test_no_import_is_hidden_from_those_who_run_the_code(found: list[Import]) -> None:
-    assert [f"{i.importer}, line {i.line}, imports {i.imported}" for i in found if i.hidden] == []
+def test_no_import_is_hidden_from_those_who_run_the_code(edges: list[Import]) -> None:
+    assert [f"{i.importer}, line {i.line}, imports {i.imported}" for i in edges if i.hidden] == []
 
 
 def test_rules_touch_a_flow_only_through_its_methods() -> None:
@@ -258,16 +258,16 @@ def planted(root: Path, more: Mapping[str, str] | None = None) -> list[Import]:
 
 
 def test_a_sound_project_has_no_faults(tmp_path: Path) -> None:
-    found = planted(tmp_path)
-    assert {(i.importer, i.imported) for i in found} == {
+    edges = planted(tmp_path)
+    assert {(i.importer, i.imported) for i in edges} == {
         ("prunetrain_kernels/train/__init__.py", "prunetrain_kernels/train/loop.py"),
         ("prunetrain_kernels/train/loop.py", "prunetrain_kernels/errors.py"),
         ("prunetrain_kernels/nn/fuse.py", "prunetrain_kernels/errors.py"),
         ("bench/rows.py", "prunetrain_kernels/train/loop.py"),
     }
-    assert upward(found, floors(HOUSE)) == []
-    assert circles(found) == []
-    assert not any(each.hidden for each in found)
+    assert upward(edges, floors(HOUSE)) == []
+    assert circles(edges) == []
+    assert not any(each.hidden for each in edges)
 
 
 @pytest.mark.parametrize(
@@ -281,26 +281,26 @@ def test_a_sound_project_has_no_faults(tmp_path: Path) -> None:
     ],
 )
 def test_a_planted_upward_import_is_a_fault(text: str, tmp_path: Path) -> None:
-    found = planted(tmp_path, {"prunetrain_kernels/errors.py": text})
-    assert [fault.split(",")[0] for fault in upward(found, floors(HOUSE))] == ["prunetrain_kernels/errors.py"]
+    edges = planted(tmp_path, {"prunetrain_kernels/errors.py": text})
+    assert [fault.split(",")[0] for fault in upward(edges, floors(HOUSE))] == ["prunetrain_kernels/errors.py"]
 
 
 def test_a_room_of_the_same_floor_and_one_without_a_floor_are_faults(tmp_path: Path) -> None:
-    found = planted(
+    edges = planted(
         tmp_path,
         {
             "prunetrain_kernels/nn/fuse.py": "from prunetrain_kernels.train import loop\n",
             "prunetrain_kernels/attic.py": "from prunetrain_kernels import errors\n",
         },
     )
-    faults = upward(found, floors(HOUSE))
+    faults = upward(edges, floors(HOUSE))
     assert [fault.split(",")[0] for fault in faults] == ["prunetrain_kernels/attic.py", "prunetrain_kernels/nn/fuse.py"]
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_planted_circle_is_a_fault(late: bool, tmp_path: Path) -> None:
     text = "from bench.suites import cases\n"
-    found = planted(
+    edges = planted(
         tmp_path,
         {
             "bench/suites/kernels.py": f"def run():\n    {text}" if late else text,
@@ -308,14 +308,14 @@ def test_a_planted_circle_is_a_fault(late: bool, tmp_path: Path) -> None:
             "bench/suites/shapes.py": "from bench.suites.kernels import run\n",
         },
     )
-    assert circles(found) == [frozenset(f"bench/suites/{name}.py" for name in ("kernels", "cases", "shapes"))]
+    assert circles(edges) == [frozenset(f"bench/suites/{name}.py" for name in ("kernels", "cases", "shapes"))]
 
 
 @pytest.mark.parametrize("guard", ["TYPE_CHECKING", "typing.TYPE_CHECKING", "not TYPE_CHECKING", "TYPE_CHECKING or x"])
 def test_a_planted_hidden_import_is_a_fault(guard: str, tmp_path: Path) -> None:
     text = f"if {guard}:\n    import pandas\n    from prunetrain_kernels.train.loop import run\n"
-    found = planted(tmp_path, {"bench/rows.py": text})
-    assert [(i.imported, i.hidden) for i in found if i.importer == "bench/rows.py"] == [
+    edges = planted(tmp_path, {"bench/rows.py": text})
+    assert [(i.imported, i.hidden) for i in edges if i.importer == "bench/rows.py"] == [
         ("prunetrain_kernels/train/loop.py", True)
     ]
 

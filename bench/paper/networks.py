@@ -103,7 +103,7 @@ def gating_flops(
     """
     gated = copy.deepcopy(model)
     graph = trace_channels(gated, example_inputs)
-    keep = graph.keep(gated, threshold, relative, policy="gating")
+    keep = graph.keep(gated, threshold, relative=relative, policy="gating")
     if where == BRANCH_ENDS:
         keep = at_branch_ends(keep)
     reconfigure(gated, None, keep, zeroing_tolerance=math.inf)  # FLOPs are all that is asked of it

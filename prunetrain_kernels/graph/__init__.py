@@ -1,10 +1,11 @@
-"""Who shares which channels, and which channels stay."""
+"""The channel graph: which layers share which channels, and which channels stay."""
 
 from prunetrain_kernels.graph.dead import DeadBranch
 from prunetrain_kernels.graph.flow import Flow
-from prunetrain_kernels.graph.keep import ChannelGraph, Keep, SparseSlices
+from prunetrain_kernels.graph.keep import ChannelGraph, Keep
 from prunetrain_kernels.graph.rules import register_rule
 from prunetrain_kernels.graph.spaces import Follower, Layer, Merge, Space, expand
+from prunetrain_kernels.graph.sparse import SparseSlices
 from prunetrain_kernels.graph.trace import trace_channels
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Where the channels of a value lie among its dimensions, and how reshapes move them.
+"""The place of a value's channels among its dimensions, and how reshapes move them.
 
 Nothing here knows of modules or of tracing: it is arithmetic on shapes.
 """
@@ -15,7 +15,7 @@ class Channels:
     """The channels of one value: `block` consecutive features for each of the channels `ids`.
 
     An id stands for one channel wherever it goes: a concatenation has the ids of its parts one after the other, a sum
-    makes the ids of its operands one. Channels that have to stay or go together have one id.
+    joins the ids of its operands. Channels that have to stay or go together have one id.
 
     Attributes:
         ids: one per channel, in order.
@@ -39,40 +39,41 @@ class Channels:
         return self.dims[0] if len(self.dims) == 1 else None
 
     def plain(self) -> "Channels":
-        """The same with one feature per entry: an id is repeated where it had a block."""
+        """These channels with one feature per entry: each id is repeated as often as it has features."""
         return replace(self, ids=tuple(i for i in self.ids for _ in range(self.block)), block=1)
 
     def in_dim(self, dim: int) -> "Channels":
+        """These channels in another dimension."""
         return replace(self, dims=(dim,))
 
     def shifted(self, dims: int) -> "Channels":
-        """Behind `dims` more dimensions."""
+        """These channels in a value with `dims` more dimensions in front."""
         return replace(self, dims=tuple(d + dims for d in self.dims))
 
     def permuted(self, order: Sizes) -> "Channels":
-        """After `permute(order)`: dimension d of the result is dimension order[d] of what it was."""
-        where = [order.index(d) for d in self.dims]
+        """These channels after `permute(order)`: dimension d of the result is dimension order[d] of the value."""
+        new_dims = [order.index(d) for d in self.dims]
         if not self.grid:
-            return replace(self, dims=tuple(where))
-        by_place = sorted(range(len(where)), key=lambda axis: where[axis])
+            return replace(self, dims=tuple(new_dims))
+        by_place = sorted(range(len(new_dims)), key=lambda axis: new_dims[axis])
         sizes = tuple(self.grid[axis] for axis in by_place)
         strides = [math.prod(self.grid[axis + 1 :]) for axis in range(len(self.grid))]
         moved = [0]
         for axis in by_place:
             moved = [place + step * strides[axis] for place in moved for step in range(self.grid[axis])]
-        return replace(self, ids=tuple(self.ids[place] for place in moved), dims=tuple(sorted(where)), grid=sizes)
+        return replace(self, ids=tuple(self.ids[place] for place in moved), dims=tuple(sorted(new_dims)), grid=sizes)
 
 
 @dataclass(frozen=True)
 class Count:
-    """A number that the forward reads from a tensor's size: `factor` times its features."""
+    """A number that the forward computes from a tensor's size: `factor` times the features of `channels`."""
 
-    of: Channels
+    channels: Channels
     factor: Fraction = Fraction(1)
 
 
 def aligned(before: Sizes, after: Sizes, dims: tuple[int, ...] = ()) -> list[tuple[Sizes, Sizes]]:
-    """The dimensions of two shapes of one number of elements in the smallest groups that hold the same elements.
+    """The dimensions of two shapes with as many elements, in the smallest groups that hold the same elements.
 
     Dimensions of size 1 belong to none, but for `dims` of `before`, which go with what follows.
     `aligned((2, 8, 3, 3), (2, 72))` is `[((0,), (0,)), ((1, 2, 3), (1,))]`.
@@ -97,13 +98,13 @@ def aligned(before: Sizes, after: Sizes, dims: tuple[int, ...] = ()) -> list[tup
 
 
 def reshaped(value: Channels, before: Sizes, after: Sizes) -> Channels | None:
-    """Where the channels are after a reshape; None if that mixes them with other elements.
+    """The channels after a reshape; None if that mixes them with other elements.
 
     A dimension of channels goes on as it is, swallows the ones behind it (its block grows), gives its block back as
     dimensions, or is split into a grid. A grid may only become one dimension again.
     """
     if value.features == 1 and value.dims[0] < len(after) and after[value.dims[0]] == 1:
-        return value  # the last channel, where it was
+        return value  # a single channel, in the same dimension as before
     inside = [(a, b) for a, b in aligned(before, after, value.dims) if set(value.dims) & set(a)]
     if len(inside) != 1:
         return None
@@ -122,7 +123,7 @@ def reshaped(value: Channels, before: Sizes, after: Sizes) -> Channels | None:
 
 
 def tied_columns(ids: tuple[int, ...], grid: Sizes, varies: int) -> list[tuple[int, ...]]:
-    """Ids of a grid in sets of those that differ in other axes than `varies`: that axis alone may get shorter."""
+    """The ids of a grid in sets, one for each place along the axis `varies`, which alone may get shorter."""
     stride = math.prod(grid[varies + 1 :])
     sets: dict[int, list[int]] = {}
     for place, i in enumerate(ids):

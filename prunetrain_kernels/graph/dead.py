@@ -1,4 +1,4 @@
-"""Branches that no longer depend on their input: what adds the same constant to every pixel, whatever goes in.
+"""Branches that no longer depend on their input: they add the same constant to every pixel, whatever goes in.
 
 A merge keeps both of its sides, but a side that ends in a convolution without a live weight gives one constant per
 channel. All that feeds nothing but that convolution can go.
@@ -15,7 +15,8 @@ from prunetrain_kernels.graph.functions import POINTWISE_FUNCTIONS, POINTWISE_ME
 from prunetrain_kernels.graph.rules import POINTWISE_MODULES
 from prunetrain_kernels.graph.spaces import ChannelSpaces
 
-# May write the second operand into the first, which must then have its full size; torch.fx records `a += b` as `a + b`.
+# Operations that may write into their first operand, which must then have its full size: torch.fx records `a += b` as
+# `a + b`.
 OVERWRITING = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.isub, operator.imul,
     operator.itruediv, "add_", "sub_", "mul_", "div_",
@@ -58,7 +59,9 @@ def dead_branches(graph: ChannelSpaces, model: nn.Module, zero: set[str]) -> Ite
             conv, batch_norm = end
             upstream = _only_feeds(graph, modules, conv)
             gone |= upstream | {conv}
-            names = dict.fromkeys(str(n.target) for n in graph.program.nodes if n in upstream and _owns(modules, n))
+            names = dict.fromkeys(
+                str(n.target) for n in graph.program.nodes if n in upstream and _has_tensors(modules, n)
+            )
             yield DeadBranch(
                 last=str(conv.target),
                 batch_norm=str(batch_norm.target) if batch_norm is not None else None,
@@ -67,9 +70,9 @@ def dead_branches(graph: ChannelSpaces, model: nn.Module, zero: set[str]) -> Ite
             )
 
 
-def _owns(modules: dict[str, nn.Module], node: fx.Node) -> bool:
-    """Whether the node calls a module with tensors of one entry per channel, which cannot read a removed layer's one
-    channel."""
+def _has_tensors(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    """Whether the node calls a module with parameters or buffers: their sizes are fixed, so it cannot read the one
+    channel of a removed layer."""
     if node.op != "call_module":
         return False
     module = modules[str(node.target)]
@@ -77,7 +80,7 @@ def _owns(modules: dict[str, nn.Module], node: fx.Node) -> bool:
 
 
 def _is_pointwise(modules: dict[str, nn.Module], node: fx.Node) -> bool:
-    """Whether the node gives the same for a constant map as for one pixel of it; dropout does not."""
+    """Whether the node computes the same of a constant map as of one pixel of it; dropout does not."""
     if node.op == "call_module":
         module = modules[str(node.target)]
         return isinstance(module, POINTWISE_MODULES) and not isinstance(module, nn.Dropout)
@@ -97,8 +100,8 @@ def _zero_convolution(
         if node.op == "call_module":
             name = str(node.target)
             if name in graph.layers:
-                alone = graph.layers[name].kind == "conv" and len(graph.calls[name]) == 1
-                return (node, batch_norm) if alone and name in zero else None
+                is_single_conv = graph.layers[name].kind == "conv" and len(graph.calls[name]) == 1
+                return (node, batch_norm) if is_single_conv and name in zero else None
             if isinstance(modules[name], nn.modules.batchnorm._BatchNorm):
                 if batch_norm is not None or len(graph.calls[name]) != 1:
                     return None
@@ -114,20 +117,20 @@ def _zero_convolution(
 
 
 def _is_constant(modules: dict[str, nn.Module], node: fx.Node, gone: set[fx.Node]) -> bool:
-    """Whether the value is already a constant per channel: it comes from a branch that goes now, or went before."""
+    """Whether the value is a constant per channel already: it comes from a branch that goes now, or went before."""
     while node.op in ("call_module", "call_function", "call_method") and node.args:
         if node in gone:
             return True
         if node.op == "call_module" and getattr(modules[str(node.target)], "constant_over_pixels", False):
             return True
-        single = node.args[0]
-        if len(node.all_input_nodes) != 1 or not isinstance(single, fx.Node):
+        operand = node.args[0]
+        if len(node.all_input_nodes) != 1 or not isinstance(operand, fx.Node):
             return False
         if node.op == "call_module" and not isinstance(
             modules[str(node.target)], (*POINTWISE_MODULES, nn.modules.batchnorm._BatchNorm)
         ):
             return False
-        node = single
+        node = operand
     return False
 
 
@@ -165,7 +168,7 @@ def _overflowing(graph: ChannelSpaces, modules: dict[str, nn.Module], only: set[
         read = node.all_input_nodes
         if node.target in OVERWRITING and node.args[0] in perhaps_one and not one_channel.issuperset(read):
             overflowing.add(node)
-        if _owns(modules, node) or one_channel.issuperset(read):
+        if _has_tensors(modules, node) or one_channel.issuperset(read):
             one_channel.add(node)
         if node in one_channel or not perhaps_one.isdisjoint(read):
             perhaps_one.add(node)

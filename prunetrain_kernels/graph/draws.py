@@ -1,8 +1,8 @@
-"""Random numbers that two runs of one model have in common, whatever each of them draws in between.
+"""Random numbers that two runs of one model have in common, whatever either of them draws in between.
 
 A traced program draws at tracing what the forward's Python draws, and later what its operations draw; the model draws
 both as it goes. So that the two can be compared, a random number here depends on what asks for it and how often that
-has asked, not on the order. Where several numbers are drawn at once they are all alike, as if there was no noise: a
+has asked, not on the order. Where several numbers are drawn at once they are all equal, as if there were no noise: a
 network with fewer channels draws the same.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operators whose result says nothing but what was drawn.
+# Operators whose result is nothing but the numbers drawn.
 DRAWN = {
     "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "uniform_", "normal_", "exponential_",
     "cauchy_", "log_normal_", "geometric_", "random_",
@@ -29,7 +29,7 @@ class Draws(TorchDispatchMode):
     """PyTorch's random numbers inside `drawing`.
 
     Attributes:
-        seed: other numbers for another.
+        seed: another seed gives other numbers.
         drawn: how many operators have asked for random numbers since it was last set to 0.
     """
 
@@ -42,7 +42,7 @@ class Draws(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch would else import its compiler, which takes seconds, to keep it away from this class."""
+        """False: PyTorch would else import its compiler, which takes seconds, only to keep it away from this class."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,7 +77,7 @@ def drawing(model: nn.Module, seed: int) -> Iterator[Draws]:
     """Inside, random numbers of PyTorch, Python, NumPy, and of generators that the model's modules hold depend on
     `seed` alone. Those generators are afterwards as they were; for the global ones this is inside `probe.unchanged`."""
     draws = Draws(seed)
-    undo = [seed_held(held, seed) for held in generators_of(model)]
+    undo = [_seed_generator(generator, seed) for generator in generators_of(model)]
     seed_global(seed)
     try:
         with draws:
@@ -103,25 +103,27 @@ def generators_of(model: nn.Module) -> list[Any]:
     kinds: tuple[type, ...] = (random.Random, torch.Generator)
     if numpy is not None:
         kinds = (*kinds, numpy.random.Generator, numpy.random.RandomState)
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, kinds)]
-    return list({id(value): value for value in held}.values())
+    generators = [
+        generator for module in model.modules() for generator in vars(module).values() if isinstance(generator, kinds)
+    ]
+    return list({id(generator): generator for generator in generators}.values())
 
 
-def seed_held(generator: Any, seed: int) -> Callable[[], None]:
-    """Seeds one of `generators_of`; returns what puts it back."""
+def _seed_generator(generator: Any, seed: int) -> Callable[[], None]:
+    """Seeds a generator of any of the kinds in `generators_of`; returns a function that restores its state."""
     if isinstance(generator, random.Random):
-        was = generator.getstate()
+        python_state = generator.getstate()
         generator.seed(seed)
-        return lambda: generator.setstate(was)
+        return lambda: generator.setstate(python_state)
     if isinstance(generator, torch.Generator):
-        state = generator.get_state()
+        torch_state = generator.get_state()
         generator.manual_seed(seed)
-        return lambda: (generator.set_state(state), None)[1]
+        return lambda: (generator.set_state(torch_state), None)[1]
     if hasattr(generator, "bit_generator"):
         bits = generator.bit_generator
-        old = bits.state
+        bits_state = bits.state
         bits.state = type(bits)(seed).state
-        return lambda: setattr(bits, "state", old)
-    kept = generator.get_state()
+        return lambda: setattr(bits, "state", bits_state)
+    numpy_state = generator.get_state()
     generator.seed(seed)
-    return lambda: generator.set_state(kept)
+    return lambda: generator.set_state(numpy_state)

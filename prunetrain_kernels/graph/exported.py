@@ -1,10 +1,10 @@
 """Models whose Python torch.fx cannot follow, traced by torch.export instead.
 
 torch.export runs the model on the example inputs and records the operators (ATen) that were called: flow that depends
-on sizes or settings is no trouble for it. Its program is translated into the words of `functions.py`. Two things are
-lost on the way. Sizes have become plain numbers, so a reshape by `x.size(1)` looks like one by a number written out,
-and freezes; -1 stays -1. And layers have become functions of their weights: they are pruned, but not swapped for
-others, so there is no gating and no layer removal.
+on sizes or settings is no trouble for it. Its program is translated into the operations that `functions.py` knows. Two
+things are lost on the way. Sizes have become plain numbers, so a reshape by `x.size(1)` looks like one by a number
+written out, and freezes; -1 stays -1. And layers have become functions of their weights: they are pruned, but not
+swapped for others, so there is no gating and no layer removal.
 """
 
 import io
@@ -32,7 +32,7 @@ SPATIAL = {
     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
     "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "feature_dropout",
 }  # fmt: skip
-# ATen's name -> what the rules know, with the same arguments
+# ATen's name -> the function that the rules know, with the same arguments
 SAME_ARGUMENTS: dict[str, Any] = {
     "dropout": F.dropout, "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
     "cat": torch.cat, "concat": torch.cat, "stack": torch.stack, "chunk": torch.chunk, "split": torch.split,
@@ -49,7 +49,7 @@ METHODS = {"view", "reshape", "_unsafe_view", "expand", "expand_as"}
 
 
 def exported_program(model: nn.Module, examples: tuple[Tensor, ...]) -> tuple[fx.Graph, Values, Callable[..., Any]]:
-    """The model's program as the walk in `walk.py` takes it, what each node gives, and a function that runs what
+    """The model's program in the form that `walk.py` takes, the value of each node, and a function that runs what
     torch.export recorded.
 
     Args:
@@ -66,9 +66,9 @@ def exported_program(model: nn.Module, examples: tuple[Tensor, ...]) -> tuple[fx
     translation = _Translation()
     for node in exported.graph.nodes:
         if node.op == "placeholder":
-            translation.begin(node, names.get(node.name), node.name in inputs)
+            translation.begin(node, names.get(node.name), is_input=node.name in inputs)
         elif node.op == "output":
-            translation.program.output(translation.of(node.args[0]))
+            translation.program.output(translation.translated(node.args[0]))
         else:
             translation.call(node)
     return translation.program, translation.values, exported.module()
@@ -88,12 +88,14 @@ def _quiet() -> Iterator[None]:
 
 
 class _Translation:
+    """A program in the making: the nodes of an exported one, translated one after the other."""
+
     def __init__(self) -> None:
         self.program = fx.Graph()
         self.nodes: dict[fx.Node, fx.Node] = {}
         self.values: Values = {}
 
-    def of(self, argument: Any) -> Any:
+    def translated(self, argument: Any) -> Any:
         """An argument in the new program."""
         return fx.node.map_arg(argument, lambda n: self.nodes[n])
 
@@ -106,7 +108,8 @@ class _Translation:
         self.nodes[old] = new
         self.values[new] = value
 
-    def begin(self, node: fx.Node, name: str | None, is_input: bool) -> None:
+    def begin(self, node: fx.Node, name: str | None, *, is_input: bool) -> None:
+        """Translates a placeholder: of a tensor of the model (`name`), of an input, or of a constant."""
         if name is not None:
             self._keep(node, self.program.get_attr(name))
         elif is_input:
@@ -115,14 +118,15 @@ class _Translation:
             self._keep(node, self.program.call_function(torch.tensor))  # a constant: its values do not matter here
 
     def call(self, node: fx.Node) -> None:
-        target, args, kwargs = node.target, self.of(node.args), self.of(node.kwargs)
+        """Translates the call of an operator."""
+        target, args, kwargs = node.target, self.translated(node.args), self.translated(node.kwargs)
         is_aten = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
-        written = str(target.overloadpacket.__name__) if is_aten else ""  # type: ignore[union-attr]
-        name = written.removesuffix("_")
-        if written == "add_":
+        operator_name = str(target.overloadpacket.__name__) if is_aten else ""  # type: ignore[union-attr]
+        name = operator_name.removesuffix("_")
+        if operator_name == "add_":
             new = self.program.call_function(operator.iadd, args, kwargs)
         elif name in POINTWISE:
-            new = self.program.call_function(torch.clone, args, kwargs)  # with what else it reads, such as limits
+            new = self.program.call_function(torch.clone, args, kwargs)  # with its other operands, such as limits
         elif name in SPATIAL:
             new = self.program.call_function(F.interpolate, args, kwargs)
         elif name == "batch_norm":

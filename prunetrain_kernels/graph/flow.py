@@ -1,8 +1,8 @@
-"""What is known of the channels of each value of a program: the only thing that rules touch, and through its methods.
+"""The channels of each value of a program, as far as they are known. Rules touch nothing else, and by methods only.
 
-Every value that has channels has an id for each of them (`channels.py`); an operation that combines two values makes
-their ids one; a convolution or linear layer ends some and begins others. A rule looks up what goes into a call and says
-what comes out of it. `walk.py` asks the rules, call by call, and makes a graph of what they said.
+Every value that has channels has an id for each of them (`channels.py`); an operation that combines two values
+joins their ids; a convolution or linear layer ends some and begins others. A rule looks up what goes into a call and
+says what comes out of it. `walk.py` asks the rules, call by call, and makes a graph of what they said.
 """
 
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ class Source(NamedTuple):
 class Flow:
     """The channels of all values of some programs of one model, and the layers that end and begin them.
 
-    Layers and followers of one name are one in all programs, so that what any of them joins is joined, and what any of
-    them freezes is frozen.
+    A layer or follower that several programs call is one, by its name: what any of the programs joins is joined, and
+    what any of them freezes is frozen.
 
     The attributes are for `walk.py`:
-        ids: which channels are one, and which stay.
-        layers, followers, merges: as in the graph; their spaces are not numbered yet.
+        ids: which channels were joined, and which stay.
+        layers, followers, merges: as in `ChannelSpaces`; their spaces are not numbered yet.
         read, made, followed: ids of each layer's input, of its output, and of each follower.
-        calls: of each module.
+        calls: the calls of each module.
         ends: calls of layers.
         not_followed: calls that froze what they touch.
         pinned: modules that are never replaced or removed, and why.
@@ -65,18 +65,18 @@ class Flow:
         self._understood: set[tuple[fx.Node, fx.Node]] = set()  # uses of such numbers: by whom, and which
         self._reads: set[tuple[fx.Node, fx.Node]] = set()  # uses of parameters, likewise
 
-    # -- what goes into a call ------------------------------------------------------------------------------------
+    # -- what goes into a call -----------------------------------------------------------------------------------------
 
     def module(self, name: str) -> nn.Module | None:
         """The module of that qualified name, if there is one."""
         return self._modules.get(name)
 
     def value(self, node: fx.Node) -> Any:
-        """What the node gave on the example inputs: a number, a `Shape` in place of a tensor, a tuple of such."""
+        """The node's value on the example inputs: a number, a `Shape` in place of a tensor, a tuple of such."""
         return self._values.get(node)
 
     def shape(self, node: Any) -> torch.Size | None:
-        """The shape of what the node gave, if that is a tensor."""
+        """The shape of the node's value, if that is a tensor."""
         value = self._values.get(node) if isinstance(node, fx.Node) else None
         return value.sizes if isinstance(value, Shape) else None
 
@@ -89,15 +89,15 @@ class Flow:
         return self._channels.get(node) if isinstance(node, fx.Node) else None
 
     def parts_of(self, node: Any) -> list[Channels] | None:
-        """The channels of each of a tuple of tensors."""
+        """The channels of each tensor of a tuple; None for anything else."""
         return self._parts.get(node) if isinstance(node, fx.Node) else None
 
     def count_of(self, node: Any) -> Count | None:
-        """The channels whose number a node is."""
+        """The channels whose number the node's value is; None where it is not a number of channels."""
         return self._counts.get(node) if isinstance(node, fx.Node) else None
 
     def source(self, node: fx.Node) -> Source | None:
-        """The first input, its channels, and the shapes before and after, where all are known."""
+        """The call's first input, its channels, and the shapes before and after; None unless all are known."""
         first = argument(node, 0, "input")
         channels, before, after = self.channels_of(first), self.shape(first), self.shape(node)
         if channels is None or before is None or after is None:
@@ -107,62 +107,63 @@ class Flow:
     def channels_or_frozen(
         self, node: fx.Node, reason: str = "it is not computed from anything followed"
     ) -> Channels | None:
-        """The channels of a node; where none are known, new ones that stay, in the dimension where an operand of its
-        shape has them, else in dim 1."""
+        """The channels of a node; where none are known, new ones that stay, in the dimension in which an operand of the
+        same shape has them, else in dim 1."""
         shape = self.shape(node)
         if node not in self._channels and shape is not None and len(shape) >= 2:
-            alike = (
+            dims = (
                 self._channels[n].dim for n in node.all_input_nodes if n in self._channels and self.shape(n) == shape
             )
-            dim = next(alike, 1) or 1
+            dim = next(dims, 1) or 1
             self._channels[node] = Channels(self.new_space(shape[dim], reason), dims=(dim,))
         return self._channels.get(node)
 
-    # -- channels -------------------------------------------------------------------------------------------------
+    # -- channels ------------------------------------------------------------------------------------------------------
 
     def new_space(self, size: int, frozen: str | None = None) -> tuple[int, ...]:
-        """Ids of `size` channels that nobody has seen yet; they stay if `frozen` says why."""
+        """The ids of `size` new channels; they stay if `frozen` says why."""
         return self.ids.new(size, frozen)
 
     def find(self, i: int) -> int:
-        """The id that stands for all that are one with `i`."""
+        """The id that stands for all ids that were joined with `i`."""
         return self.ids.find(i)
 
     def join(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-        """Makes the channels of both one, each with the one in its place."""
+        """Joins two tuples of ids place by place: the channels in one place are one from now on."""
         return self.ids.join(a, b)
 
     def freeze(self, value: Channels, reason: str) -> None:
-        """The channels stay as they are."""
+        """Says that the channels stay as they are."""
         self.ids.freeze(value.ids, reason)
 
     def keep_two(self, ids: tuple[int, ...]) -> None:
-        """Two of the channels stay at least."""
+        """Says that at least two of the channels stay."""
         self.ids.keep_two(ids)
 
-    # -- what comes out of a call ---------------------------------------------------------------------------------
+    # -- what comes out of a call --------------------------------------------------------------------------------------
 
     def set(self, node: fx.Node, channels: Channels) -> None:
-        """The node gives a tensor with these channels."""
+        """Says that the node gives a tensor with these channels."""
         self._channels[node] = channels
 
     def set_parts(self, node: fx.Node, parts: list[Channels]) -> None:
-        """The node gives a tuple of tensors with these channels."""
+        """Says that the node gives a tuple of tensors with these channels."""
         self._parts[node] = parts
 
     def set_count(self, node: fx.Node, count: Count) -> None:
-        """The node gives a number of channels."""
+        """Says that the node gives a number of channels."""
         self._counts[node] = count
 
     def understand(self, node: fx.Node, number: fx.Node) -> None:
-        """The node goes on working when `number`, a number of channels that it reads, becomes smaller."""
+        """Says that the node still works when `number`, a number of channels that it reads, becomes smaller."""
         self._understood.add((node, number))
 
     def understands(self, node: fx.Node, number: fx.Node) -> bool:
+        """Whether `understand` was said of the node and the number."""
         return (node, number) in self._understood
 
     def stays(self, node: fx.Node, reason: str, value: Channels, result: Channels | None = None) -> bool:
-        """Freezes `value`; what comes out is known, but the node would not work on fewer channels."""
+        """Freezes `value`: the node would not work on fewer channels. Its result is known all the same."""
         self.not_followed.add(node)
         self.freeze(value, reason)
         if result is not None:
@@ -170,7 +171,7 @@ class Flow:
         return True
 
     def passes(self, node: fx.Node) -> bool:
-        """The node's first input goes through with its channels untouched."""
+        """Says that the node's first input goes through with its channels untouched; False if its shape contradicts."""
         source = self.source(node)
         if source is None or self.tensors(node) != [source.node] or source.before != source.after:
             return False
@@ -178,7 +179,7 @@ class Flow:
         return True
 
     def passes_spatially(self, node: fx.Node, spatial_dims: int | None = None) -> bool:
-        """As `passes`, for work on each channel's map, (N, C, ...), which may change the map's size."""
+        """Does as `passes`, for work on each channel's map, (N, C, ...), which may change the map's size."""
         source = self.source(node)
         if source is None or self.tensors(node) != [source.node] or source.channels.dims != (1,):
             return False
@@ -190,18 +191,18 @@ class Flow:
         self.set(node, source.channels)
         return True
 
-    # -- followers and layers -------------------------------------------------------------------------------------
+    # -- followers and layers ------------------------------------------------------------------------------------------
 
     def follow(self, node: fx.Node, name: str, kind: str) -> bool:
-        """A module with one value per channel, in dim 1: it passes the space on and is sliced with it."""
+        """Says that the module has one value per channel, in dim 1: it passes the space on and is sliced with it."""
         value = self.channels_of(node.args[0]) if node.args else None
         if value is None or value.dims != (1,) or not self.passes(node):
             return False
         return self.follow_value(node, name, kind, value)
 
     def follow_value(self, node: fx.Node, name: str, kind: str, value: Channels, repeats: int = 1) -> bool:
-        """As `follow`, for a module whose output has other spatial dimensions than its input, or `repeats` features for
-        each of the input's."""
+        """Does as `follow`, for a module whose output has other spatial dimensions than its input, or
+        `repeats` features for each of the input's."""
         value = Channels(value.ids, value.block * repeats, value.dims)
         self.set(node, value)
         known = self.followers.setdefault(name, Follower(name, kind, -1, value.block))
@@ -214,18 +215,18 @@ class Flow:
         return True
 
     def scale_with(self, node: fx.Node, name: str, value: Channels, dim: int) -> bool:
-        """The module's only tensor has one entry per channel, in dimension `dim`, and is multiplied with or added."""
+        """Says that the module's only tensor, one entry per channel in dimension `dim`, is multiplied with or added."""
         known = self._channels.get(node)
         self.called_as_function(name, node)
         self.follow_value(node, name, "scale", value)
         self.followers[name].dim = dim
-        del self._channels[node]  # it is the caller's to say what comes out
+        del self._channels[node]  # the caller says what comes out
         if known is not None:
             self.set(node, known)
         return True
 
     def make_constant(self, node: fx.Node, name: str, channels: int) -> None:
-        """A module that makes its own channels from nothing: no producer or consumer, only values to slice."""
+        """Says that the module makes channels from nothing: no producer or consumer, only values to slice."""
         self.follow_value(node, name, "constant", Channels(self.new_space(channels)))
 
     def make_layer(
@@ -238,12 +239,14 @@ class Flow:
         live: tuple[Tensor | None, Tensor | None] = (None, None),
         groups: int = 1,
     ) -> bool:
-        """A layer from the channels of `value` (of one group) to `outputs` new ones; `live` as in `Layer`."""
+        """Makes a layer from the channels of `value` (of one group) to `outputs` new ones; `live`: its `live_in`
+        and `live_out`."""
         known = self.layers.get(name)
         dim = value.dim if kind == "linear" else 1
         if known is None:
-            before, after = (tuple(self.shape(n) or ())[2:] for n in (node.args[0], node))
-            self.layers[name] = Layer(name, kind, -1, -1, value.block, *live, before, after, groups)
+            layer = Layer(name, kind, -1, -1, value.block, live_in=live[0], live_out=live[1], groups=groups)
+            layer.map_in, layer.map_out = (tuple(self.shape(n) or ())[2:] for n in (node.args[0], node))
+            self.layers[name] = layer
             self.read[name], self.made[name] = value.ids, self.new_space(outputs // groups) * groups
         elif known.block != value.block:
             for ids in (self.read[name], self.made[name], value.ids):
@@ -255,11 +258,11 @@ class Flow:
         return True
 
     def called(self, name: str, node: fx.Node) -> None:
-        """The node calls the module."""
+        """Says that the node calls the module."""
         self.calls.setdefault(name, []).append(node)
 
     def called_as_function(self, name: str, node: fx.Node) -> None:
-        """The forward uses the module's tensors without calling it: it can be sliced, but not replaced."""
+        """Says that the forward uses the module's tensors without calling it: it can be sliced, but not replaced."""
         self._reads.update((tensor, node) for tensor in node.all_input_nodes if tensor.op == "get_attr")
         self.called(name, node)
         self.pinned.setdefault(name, "the forward uses its weight without calling it")
@@ -268,8 +271,8 @@ class Flow:
         """Whether the user reads a module's tensor as that module would (`called_as_function`)."""
         return (tensor, user) in self._reads
 
-    def merge(self, node: fx.Node, operands: tuple[fx.Node, fx.Node], in_place: bool) -> None:
-        """The node adds two values; `in_place` tells that the first is written to."""
+    def merge(self, node: fx.Node, operands: tuple[fx.Node, fx.Node], *, in_place: bool) -> None:
+        """Says that the node adds two values; `in_place` if it writes to the first."""
         a, b = operands
         if a is not b and self.shape(a) == self.shape(b) and a in self._channels and b in self._channels:
             self.merges.append(Merge(node, operands, in_place))

@@ -1,6 +1,7 @@
-"""What functions and tensor methods do to channels: rules for `call_function` and `call_method` in a traced program.
+"""Rules for functions and tensor methods: what `call_function` and `call_method` in a traced program do to channels.
 
-Here stand the tables and what is arithmetic; `shapes.py` has what moves channels about, `layers.py` what is a layer.
+This file has the tables and the rules of arithmetic; `shapes.py` has the rules of what moves channels about, and
+`layers.py` those of layers.
 """
 
 import operator
@@ -30,7 +31,7 @@ from prunetrain_kernels.graph.shapes import (
     unpacked,
 )
 
-# Work on each value by itself, so channels go through untouched whatever the number of dimensions.
+# Functions that work on each value by itself, so channels go through untouched whatever the number of dimensions.
 POINTWISE_FUNCTIONS = {
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.elu, F.elu_, F.selu, F.celu, F.gelu, F.silu, F.mish,
     F.hardswish, F.hardtanh, F.hardsigmoid, F.sigmoid, F.logsigmoid, F.tanh, F.softplus, F.softsign, F.dropout,
@@ -44,7 +45,7 @@ POINTWISE_METHODS = {
     "bfloat16", "double", "abs", "neg", "square", "clamp", "clamp_", "to", "type_as", "exp", "sqrt", "rsqrt",
     "requires_grad_",
 }  # fmt: skip
-# Work on each channel's map by itself.
+# Functions that work on each channel's map by itself.
 SPATIAL_FUNCTIONS = {
     F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d,
     F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
@@ -75,7 +76,7 @@ NAMED_POINTWISE = {"torchvision.ops.stochastic_depth.stochastic_depth"}
 
 
 def understands_function(flow: Flow, node: fx.Node) -> Outcome:
-    """Rules for `call_function` and `call_method` nodes."""
+    """Puts a `call_function` or `call_method` node to the rule of its function."""
     target = node.target
     method = node.op == "call_method"
     if target in POINTWISE_FUNCTIONS or (method and target in POINTWISE_METHODS) or _name(target) in NAMED_POINTWISE:
@@ -126,13 +127,13 @@ def _name(target: Any) -> str:
 
 
 def binary(flow: Flow, node: fx.Node) -> Outcome:
-    """Elementwise with broadcasting: operands' channels become one; numbers and single values change nothing."""
+    """Elementwise work with broadcasting joins the operands' channels; numbers and single values change nothing."""
     after = flow.shape(node)
-    both = (argument(node, 0, "input"), argument(node, 1, "other"))
-    operands = [a for a in both if isinstance(a, fx.Node) and flow.shape(a) is not None]
+    arguments = (argument(node, 0, "input"), argument(node, 1, "other"))
+    operands = [a for a in arguments if isinstance(a, fx.Node) and flow.shape(a) is not None]
     if after is None or not operands or not set(flow.tensors(node)) <= set(operands):
         return False
-    if len(operands) == 1 and any(isinstance(a, torch.Tensor) for a in both):
+    if len(operands) == 1 and any(isinstance(a, torch.Tensor) for a in arguments):
         return False
     aligned: list[tuple[fx.Node, Channels]] = []
     for operand in operands:
@@ -164,12 +165,12 @@ def binary(flow: Flow, node: fx.Node) -> Outcome:
         )  # fmt: skip
     flow.set(node, result)
     if node.target in ADDITIONS and not node.kwargs and len(operands) == 2:
-        flow.merge(node, (operands[0], operands[1]), node.target in IN_PLACE)
+        flow.merge(node, (operands[0], operands[1]), in_place=node.target in IN_PLACE)
     return True
 
 
 def _scales(flow: Flow, node: fx.Node, operand: fx.Node, value: Channels, offset: int) -> bool:
-    """A parameter with one entry per channel, as a layer scale has, if it is the only one of its module."""
+    """Whether an operand is a module's only parameter, with one entry per channel, as a layer scale has."""
     if operand.op != "get_attr" or value.dim is None:
         return False
     shape, dim = flow.shape(operand) or torch.Size(), value.dim - offset
@@ -180,7 +181,7 @@ def _scales(flow: Flow, node: fx.Node, operand: fx.Node, value: Channels, offset
 
 
 def _expansion(flow: Flow, node: fx.Node) -> Outcome:
-    """expand(-1, -1, h, w): channels stay as they are; one that is spread over many is none any more."""
+    """expand(-1, -1, h, w): channels stay as they are, but for a single one that is spread over several."""
     read = flow.source(node)
     if read is None or read.channels.dim is None:
         return False

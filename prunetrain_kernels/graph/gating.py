@@ -20,23 +20,23 @@ from prunetrain_kernels.graph.spaces import ChannelSpaces, Layer
 from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.ops.conv2d import conv2d, triton_serves
 
-# Seconds of one training step of a layer in a form.
+# Gives the seconds of one training step of a layer in a form.
 ConvolutionCost = Callable[[Convolution, Form], float]
 
 COSTS = ("roof", "measure")
-BATCH = 128  # images of the step that costs are about, where nobody says
+BATCH = 128  # images in the training step whose costs are compared, unless the caller says otherwise
 UNION = Form()
 ALL_LIVE = "all channels that its spaces keep are live in it"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How one layer is to be computed, and what each way was found to cost.
+    """The form in which one layer is to be computed, and what each form costs.
 
     Attributes:
-        form: the one chosen.
-        seconds: of a training step of this layer, by form; empty where there was nothing to choose.
-        reason: in words.
+        form: the chosen one.
+        seconds: time of a training step of this layer, by form; empty where there was nothing to choose.
+        reason: why this form, in words.
     """
 
     form: Form
@@ -64,7 +64,7 @@ class MeasuredCost:
     _known: dict[tuple[Convolution, Form], float] = field(default_factory=dict, repr=False)
 
     def __call__(self, conv: Convolution, form: Form) -> float:
-        """Seconds."""
+        """The seconds of one training step of the layer in the form; measured once."""
         if (conv, form) not in self._known:
             self._known[conv, form] = self._measure(conv, form)
         return self._known[conv, form]
@@ -72,23 +72,25 @@ class MeasuredCost:
     def _measure(self, conv: Convolution, form: Form) -> float:
         generator = torch.Generator(device="cpu").manual_seed(0)
 
-        def some(live: int, full: int, gated: bool) -> ChannelIndex | None:
+        def random_index(live: int, full: int, *, gated: bool) -> ChannelIndex | None:
             order = torch.randperm(full, generator=generator, device="cpu")[:live].sort().values
             return ChannelIndex(order, full, self.device) if gated else None
 
-        inputs = some(conv.in_live, conv.in_full, form.gates_input)
-        outputs = some(conv.out_live, conv.out_full, form.gates_output)
-        ins = conv.in_live if inputs else conv.in_full
-        outs = conv.out_live if outputs else conv.out_full
+        inputs = random_index(conv.in_live, conv.in_full, gated=form.gates_input)
+        outputs = random_index(conv.out_live, conv.out_full, gated=form.gates_output)
+        in_channels = conv.in_live if inputs else conv.in_full
+        out_channels = conv.out_live if outputs else conv.out_full
         memory = torch.channels_last if self.channels_last else torch.contiguous_format
         options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         x = torch.randn((conv.batch, conv.in_full, *conv.map_in), **options).to(memory_format=memory)
-        weight = torch.randn((outs, ins, *conv.kernel), **options).to(memory_format=memory).requires_grad_()
+        weight = (
+            torch.randn((out_channels, in_channels, *conv.kernel), **options).to(memory_format=memory).requires_grad_()
+        )
         x.requires_grad_(conv.input_gradient)
         placed = None if conv.places else outputs
-        made = outs if conv.places or outputs is None else conv.out_full
-        dy = torch.randn((conv.batch, made, *conv.map_out), **options).to(memory_format=memory)
-        wanted = [x, weight] if conv.input_gradient else [weight]
+        channels_made = out_channels if conv.places or outputs is None else conv.out_full
+        dy = torch.randn((conv.batch, channels_made, *conv.map_out), **options).to(memory_format=memory)
+        differentiated = [x, weight] if conv.input_gradient else [weight]
 
         def step() -> None:
             y = conv2d(
@@ -96,11 +98,11 @@ class MeasuredCost:
                 input_index=inputs, output_index=placed, backend=form.backend if form.gated else "expanded",
             )  # fmt: skip
             assert isinstance(y, Tensor)
-            torch.autograd.grad(y, wanted, dy)
+            torch.autograd.grad(y, differentiated, dy)
 
-        alone = statistics.median(seconds_of(step, self.seconds_each))
-        batch_norm = 5 * made * conv.batch * conv.map_out[0] * conv.map_out[1] * conv.itemsize
-        return alone + batch_norm / (quick_roof(self.device).gb_s * 1e9)
+        seconds = statistics.median(seconds_of(step, self.seconds_each))
+        batch_norm = 5 * channels_made * conv.batch * conv.map_out[0] * conv.map_out[1] * conv.itemsize
+        return seconds + batch_norm / (quick_roof(self.device).gb_s * 1e9)
 
     def __str__(self) -> str:
         return "measured"
@@ -119,12 +121,12 @@ def cost_of(kind: "ConvolutionCost | str | None", model: nn.Module) -> Convoluti
         names = {dtype: name for name, dtype in DTYPES.items()}
         return RoofCost(quick_roof(weight.device), names.get(weight.dtype, "fp32"))
     if kind == "measure":
-        last = any(
+        channels_last = any(
             m.weight.is_contiguous(memory_format=torch.channels_last) and not m.weight.is_contiguous()
             for m in model.modules()
             if isinstance(m, nn.Conv2d)
         )
-        return MeasuredCost(weight.device, weight.dtype, last)
+        return MeasuredCost(weight.device, weight.dtype, channels_last)
     raise InputError(f"cost '{kind}' is not known; give 'roof', 'measure' or a function of your own.")
 
 
@@ -132,7 +134,7 @@ def cost_of(kind: "ConvolutionCost | str | None", model: nn.Module) -> Convoluti
 
 
 def why_not_gated(conv: nn.Module) -> str:
-    """Why a module cannot become an `nn.GatedConv2d` of this package; nothing if it can, or is one."""
+    """Why a module cannot become an `nn.GatedConv2d` of this package; empty if it can, or is one."""
     if type(conv) is not nn.Conv2d and not getattr(type(conv), "gates_channels", False):
         return f"it is a {type(conv).__name__}"
     assert isinstance(conv, nn.Conv2d)
@@ -148,7 +150,7 @@ def why_not_gated(conv: nn.Module) -> str:
 
 
 def explicit_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """The padding in numbers; None where "same" means one pixel more on one side than on the other."""
+    """A convolution's padding in numbers; None where "same" means one pixel more on one side than on the other."""
     if conv.padding == "valid":
         return (0, 0)
     if conv.padding == "same":
@@ -192,23 +194,42 @@ def convolution(
     layer: Layer,
     channels: tuple[int, int],
     live: tuple[int, int],
+    *,
     batch: int,
     places: bool,
 ) -> Convolution:
-    """The layer as `cost/convolution.py` sees it, with `channels` that its spaces keep and `live` ones of its own."""
+    """The layer as `cost/convolution.py` sees it.
+
+    Args:
+        channels: how many channels its input and its output space keep.
+        live: how many of them it computes.
+        batch: images in a training step.
+        places: whether the batch norm behind it places the output channels.
+    """
     module = modules[layer.name]
     assert isinstance(module, nn.Conv2d)
     padding = explicit_padding(module)
     assert padding is not None  # such a layer is not gated
     return Convolution(
-        batch, layer.map_in, layer.map_out, module.kernel_size, module.stride, padding, module.dilation,  # type: ignore[arg-type]
-        channels[0], live[0], channels[1], live[1], module.weight.element_size(), places,
-        not graph.spaces[layer.input].is_input,
-    )  # fmt: skip
+        batch=batch,
+        map_in=layer.map_in,  # type: ignore[arg-type]
+        map_out=layer.map_out,  # type: ignore[arg-type]
+        kernel=module.kernel_size,  # type: ignore[arg-type]
+        stride=module.stride,  # type: ignore[arg-type]
+        padding=padding,
+        dilation=module.dilation,  # type: ignore[arg-type]
+        in_full=channels[0],
+        in_live=live[0],
+        out_full=channels[1],
+        out_live=live[1],
+        itemsize=module.weight.element_size(),
+        places=places,
+        input_gradient=not graph.spaces[layer.input].is_input,
+    )
 
 
 def forms(conv: Convolution, sides: tuple[bool, bool], device: torch.device, dtype: torch.dtype) -> Iterator[Form]:
-    """Union, and every form in which a layer can be gated on the given sides."""
+    """The union form, and every form in which a layer can be gated on these sides (input, output)."""
     yield UNION
     fewer = (sides[0] and conv.in_live < conv.in_full, sides[1] and conv.out_live < conv.out_full)
     backends = ["expanded", "naive"]
@@ -230,12 +251,12 @@ def _is_strided_pointwise(conv: Convolution) -> bool:
 
 
 def live_channels(conv: Convolution) -> str:
-    """In words."""
+    """The numbers of live channels, in words."""
     return f"{conv.in_live} of {conv.in_full} inputs, {conv.out_live} of {conv.out_full} outputs live"
 
 
 def choose_form(conv: Convolution, candidates: list[Form], cost: ConvolutionCost) -> Choice:
-    """The cheapest of the forms; union where they tie."""
+    """Chooses the cheapest of the forms; union where they tie."""
     if len(candidates) == 1:
         return Choice(UNION, {}, ALL_LIVE)
     seconds = {form: cost(conv, form) for form in candidates}

@@ -1,19 +1,19 @@
-"""Which channels stay: the sparse test, the union rule, rounding; and the channel graph that users hold, which asks it.
+"""The choice of the channels that stay: union rule, rounding, gating; and the channel graph that users hold.
 
-A slice of a weight is *sparse* when its largest absolute value is below the threshold (paper section 4.1). Under the
-union rule a channel of a space is pruned when its slice is sparse in every layer that produces or reads it (section
-4.2, "channel union"): no index is needed anywhere, because all layers on a space keep the same channels.
+Under the union rule a channel of a space is pruned when its slice is sparse (`sparse.py`) in every layer that produces
+or reads it (paper section 4.2, "channel union"): no index is needed anywhere, because all layers on a space keep the
+same channels.
 
 Under channel gating the spaces are pruned by the same rule, and beyond that each convolution computes only its own live
-channels, which it selects and places by index. "auto" gates the layers for which that is faster, in the form in which
-it is (`gating.py`). Where layers are gated, the channels of a space are put into an order in which the live sets are
+channels, which it selects and places by index. "auto" gates the layers for which that is faster, in their fastest form
+(`gating.py`). Where layers are gated, the channels of a space are put into an order in which the live sets are
 contiguous ranges, as far as that is possible (`order.py`): a range needs no index.
 """
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -39,25 +39,19 @@ from prunetrain_kernels.graph.gating import (
     live_channels,
 )
 from prunetrain_kernels.graph.order import contiguous_order
-from prunetrain_kernels.graph.spaces import ChannelSpaces, Layer, Space
-from prunetrain_kernels.ops.group_lasso import Groups, slice_statistics
+from prunetrain_kernels.graph.spaces import ChannelSpaces
+from prunetrain_kernels.graph.sparse import (
+    SliceSizes,
+    SparseSlices,
+    largest_in_spaces,
+    members_of,
+    slice_sizes,
+    sparse_slices,
+    weight_of,
+)
 
 POLICIES = ("union", "gating", "auto")
-SliceSizes = dict[str, tuple[Tensor, Tensor]]  # by layer: a number for each input slice and each output slice
-
-
-@dataclass(frozen=True)
-class SparseSlices:
-    """Sparse slices of one layer: boolean masks over the channels of its input space (C,) and output space (K,), on the
-    CPU. A channel that a gated layer does not compute is sparse in it."""
-
-    inputs: Tensor
-    outputs: Tensor
-
-    @property
-    def all_zero(self) -> bool:
-        """Every weight of the layer lies in a sparse slice."""
-        return bool(self.inputs.all()) or bool(self.outputs.all())
+Sides = tuple[Tensor | None, Tensor | None]  # the input and output channels that a gated layer computes; None for all
 
 
 @dataclass
@@ -71,7 +65,7 @@ class ChannelGraph(ChannelSpaces):
         self,
         model: nn.Module,
         threshold: float = 1e-4,
-        relative: bool = False,
+        relative: bool = False,  # noqa: FBT001, FBT002 - by position since 0.1
         policy: str = "union",
         round_to: int = 1,
         cost: ConvolutionCost | str | None = None,
@@ -98,14 +92,14 @@ class ChannelGraph(ChannelSpaces):
 
 @dataclass(frozen=True)
 class Keep:
-    """What a reconfiguration will keep: made by `ChannelGraph.keep`, carried out by `reconfigure`.
+    """The channels that a reconfiguration will keep: made by `ChannelGraph.keep`, carried out by `reconfigure`.
 
     Attributes:
-        graph: the graph the choice was made in.
+        graph: the graph for which the choice was made.
         channels: for each space the kept channels in their new order, int64, on the CPU; ascending unless layers are
             gated.
-        live: for each layer the channels of its input and of its output space that it will compute, int64, numbered as
-            now, in their new order; under union all that are kept.
+        live: for each layer the channels of its input and of its output space that it will compute, int64, in their new
+            order, by their present numbers; under union all that are kept.
         choices: for each layer that could be gated, how it will be computed and why.
         sparse: for each layer its sparse slices, which a reconfiguration sets to zero.
         branches: dead branches, which a reconfiguration removes.
@@ -141,7 +135,7 @@ class Keep:
             after = dataclasses.replace(
                 space, size=len(kept), members=None if space.members is None else space.members[kept]
             )
-            for n, positions, channels in _members(after):
+            for n, positions, channels in members_of(after):
                 assert after.members is not None
                 places = torch.full((graph.spaces[n].size,), -1, device="cpu")
                 places[self.channels[n]] = torch.arange(len(self.channels[n]), device="cpu")
@@ -167,8 +161,11 @@ class Keep:
 
 
 def _positions(chosen: Tensor, kept: Tensor) -> Tensor | None:
-    """Where the chosen channels stand among the kept ones; None for all of them."""
+    """The positions of the chosen channels among the kept ones; None for all of them."""
     return None if len(chosen) == len(kept) else torch.isin(kept, chosen).nonzero().flatten()
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
 
 
 def choose(
@@ -202,7 +199,7 @@ def choose(
         dying: a channel none of whose slices, in any layer, has a weight as large as this goes too: its slices are
             sparse though above the threshold. Of no effect with `relative`.
         spare: for each space, a bool mask of the channels whose slices count as live, whatever their size.
-        sizes: what `slice_sizes(graph, model)` returns, if it is at hand.
+        sizes: what `slice_sizes(graph, model)` returns, if the caller has it already.
 
     A space in which nothing is live keeps its largest channel (before rounding up): a layer needs one.
 
@@ -211,44 +208,28 @@ def choose(
     """
     _refuse(threshold=threshold, relative=relative, policy=policy, round_to=round_to)
     graph.check(model)
-    sizes = slice_sizes(graph, model) if sizes is None else sizes
-    sparse = {
-        name: SparseSlices(_is_sparse(sides[0], threshold, relative), _is_sparse(sides[1], threshold, relative))
-        for name, sides in sizes.items()
-    }
-    if dying > threshold and not relative:
-        small = [numbers < dying for numbers in largest_in_spaces(graph, sizes)]
-        sparse = {
-            name: SparseSlices(
-                masks.inputs | small[graph.layers[name].input], masks.outputs | small[graph.layers[name].output]
-            )
-            for name, masks in sparse.items()
-        }
-    if spare is not None:
-        spare = everywhere(graph, spare)
-        sparse = {
-            name: SparseSlices(
-                masks.inputs & ~spare[graph.layers[name].input], masks.outputs & ~spare[graph.layers[name].output]
-            )
-            for name, masks in sparse.items()
-        }
+    sizes, round_to = slice_sizes(graph, model) if sizes is None else sizes, int(round_to)
+    sparse = sparse_slices(graph, sizes, threshold, relative=relative, dying=dying, spare=spare)
     branches = tuple(dead_branches(graph, model, {name for name, masks in sparse.items() if masks.all_zero}))
     removed = {name for branch in branches for name in branch.layers}
-    channels = _channels(graph, *_per_space(graph, sizes, sparse, removed), int(round_to))
-    gated: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    channels = _channels(graph, *_per_space(graph, sizes, sparse, removed), round_to)
+    gated: dict[str, Sides] = {}
     choices: dict[str, Choice] = {}
     if policy != "union":
-        chooser = cost_of(cost, model) if policy == "auto" else None
-        gated, choices = _gate(graph, model, sizes, sparse, channels, removed, int(round_to), chooser, batch)
+        cost_function = cost_of(cost, model) if policy == "auto" else None
+        gated, choices = _gate(graph, model, sizes, sparse, channels, removed, round_to, cost_function, batch)
         _reorder(graph, channels, gated)
-    computed = {
-        layer.name: (
-            _in_order(channels[layer.input], gated.get(layer.name, (None, None))[0]),
-            _in_order(channels[layer.output], gated.get(layer.name, (None, None))[1]),
-        )
-        for layer in graph.layers.values()
-    }
-    return Keep(graph, tuple(channels), computed, choices, sparse, branches, threshold, relative, policy, int(round_to))
+    live = _live(graph, channels, gated)
+    return Keep(graph, tuple(channels), live, choices, sparse, branches, threshold, relative, policy, round_to)
+
+
+def _live(graph: ChannelSpaces, channels: list[Tensor], gated: dict[str, Sides]) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each layer the channels of its input and output space that it will compute, as in `Keep.live`."""
+    live = {}
+    for layer in graph.layers.values():
+        inputs, outputs = gated.get(layer.name, (None, None))
+        live[layer.name] = (_in_order(channels[layer.input], inputs), _in_order(channels[layer.output], outputs))
+    return live
 
 
 def restricted(graph: ChannelGraph, exclude: Sequence[str] = (), min_channels: int = 1) -> ChannelGraph:
@@ -279,7 +260,7 @@ def restricted(graph: ChannelGraph, exclude: Sequence[str] = (), min_channels: i
         excluded |= {layer.name for layer in layers}
         pinned |= dict.fromkeys([*(layer.name for layer in layers), *(f.name for f in followers)], "excluded")
     for space in list(touched):
-        touched |= {n for n, _, _ in _members(spaces[space])}
+        touched |= {n for n, _, _ in members_of(spaces[space])}
     for space in touched:
         spaces[space] = dataclasses.replace(spaces[space], frozen=spaces[space].frozen or "excluded")
     return dataclasses.replace(graph, spaces=spaces, pinned=pinned, excluded=frozenset(excluded))
@@ -290,25 +271,25 @@ def _is_in(layer: str, module: str) -> bool:
 
 
 def keep_enough(graph: ChannelGraph, model: nn.Module, enough: Callable[[Keep], bool], **options: Any) -> Keep:
-    """Chooses as `choose` does, but where that keeps too little, the largest of the channels that would go stay: as few
-    of them as make it enough. Their slices are not set to zero.
+    """Chooses as `choose` does; where that keeps too little, the largest of the channels that would go stay too, as few
+    of them as are enough. Their slices are not set to zero.
 
     Args:
-        enough: true of a choice that keeps enough, and of every one that keeps more.
-        options: as of `choose`.
+        enough: whether a choice keeps enough; true for every choice that keeps more than one for which it is true.
+        options: those of `choose`.
     """
     sizes = slice_sizes(graph, model)
     keep = choose(graph, model, sizes=sizes, **options)
     if enough(keep):
         return keep
     largest, live = _per_space(graph, sizes, keep.sparse, set())
-    going = [  # size, space, channel; also the one that stays because a layer needs one
+    going = [  # (size, space, channel); also those that stay because a layer needs one
         (float(largest[i][channel]), i, channel)
         for i, space in enumerate(graph.spaces)
         if space.members is None and not space.frozen
         for channel in (~live[i]).nonzero().flatten().tolist()
     ]
-    going.sort(key=lambda each: (-each[0], *each[1:]))
+    going.sort(key=lambda channel: (-channel[0], *channel[1:]))
 
     def sparing(count: int) -> Keep:
         spare = [torch.zeros(space.size, dtype=torch.bool, device="cpu") for space in graph.spaces]
@@ -324,7 +305,7 @@ def keep_enough(graph: ChannelGraph, model: nn.Module, enough: Callable[[Keep], 
 
 
 def _refuse(*, threshold: float, relative: bool, policy: str, round_to: int) -> None:
-    """Raises InputError for what is out of range."""
+    """Raises InputError for arguments out of range."""
     if policy not in POLICIES:
         raise InputError(f"policy '{policy}' is not known; the policies are: {', '.join(POLICIES)}.")
     if not _is_number(threshold) or not 0 <= threshold < float("inf"):
@@ -344,49 +325,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def slice_sizes(graph: ChannelSpaces, model: nn.Module) -> SliceSizes:
-    """Largest absolute weight of each input and output slice of each layer, on the CPU; of a channel that a gated layer
-    does not compute, 0."""
-    by_device: dict[torch.device, list[Layer]] = {}
-    for layer in graph.layers.values():
-        by_device.setdefault(_weight(model, layer).device, []).append(layer)
-    result: dict[str, tuple[Tensor, Tensor]] = {}
-    for layers in by_device.values():
-        groups = [Groups(layer.block) for layer in layers]
-        _, sizes = slice_statistics([_weight(model, layer) for layer in layers], groups)
-        parts = [side.float() for pair in sizes for side in pair]
-        flat = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
-        pairs = {layer.name: (next(flat), next(flat)) for layer in layers}
-        result |= {layer.name: pairs[layer.name][:: -1 if layer.transposed else 1] for layer in layers}
-    for layer in graph.layers.values():
-        if layer.live_in is not None or layer.live_out is not None:
-            spaces = (graph.spaces[layer.input].size, graph.spaces[layer.output].size)
-            sides = zip(graph.computed(layer.name), result[layer.name], spaces, strict=True)
-            first, second = (
-                torch.zeros(size, dtype=torch.float32, device="cpu").index_copy_(0, computed, largest)
-                for computed, largest, size in sides
-            )
-            result[layer.name] = (first, second)
-    return result
-
-
-def _weight(model: nn.Module, layer: Layer) -> Tensor:
-    weight = model.get_submodule(layer.name).weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _is_sparse(size: Tensor, threshold: float, relative: bool) -> Tensor:
-    """Which slices are sparse: none with NaN; relative to an infinite slice, only those of zeros."""
-    limit = torch.as_tensor(threshold, device=size.device)
-    limit = limit * size.max() if relative else limit
-    return (size < limit.nan_to_num(nan=0, posinf=0)) | (size == 0)
+# -- numbers of channels -----------------------------------------------------------------------------------------------
 
 
 def _per_space(
     graph: ChannelSpaces, sizes: SliceSizes, sparse: dict[str, SparseSlices], removed: set[str]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each space the largest slice and whether it is live, of each channel, over all layers that remain."""
+    """For each channel of each space its largest slice in all layers that remain, and whether one of them is live."""
     live = {name: (~masks.inputs, ~masks.outputs) for name, masks in sparse.items()}
     return (
         largest_in_spaces(graph, sizes, removed),
@@ -394,69 +339,37 @@ def _per_space(
     )
 
 
-def largest_in_spaces(graph: ChannelSpaces, of_slices: SliceSizes, removed: Container[str] = ()) -> list[Tensor]:
-    """For each channel of each space the largest of the numbers that the slices of its layers have.
-
-    Args:
-        of_slices: numbers from 0 upwards, or bools.
-        removed: layers that do not count.
-
-    Returns:
-        One fp32 tensor per space. A channel that several spaces hold, because one is put together from others, has the
-        same number in all of them.
-    """
-    largest = [torch.zeros(space.size, dtype=torch.float32, device="cpu") for space in graph.spaces]
-    for layer in graph.layers.values():
-        if layer.name not in removed:
-            for space, numbers in zip((layer.input, layer.output), of_slices[layer.name], strict=True):
-                largest[space] = torch.maximum(largest[space], numbers.float())
-    for i, whole in enumerate(graph.spaces):
-        for n, positions, channels in _members(whole):
-            # a channel may have several positions in the space, all of which it stays or goes with
-            largest[n].scatter_reduce_(0, channels, largest[i][positions], "amax")
-    return everywhere(graph, largest)
-
-
-def everywhere(graph: ChannelSpaces, of_channels: Sequence[Tensor]) -> list[Tensor]:
-    """Numbers or masks of the channels of each space, where a space that is put together has those of its members."""
-    result = [each.clone() for each in of_channels]
-    for i, whole in enumerate(graph.spaces):  # members come before what is put together from them
-        for n, positions, channels in _members(whole):
-            result[i][positions] = result[n][channels]
-    return result
-
-
 def as_they_go(graph: ChannelSpaces, numbers: Sequence[Tensor], round_to: int = 1) -> list[Tensor]:
-    """For each channel of each space the limit at which it goes, where channels go by several and some must stay.
+    """The limit at which each channel of each space goes, where several go together and some must stay.
 
     Args:
-        numbers: for each space the limits at which channels become sparse: those with a number up to it are.
-        round_to: as of `choose`: channels go with those that are rounded up with them.
+        numbers: for each space the limits at which its channels become sparse.
+        round_to: as in `choose`: channels go with those that are rounded up with them.
 
     Returns:
-        One tensor per space: infinite for the channels that stay because no fewer may, and else the largest number of
-        those it goes with. Where all of a space become sparse a branch may go, so all go but for `restricted`. Spaces
-        that are put together are as they were.
+        One tensor per space: infinite for the channels that stay because no fewer may; for any other channel the
+        largest number of those that go with it. Where all channels of a space become sparse a branch may go, so all go
+        unless `restricted` forbids it. Spaces that are put together keep their numbers.
     """
     result, fewest = [], fewest_channels(graph, round_to)
-    for space, each, least, together in zip(graph.spaces, numbers, fewest, _together(graph, round_to), strict=True):
+    for space, limits, least, together in zip(graph.spaces, numbers, fewest, _together(graph, round_to), strict=True):
         if space.members is not None or space.frozen:
-            result.append(each)
+            result.append(limits)
             continue
-        order = each.argsort(descending=True, stable=True)
+        order = limits.argsort(descending=True, stable=True)
         ranks = torch.arange(space.size, device="cpu")
-        grouped = each[order][ranks // together * together]
+        grouped = limits[order][ranks // together * together]
         if space.least > 1 or not graph.merges:
             grouped[:least] = math.inf
-        result.append(torch.empty_like(each).index_copy_(0, order, grouped))
+        result.append(torch.empty_like(limits).index_copy_(0, order, grouped))
     return result
 
 
 def fewest_channels(graph: ChannelSpaces, round_to: int = 1) -> list[int]:
-    """How many channels each space keeps if all is sparse.
+    """The number of channels that each space keeps if all its slices are sparse.
 
     Args:
-        round_to: as of `choose`.
+        round_to: as in `choose`.
     """
     counts: list[int] = []
     for space, together in zip(graph.spaces, _together(graph, round_to), strict=True):
@@ -464,25 +377,13 @@ def fewest_channels(graph: ChannelSpaces, round_to: int = 1) -> list[int]:
             rounded = -(-max(1, space.least) // together) * together
             counts.append(space.size if space.frozen else min(space.size, rounded))
         else:  # members come before what is put together from them
-            counts.append(sum(int((channels < counts[n]).sum()) for n, _, channels in _members(space)))
+            counts.append(sum(int((channels < counts[n]).sum()) for n, _, channels in members_of(space)))
     return counts
 
 
 def _together(graph: ChannelSpaces, round_to: int) -> list[int]:
-    """Of how many channels each space keeps a multiple, or else all that it has."""
+    """For each space the number of which it keeps a multiple, unless it keeps all its channels."""
     return [round_to // math.gcd(round_to, times) for times in _repeats(graph)]
-
-
-def _members(space: Space) -> Iterable[tuple[int, Tensor, Tensor]]:
-    """The members of a space that is put together: each with the positions of its channels, and which they are in it.
-
-    Yields:
-        Number of the member; int64 positions in `space`; for each of them the channel of the member.
-    """
-    if space.members is not None:
-        for n in space.members[:, 0].unique().tolist():
-            positions = (space.members[:, 0] == n).nonzero().flatten()
-            yield n, positions, space.members[positions, 1]
 
 
 def _channels(graph: ChannelSpaces, largest: list[Tensor], live: list[Tensor], round_to: int) -> list[Tensor]:
@@ -492,7 +393,7 @@ def _channels(graph: ChannelSpaces, largest: list[Tensor], live: list[Tensor], r
     for i, space in enumerate(graph.spaces):  # members come before what is put together from them
         if space.members is not None:
             kept = torch.zeros(space.size, dtype=torch.bool, device="cpu")
-            for n, positions, members in _members(space):
+            for n, positions, members in members_of(space):
                 kept[positions] = torch.isin(members, channels[n])
             channels.append(kept.nonzero().flatten())
         else:
@@ -502,7 +403,7 @@ def _channels(graph: ChannelSpaces, largest: list[Tensor], live: list[Tensor], r
 
 
 def _repeats(graph: ChannelSpaces) -> list[int]:
-    """How many features each channel of a space stands for wherever it is used, at least: rounding counts features."""
+    """For each space how many features a channel stands for, at least, wherever it is used: rounding counts these."""
     times = [0] * len(graph.spaces)
     for i, space in enumerate(graph.spaces):
         grouped = [name for name in space.consumers if graph.layers[name].groups > 1]
@@ -511,13 +412,15 @@ def _repeats(graph: ChannelSpaces) -> list[int]:
         if space.members is None:
             times[i] = 1
             continue
-        for n, _, channels in _members(space):
+        for n, _, channels in members_of(space):
             for count in channels.bincount().unique().tolist():
                 times[n] = math.gcd(times[n], count)
     return [max(1, t) for t in times]
 
 
 def _kept(live: Tensor, largest: Tensor, round_to: int, least: int = 1) -> Tensor:
+    """The channels that stay, ascending: the live ones and, up to `least` and to a multiple of `round_to`, the largest
+    of the others."""
     count = max(least, int(live.sum()))
     target = min(len(live), -(-count // round_to) * round_to)
     # Live channels come first whatever their size, then the sparse ones from the largest down; ties by position.
@@ -538,10 +441,13 @@ def _gate(
     round_to: int,
     cost: ConvolutionCost | None,
     batch: int,
-) -> tuple[dict[str, tuple[Tensor | None, Tensor | None]], dict[str, Choice]]:
-    """The channels that gated layers compute, None for all of a side; and why. Without `cost` all that can be gated."""
+) -> tuple[dict[str, Sides], dict[str, Choice]]:
+    """The channels that gated layers compute; and for each layer that could be gated how it is computed and why.
+
+    Without `cost` all layers are gated that can be and have fewer live channels than their spaces.
+    """
     modules = dict(model.named_modules())
-    gated: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    gated: dict[str, Sides] = {}
     choices: dict[str, Choice] = {}
     for layer in graph.layers.values():
         module = modules[layer.name]
@@ -551,15 +457,15 @@ def _gate(
         kept = channels[layer.input], channels[layer.output]
         masks = sparse[layer.name].inputs, sparse[layer.name].outputs
         live = [
-            stay[_kept(~mask[stay], size[stay], round_to)] if side else stay
-            for side, stay, mask, size in zip(sides, kept, masks, sizes[layer.name], strict=True)
+            staying[_kept(~mask[staying], size[staying], round_to)] if side else staying
+            for side, staying, mask, size in zip(sides, kept, masks, sizes[layer.name], strict=True)
         ]
         behind = batch_norm_behind(graph, modules, layer.name)
-        weight = _weight(model, layer)
+        weight = weight_of(model, layer)
         # on a CPU a fused batch norm places channels too, but in passes of its own
         places = behind is not None and hasattr(modules[behind], "places_of") and weight.is_cuda
         counts = (len(kept[0]), len(kept[1])), (len(live[0]), len(live[1]))
-        conv = convolution(graph, modules, layer, *counts, batch, places)
+        conv = convolution(graph, modules, layer, *counts, batch=batch, places=places)
         if cost is not None:
             choice = choose_form(conv, list(forms(conv, sides, weight.device, weight.dtype)), cost)
         elif counts[0] != counts[1]:
@@ -576,9 +482,7 @@ def _gate(
     return gated, choices
 
 
-def _reorder(
-    graph: ChannelSpaces, channels: list[Tensor], gated: dict[str, tuple[Tensor | None, Tensor | None]]
-) -> None:
+def _reorder(graph: ChannelSpaces, channels: list[Tensor], gated: dict[str, Sides]) -> None:
     """Puts the kept channels of each space into an order in which the gated layers' live sets are ranges, in place."""
     fixed = {i for i, space in enumerate(graph.spaces) if space.members is not None}
     fixed |= {n for i in fixed for n in graph.spaces[i].members[:, 0].tolist()}  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Convolutions and linear layers, and layers whose tensors the forward uses without calling them."""
+"""Rules for convolutions and linear layers, and for modules whose tensors the forward uses without calling them."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from prunetrain_kernels.graph.flow import Flow
 
 
 def owner_of(flow: Flow, node: fx.Node, **tensors: Any) -> tuple[str, nn.Module] | None:
-    """The module that all of a call's tensors belong to, under these very names, if it has no others."""
+    """The name and the module that all of a call's tensors belong to, under these very names; None if it has others."""
     reads = {name: t for name, t in tensors.items() if t is not None}
     if not reads or any(not isinstance(t, fx.Node) or t.op != "get_attr" for t in reads.values()):
         return None
@@ -22,14 +22,14 @@ def owner_of(flow: Flow, node: fx.Node, **tensors: Any) -> tuple[str, nn.Module]
     module = flow.module(path)
     if module is None or hasattr(module, "parametrizations"):
         return None
-    tensors_of = (*module._parameters.items(), *module._buffers.items())
-    if {name for name, t in tensors_of if t is not None and t.dim() > 0} != reads.keys():
-        return None  # it has tensors that do something else
+    all_tensors = (*module._parameters.items(), *module._buffers.items())
+    if {name for name, t in all_tensors if t is not None and t.dim() > 0} != reads.keys():
+        return None  # the module has tensors that do something else
     return path, module
 
 
 def functional_layer(flow: Flow, node: fx.Node, kind: str, *, transposed: bool = False) -> Outcome:
-    """`F.conv2d(x, weight, bias)` and the like, with the tensors of one module."""
+    """Rule for `F.conv2d(x, weight, bias)` and the like, with the tensors of one module."""
     read = flow.source(node)
     weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
     groups = argument(node, 6, "groups", default=1)
@@ -74,7 +74,7 @@ def functional_prelu(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def linear(flow: Flow, node: fx.Node, name: str, weight: torch.Tensor) -> Outcome:
-    """A linear layer works on the last dimension."""
+    """Rule for a linear layer, which works on the last dimension."""
     read = flow.source(node)
     if read is None or read.channels.dim != len(read.before) - 1:
         return False
@@ -84,9 +84,9 @@ def linear(flow: Flow, node: fx.Node, name: str, weight: torch.Tensor) -> Outcom
 def convolution(
     flow: Flow, node: fx.Node, name: str, weight: torch.Tensor, groups: int, *, transposed: bool
 ) -> Outcome:
-    """A convolution, of any number of groups.
+    """Rule for a convolution with any number of groups.
 
-    In a grouped one each group must keep the same channels, counted within the group, so the groups' ids become one:
+    In a grouped one each group must keep the same channels, counted within the group, so the groups' ids are joined:
     its weight (K, C / groups, ...) then has one input channel per set, and rows K / groups apart go together. With one
     input channel in each group (depthwise) it passes its channels on.
     """
@@ -110,5 +110,5 @@ def convolution(
     columns = [value.ids[g * size : (g + 1) * size] for g in range(groups)]
     for other in columns[1:]:
         flow.join(columns[0], other)
-    flow.keep_two(columns[0])  # with one in each group it would be depthwise, which is another kind of layer
+    flow.keep_two(columns[0])  # with one channel in each group it would be depthwise, another kind of layer
     return flow.make_layer(node, name, "conv", Channels(columns[0]), outputs, groups=groups)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Channels are inserted one by one where they break the fewest runs; of more different ones only sorting is tried.
+# Channels are inserted one by one where they break the fewest runs; with more different ones only sorting is tried.
 MOST_INSERTED = 1024
 
 
 def runs(sets: np.ndarray) -> int:
-    """Runs of live channels over all sets: (sets, channels) bool."""
+    """The number of runs of live channels over all sets, a bool array (sets, channels)."""
     before = np.pad(sets, ((0, 0), (1, 0)))[:, :-1]
     return int((sets & ~before).sum())
 
@@ -27,7 +27,7 @@ def contiguous_order(live: Sequence[Tensor], channels: int) -> Tensor:
 
     Args:
         live: sets of channel numbers, int64.
-        channels: of the space.
+        channels: how many the space has.
 
     Returns:
         int64 (channels,): a permutation; 0, 1, 2, ... where no order was found that has fewer runs.
@@ -36,7 +36,9 @@ def contiguous_order(live: Sequence[Tensor], channels: int) -> Tensor:
     sets = np.zeros((len(live), channels), dtype=bool)
     for row, chosen in zip(sets, live, strict=True):
         row[chosen.cpu().numpy()] = True
-    sets = np.unique(sets[~sets.all(1) & sets.any(1)], axis=0)  # once each: a set that two layers share is one range
+    sets = np.unique(
+        sets[~sets.all(1) & sets.any(1)], axis=0
+    )  # each set once: a set that two layers share is one range
     if runs(sets) == len(sets):
         return torch.from_numpy(identity)
     weights = _weights(live, sets, channels)
@@ -48,7 +50,7 @@ def contiguous_order(live: Sequence[Tensor], channels: int) -> Tensor:
 
 
 def _weights(live: Sequence[Tensor], sets: np.ndarray, channels: int) -> np.ndarray:
-    """How many layers have each of the different sets."""
+    """The number of layers that have each of the different sets."""
     count = {row.tobytes(): 0 for row in sets}
     for chosen in live:
         row = np.zeros(channels, dtype=bool)
@@ -64,14 +66,14 @@ def _runs_of_each(sets: np.ndarray) -> np.ndarray:
 
 
 def _by_membership(sets: np.ndarray) -> np.ndarray:
-    """Sorted by membership of the largest set, then of the next: exact for sets that are nested or disjoint."""
+    """The channels sorted by membership of the largest set, then of the next: exact for nested or disjoint sets."""
     largest_first = sets[np.argsort(-sets.sum(1), kind="stable")]
     return np.lexsort(~largest_first[::-1])  # lexsort's last key comes first; stable, so ties stay in their order
 
 
 def _by_insertion(sets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Groups of channels that belong to the same sets, the ones in most sets first, each put where it adds the fewest
-    runs to what is there."""
+    """The channels in groups that belong to the same sets: those in most sets first, each group put where it adds the
+    fewest runs."""
     groups, member = np.unique(sets, axis=1, return_inverse=True)
     member = member.reshape(-1)
     bits = groups.T.astype(np.int64)  # (groups, sets)
@@ -80,9 +82,9 @@ def _by_insertion(sets: np.ndarray, weights: np.ndarray) -> np.ndarray:
     for group in waiting:
         edges = np.zeros((len(placed) + 2, len(sets)), dtype=np.int64)
         edges[1:-1] = bits[placed]
-        left, right, own = edges[:-1], edges[1:], bits[group]
-        # boundaries, two per run: with it between two neighbours, less those that were between them
-        added = (left ^ own) + (own ^ right) - (left ^ right)
+        left, right, member_of = edges[:-1], edges[1:], bits[group]
+        # boundaries, two per run: with the group between two neighbours, less those between the neighbours alone
+        added = (left ^ member_of) + (member_of ^ right) - (left ^ right)
         placed.insert(int((added * weights).sum(1).argmin()), int(group))
     position = np.empty(len(placed), dtype=np.int64)
     position[placed] = np.arange(len(placed))

@@ -1,24 +1,33 @@
 """A model's traced programs: in training and in evaluation mode, and one for each way that chance or a counter decides.
 
-Each is run beside the model, from the same state of all random number generators, and its outputs are compared with the
-model's: a program that computes something else is not believed.
+Each program is run as well as the model, from the same state of all random number generators, and their outputs are
+compared: a program that computes something else is not believed.
 """
 
 import random
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import TraceError
-from prunetrain_kernels.graph.draws import Draws, drawing, generators_of, seed_global
+from prunetrain_kernels.graph.draws import drawing, generators_of, seed_global
 from prunetrain_kernels.graph.exported import exported_program
 from prunetrain_kernels.graph.rules import expand_calls
-from prunetrain_kernels.graph.runs import Runs, Start, alone, copies, how_different, in_double, replaced, run
-from prunetrain_kernels.graph.traced import Shape, Traced, by_position, same, wiring
+from prunetrain_kernels.graph.runs import (
+    Runs,
+    Start,
+    cloned,
+    describe_difference,
+    in_double,
+    replaced,
+    run,
+    unsynchronized,
+)
+from prunetrain_kernels.graph.traced import Shape, Traced, pass_by_position, same_calls, wiring
 from prunetrain_kernels.graph.tracer import trace
 from prunetrain_kernels.probe import (
     attributes_of,
@@ -35,88 +44,99 @@ MOST_TRACES = {"torch.fx": 32, "torch.export": 6}
 NOTHING_NEW = {"torch.fx": 6, "torch.export": 3}
 COUNTED = 4  # a forward that counts its calls is traced at its first, second, ... call
 
-# Makes a program and what runs it.
-Tracer = Callable[[nn.Module, Sequence[Tensor], bool], tuple[Traced, Callable[..., Any]]]
+
+class Runner(Protocol):
+    """Runs a traced program on its arguments, in a mode; notes the value of each node in `values`, if it sees them."""
+
+    def __call__(self, arguments: Sequence[Tensor], values: dict[fx.Node, Any], *, training: bool) -> Any: ...
 
 
-def programs_of(runs: Runs, by: str) -> list[Traced]:
-    """All programs of the model, that of the training mode first.
+class Tracer(Protocol):
+    """Traces a model in a mode; gives the program and what runs it."""
+
+    def __call__(self, model: nn.Module, inputs: Sequence[Tensor], *, training: bool) -> tuple[Traced, Runner]: ...
+
+
+def programs_of(runs: Runs, tracer: str) -> list[Traced]:
+    """All programs of the model, those of training mode first.
 
     Args:
-        by: "torch.fx" or "torch.export".
+        tracer: "torch.fx" or "torch.export".
 
     Raises:
         UntraceableError: torch.fx cannot follow the model's own forward.
-        Exception: what torch.export finds wrong with it.
+        Exception: whatever torch.export finds wrong with it.
     """
-    programs = _in_mode(runs, TRACERS[by], by, training=True)
-    return programs + _in_mode(runs, TRACERS[by], by, training=False, known=programs[:1])
+    programs = _programs_of_mode(runs, tracer, training=True)
+    return programs + _programs_of_mode(runs, tracer, training=False, known=programs[:1])
 
 
-def _in_mode(runs: Runs, tracer: Tracer, by: str, *, training: bool, known: Sequence[Traced] = ()) -> list[Traced]:
+def _programs_of_mode(runs: Runs, tracer: str, *, training: bool, known: Sequence[Traced] = ()) -> list[Traced]:
     """The programs of one mode; none if there is one only and it is the one in `known`."""
-    first = _Tracing(runs, tracer, training, known=known)
+    first = _Tracing(runs, TRACERS[tracer], training=training, known=known)
     programs = [first.traced] if first.compared else []
     seen, nothing_new = wiring(first.traced.program), 0
-    for number in range(1, MOST_TRACES[by] if first.varies else 1):
+    for number in range(1, MOST_TRACES[tracer] if first.varies else 1):
         start = Start(number, number % COUNTED if first.counts else 0)
-        other = _Tracing(runs, tracer, training, start, seen)
+        other = _Tracing(runs, TRACERS[tracer], training=training, start=start, seen=seen)
         new = wiring(other.traced.program) - seen
         seen |= new
         nothing_new = 0 if new else nothing_new + 1
         if new:
             programs.append(other.traced)
-        if nothing_new == NOTHING_NEW[by]:
+        if nothing_new == NOTHING_NEW[tracer]:
             break
     return programs
 
 
 class _Tracing:
-    """One trace, and one run of the program beside the model, unless it shows nothing that is not in `seen`, or is one
-    of those that are known and have been run.
+    """One trace; its program is compared with the model, unless all its wiring is in `seen` already, or it is one of
+    the `known` ones, which have been compared.
 
     Attributes:
-        varies: random numbers were drawn, or attributes or buffers written, which another trace may find otherwise.
-        counts: the latter.
+        counts: attributes or buffers were written, so that another trace may go another way.
+        varies: that, or random numbers were drawn.
+        compared: whether the program was compared.
     """
 
     def __init__(
         self,
         runs: Runs,
         tracer: Tracer,
+        *,
         training: bool,
         start: Start = Start(),  # noqa: B008 - it is frozen
         seen: set[Any] | None = None,
         known: Sequence[Traced] = (),
     ) -> None:
         model, seed = runs.model, start.seed
-        self.draws_held = bool(generators_of(model))
+        has_generators = bool(generators_of(model))
         with unchanged(model), in_mode(model, training=training), drawing(model, seed) as draws:
             for _ in range(start.calls_before):
-                tracer(model, runs.inputs, training)
+                tracer(model, runs.inputs, training=training)
                 seed_global(seed)
                 draws.asked.clear()
             before = _written(model)
             draws.drawn, states = 0, _states()
-            self.traced, call = tracer(model, runs.inputs, training)
+            self.traced, run_program = tracer(model, runs.inputs, training=training)
             self.counts = _written(model) != before
-            self.varies = self.counts or self.draws_held or draws.drawn > 0 or _states() != states
+            self.varies = self.counts or has_generators or draws.drawn > 0 or _states() != states
             new = seen is None or not wiring(self.traced.program) <= seen
-            self.compared = new and not any(same(self.traced, each) for each in known)
+            self.compared = new and not any(same_calls(self.traced, each) for each in known)
             if self.compared:
-                self._compare(runs, call, training, start, draws)
+                self._compare(runs, run_program, start, training=training)
 
-    def _compare(self, runs: Runs, call: Callable[..., Any], training: bool, start: Start, draws: Draws) -> None:
+    def _compare(self, runs: Runs, run_program: Runner, start: Start, *, training: bool) -> None:
         """Runs the program in the state that tracing has left, which is the model's in its run."""
         mode = training if training in runs.modes else False
         with (
             in_mode(runs.model, training=mode),
-            alone(runs.model),
+            unsynchronized(runs.model),
             torch.no_grad(),
-            torch.autocast(_kind(runs.inputs), enabled=False),
+            torch.autocast(runs.inputs[0].device.type, enabled=False),
         ):
             try:
-                mine = named_tensors_in(call(copies(runs.inputs), self.traced.values, mode))
+                outputs = named_tensors_in(run_program(cloned(runs.inputs), self.traced.values, training=mode))
             except Exception as error:
                 if not runs.modes:
                     raise
@@ -124,49 +144,45 @@ class _Tracing:
                 return
         if training not in runs.modes:
             return
-        gap = difference(runs.outputs(training=training, start=start), mine)
+        gap = difference(runs.outputs(training=training, start=start), outputs)
         if gap.is_rounding or not runs.repeats_itself(training=training, start=start):
-            return  # what the model itself does otherwise each time cannot be compared
-        if gap.largest != torch.inf and _equal_in_double(runs, call, training, start):
+            return  # the model itself gives something else each time
+        if gap.largest != torch.inf and _equal_in_double(runs, run_program, start, training=training):
             return
         self.traced.distrusted = (
-            f"the program that was traced differs from what the model computes {how_different(gap)}"
+            f"the program that was traced differs from what the model computes {describe_difference(gap)}"
         )
 
 
-def _equal_in_double(runs: Runs, call: Callable[..., Any], training: bool, start: Start) -> bool:
-    """Whether it was rounding after all, enlarged by a deep network; False where float64 cannot be used."""
+def _equal_in_double(runs: Runs, run_program: Runner, start: Start, *, training: bool) -> bool:
+    """Whether a difference was rounding after all, enlarged by a deep network; False where float64 cannot be used."""
     inputs, wide = in_double(runs.model, runs.inputs)
     try:
-        theirs = run(runs.model, inputs, training=training, start=start, tensors=wide)
+        of_model = run(runs.model, inputs, training=training, start=start, tensors=wide)
         with (
             looking(runs.model, training=training),
-            alone(runs.model),
+            unsynchronized(runs.model),
             replaced(runs.model, wide),
             drawing(runs.model, start.seed),
         ):
-            mine = named_tensors_in(call(copies(inputs), {}, training))
+            of_program = named_tensors_in(run_program(cloned(inputs), {}, training=training))
     except Exception:
         return False
-    return difference(theirs, mine).is_rounding
-
-
-def _kind(inputs: Sequence[Tensor]) -> str:
-    return inputs[0].device.type
+    return difference(of_model, of_program).is_rounding
 
 
 def _states() -> Any:
-    """Of Python's and NumPy's random number generators."""
+    """The states of Python's and NumPy's random number generators."""
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else [str(part) for part in numpy.random.get_state()]
 
 
 def _written(model: nn.Module) -> list[Any]:
-    """What a forward may write and later ask for: plain attributes, and buffers, by their versions."""
+    """What a forward may write and read again later: plain attributes, and the versions of buffers."""
     written: list[Any] = []
     for module in model.modules():
-        own = attributes_of(module)
-        plain = {k: v for k, (v, _) in own.items() if v is None or isinstance(v, bool | int | float | str)}
+        attributes = attributes_of(module)
+        plain = {k: v for k, (v, _) in attributes.items() if v is None or isinstance(v, bool | int | float | str)}
         written += [plain, [(id(b), b._version) for b in module._buffers.values() if b is not None]]
     return written
 
@@ -174,31 +190,30 @@ def _written(model: nn.Module) -> list[Any]:
 # -- torch.fx ----------------------------------------------------------------------------------------------------------
 
 
-def _by_fx(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> tuple[Traced, Callable[..., Any]]:
+def _by_fx(model: nn.Module, inputs: Sequence[Tensor], *, training: bool) -> tuple[Traced, Runner]:
     program, opaque = trace(model, len(inputs))
     modules = dict(model.named_modules())
     expand_calls(program, modules)
-    by_position(program, modules)
-    check_count(program, len(inputs))
+    pass_by_position(program, modules)
+    _check_count(program, len(inputs))
 
-    def call(arguments: Sequence[Tensor], values: dict[fx.Node, Any], mode: bool) -> Any:
-        recorder = Recorder(model, program, values, training=mode)
-        return recorder.run(*arguments)
+    def run_program(arguments: Sequence[Tensor], values: dict[fx.Node, Any], *, training: bool) -> Any:
+        return Recorder(model, program, values, training=training).run(*arguments)
 
-    return Traced(program, {}, "torch.fx", training, opaque), call
+    return Traced(program, {}, "torch.fx", training, opaque), run_program
 
 
-def check_count(program: fx.Graph, given: int) -> None:
-    """Raises TraceError where the forward takes another number of inputs."""
+def _check_count(program: fx.Graph, count: int) -> None:
+    """Raises TraceError where the forward takes another number of inputs than `count`."""
     inputs = [node for node in program.nodes if node.op == "placeholder"]
     named = [node for node in inputs if not str(node.target).startswith("*")]  # *args and **kwargs may stay empty
     needed = sum(1 for node in named if not node.args)
-    if given < needed or (len(named) == len(inputs) and given > len(inputs)):
-        raise TraceError(f"the model takes {needed} inputs but example_inputs has {given}; give one each.")
+    if count < needed or (len(named) == len(inputs) and count > len(inputs)):
+        raise TraceError(f"the model takes {needed} inputs but example_inputs has {count}; give one each.")
 
 
 class Recorder(fx.Interpreter):
-    """Runs a traced program and keeps what each node gave: a tensor's shape, or something that is no tensor."""
+    """Runs a traced program and notes the value of each node: its shape for a tensor, itself for anything else."""
 
     def __init__(self, model: nn.Module, program: fx.Graph, values: dict[fx.Node, Any], *, training: bool) -> None:
         super().__init__(model, graph=program)
@@ -217,7 +232,8 @@ class Recorder(fx.Interpreter):
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A functional batch norm that was traced in training mode refuses a single value per channel."""
+        """Runs a functional batch norm that was traced in training mode in evaluation mode, if that is asked for: in
+        training mode it refuses a single value per channel."""
         if self.evaluates and target is F.batch_norm and len(args) > 2 and args[1] is not None:
             args, kwargs = args[:5], kwargs | {"training": False}
         return super().call_function(target, args, kwargs)
@@ -226,13 +242,13 @@ class Recorder(fx.Interpreter):
 # -- torch.export ------------------------------------------------------------------------------------------------------
 
 
-def _by_export(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> tuple[Traced, Callable[..., Any]]:
-    program, values, recorded = exported_program(model, tuple(copies(inputs)))
+def _by_export(model: nn.Module, inputs: Sequence[Tensor], *, training: bool) -> tuple[Traced, Runner]:
+    program, values, recorded = exported_program(model, cloned(inputs))
 
-    def call(arguments: Sequence[Tensor], values: dict[fx.Node, Any], mode: bool) -> Any:
+    def run_program(arguments: Sequence[Tensor], values: dict[fx.Node, Any], *, training: bool) -> Any:
         return recorded(*arguments)
 
-    return Traced(program, values, "torch.export", training), call
+    return Traced(program, values, "torch.export", training), run_program
 
 
 TRACERS: dict[str, Tracer] = {"torch.fx": _by_fx, "torch.export": _by_export}

@@ -1,6 +1,6 @@
-"""What modules do to channels: which pass them on, which end a space and begin another.
+"""Rules for modules: which of them pass channels on, and which end a space and begin another.
 
-A rule is asked by `walk.py`, and touches nothing of the flow (`flow.py`) but its methods. It says True if it understood
+`walk.py` asks the rules. A rule touches nothing of the flow (`flow.py`) but its methods. It says True if it understood
 the call, False if it did not, or a sentence that says why it cannot be followed; what is not followed freezes what it
 touches. `functions.py` has the rules for functions and tensor methods.
 """
@@ -21,13 +21,13 @@ from prunetrain_kernels.graph.shapes import reshape_to, shuffle, softmax
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# Work on each value by itself, so channels go through untouched whatever the number of dimensions.
+# Modules that work on each value by itself, so channels go through untouched whatever the number of dimensions.
 POINTWISE_MODULES = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
     nn.Hardtanh, nn.Hardsigmoid, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardshrink,
     nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Dropout,
 )  # fmt: skip
-# Work on each channel's map by itself; the digit in the name is the number of spatial dimensions.
+# Modules that work on each channel's map by itself; the digit in the name is the number of spatial dimensions.
 SPATIAL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d,
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
@@ -37,13 +37,13 @@ SPATIAL_MODULES = (
 )  # fmt: skip
 
 
-# -- modules: True if the module was understood -----------------------------------------------------------------------
+# -- rules -------------------------------------------------------------------------------------------------------------
 
 ModuleRule = Callable[[Flow, fx.Node, str, Any], Outcome]
 
 
 def _weight_of(module: nn.Module) -> nn.Parameter | None:
-    """The weight, if it and a bias are all that the module has and are its own: no weight norm, no masks."""
+    """The module's weight, if it has no other tensors but a bias: no weight norm, no masks; else None."""
     names = module._parameters.keys()
     weight = module._parameters.get("weight")
     plain = names <= {"weight", "bias"} and not module._buffers and not hasattr(module, "parametrizations")
@@ -65,7 +65,7 @@ def _linear(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
 
 
 def batch_norm_rule(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
-    """One value per channel and nothing else, so it passes the space on and is sliced with it."""
+    """Rule for a module with one value per channel and nothing else: it passes the space on and is sliced with it."""
     plain = module._parameters.keys() <= {"weight", "bias"} and not hasattr(module, "parametrizations")
     plain = plain and module._buffers.keys() <= {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     return plain and flow.follow(node, name, "batch_norm")
@@ -78,7 +78,7 @@ def _mixing_norm(flow: Flow, node: fx.Node, name: str, module: nn.Module) -> Out
 
 
 def _instance_norm(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
-    """Each channel of each image by itself."""
+    """Rule for a module that normalises each channel of each image by itself."""
     return flow.follow(node, name, "instance_norm")
 
 
@@ -171,12 +171,12 @@ def register_rule(cls: type[nn.Module], rule: ModuleRule) -> None:
     `make_layer`, ...) what the call `node` of the module does to channels. It returns True; False where it does not
     understand the call; or a sentence that says why the call cannot be followed.
     """
-    rest = {known: old for known, old in _RULES.items() if known is not cls}
+    others = {known: old for known, old in _RULES.items() if known is not cls}
     _RULES.clear()
-    _RULES.update({cls: rule, **rest})
+    _RULES.update({cls: rule, **others})
 
 
-# -- modules that do several things in one call, taken apart before the walk ------------------------------------------
+# -- expansions: calls that do several things are taken apart before the walk ------------------------------------------
 
 Expansion = Callable[[fx.Graph, fx.Node, Any], None]
 
@@ -202,8 +202,8 @@ def expand_calls(program: fx.Graph, modules: dict[str, nn.Module]) -> None:
                 expansion(program, node, module)
 
 
-def expand_sum_and_relu(program: fx.Graph, node: fx.Node, relu: bool) -> None:
-    """`module(x, residual, relu)` as `relu(module(x, relu=False) + residual)`.
+def expand_sum_and_relu(program: fx.Graph, node: fx.Node, *, relu: bool) -> None:
+    """Takes `module(x, residual, relu)` apart into `relu(module(x, relu=False) + residual)`.
 
     Args:
         relu: what the module does where the call does not say.

@@ -1,4 +1,4 @@
-"""Runs of the model itself, beside which a traced program and a cut network are held."""
+"""Runs of the model itself, with which a traced program and a cut network are compared."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from prunetrain_kernels.probe import Difference, difference, first_line, looking
 
 # More examples than this only cost time: shapes are the same, and max|dy| is measured at every reconfiguration.
 MOST_EXAMPLES = 8
-FEWEST_EXAMPLES = 2  # of which batch norm in training mode can make something
+FEWEST_EXAMPLES = 2  # batch norm in training mode needs two values per channel
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: the seed of its random numbers, and how many calls come before it: a forward may count them."""
+    """The start of a run: the seed of its random numbers, and how many calls come before it, as a forward may count."""
 
     seed: int = 0
     calls_before: int = 0
@@ -26,15 +26,15 @@ class Start:
 
 @dataclass
 class Runs:
-    """What the model gives on the example inputs.
+    """The runs of a model on its example inputs, and their outputs.
 
     Attributes:
-        model: as it was given.
-        inputs: the few examples that it is run on here.
-        examples: those that a graph keeps.
-        modes: training and evaluation mode, where it runs in them.
-        failed: what it said in the modes in which it does not run.
-        known: outputs so far, by mode and start.
+        model: the user's model.
+        inputs: the few examples on which it is run.
+        examples: the examples that a graph keeps.
+        modes: the modes in which it runs: True for training, False for evaluation.
+        failed: for each mode in which it does not run, the first line of its error.
+        known: the outputs so far, by mode and start.
     """
 
     model: nn.Module
@@ -59,7 +59,7 @@ class Runs:
         )
 
     def repeats_itself(self, *, training: bool, start: Start) -> bool:
-        """Whether a second run from the same start gives the same: else nothing can be compared with it."""
+        """Whether a second run from the same start gives the same; if not, nothing can be compared with the model."""
         again = run(self.model, self.inputs, training=training, start=start)
         return difference(self.outputs(training=training, start=start), again).is_rounding
 
@@ -72,27 +72,30 @@ def run(
     start: Start,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """The named outputs of a model; `tensors` stand in for parameters and buffers: by module's name, then by their own.
+    """The named outputs of a model.
+
+    `tensors` take the place of parameters and buffers: by the module's name, then by the tensor's name in the module.
 
     Raises:
         Exception: whatever the model raises.
     """
     with (
         looking(model, training=training),
-        alone(model),
+        unsynchronized(model),
         replaced(model, tensors or {}),
         drawing(model, start.seed) as draws,
     ):
         for _ in range(start.calls_before):
-            model(*copies(inputs))
+            model(*cloned(inputs))
             seed_global(start.seed)
             draws.asked.clear()
-        return {name: t.detach().clone() for name, t in named_tensors_in(model(*copies(inputs))).items()}
+        return {name: t.detach().clone() for name, t in named_tensors_in(model(*cloned(inputs))).items()}
 
 
 @contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
-    """No batch norm waits for other processes, which may not run the model just now: it takes what it has counted."""
+def unsynchronized(model: nn.Module) -> Iterator[None]:
+    """Inside, no batch norm waits for other processes, which may not run the model just now: it uses its running
+    statistics."""
     waiting = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
     try:
         for module in waiting:
@@ -105,12 +108,12 @@ def alone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Other tensors in place of a model's parameters and buffers, whose objects are back afterwards."""
+    """Puts `tensors` in place of a model's parameters and buffers, and the old objects back afterwards."""
     before: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
     try:
-        for name, own in tensors.items():
+        for name, by_key in tensors.items():
             module = model.get_submodule(name)
-            for key, tensor in own.items():
+            for key, tensor in by_key.items():
                 table = module._parameters if key in module._parameters else module._buffers
                 before.append((table, key, table[key]))  # type: ignore[arg-type]
                 if table is module._parameters:
@@ -123,8 +126,8 @@ def replaced(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> I
 
 
 @contextmanager
-def buffers_aside(model: nn.Module) -> Iterator[None]:
-    """Inside, the model works on copies of its buffers: autograd may hold the real ones for a backward to come."""
+def buffers_copied(model: nn.Module) -> Iterator[None]:
+    """Inside, the model works on copies of its buffers: autograd may still need the real ones for a backward pass."""
     copied: dict[int, Tensor] = {}
     before = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
@@ -139,28 +142,28 @@ def buffers_aside(model: nn.Module) -> Iterator[None]:
 def in_double(
     model: nn.Module, inputs: Sequence[Tensor], tensors: Mapping[str, Mapping[str, Tensor]] | None = None
 ) -> tuple[tuple[Tensor, ...], dict[str, dict[str, Tensor]]]:
-    """Inputs and tensors for a run in float64, in which hardly anything is rounding."""
+    """The inputs and tensors for a run in float64, in which rounding hardly matters."""
     wide = {
         name: {key: t.double() for key, t in own_tensors(m).items() if t.is_floating_point()}
         for name, m in model.named_modules()
     }
-    for name, own in (tensors or {}).items():
-        wide[name].update({key: t.double() for key, t in own.items() if t.is_floating_point()})
+    for name, by_key in (tensors or {}).items():
+        wide[name].update({key: t.double() for key, t in by_key.items() if t.is_floating_point()})
     return tuple(x.double() if x.is_floating_point() else x for x in inputs), wide
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers without those of its parts."""
+    """A module's parameters and buffers by name, without those of its submodules."""
     return {k: t for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
 
 
-def copies(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A forward may write into its inputs."""
+def cloned(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of the inputs, for a forward that may write into them."""
     return tuple(x.clone() for x in inputs)
 
 
-def how_different(gap: Difference) -> str:
-    """In words."""
+def describe_difference(gap: Difference) -> str:
+    """How far two runs are apart, in words for the end of a sentence."""
     if gap.largest == torch.inf:
         return f"in the structure or shape of output '{gap.where}'" if gap.where else "in the structure of its outputs"
     return f"by {gap.largest:.1e} at a scale of {gap.scale:.1e}" + (f" in output '{gap.where}'" if gap.where else "")
@@ -170,62 +173,67 @@ def how_different(gap: Difference) -> str:
 
 
 def runs_of(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Runs:
-    """The fewest of the example inputs that the model takes in both modes: what it is given need not be a batch, of
-    which any part will do (frames, pairs, shots of a class).
+    """The runs of a model on the fewest of the example inputs that it takes in both modes. The inputs need not be a
+    batch of which any part will do (frames, pairs, shots of a class).
 
     Raises:
-        TraceError: they are no tensors, or the model takes them in training mode only.
+        TraceError: the inputs are no tensors, or the model takes them in training mode only.
     """
-    given = checked(example_inputs)
-    batch = {len(x) for x in given if x.dim()}
+    examples = _checked(example_inputs)
+    batch = {len(x) for x in examples if x.dim()}
     sizes = sorted({min(most, *batch) for most in (FEWEST_EXAMPLES, MOST_EXAMPLES)}) if len(batch) == 1 else []
-    tries = [cut(given, size) for size in sizes if size not in batch] + [given]
+    tries = [_first(examples, size) for size in sizes if size not in batch] + [examples]
     first: dict[bool, tuple[Tensor, ...]] = {}
     why: dict[bool, str] = {}
     for inputs in tries:
-        runs = Runs(model, inputs, cut(given, MOST_EXAMPLES) if inputs is not given and len(batch) == 1 else given)
+        is_part = inputs is not examples
+        runs = Runs(model, inputs, _first(examples, MOST_EXAMPLES) if is_part and len(batch) == 1 else examples)
         for training in (False, True):
             try:
                 outputs = runs.outputs(training=training, start=Start())
             except Exception as error:
                 why[training] = first_line(error)
                 continue
-            if inputs is not given and outputs and not any(tensor.numel() for tensor in outputs.values()):
-                continue  # queries behind the shots of a class: of a part nothing comes out
+            if is_part and outputs and not any(tensor.numel() for tensor in outputs.values()):
+                continue  # queries behind the shots of a class: a part gives no output
             runs.modes = (*runs.modes, training)
             first.setdefault(training, inputs)
         if len(runs.modes) == 2:
             return runs
-    return _in_one_mode(model, given, batch, first, why)
+    return _runs_in_one_mode(model, examples, batch, first, why)
 
 
-def _in_one_mode(
+def _runs_in_one_mode(
     model: nn.Module,
-    given: tuple[Tensor, ...],
+    examples: tuple[Tensor, ...],
     batch: set[int],
     first: dict[bool, tuple[Tensor, ...]],
     why: dict[bool, str],
 ) -> Runs:
-    """One image of one pixel is too little for batch norm in training mode; two of them are not."""
+    """The runs of a model that takes the examples in one mode, or twice as many in both.
+
+    One image of one pixel is too little for batch norm in training mode; two of them are enough.
+    """
     if True in first and False not in first:
         raise TraceError(
             f"the model fails on the example inputs in evaluation mode: {why[False]}; pass example_inputs that it "
             "accepts in both modes."
         )
     if batch == {1}:
-        twice = tuple(torch.cat([x, x]) if x.dim() else x for x in given)
-        runs = Runs(model, twice, given, modes=(False, True))
+        twice = tuple(torch.cat([x, x]) if x.dim() else x for x in examples)
+        runs = Runs(model, twice, examples, modes=(False, True))
         try:
             for training in runs.modes:
                 runs.outputs(training=training, start=Start())
             return runs
         except Exception as error:
             why.setdefault(True, first_line(error))
-    return Runs(model, first.get(False, given), given, (False,) if first else (), why)
+    return Runs(model, first.get(False, examples), examples, (False,) if first else (), why)
 
 
-def checked(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copies: a caller's buffer that is filled anew is no concern of the graph."""
+def _checked(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copies of the example inputs, for the caller may write into the tensors later; raises TraceError unless they are
+    tensors."""
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     if (
@@ -237,6 +245,6 @@ def checked(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.detach().clone() for x in example_inputs)
 
 
-def cut(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
-    """The first examples of a batch, in memory of their own; a single number is for all of them."""
+def _first(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
+    """The first `size` examples of a batch, in new memory; a single number is for all of them."""
     return tuple(x[:size].clone() if x.dim() else x for x in inputs)

@@ -1,4 +1,4 @@
-"""What reshapes, concatenations and the like do to channels: rules for functions that move them about.
+"""Rules for functions that move channels about: reshapes, concatenations and the like.
 
 A size that the forward reads from a tensor and gives to a reshape is followed from the one to the other (`counts`).
 """
@@ -23,7 +23,7 @@ WRITTEN_OUT = "its number of channels is written out in the forward"
 
 
 def counts(flow: Flow, node: fx.Node) -> bool:
-    """Arithmetic on a number of channels: `c // 2`, `c * h * w`. True if its result is a number that is followed."""
+    """Rule for arithmetic on a number of channels: `c // 2`, `c * h * w`. True if its result is followed too."""
     numbers = [(n, count) for n in node.all_input_nodes if (count := flow.count_of(n)) is not None]
     value = flow.value(node)
     if len(numbers) != 1 or not isinstance(value, int) or len(node.args) != 2 or isinstance(value, bool):
@@ -39,9 +39,9 @@ def counts(flow: Flow, node: fx.Node) -> bool:
         factor = count.factor / known
     else:
         return False
-    if count.of.features * factor != value:
+    if count.channels.features * factor != value:
         return False  # it was rounded
-    flow.set_count(node, Count(count.of, factor))
+    flow.set_count(node, Count(count.channels, factor))
     flow.understand(node, number)
     return True
 
@@ -53,12 +53,12 @@ def is_count_of(flow: Flow, node: fx.Node, number: Any, ids: tuple[int, ...], fa
     count = flow.count_of(number)
     if count is None:
         return False
-    per_channel = count.of.block * count.factor
-    roots, counted = (sorted(map(flow.find, side)) for side in (ids, count.of.ids))
+    per_channel = count.channels.block * count.factor
+    roots, counted = (sorted(map(flow.find, side)) for side in (ids, count.channels.ids))
     if roots != counted:
         repeats = Fraction(len(roots), len(counted))
         if repeats == 1 and per_channel == factor:
-            flow.join(ids, count.of.ids)  # the program says that there are as many of both
+            flow.join(ids, count.channels.ids)  # the program says that there are as many of both
         elif repeats.denominator != 1 or sorted(counted * int(repeats)) != roots:
             return False
         factor *= repeats
@@ -72,7 +72,7 @@ def is_count_of(flow: Flow, node: fx.Node, number: Any, ids: tuple[int, ...], fa
 
 
 def reshape_to(flow: Flow, node: fx.Node, sizes: Sequence[Any] | None) -> Outcome:
-    """The node's input in a new shape; `sizes` are what the program says of it, None if that names no size."""
+    """Rule for a reshape; `sizes` are those that the program writes for the new shape, None if it writes none."""
     read = flow.source(node)
     if read is None:
         return False
@@ -82,20 +82,20 @@ def reshape_to(flow: Flow, node: fx.Node, sizes: Sequence[Any] | None) -> Outcom
         return False
     if sizes is not None and len(sizes) != len(after):
         return False
-    said = [-1] * len(after) if sizes is None else list(sizes)
+    target_sizes = [-1] * len(after) if sizes is None else list(sizes)
     if result.grid:
-        return _split_into_grid(flow, node, result, said)
+        return _split_into_grid(flow, node, result, target_sizes)
     (dim,) = result.dims
-    if isinstance(said[dim], int) and said[dim] != -1:
+    if isinstance(target_sizes[dim], int) and target_sizes[dim] != -1:
         return flow.stays(node, WRITTEN_OUT, value, result)
-    if not is_count_of(flow, node, said[dim], result.ids, Fraction(result.block)):
+    if not is_count_of(flow, node, target_sizes[dim], result.ids, Fraction(result.block)):
         return False
     flow.set(node, result)
     return True
 
 
 def _split_into_grid(flow: Flow, node: fx.Node, result: Channels, sizes: list[Any]) -> Outcome:
-    """view(b, groups, c // groups, ...): one of the new dimensions gets shorter, in all of the others alike."""
+    """Rule for view(b, groups, c // groups, ...): one new dimension gets shorter, everywhere along the others."""
     fixed = [isinstance(sizes[d], int) and sizes[d] != -1 for d in result.dims]
     if all(fixed):
         return flow.stays(node, WRITTEN_OUT, result, result)
@@ -114,7 +114,7 @@ def _split_into_grid(flow: Flow, node: fx.Node, result: Channels, sizes: list[An
 
 
 def reshape(flow: Flow, node: fx.Node) -> Outcome:
-    """view, reshape, flatten and unflatten."""
+    """Rule for view, reshape, flatten and unflatten."""
     target, source = node.target, argument(node, 0, "input")
     before, after = flow.shape(source), flow.shape(node)
     if before is None or after is None:
@@ -131,12 +131,12 @@ def reshape(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def unpacked(sizes: Any) -> tuple[Any, ...]:
-    """`view(2, 3)` and `view((2, 3))` alike."""
+    """The sizes of `view(2, 3)` and `view((2, 3))` alike, as one tuple."""
     return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else tuple(sizes)
 
 
 def permutation(flow: Flow, node: fx.Node) -> Outcome:
-    """permute, transpose and swapaxes."""
+    """Rule for permute, transpose and swapaxes."""
     read = flow.source(node)
     if read is None:
         return False
@@ -163,7 +163,7 @@ def _dims(value: Any, ndim: int) -> list[int] | None:
 
 
 def other_dims(flow: Flow, node: fx.Node) -> Outcome:
-    """squeeze, unsqueeze, or a mean, sum, largest value of other dimensions than the channels'."""
+    """Rule for squeeze, unsqueeze, and a mean, sum or largest value over other dimensions than the channels'."""
     read = flow.source(node)
     if read is None:
         return False
@@ -182,14 +182,14 @@ def other_dims(flow: Flow, node: fx.Node) -> Outcome:
         return _reduction_of_grid(flow, node, value, dims)
     if node.target in (torch.squeeze, "squeeze"):
         dims = [d for d in dims if before[d] == 1]
-    gone = dims if len(after) < len(before) else []
-    left = tuple(d - sum(g < d for g in gone) for d in value.dims)
-    flow.set(node, Channels(value.ids, value.block, left, value.grid))
+    removed = dims if len(after) < len(before) else []
+    new_dims = tuple(d - sum(r < d for r in removed) for d in value.dims)
+    flow.set(node, Channels(value.ids, value.block, new_dims, value.grid))
     return True
 
 
 def fixed_axes(flow: Flow, value: Channels) -> list[int]:
-    """Dimensions of a grid along which there is the same channel: all of it stays, or all of it goes."""
+    """The dimensions of a grid along which all entries are one channel: all of them stay, or all go."""
     fixed = []
     for axis, dim in enumerate(value.dims if value.grid else ()):
         others = math.prod(value.grid) // value.grid[axis]
@@ -207,19 +207,19 @@ def _along(value: Channels, axis: int) -> list[tuple[int, ...]]:
 
 
 def _reduction_of_grid(flow: Flow, node: fx.Node, value: Channels, dims: list[int]) -> Outcome:
-    """The sum, mean, ... over groups of channels: `x.view(b, groups, c // groups).sum(1)`."""
+    """Rule for a sum, mean, ... over groups of channels: `x.view(b, groups, c // groups).sum(1)`."""
     if len(value.dims) != 2 or len(dims) != 1 or dims[0] not in fixed_axes(flow, value):
         return False
     axis = value.dims.index(dims[0])
     ids = tuple(tied[0] for tied in _along(value, axis))
     kept_dim = argument(node, 2, "keepdim", default=False) is True
-    left = value.dims[1 - axis]
-    flow.set(node, Channels(ids, dims=(left if kept_dim or left < dims[0] else left - 1,)))
+    other = value.dims[1 - axis]
+    flow.set(node, Channels(ids, dims=(other if kept_dim or other < dims[0] else other - 1,)))
     return True
 
 
 def softmax(flow: Flow, node: fx.Node, dim: Any) -> Outcome:
-    """Over other dimensions than the channels', or over groups of channels that stay or go together."""
+    """Rule for a softmax over other dimensions than the channels', or over channels that stay or go together."""
     read = flow.source(node)
     dims = None if read is None else _dims(dim, len(read.before))
     if read is None or not dims:
@@ -229,7 +229,7 @@ def softmax(flow: Flow, node: fx.Node, dim: Any) -> Outcome:
 
 
 def stack(flow: Flow, node: fx.Node) -> Outcome:
-    """Several values in a new dimension: their channels become one."""
+    """Rule for values side by side in a new dimension: their channels are joined."""
     dim, after = argument(node, 1, "dim", default=0), flow.shape(node)
     values = _all_of(flow, argument(node, 0, "tensors"))
     if after is None or not isinstance(dim, int) or not values:
@@ -251,7 +251,7 @@ def stack(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def pad(flow: Flow, node: fx.Node) -> Outcome:
-    """Padding of other dimensions only; padding channels would renumber them."""
+    """Rule for padding, of other dimensions than the channels': padding those would renumber them."""
     read = flow.source(node)
     widths = argument(node, 1, "pad")
     if read is None or not isinstance(widths, list | tuple):
@@ -268,7 +268,7 @@ def pad(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def _all_of(flow: Flow, tensors: Any) -> list[Channels]:
-    """The channels of each of a list of tensors; new ones that stay where it has none; empty if it is no list."""
+    """The channels of each tensor of a list; new ones that stay for a tensor without; empty if it is no list."""
     if isinstance(tensors, fx.Node):
         return flow.parts_of(tensors) or []
     if not isinstance(tensors, list | tuple) or not all(isinstance(t, fx.Node) for t in tensors):
@@ -278,7 +278,7 @@ def _all_of(flow: Flow, tensors: Any) -> list[Channels]:
 
 
 def concatenation(flow: Flow, node: fx.Node) -> Outcome:
-    """Side by side in the channels' dimension; in another one, the channels of all parts become one."""
+    """Rule for values side by side in the channels' dimension; in another one, the channels of all are joined."""
     tensors, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", "axis", default=0)
     after = flow.shape(node)
     if after is None or not isinstance(dim, int):
@@ -303,8 +303,8 @@ def concatenation(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def pieces_of(flow: Flow, node: fx.Node) -> Outcome:
-    """chunk(n): equal pieces, whose channels stay or go together, so that the pieces stay equal; split into pieces of
-    a fixed number of channels cannot follow."""
+    """Rule for chunk and split. The channels of equal pieces stay or go together, so that the pieces stay equal; pieces
+    of a fixed number of channels cannot follow."""
     source = argument(node, 0, "input", "tensor")
     value, before, results = flow.channels_of(source), flow.shape(source), flow.value(node)
     dim = argument(node, 2, "dim", default=0)
@@ -320,17 +320,17 @@ def pieces_of(flow: Flow, node: fx.Node) -> Outcome:
         flow.set_parts(node, [value] * len(results))
         return True
     pieces = len(results)
-    how = argument(node, 1, "chunks", "split_size_or_sections", "split_size")
+    sections = argument(node, 1, "chunks", "split_size_or_sections", "split_size")
     value = value.plain() if len(value.ids) % pieces else value
     size = len(value.ids) // pieces
     if node.target not in (torch.chunk, "chunk"):
-        sizes = list(how) if isinstance(how, list | tuple) else [how]
+        sizes = list(sections) if isinstance(sections, list | tuple) else [sections]
         if any(isinstance(number, int) for number in sizes):
             return _pieces_written_out(flow, node, value, sizes)
-        each = Fraction(value.block, pieces)
-        if not all(is_count_of(flow, node, number, value.ids, each) for number in sizes):
+        factor = Fraction(value.block, pieces)
+        if not all(is_count_of(flow, node, number, value.ids, factor) for number in sizes):
             return False
-    elif how != pieces:
+    elif sections != pieces:
         return False
     if size * pieces != len(value.ids):
         return False
@@ -342,7 +342,7 @@ def pieces_of(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def _pieces_written_out(flow: Flow, node: fx.Node, value: Channels, sizes: list[Any]) -> Outcome:
-    """split(26, 1) or split([26, 26], 1): nothing can go, but it is known what is where."""
+    """Rule for split(26, 1) or split([26, 26], 1): no channel can go, but it is known which piece has which."""
     ids = value.plain().ids
     if len(sizes) == 1:
         sizes = sizes * -(-len(ids) // sizes[0])
@@ -357,20 +357,20 @@ def _pieces_written_out(flow: Flow, node: fx.Node, value: Channels, sizes: list[
 
 
 def index(flow: Flow, node: fx.Node) -> Outcome:
-    """`x[index]`, of a tensor or of a tuple of tensors."""
-    source, index = node.args
+    """Rule for `x[key]`, where x is a tensor or a tuple of tensors."""
+    source, key = node.args
     parts = flow.parts_of(source)
-    if parts is not None and isinstance(index, int | slice):
-        if isinstance(index, slice):
-            flow.set_parts(node, parts[index])
+    if parts is not None and isinstance(key, int | slice):
+        if isinstance(key, slice):
+            flow.set_parts(node, parts[key])
         else:
-            flow.set(node, parts[index])
+            flow.set(node, parts[key])
         return True
     read = flow.source(node)
     if read is None or flow.tensors(node) != [read.node]:
         return False
     _, value, before, _ = read
-    entries = list(index) if isinstance(index, tuple) else [index]
+    entries = list(key) if isinstance(key, tuple) else [key]
     if any(isinstance(e, fx.Node | list | bool) for e in entries) or entries.count(Ellipsis) > 1:
         return False
     if Ellipsis in entries:
@@ -400,14 +400,14 @@ def index(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def _takes_all(entry: Any, size: int) -> bool:
-    """A slice of the whole, also when there is less of it."""
+    """Whether an entry of an index is a slice of the whole dimension, also when that gets shorter."""
     if not isinstance(entry, slice) or entry.step not in (None, 1) or entry.start not in (None, 0):
         return False
     return entry.stop is None or (isinstance(entry.stop, int) and entry.stop >= size)
 
 
 def shuffle(flow: Flow, node: fx.Node, kind: str, size: Any) -> Outcome:
-    """pixel_shuffle, pixel_unshuffle and channel_shuffle."""
+    """Rule for pixel_shuffle, pixel_unshuffle and channel_shuffle; `kind` is one of these names."""
     read = flow.source(node)
     if read is None or not isinstance(size, int) or read.channels.dims != (1,) or read.channels.block != 1:
         return False

@@ -26,10 +26,10 @@ class Layer:
         input: index of the space it reads.
         output: index of the space it produces.
         block: features per input channel: H*W for a linear layer behind a flatten, else 1.
-        live_in, live_out: of a gated layer, the channels of either space that it computes, int64, in the order of its
+        live_in, live_out: the channels of either space that a gated layer computes, int64, in the order of its
             weight's; None for all.
-        map_in, map_out: height and width of what it read and gave on the example inputs (at its first call).
-        groups: of a convolution.
+        map_in, map_out: height and width of its input and output on the example inputs (at its first call).
+        groups: the number of groups of a convolution.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Layer:
 
     @property
     def dims(self) -> tuple[int, int]:
-        """Dimensions of the weight that its input and its output channels are in."""
+        """The dimensions of the weight in which its input and its output channels lie."""
         return (0, 1) if self.transposed else (1, 0)
 
 
@@ -57,7 +57,7 @@ class Layer:
 class Follower:
     """A module with one value per channel that passes its space on: batch norm, depthwise convolution, PReLU.
 
-    `block` is the number of features per channel, as in `Layer`; `dim` the dimension of its tensors that they are in.
+    `block` is the number of features per channel, as in `Layer`; `dim` the dimension of its tensors in which they lie.
     """
 
     name: str
@@ -76,9 +76,9 @@ class Space:
         producers, consumers, followers: names of the layers that write it, read it, pass it on.
         frozen: why its channels must stay as they are, or None.
         is_input, is_output: whether it is an input or output of the whole network.
-        least: how many channels stay whatever happens; two where fewer would be something else (groups of one channel).
-        members: of a space that is put together from others, as by a concatenation: for each of its channels the other
-            space and the channel there, int64 (size, 2). What stays is decided there.
+        least: how many channels stay whatever happens; two where one would be something else (groups of one channel).
+        members: for a space that is put together from others, as by a concatenation: for each of its channels the other
+            space and the channel in that space, int64 (size, 2). What stays is decided in those spaces.
     """
 
     size: int
@@ -94,7 +94,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Merge:
-    """An addition of two values of one space and shape; `in_place` tells that the first is written to."""
+    """An addition of two values of one space and shape; `in_place` if it writes to the first."""
 
     node: fx.Node
     operands: tuple[fx.Node, fx.Node]
@@ -108,8 +108,8 @@ class ChannelSpaces:
     It describes the model's shape at that moment: trace again after a reconfiguration.
 
     Attributes:
-        calls: for each called module its calls in `program`, and those in the model's other programs, as of the other
-            mode, that are different ones.
+        calls: for each called module its calls in `program`, and those calls in the model's other programs (of the
+            other mode, say) that `program` does not have.
         opaque: submodules that tracing could not enter, and why.
         not_followed: the calls that froze what they touch, or whose value is read by others in another program.
         pinned: layers and followers that are also used where tracing does not look, and why: they are never removed.
@@ -117,9 +117,10 @@ class ChannelSpaces:
         uncalled: modules with layers that the forward calls in no mode: a projector that the training loop calls, a
             head for later. They stay whole; but what they read of the network, other than its outputs, is not known,
             and may lose channels.
-        doubts: where tracing was found wrong when it was held beside the model; what they touch is frozen.
-        alike_in_both_modes: whether the model returned things of one structure, of the same shapes, in training and
-            evaluation mode when it was traced, so that evaluation mode shows all that there is to compare.
+        doubts: what turned out wrong when the traced programs were compared with the model; all that it touches is
+            frozen.
+        alike_in_both_modes: whether the model's outputs had the same structure and shapes in training and evaluation
+            mode when it was traced, so that evaluation mode shows all that there is to compare.
         excluded: layers whose channels the user has said must stay; no lasso pulls at them.
     """
 
@@ -141,7 +142,7 @@ class ChannelSpaces:
 
     @property
     def free_channels(self) -> int:
-        """How many channels may go."""
+        """The number of channels that may go."""
         return sum(space.size for space in self.spaces if not space.frozen and space.members is None)
 
     def computed(self, name: str) -> tuple[Tensor, Tensor]:
@@ -202,7 +203,7 @@ def _shorten(names: list[str], most: int = 2) -> str:
 
 
 def expand(channels: Tensor, block: int) -> Tensor:
-    """Feature indices of the given channels where each channel is a block of `block` consecutive features."""
+    """The feature indices of channels that are blocks of `block` consecutive features each."""
     if block == 1:
         return channels
     return (channels[:, None] * block + torch.arange(block, device=channels.device)).flatten()

@@ -1,14 +1,10 @@
 """Finds a model's channel spaces by tracing it, with torch.fx or else with torch.export.
 
-Tracing gives programs, the calls that the forward makes in either mode (`programs.py`), which are held beside the
-model; `walk.py` follows the channels through them; a trial cut (`trial.py`) shows that the model can do without what is
-then said to be free.
+Tracing gives programs, the calls that the forward makes in either mode (`programs.py`), which are compared
+with the model; `walk.py` follows the channels through them; a trial cut (`trial.py`) shows that the model can do
+without the channels that are free then.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,23 +12,23 @@ from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import TraceError
 from prunetrain_kernels.graph.keep import ChannelGraph
 from prunetrain_kernels.graph.programs import programs_of
-from prunetrain_kernels.graph.runs import Runs, buffers_aside, runs_of
-from prunetrain_kernels.graph.traced import different
+from prunetrain_kernels.graph.runs import Runs, buffers_copied, runs_of
+from prunetrain_kernels.graph.traced import distinct
 from prunetrain_kernels.graph.tracer import UntraceableError, tracing
 from prunetrain_kernels.graph.trial import freeze_what_fails
 from prunetrain_kernels.graph.walk import walk
 from prunetrain_kernels.probe import first_line, unchanged
 
 HOW_TO_TRACE = "Move the part that depends on data into a submodule of its own, whose channels then stay as they are."
-TRIED = 4  # programs of a mode whose draws of random numbers the trial cut repeats
+MOST_STARTS = 4  # runs of a mode, with different random numbers, that the trial cut repeats
 
 
 def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> ChannelGraph:
     """Finds every channel space of `model`.
 
     The forward is traced in training and in evaluation mode, and several times where it draws random numbers or counts
-    its calls; what any of these programs reads, joins or returns counts. Each is run beside the model and must give
-    what the model gives. At last a quarter of the free channels is cut from copies of the model's tensors: spaces
+    its calls; what any of these programs reads, joins or returns counts. Each is run as well as the model and must
+    give what the model gives. At last a quarter of the free channels is cut from copies of the model's tensors: spaces
     without which the model fails, or computes something else, stay as they are, and say why.
 
     A submodule that torch.fx cannot trace (its control flow depends on data, say) is left closed: the channels of what
@@ -47,7 +43,7 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
 
     While torch.fx traces, `nn.Module.__call__` and `__getattr__` are patched for the whole process. Two threads that
     trace wait for each other, and modules that other threads call meanwhile run as they are. But the model itself is
-    put into other modes and onto copies of its buffers, so no other thread may use this very model meanwhile.
+    put into other modes and onto copies of its buffers, so no other thread may use this model meanwhile.
 
     Args:
         model: any module; `example_inputs` are its positional arguments.
@@ -58,14 +54,14 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
         TraceError: the model's own forward cannot be traced, or fails on the example inputs.
     """
     _refuse_wrapped(model)
-    with tracing(), unchanged(model), buffers_aside(model):
+    with tracing(), unchanged(model), buffers_copied(model):
         runs = runs_of(model, example_inputs)
         graph, failed = None, None
         try:
             graph = _graph(runs, "torch.fx")
         except UntraceableError as error:
             failed = error
-        if graph is None or _is_amiss(graph):
+        if graph is None or _is_incomplete(graph):
             try:
                 exported = _graph(runs, "torch.export")
             except Exception as error:
@@ -79,25 +75,28 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
     return graph
 
 
-def _graph(runs: Runs, by: str) -> ChannelGraph:
-    programs = programs_of(runs, by)
-    wired = different(programs)
-    graph = walk(runs.model, wired, runs.examples)
-    graph.tracer = by
-    distrusted = tuple(dict.fromkeys(each.distrusted for each in programs if each.distrusted))
-    one = len(wired) == 1 and not distrusted
-    modes = [False] if one and False in runs.modes else list(runs.modes)
-    ways = [way for mode in modes for way in [w for w in runs.known if w[0] == mode][:TRIED]]
-    graph.doubts = distrusted + freeze_what_fails(graph, runs, ways)
+def _graph(runs: Runs, tracer: str) -> ChannelGraph:
+    """The graph from the programs of one tracer, with the trial cut behind it; raises what `programs_of` raises."""
+    all_programs = programs_of(runs, tracer)
+    programs = distinct(all_programs)
+    graph = walk(runs.model, programs, runs.examples)
+    graph.tracer = tracer
+    distrusted = tuple(dict.fromkeys(each.distrusted for each in all_programs if each.distrusted))
+    is_alone = len(programs) == 1 and not distrusted
+    modes = [False] if is_alone and False in runs.modes else list(runs.modes)
+    starts = [known for mode in modes for known in [k for k in runs.known if k[0] == mode][:MOST_STARTS]]
+    graph.doubts = distrusted + freeze_what_fails(graph, runs, starts)
     graph.alike_in_both_modes = runs.alike_in_both_modes
     return graph
 
 
-def _is_amiss(graph: ChannelGraph) -> bool:
+def _is_incomplete(graph: ChannelGraph) -> bool:
+    """Whether a graph leaves submodules closed or has doubts, so that another tracer may find more free channels."""
     return bool(graph.opaque or graph.doubts)
 
 
 def _why_not(runs: Runs, failed: Exception | None, error: Exception) -> str:
+    """Why no graph was made, in words: the errors of the model itself, or of torch.fx and torch.export."""
     if False not in runs.modes:
         return f"the model fails on the example inputs: {runs.failed[False]}; pass example_inputs that it accepts."
     if True not in runs.modes:
@@ -109,25 +108,9 @@ def _why_not(runs: Runs, failed: Exception | None, error: Exception) -> str:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    """Names of layers are those in the network itself."""
-    inside = (
-        "_orig_mod" if is_compiled_module(model) else "module" if isinstance(model, DistributedDataParallel) else ""
-    )
-    if inside:
+    """Raises TraceError for a wrapper: names of layers are those in the network itself."""
+    name = "_orig_mod" if is_compiled_module(model) else "module" if isinstance(model, DistributedDataParallel) else ""
+    if name:
         raise TraceError(
-            f"a {type(model).__name__} is a wrapper; pass the network inside, model.{inside} (PruneTrain takes both)."
+            f"a {type(model).__name__} is a wrapper; pass the network inside, model.{name} (PruneTrain takes both)."
         )
-
-
-@contextmanager
-def buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Undoes what running the model does to its buffers: a functional batch norm was traced with training=True."""
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, before):  # autograd refuses a backward over a buffer written meanwhile
-                    buffer.copy_(before)

@@ -1,7 +1,7 @@
-"""A traced program and what its values are; and where two programs of one model do the same.
+"""A traced program with its values; and the calls that several programs of one model have in common.
 
 A model has several programs where its forward asks for the mode, a random number or a counter: what is in any of them
-counts. Calls of two programs are the same where everything that leads to them is (`keys_of`).
+counts. Calls of two programs are the same if everything that leads to them is the same (`keys_of`).
 """
 
 import inspect
@@ -15,20 +15,20 @@ from torch import fx, nn
 
 Values = dict[fx.Node, Any]
 
-# Noise only, which a mode switches off: for what is wired to what they are not there.
+# Functions that only add noise, which a mode switches off: calls are compared as if these were not there.
 NOISE = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
     torch.feature_dropout, torch.alpha_dropout,
 }  # fmt: skip
 MODES = ("training", "use_input_stats")  # arguments by which a function is told the mode
 
-# What the first two arguments are called in PyTorch's functions, whose rules take them by position.
+# Names of the first argument in PyTorch's functions, whose rules take it by position.
 FIRST = ("input", "tensors", "tensor", "self")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a tensor; a `torch.Size` among the values is one that the program itself asked for."""
+    """The shape of a tensor; a `torch.Size` among the values is one that the program itself asked for."""
 
     sizes: torch.Size
 
@@ -39,11 +39,11 @@ class Traced:
 
     Attributes:
         program: the calls.
-        values: what each gave on the example inputs: a `Shape` of a tensor, a tuple of such, or a plain value.
+        values: the value of each node on the example inputs: a `Shape` for a tensor, a tuple of such, or a plain value.
         tracer: "torch.fx" or "torch.export".
-        training: the mode that it was traced in.
+        training: whether it was traced in training mode.
         opaque: submodules that tracing could not enter, and why.
-        distrusted: why the program is not what the model computes; empty if it is.
+        distrusted: why the program is not what the model computes; empty if it is what the model computes.
     """
 
     program: fx.Graph
@@ -54,9 +54,9 @@ class Traced:
     distrusted: str = ""
 
 
-def by_position(program: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Gives every call its first operands by position: `F.conv2d(input=x)`, `conv(input=x)` and `torch.add(a, other=b)`
-    are no other calls than those without names."""
+def pass_by_position(program: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Gives every call its first operands by position, so that `F.conv2d(input=x)`, `conv(input=x)` and
+    `torch.add(a, other=b)` are the same calls as those without names."""
     for node in program.nodes:
         if isinstance(node.target, type) or hasattr(node.target, "makes"):
             continue  # an object is made of its attributes, which may have any name: `Boxes(tensor=...)`
@@ -75,7 +75,7 @@ def _move(node: fx.Node, name: str | None) -> None:
         node.kwargs = kwargs
 
 
-# -- what is the same in two programs ----------------------------------------------------------------------------------
+# -- calls that programs have in common --------------------------------------------------------------------------------
 
 
 def _is_noise(node: fx.Node) -> bool:
@@ -83,8 +83,8 @@ def _is_noise(node: fx.Node) -> bool:
 
 
 def keys_of(program: fx.Graph) -> dict[fx.Node, int]:
-    """A number for each node that is the same for two nodes, of one program or of two, exactly where they are the same
-    call of the same things; noise is left out."""
+    """A key for each node. Two nodes, of one program or of two, have the same key exactly if they are the same call
+    with the same operands; noise is left out."""
     keys: dict[fx.Node, int] = {}
     for node in program.nodes:
         if _is_noise(node):
@@ -100,33 +100,33 @@ def keys_of(program: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _target(node: fx.Node) -> Any:
-    """What a node calls, in a form that two traces have in common."""
-    made = getattr(node.target, "makes", None)  # a function of `tracer.py`, a new one in every trace
-    return node.target if isinstance(node.target, str) else id(made or node.target)
+    """The function, method or module that a node calls, in a form that two traces have in common."""
+    cls = getattr(node.target, "makes", None)  # of a function of `tracer.py`, a new one in every trace
+    return node.target if isinstance(node.target, str) else id(cls or node.target)
 
 
 class _Key(int):
-    """A node's key among arguments: it is no number that the program gives."""
+    """A node's key among the arguments of a call: printed unlike the numbers that the program passes."""
 
     def __repr__(self) -> str:
         return f"%{int(self)}"
 
 
 def users_of(node: fx.Node, keys: dict[fx.Node, int]) -> frozenset[int]:
-    """Keys of the calls that read a node's value."""
-    found: set[int] = set()
+    """The keys of the calls that read a node's value."""
+    users: set[int] = set()
     for user in node.users:
-        found |= users_of(user, keys) if _is_noise(user) else {keys[user]}
-    return frozenset(found)
+        users |= users_of(user, keys) if _is_noise(user) else {keys[user]}
+    return frozenset(users)
 
 
-def same(a: Traced, b: Traced) -> bool:
+def same_calls(a: Traced, b: Traced) -> bool:
     """Whether two programs make the same calls, and both are believed."""
     return not (a.distrusted or b.distrusted) and set(keys_of(a.program).values()) == set(keys_of(b.program).values())
 
 
-def different(programs: Sequence[Traced]) -> list[Traced]:
-    """The programs without those that hold nothing that an earlier one does not hold."""
+def distinct(programs: Sequence[Traced]) -> list[Traced]:
+    """The programs without those whose calls are all in earlier ones."""
     seen: set[int] = set()
     kept = []
     for each in programs:
@@ -138,17 +138,17 @@ def different(programs: Sequence[Traced]) -> list[Traced]:
 
 
 def joined_calls(programs: Sequence[fx.Graph]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """Over several programs: the nodes that an earlier one holds too; and the nodes whose value is read by other calls
-    in one program than in another."""
+    """Two sets of nodes of several programs: those that an earlier program has too, and those whose value is read by
+    other calls in one program than in another."""
     first: dict[int, list[tuple[fx.Node, list[int]]]] = {}
     repeated: set[fx.Node] = set()
     varied: set[fx.Node] = set()
     for program in programs:
         keys = keys_of(program)
-        here: dict[int, list[tuple[fx.Node, list[int]]]] = {}
+        by_key: dict[int, list[tuple[fx.Node, list[int]]]] = {}
         for node in program.nodes:
-            here.setdefault(keys[node], []).append((node, sorted(users_of(node, keys))))
-        for key, nodes in here.items():
+            by_key.setdefault(keys[node], []).append((node, sorted(users_of(node, keys))))
+        for key, nodes in by_key.items():
             known = first.setdefault(key, nodes)
             if known is nodes:
                 continue
@@ -159,13 +159,13 @@ def joined_calls(programs: Sequence[fx.Graph]) -> tuple[set[fx.Node], set[fx.Nod
 
 
 def wiring(program: fx.Graph) -> set[tuple[Any, frozenset[str]]]:
-    """Each call with the modules whose outputs it works on: what another draw of a random number may change."""
+    """Each call with the modules whose outputs it works on; another draw of a random number may change these."""
     above: dict[fx.Node, frozenset[str]] = {}
-    found: set[tuple[Any, frozenset[str]]] = set()
+    wires: set[tuple[Any, frozenset[str]]] = set()
     for node in program.nodes:
         read: Iterable[fx.Node] = node.all_input_nodes
-        here = frozenset().union(*(above[n] for n in read))
-        found.add(((node.op, _target(node)), here))
+        sources = frozenset().union(*(above[n] for n in read))
+        wires.add(((node.op, _target(node)), sources))
         named = node.op in ("call_module", "placeholder", "get_attr")
-        above[node] = frozenset({str(node.target)}) if named else here
-    return found
+        above[node] = frozenset({str(node.target)}) if named else sources
+    return wires

@@ -51,18 +51,20 @@ class UntraceableError(Exception):
 
 
 def _pieces_of(node: fx.Node) -> int | None:
-    """How many tensors a chunk or split gives, where the program says so."""
-    given = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
-    if node.target in ("chunk", torch.chunk) and isinstance(given, int):
-        return given
-    if node.target in ("split", torch.split, torch.functional.split) and isinstance(given, list | tuple):
-        return len(given)
+    """The number of tensors that a chunk or split gives; None where the program does not say it."""
+    sections = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+    if node.target in ("chunk", torch.chunk) and isinstance(sections, int):
+        return sections
+    if node.target in ("split", torch.split, torch.functional.split) and isinstance(sections, list | tuple):
+        return len(sections)
     return None
 
 
 class _Proxy(fx.Proxy):
+    """fx's proxy, which also knows its length where it stands for the pieces of a chunk or split."""
+
     def __len__(self) -> int:
-        """Of pieces: `list(x.chunk(2, 1))` and `f(*x.chunk(2, 1))` ask for it."""
+        """The number of pieces, which `list(x.chunk(2, 1))` and `f(*x.chunk(2, 1))` ask for."""
         count = _pieces_of(self.node)
         return super().__len__() if count is None else count
 
@@ -83,12 +85,12 @@ class _Tracer(ThreadTracer):
         return _Proxy(node, self)
 
     def iter(self, obj: Any) -> Iterator[Any]:
-        """`for piece in x.chunk(4, 1)`: a number of pieces that is written out."""
+        """Follows `for piece in x.chunk(4, 1)`, where the number of pieces is written out."""
         count = _pieces_of(obj.node)
         return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
 
     def create_arg(self, a: Any) -> Any:
-        """An object that holds tensors, as a forward may return, becomes a call that makes one of what it holds."""
+        """Records an object that holds tensors, which a forward may return, as a call that makes it of them."""
         held = _held(a) if _is_plain_object(a) else {}
         if any(map(_holds_proxies, held.values())):
             parts = {name: self.create_arg(part) for name, part in held.items() if part is not a}
@@ -105,20 +107,20 @@ class _Tracer(ThreadTracer):
 
 
 def _is_plain_object(value: Any) -> bool:
-    """One of a class of the user's own that fx has no way to write down."""
+    """Whether a value is an object of a user's class, for which fx has no way to write it down."""
     known = (fx.Proxy, fx.Node, Tensor, nn.Module, type, dict, list, tuple, slice, range)
-    own = hasattr(value, "__dict__") or any("__slots__" in vars(cls) for cls in type(value).__mro__[:-1])
-    plain = own and not callable(value) and not isinstance(value, known)
+    has_attributes = hasattr(value, "__dict__") or any("__slots__" in vars(cls) for cls in type(value).__mro__[:-1])
+    plain = has_attributes and not callable(value) and not isinstance(value, known)
     return plain and not hasattr(value, "__dataclass_fields__")
 
 
 def _held(value: Any) -> dict[str, Any]:
-    """An object's attributes that are tensors, or hold some, in slots too."""
+    """An object's attributes, in slots too, that are tensors or hold some."""
     return {name: part for name, part in held_by(value).items() if isinstance(part, Tensor) or _holds_proxies(part)}
 
 
 def _holds_proxies(value: Any, depth: int = 0) -> bool:
-    """Whether there is a traced value in it: detectron2's `Instances` keeps its tensors in a dict."""
+    """Whether a value holds a traced one, however deep: detectron2's `Instances` keeps its tensors in a dict."""
     if isinstance(value, fx.Proxy) or depth > DEEPEST:
         return isinstance(value, fx.Proxy)
     if isinstance(value, dict):
@@ -129,13 +131,13 @@ def _holds_proxies(value: Any, depth: int = 0) -> bool:
 
 
 def _maker_of(value: Any, held: dict[str, Any]) -> Callable[..., Any]:
-    """A function of what is held in an object that makes another with everything else alike."""
+    """A function that takes new values for an object's attributes `held` and makes an equal object with them."""
     cls: Any = type(value)
-    rest = {name: part for name, part in held_by(value).items() if name not in held}
+    others = {name: part for name, part in held_by(value).items() if name not in held}
 
     def make(**tensors: Any) -> Any:
         made = cls.__new__(cls)
-        for name, part in (rest | tensors).items():
+        for name, part in (others | tensors).items():
             object.__setattr__(made, name, part)  # also where the class forbids it, or does something else
         return made
 
@@ -145,10 +147,10 @@ def _maker_of(value: Any, held: dict[str, Any]) -> Callable[..., Any]:
 
 
 def trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
-    """The model's program in its present mode; and submodules that tracing could not enter, with the reason.
+    """The model's program in its present mode; and the submodules that tracing could not enter, with the reasons.
 
     Args:
-        inputs: how many arguments the model will be given.
+        inputs: how many positional arguments the model gets.
 
     Raises:
         UntraceableError: the model's own forward cannot be traced.
@@ -169,7 +171,7 @@ def trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
 
 
 def _settings(model: nn.Module, inputs: int) -> dict[str, Any] | None:
-    """Plain defaults of the forward's further arguments (`return_features=False`): flow may depend on them."""
+    """The plain defaults of the forward's further arguments (`return_features=False`): flow may depend on them."""
     parameters = list(inspect.signature(model.forward).parameters.values())[inputs:]
     plain = {
         p.name: p.default
@@ -182,11 +184,11 @@ def _settings(model: nn.Module, inputs: int) -> dict[str, Any] | None:
 
 def _where(error: Exception) -> str:
     """The user's line of code in which an exception came up."""
-    here, line = error.__traceback__, ""
-    while here is not None:
-        file, number = here.tb_frame.f_code.co_filename, here.tb_lineno
+    frame, line = error.__traceback__, ""
+    while frame is not None:
+        file, number = frame.tb_frame.f_code.co_filename, frame.tb_lineno
         # torch's own frames and those of this file are not what the user wrote
-        if not str(here.tb_frame.f_globals.get("__name__", "")).startswith(("torch.", __name__)):
+        if not str(frame.tb_frame.f_globals.get("__name__", "")).startswith(("torch.", __name__)):
             line = f" in '{linecache.getline(file, number).strip()}' ({file}:{number})"
-        here = here.tb_next
+        frame = frame.tb_next
     return line

@@ -1,7 +1,7 @@
-"""A trial: some channels of every space are cut from copies of the tensors, and the model must compute as before.
+"""A trial cut: copies of the tensors lose some channels of every space, and the model must compute as before.
 
 Tracing sees operations, not what numbers mean. A forward that divides by its number of channels, or asserts it, may
-look like any other by the time it is traced. So a graph is believed when the model itself, given tensors without a
+look like any other once it is traced. So a graph is believed only when the model itself, run on tensors without a
 quarter of the free channels, computes what it computes with their weights at zero, in each mode in which it runs.
 """
 
@@ -12,31 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetrain_kernels.graph.runs import Runs, Start, how_different, in_double, own_tensors, run
+from prunetrain_kernels.graph.runs import Runs, Start, describe_difference, in_double, own_tensors, run
 from prunetrain_kernels.graph.spaces import ChannelSpaces, expand
 from prunetrain_kernels.probe import difference, first_line
 
-# Cuts that are tried to find out which spaces a forward depends on; then what is in doubt stays.
+# After so many cuts in search of the spaces that a forward depends on, all that are in doubt stay.
 MOST_CUTS = 120
 
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def freeze_what_fails(graph: ChannelSpaces, runs: Runs, ways: Sequence[tuple[bool, Start]]) -> tuple[str, ...]:
+def freeze_what_fails(graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[bool, Start]]) -> tuple[str, ...]:
     """Freezes the spaces whose channels cannot be cut, each with the reason; returns the reasons.
 
     Args:
-        graph: of `runs.model`; its spaces are changed in place.
-        ways: modes and starts in which the model is to be run.
+        graph: the graph of `runs.model`; its spaces are changed in place.
+        starts: (training, start): the modes and starts of the runs that are compared.
     """
     gated = any(layer.live_in is not None or layer.live_out is not None for layer in graph.layers.values())
     if gated or any(follower.kind == "constant" for follower in graph.followers.values()):
-        return ()  # made so by a reconfiguration, before which this was tried
-    trial = _Trial(graph, runs, ways)
+        return ()  # a reconfiguration made this network, and the trial was before it
+    trial = _Trial(graph, runs, starts)
     spaces = [
         i
         for i, space in enumerate(graph.spaces)
-        if space.members is None and not space.frozen and len(_dead(space.size, space.least))
+        if space.members is None and not space.frozen and len(_channels_to_cut(space.size, space.least))
     ]
     reasons: dict[str, None] = {}
     while spaces and trial.why_not(spaces):
@@ -52,8 +52,8 @@ def freeze_what_fails(graph: ChannelSpaces, runs: Runs, ways: Sequence[tuple[boo
     return tuple(reasons)
 
 
-def _dead(size: int, least: int) -> Tensor:
-    """The channels of a space that are cut: every fourth, so that an odd number is left, of which no other divides."""
+def _channels_to_cut(size: int, least: int) -> Tensor:
+    """The channels of a space that the trial cuts: every fourth, but so that an odd number stays if possible."""
     count = min(len(range(1, size, 4)), max(0, size - least))
     even = (size - count) % 2 == 0
     if even and count > 1:
@@ -64,20 +64,31 @@ def _dead(size: int, least: int) -> Tensor:
 
 
 class _Trial:
-    def __init__(self, graph: ChannelSpaces, runs: Runs, ways: Sequence[tuple[bool, Start]]) -> None:
+    """Trial cuts of one model.
+
+    Attributes:
+        inputs: the example inputs, or noise in place of inputs without variety.
+        starts: (training, start): the runs that are compared; the model runs on `inputs` in each.
+        cuts: how many cuts were tried.
+    """
+
+    def __init__(self, graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[bool, Start]]) -> None:
         self.graph = graph
         self.model = runs.model
         self.modules = dict(runs.model.named_modules())
-        self.given = runs.inputs
         self.inputs = tuple(map(_varied, runs.inputs))
-        self.ways = [way for way in ways if self._runs(*way)]
+        same_inputs = all(a is b for a, b in zip(self.inputs, runs.inputs, strict=True))
+        self.starts = [
+            (training, start)
+            for training, start in starts
+            if same_inputs or self._takes_inputs(start, training=training)
+        ]
         self.cuts = 0
 
-    def _runs(self, training: bool, start: Start) -> bool:
-        """Whether the model takes the inputs, where they are not the given ones."""
+    def _takes_inputs(self, start: Start, *, training: bool) -> bool:
+        """Whether the model runs on the inputs."""
         try:
-            if any(a is not b for a, b in zip(self.inputs, self.given, strict=True)):
-                run(self.model, self.inputs, training=training, start=start)
+            run(self.model, self.inputs, training=training, start=start)
         except Exception:
             return False
         return True
@@ -86,43 +97,48 @@ class _Trial:
         """Why the channels of these spaces cannot be cut; empty if they can."""
         self.cuts += 1
         zeroed, smaller = self._tensors(spaces)
-        for training, start in self.ways:
-            reason = self._compare(zeroed, smaller, training, start)
+        for training, start in self.starts:
+            reason = self._compare(zeroed, smaller, start, training=training)
             if reason:
                 return reason
         return ""
 
-    def _compare(self, zeroed: Tensors, smaller: Tensors, training: bool, start: Start) -> str:
+    def _compare(self, zeroed: Tensors, smaller: Tensors, start: Start, *, training: bool) -> str:
+        """How the network without the channels differs from the one with zeros, in words; empty if it does not."""
         try:
             expected = run(self.model, self.inputs, training=training, start=start, tensors=zeroed)
         except Exception:
-            return ""  # weights of zero are no trial of it
+            return ""  # it does not run on weights of zero, so there is nothing to compare with
         try:
-            with truthful(self.modules, smaller):
-                got = run(self.model, self.inputs, training=training, start=start, tensors=smaller)
+            with _sizes_fitting(self.modules, smaller):
+                outputs = run(self.model, self.inputs, training=training, start=start, tensors=smaller)
         except Exception as error:
             return f"without some of its channels the forward fails: {first_line(error)}"
-        gap = difference(expected, got)
-        if gap.is_rounding or (gap.largest != torch.inf and self._equal_in_double(zeroed, smaller, training, start)):
+        gap = difference(expected, outputs)
+        if gap.is_rounding:
+            return ""
+        if gap.largest != torch.inf and self._equal_in_double(zeroed, smaller, start, training=training):
             return ""
         again = run(self.model, self.inputs, training=training, start=start, tensors=zeroed)
         if gap.largest != torch.inf and not difference(expected, again).is_rounding:
-            return ""  # it gives something else each time
-        return f"without some of its channels the forward computes something else, {how_different(gap)}"
+            return ""  # the model gives something else each time
+        return f"without some of its channels the forward computes something else, {describe_difference(gap)}"
 
-    def _equal_in_double(self, zeroed: Tensors, smaller: Tensors, training: bool, start: Start) -> bool:
+    def _equal_in_double(self, zeroed: Tensors, smaller: Tensors, start: Start, *, training: bool) -> bool:
+        """Whether a difference was rounding after all; False where float64 cannot be used."""
         outputs = []
         try:
             for tensors in (zeroed, smaller):
                 inputs, wide = in_double(self.model, self.inputs, tensors)
-                with truthful(self.modules, tensors):
+                with _sizes_fitting(self.modules, tensors):
                     outputs.append(run(self.model, inputs, training=training, start=start, tensors=wide))
         except Exception:
             return False
         return difference(*outputs).is_rounding
 
     def culprits(self, spaces: Sequence[int]) -> dict[int, str]:
-        """Of spaces that cannot be cut together: those that cannot be by themselves, or else all of them."""
+        """The spaces, with reasons, that cannot be cut by themselves among those that cannot be cut together; all of
+        these if each can be cut by itself."""
         reason = self.why_not(spaces)
         if not reason:
             return {}
@@ -133,30 +149,31 @@ class _Trial:
         return stay or dict.fromkeys(spaces, reason)
 
     def _tensors(self, spaces: Sequence[int]) -> tuple[Tensors, Tensors]:
-        """The tensors of the network with these spaces' channels at zero, and without them."""
-        dead = [torch.zeros(space.size, dtype=torch.bool, device="cpu") for space in self.graph.spaces]
+        """The tensors of the network with some channels of these spaces at zero, and without these channels."""
+        cut = [torch.zeros(space.size, dtype=torch.bool, device="cpu") for space in self.graph.spaces]
         for i in spaces:
-            dead[i][_dead(self.graph.spaces[i].size, self.graph.spaces[i].least)] = True
+            cut[i][_channels_to_cut(self.graph.spaces[i].size, self.graph.spaces[i].least)] = True
         for i, space in enumerate(self.graph.spaces):
             if space.members is not None and space.size:
-                dead[i] = torch.stack([dead[n][at] for n, at in space.members.tolist()])
+                cut[i] = torch.stack([cut[n][channel] for n, channel in space.members.tolist()])
         zeroed: Tensors = {}
         smaller: Tensors = {}
-        for name, key, dim, block, at in _sides(self.graph, self.modules):
-            if not dead[at].any():
+        for name, key, dim, block, space_number in _sides(self.graph, self.modules):
+            mask = cut[space_number]
+            if not mask.any():
                 continue
             old = own_tensors(self.modules[name])[key].detach()
-            gone, stays = (expand(mask.nonzero().flatten(), block).to(old.device) for mask in (dead[at], ~dead[at]))
+            going, staying = (expand(side.nonzero().flatten(), block).to(old.device) for side in (mask, ~mask))
             if key == "weight" and name in self.graph.layers:
-                own = zeroed.setdefault(name, {})
-                own[key] = own.get(key, old).index_fill(dim, gone, 0)
-            own = smaller.setdefault(name, {})
-            own[key] = own.get(key, old).index_select(dim, stays)
+                tensors = zeroed.setdefault(name, {})
+                tensors[key] = tensors.get(key, old).index_fill(dim, going, 0)
+            tensors = smaller.setdefault(name, {})
+            tensors[key] = tensors.get(key, old).index_select(dim, staying)
         return zeroed, smaller
 
 
 def _varied(x: Tensor) -> Tensor:
-    """Noise for inputs that are all one number, of which every convolution makes the same."""
+    """The input, or noise in place of one that is the same number everywhere, of which cut channels may look alike."""
     if not x.is_floating_point() or x.numel() < 2 or not bool((x == x.flatten()[0]).all()):
         return x
     noise = torch.randn(x.shape, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
@@ -164,7 +181,7 @@ def _varied(x: Tensor) -> Tensor:
 
 
 def _sides(graph: ChannelSpaces, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, int, int, int]]:
-    """Every dimension of every tensor in which channels lie: module, tensor, dimension, features a channel, space."""
+    """Every dimension of every tensor in which channels lie: module, tensor, dimension, features per channel, space."""
     for layer in graph.layers.values():
         for dim, block, space in zip(layer.dims, (layer.block, 1), (layer.input, layer.output), strict=True):
             yield layer.name, "weight", dim, block, space
@@ -177,12 +194,12 @@ def _sides(graph: ChannelSpaces, modules: dict[str, nn.Module]) -> Iterator[tupl
 
 
 @contextmanager
-def truthful(modules: dict[str, nn.Module], tensors: Tensors) -> Iterator[None]:
-    """Inside, the attributes of modules (`out_channels`, `groups`, ...) fit the tensors that stand in for theirs."""
+def _sizes_fitting(modules: dict[str, nn.Module], tensors: Tensors) -> Iterator[None]:
+    """Inside, the size attributes of modules (`out_channels`, `groups`, ...) fit the tensors put in place of theirs."""
     before: list[tuple[nn.Module, str, Any]] = []
     try:
-        for name, own in tensors.items():
-            for attribute, value in _attributes(modules[name], own).items():
+        for name, by_key in tensors.items():
+            for attribute, value in _sizes(modules[name], by_key).items():
                 before.append((modules[name], attribute, getattr(modules[name], attribute)))
                 setattr(modules[name], attribute, value)
         yield
@@ -191,8 +208,9 @@ def truthful(modules: dict[str, nn.Module], tensors: Tensors) -> Iterator[None]:
             setattr(module, attribute, value)
 
 
-def _attributes(module: nn.Module, own: dict[str, Tensor]) -> dict[str, int]:
-    weight, old = own.get("weight"), module._parameters.get("weight")
+def _sizes(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The size attributes that a module should have with these tensors, by name."""
+    weight, old = tensors.get("weight"), module._parameters.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None and old is not None:
         depthwise = 1 < module.groups == module.in_channels
         groups = module.groups * weight.shape[0] // old.shape[0] if depthwise else module.groups
@@ -201,7 +219,7 @@ def _attributes(module: nn.Module, own: dict[str, Tensor]) -> dict[str, int]:
         return {"in_channels": ins, "out_channels": outs, "groups": groups}
     if isinstance(module, nn.Linear) and weight is not None:
         return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-    size = next((len(t) for t in own.values() if t.dim()), None)
+    size = next((len(t) for t in tensors.values() if t.dim()), None)
     if size is None:
         return {}
     if isinstance(module, nn.GroupNorm):

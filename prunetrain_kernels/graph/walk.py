@@ -20,11 +20,12 @@ from prunetrain_kernels.graph.functions import understands_function
 from prunetrain_kernels.graph.ids import Ids
 from prunetrain_kernels.graph.keep import ChannelGraph
 from prunetrain_kernels.graph.rules import rule_for
+from prunetrain_kernels.graph.runs import own_tensors
 from prunetrain_kernels.graph.shapes import counts, fixed_axes
 from prunetrain_kernels.graph.spaces import Space
 from prunetrain_kernels.graph.traced import Traced, joined_calls
 
-# Tell something of a tensor that has nothing to do with its channels.
+# Methods and attributes that tell something of a tensor that has nothing to do with its channels.
 PLAIN_READERS = {"dim", "ndimension", "is_floating_point", "is_contiguous", "type", "element_size", "get_device"}
 PLAIN_ATTRIBUTES = {"dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "itemsize"}
 COUNT_IS_READ = "its number of channels is read by the forward"
@@ -37,8 +38,8 @@ def walk(model: nn.Module, programs: Sequence[Traced], examples: tuple[Tensor, .
     """The channel graph of the model, from its traced programs.
 
     Args:
-        programs: the first one is the graph's `program`.
-        examples: the graph's `example_inputs`.
+        programs: the first one becomes the graph's `program`.
+        examples: these become the graph's `example_inputs`.
     """
     modules = dict(model.named_modules())
     opaque = {name: reason for traced in programs for name, reason in traced.opaque.items()}
@@ -60,6 +61,7 @@ def walk(model: nn.Module, programs: Sequence[Traced], examples: tuple[Tensor, .
 
 
 def _visit(flow: Flow, modules: Modules, opaque: Mapping[str, str], node: fx.Node) -> None:
+    """Puts one node to its rule, and freezes what the rule does not follow."""
     outcome: Outcome = True
     if node.op == "placeholder":
         shape = flow.shape(node)
@@ -78,34 +80,34 @@ def _visit(flow: Flow, modules: Modules, opaque: Mapping[str, str], node: fx.Nod
     elif node.op != "get_attr" and not _reads_size(flow, node) and not counts(flow, node):
         outcome = understands_function(flow, node)
     if outcome is not True:
-        _unknown(flow, modules, node, outcome or "")
+        _freeze_unknown(flow, modules, node, outcome or "")
     for number in node.all_input_nodes:
         count = flow.count_of(number)
         if count is not None and not flow.understands(node, number):
-            flow.freeze(count.of, COUNT_IS_READ)
+            flow.freeze(count.channels, COUNT_IS_READ)
 
 
 def _distrust(flow: Flow, traced: Traced) -> None:
-    """Freezes whatever leads to an output: it is computed in some other way."""
+    """Freezes all channels of a program that is not what the model computes."""
     flow.not_followed.update(traced.program.nodes)
     for node in traced.program.nodes:
         for value in _channels_of(flow, node):
             flow.freeze(value, traced.distrusted)
 
 
-def _unknown(flow: Flow, modules: Modules, node: fx.Node, reason: str) -> None:
+def _freeze_unknown(flow: Flow, modules: Modules, node: fx.Node, reason: str) -> None:
     """Freezes what the operation reads and what it makes."""
     flow.not_followed.add(node)
-    what = f"'{node.target}'" if node.op == "call_module" else f"operation '{_operation_name(node)}'"
+    operation = f"operation '{_operation_name(node)}'"
     if node.op == "call_module":
-        what += f" ({type(modules[str(node.target)]).__name__})"
+        operation = f"'{node.target}' ({type(modules[str(node.target)]).__name__})"
     for value in _read_by(flow, node):
-        flow.freeze(value, reason or f"{what} reads it, which is not followed")
-    flow.channels_or_frozen(node, reason or f"{what} makes it, which is not followed")
+        flow.freeze(value, reason or f"{operation} reads it, which is not followed")
+    flow.channels_or_frozen(node, reason or f"{operation} makes it, which is not followed")
 
 
 def _reads_size(flow: Flow, node: fx.Node) -> bool:
-    """Sizes and the like; a number of channels, which changes, is followed to where it is used."""
+    """Whether a node reads a tensor's size or the like; a number of channels, which changes, is followed further."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return False
@@ -128,7 +130,7 @@ def _reads_size(flow: Flow, node: fx.Node) -> bool:
 
 
 def _reads_entries(flow: Flow, node: fx.Node, source: Any, index: Any) -> None:
-    """One entry of a tensor's size, or several; one that tells the number of channels is followed."""
+    """Follows an entry of a tensor's size that is its number of channels; freezes the channels if that cannot be."""
     shape, value = flow.shape(source), flow.channels_of(source)
     if shape is None or value is None or not node.users:
         return
@@ -156,7 +158,7 @@ def _read_by(flow: Flow, node: fx.Node) -> list[Channels]:
 
 
 def _is_closed(flow: Flow, modules: Modules, node: fx.Node) -> bool:
-    """A layer, or a module with parameters that may be one inside."""
+    """Whether a node calls a layer, or a module with parameters, which may have one inside."""
     name = str(node.target)
     return node in flow.ends or (
         node.op == "call_module" and name not in flow.followers and any(True for _ in modules[name].parameters())
@@ -164,7 +166,7 @@ def _is_closed(flow: Flow, modules: Modules, node: fx.Node) -> bool:
 
 
 def _mark_inputs(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> None:
-    """Channels that the network's input brings: no layer stands between."""
+    """Marks the channels that the network's input brings: no layer stands between."""
     raw: set[fx.Node] = set()
     for node in nodes:
         read = flow.tensors(node)
@@ -180,7 +182,7 @@ def _mark_inputs(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> None
 
 
 def _mark_outputs(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> None:
-    """Channels that make the network's output: no layer stands between."""
+    """Marks the channels that make the network's output: no layer stands between."""
     waiting = [n for node in nodes if node.op == "output" for n in flow.tensors(node)]
     seen: set[fx.Node] = set()
     while waiting:
@@ -202,10 +204,11 @@ def _pin(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> None:
     owner: dict[int, str] = {}
     for name in [*flow.layers, *flow.followers]:
         module = modules[name]
-        reasons = [inside.get(id(module)), *(elsewhere.get(id(t)) for t in _own_tensors(module))]
+        tensors = own_tensors(module).values()
+        reasons = [inside.get(id(module)), *(elsewhere.get(id(t)) for t in tensors)]
         for reason in filter(None, reasons):
             _freeze_module(flow, name, reason)
-        for tensor in _own_tensors(module):
+        for tensor in tensors:
             first = owner.setdefault(id(tensor), name)
             if first != name:
                 for shared in (first, name):
@@ -213,7 +216,7 @@ def _pin(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> None:
 
 
 def _inside_what_is_not_followed(flow: Flow, modules: Modules) -> dict[int, str]:
-    """Modules, by `id`, that also work inside another one which is not followed, and the reason in words."""
+    """The modules, by `id`, that also work inside another one which is not followed, with the reason in words."""
     reasons: dict[int, str] = {}
     for node in flow.not_followed:
         if node.op == "call_module":
@@ -224,7 +227,7 @@ def _inside_what_is_not_followed(flow: Flow, modules: Modules) -> dict[int, str]
 
 
 def _tensors_used_elsewhere(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> dict[int, str]:
-    """Tensors, by `id`, that the forward reads directly or that other modules have too, and the reason in words."""
+    """The tensors, by `id`, that the forward reads directly or that other modules share, with the reason in words."""
     reasons: dict[int, str] = {}
     for node in nodes:
         if node.op != "get_attr" or all(flow.reads_for(node, user) for user in node.users):
@@ -234,7 +237,7 @@ def _tensors_used_elsewhere(flow: Flow, modules: Modules, nodes: Iterable[fx.Nod
             reasons[id(tensor)] = f"the forward reads '{node.target}' directly"
     for name, module in modules.items():
         if name not in flow.layers and name not in flow.followers:
-            for tensor in _own_tensors(module):
+            for tensor in own_tensors(module).values():
                 reasons.setdefault(id(tensor), f"'{name or type(module).__name__}' shares a parameter with it")
     return reasons
 
@@ -267,16 +270,16 @@ def _graph(
         follower.space = numbers.of(flow.followed[follower.name])
         numbers.spaces[follower.space].followers.append(follower.name)
     return ChannelGraph(
-        numbers.spaces,
-        flow.layers,
-        flow.followers,
-        [merge for merge in flow.merges if merge.node.graph is first],
-        calls,
-        first,
-        examples,
-        opaque,
-        frozenset(flow.not_followed | varied),
-        flow.pinned,
+        spaces=numbers.spaces,
+        layers=flow.layers,
+        followers=flow.followers,
+        merges=[merge for merge in flow.merges if merge.node.graph is first],
+        calls=calls,
+        program=first,
+        example_inputs=examples,
+        opaque=opaque,
+        not_followed=frozenset(flow.not_followed | varied),
+        pinned=flow.pinned,
         uncalled=_uncalled(modules, [node for program in programs for node in program.nodes]),
     )
 
@@ -305,7 +308,7 @@ class _Numbers:
 
 
 def _spaces(ids: Ids, uses: Iterable[tuple[int, ...]]) -> tuple[list[Space], dict[int, Place]]:
-    """Channels that are used by the same layers and followers form a space; and the place of each id among them.
+    """The spaces, each of the channels that the same layers and followers use; and the place of each id in them.
 
     Args:
         uses: the ids that each side of a layer, and each follower, uses.
@@ -318,8 +321,8 @@ def _spaces(ids: Ids, uses: Iterable[tuple[int, ...]]) -> tuple[list[Space], dic
     for i in ids.roots():
         if i not in users and i >= ids.first_program:
             continue  # a value that a later program makes again tells nothing
-        by = tuple(users.get(i, ())) or ("by none", ids.origin[i])
-        groups.setdefault((by, ids.frozen.get(i), i in ids.inputs, i in ids.outputs), []).append(i)
+        used_by = tuple(users.get(i, ())) or ("by none", ids.origin[i])
+        groups.setdefault((used_by, ids.frozen.get(i), i in ids.inputs, i in ids.outputs), []).append(i)
     two_stay = ids.of_two_stay()
     spaces = [
         Space(
@@ -335,7 +338,7 @@ def _spaces(ids: Ids, uses: Iterable[tuple[int, ...]]) -> tuple[list[Space], dic
 
 
 def _put_together(spaces: list[Space], places: list[Place]) -> Space:
-    """A space with these channels of others as its own."""
+    """A space that consists of these channels of other spaces."""
     members = [spaces[n] for n in dict.fromkeys(n for n, _ in places)]
     frozen = [space.frozen for space in members]
     return Space(
@@ -348,7 +351,7 @@ def _put_together(spaces: list[Space], places: list[Place]) -> Space:
 
 
 def _uncalled(modules: Modules, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
-    """Modules with a convolution or linear layer that no program calls, the outermost of each."""
+    """The outermost modules with a convolution or linear layer that no program calls."""
     tensors: set[int] = set()
     for node in nodes:
         if node.op == "call_module":
@@ -364,15 +367,11 @@ def _uncalled(modules: Modules, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
     return tuple(name for name in idle if name.rpartition(".")[0] not in idle)
 
 
-# -- small things ------------------------------------------------------------------------------------------------------
-
-
-def _own_tensors(module: nn.Module) -> list[Tensor]:
-    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+# -- modules and operations --------------------------------------------------------------------------------------------
 
 
 def _why_computed(module: nn.Module, name: str) -> str:
-    """Why nothing of a module's weight can be cut: it is computed anew from others."""
+    """Why a module's weight cannot be cut, in words: it is computed from other tensors; empty if it is not."""
     if not is_parametrized(module):
         return ""
     tensor = next(iter(module.parametrizations))  # type: ignore[arg-type]
@@ -380,15 +379,15 @@ def _why_computed(module: nn.Module, name: str) -> str:
 
 
 def _attribute(root: nn.Module, path: str) -> Any:
-    """None for a constant that tracing has put there for a time."""
-    held: Any = root
+    """The attribute at a path below a module; None for a constant that existed while tracing only."""
+    value: Any = root
     for part in path.split("."):
-        held = getattr(held, part, None)
-    return held
+        value = getattr(value, part, None)
+    return value
 
 
 def _entries(index: Any, ndim: int) -> set[int]:
-    """The dimensions whose sizes `size[index]` takes; all where that is not plain."""
+    """The dimensions whose sizes `size[index]` takes; all where the index is no plain number or slice."""
     if isinstance(index, int):
         return {index % ndim}
     parts = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)

@@ -188,4 +188,4 @@ def _rule(flow: Flow, node: fx.Node, name: str, module: BatchNormAct2d) -> bool:
 
 # For the channel graph a call is a batch norm, a sum and a ReLU, each by itself.
 register_rule(BatchNormAct2d, _rule)
-register_expansion(BatchNormAct2d, lambda graph, node, module: expand_sum_and_relu(graph, node, module.relu))
+register_expansion(BatchNormAct2d, lambda graph, node, module: expand_sum_and_relu(graph, node, relu=module.relu))

@@ -1,4 +1,4 @@
-"""What `fuse` did to a model, as data."""
+"""The changes that `fuse` made to a model, as data."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ class FusedBatchNorm:
 
     Attributes:
         name: its qualified name.
-        what: what it took over: "add + ReLU", "add", "ReLU", or "alone".
+        what: the operations that it took over: "add + ReLU", "add", "ReLU", or "alone" for none.
         inside: the module whose forward calls it ("" for the model itself).
-        note: why it took over no more, if there was more to take.
+        note: why it took over no more, if more follows it.
     """
 
     name: str
@@ -30,7 +30,7 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` did.
+    """The changes that one call of `fuse` made.
 
     Attributes:
         model: class name of the model.
@@ -45,7 +45,7 @@ class FuseReport:
     rewritten: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One line in sum, then one line per batch norm."""
+        """A line that sums up, then one line per batch norm."""
         head = f"{self.model}: {len(self.fused)} batch norms fused, {len(self.left)} left alone"
         rows = [
             (b.name, b.what, f"in {b.inside or self.model}" + (f" ({b.note})" if b.note else "")) for b in self.fused

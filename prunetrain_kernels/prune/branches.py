@@ -1,7 +1,7 @@
-"""Layer removal: what stands in for a branch that no longer depends on its input (paper section 4.1, "Layer removal").
+"""Layer removal: stand-ins for a branch that no longer depends on its input (paper section 4.1, "Layer removal").
 
 When every weight of the convolution before a merge is zero, the branch adds the same value to every pixel: what its
-batch norm makes of a constant. The convolutions in front of it then do nothing and go, with their parameters. The
+batch norm makes of a constant. The convolutions in front of it then have no effect and go, with their parameters. The
 constant stays, exactly, in training and evaluation mode: the batch norm keeps its parameters and running statistics and
 is evaluated on one constant pixel instead of the whole map. It is not folded into a neighbour's shift: two shifts that
 get the same gradient move their sum twice as far in a step as a single one would go, so folding changes the training.
@@ -36,7 +36,7 @@ Geometry = dict[str, list[int]]
 
 
 def _geometry(module: nn.Module) -> Geometry:
-    """What a convolution does to the size of a map, one entry per spatial dimension; nothing for other modules."""
+    """A convolution's effect on the size of a map, one entry per spatial dimension; empty for other modules."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return {}
     dims = len(module.kernel_size)
@@ -52,6 +52,7 @@ def _geometry(module: nn.Module) -> Geometry:
 
 
 def _map_size(size: torch.Size, geometry: Geometry) -> list[int]:
+    """The size of a map after a convolution of this geometry."""
     if not geometry:
         return list(size)
     columns = zip(size, geometry["kernel"], geometry["stride"], geometry["padding"], geometry["dilation"], strict=True)
@@ -59,13 +60,18 @@ def _map_size(size: torch.Size, geometry: Geometry) -> list[int]:
 
 
 class RemovedLayer(nn.Module):
-    """In place of a convolution or batch norm whose output no longer matters: zeros (N, 1, H', W')."""
+    """Stand-in for a convolution or batch norm whose output no longer matters: zeros (N, 1, H', W')."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.geometry = geometry
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool | None = None,  # noqa: FBT001 - as BatchNormAct2d
+    ) -> Tensor:
         # Nothing reads these zeros but layers that are gone too, so a residual would change nothing.
         # A fresh tensor, never a view of x: what follows may work in place.
         return x.new_zeros((x.shape[0], 1, *_map_size(x.shape[2:], self.geometry)))
@@ -75,11 +81,11 @@ class RemovedLayer(nn.Module):
 
 
 class ConstantConv(nn.Module):
-    """In place of a convolution whose weights are all zero: its bias, or zero, on every pixel.
+    """Stand-in for a convolution whose weights are all zero: its bias, or zero, on every pixel.
 
     Args:
         channels: number of output channels C.
-        geometry: of the convolution.
+        geometry: effect of the convolution on the size of a map.
         bias: the convolution's own bias parameter (C,), or None.
         full: give every pixel its own memory; else a view (N, C, H', W') without memory, or (1, C, 1, 1) where
             `collapse` says that nothing needs the map's size.
@@ -89,7 +95,7 @@ class ConstantConv(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, channels: int, geometry: Geometry, bias: nn.Parameter | None, full: bool, collapse: bool
+        self, channels: int, geometry: Geometry, bias: nn.Parameter | None, *, full: bool, collapse: bool
     ) -> None:
         super().__init__()
         self.out_channels = channels
@@ -116,9 +122,10 @@ class ConstantConv(nn.Module):
 
 
 class ConstantBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm of an input (N, C, ...) that is the same on every pixel, computed on one of them.
+    """Stand-in for a batch norm whose input (N, C, ...) is the same on every pixel: it is computed on one of them.
 
-    Same parameters, running statistics and counting as the batch norm it replaces, in training and evaluation mode.
+    It has the parameters, running statistics and count of batches of the batch norm it replaces, in training and
+    evaluation mode.
 
     Args:
         full: give back (N, C, ...) with its own memory, because the merge writes into it; else (1, C, 1, ...).
@@ -127,7 +134,7 @@ class ConstantBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     constant_over_pixels = True
 
-    def __init__(self, num_features: int, full: bool = False, relu: bool = False, **options: Any) -> None:
+    def __init__(self, num_features: int, *, full: bool = False, relu: bool = False, **options: Any) -> None:
         super().__init__(num_features, **options)
         self.full = full
         self.relu = relu
@@ -135,7 +142,12 @@ class ConstantBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         return
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        relu: bool | None = None,  # noqa: FBT001 - as BatchNormAct2d
+    ) -> Tensor:
         ones = [1] * (input.dim() - 2)
         pixel = input[(slice(0, 1), slice(None), *[slice(0, 1)] * len(ones))]
         # Two equal values: batch norm refuses a single one in training mode, and their variance is the true one, zero.
@@ -152,7 +164,7 @@ class ConstantBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def _removed_rule(flow: Flow, node: fx.Node, name: str, module: nn.Module) -> bool:
     flow.set(node, Channels(flow.new_space(1, f"'{name}' was removed")))
-    return True  # it reads sizes only, so it holds no channel of what goes in
+    return True  # the module reads sizes only, so no channel of its input has to stay
 
 
 def _constant_rule(flow: Flow, node: fx.Node, name: str, module: Any) -> bool:
@@ -170,7 +182,7 @@ def _constant_batch_norm_rule(flow: Flow, node: fx.Node, name: str, module: Any)
 register_rule(RemovedLayer, _removed_rule)
 register_rule(ConstantConv, _constant_rule)
 register_rule(ConstantBatchNorm, _constant_batch_norm_rule)
-register_expansion(ConstantBatchNorm, lambda graph, node, module: expand_sum_and_relu(graph, node, module.relu))
+register_expansion(ConstantBatchNorm, lambda graph, node, module: expand_sum_and_relu(graph, node, relu=module.relu))
 
 
 def _bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Parameter | None:
@@ -187,8 +199,8 @@ def _options(norm: nn.modules.batchnorm._BatchNorm) -> dict[str, Any]:
     }
 
 
-def _constant_batch_norm(norm: nn.modules.batchnorm._BatchNorm, full: bool) -> ConstantBatchNorm:
-    """The same parameter and buffer objects in a new module."""
+def _constant_batch_norm(norm: nn.modules.batchnorm._BatchNorm, *, full: bool) -> ConstantBatchNorm:
+    """The stand-in for a batch norm, with the same parameter and buffer objects."""
     stand_in = ConstantBatchNorm(norm.num_features, full=full, **_options(norm))
     for name in norm._parameters:
         stand_in.register_parameter(name, norm._parameters[name])
@@ -198,7 +210,7 @@ def _constant_batch_norm(norm: nn.modules.batchnorm._BatchNorm, full: bool) -> C
 
 
 def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Under every name: a module may also be held by a ModuleList, say."""
+    """Puts a module in another one's place under every name: a ModuleList may hold it too, say."""
     old = model.get_submodule(name)
     new.train(old.training)
     for parent in list(model.modules()):
@@ -208,7 +220,7 @@ def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def replacements(model: nn.Module, branch: DeadBranch) -> dict[str, nn.Module]:
-    """The modules that take over from a dead branch, by name; nothing is changed yet."""
+    """The stand-ins for the modules of a dead branch, by name; nothing is changed yet."""
     result: dict[str, nn.Module] = {
         name: RemovedLayer(_geometry(model.get_submodule(name))) for name in branch.upstream
     }
@@ -221,12 +233,12 @@ def replacements(model: nn.Module, branch: DeadBranch) -> dict[str, nn.Module]:
     if branch.batch_norm is not None:
         norm = model.get_submodule(branch.batch_norm)
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        result[branch.batch_norm] = _constant_batch_norm(norm, branch.in_place)
+        result[branch.batch_norm] = _constant_batch_norm(norm, full=branch.in_place)
     return result
 
 
 def parameters_that_go(model: nn.Module, stand_ins: dict[str, nn.Module]) -> set[int]:
-    """Ids of the parameters of the modules that are replaced, but those that some module goes on holding."""
+    """The ids of the parameters that no module holds any more once the stand-ins have replaced the modules."""
     replaced = {id(model.get_submodule(name)) for name in stand_ins}
     remaining = [module for module in model.modules() if id(module) not in replaced]
     staying = {id(p) for module in (*stand_ins.values(), *remaining) for p in module.parameters(recurse=False)}
@@ -234,32 +246,32 @@ def parameters_that_go(model: nn.Module, stand_ins: dict[str, nn.Module]) -> set
 
 
 def swap_in(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Puts modules in place by name and returns the ones they replaced."""
+    """Puts modules into a model by name and returns the ones they replaced."""
     before = {name: model.get_submodule(name) for name in modules}  # all first: aliases are swapped together
     for name, module in modules.items():
         _swap(model, name, module)
     return before
 
 
-# -- in a checkpoint ---------------------------------------------------------------------------------------------------
+# -- stand-ins in a checkpoint -----------------------------------------------------------------------------------------
 
 
 def describe_stand_ins(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The stand-ins in a model as plain values, from which `restore_stand_ins` rebuilds them."""
-    found: dict[str, dict[str, Any]] = {}
+    described: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if isinstance(module, RemovedLayer):
-            found[name] = {"kind": "removed", "geometry": module.geometry}
+            described[name] = {"kind": "removed", "geometry": module.geometry}
         elif isinstance(module, ConstantConv):
-            found[name] = {
+            described[name] = {
                 "kind": "constant_conv",
                 "geometry": module.geometry,
                 "full": module.full,
                 "collapse": module.collapse,
             }
         elif isinstance(module, ConstantBatchNorm):
-            found[name] = {"kind": "constant_batch_norm", "full": module.full}
-    return found
+            described[name] = {"kind": "constant_batch_norm", "full": module.full}
+    return described
 
 
 def restore_stand_ins(model: nn.Module, described: dict[str, dict[str, Any]]) -> dict[str, nn.Module]:
@@ -270,17 +282,21 @@ def restore_stand_ins(model: nn.Module, described: dict[str, dict[str, Any]]) ->
     """
     modules = dict(model.named_modules())
     result: dict[str, nn.Module] = {}
-    for name, what in described.items():
+    for name, description in described.items():
         module = modules.get(name)
-        kind = what["kind"]
+        kind = description["kind"]
         if kind == "removed" and module is not None:
-            result[name] = RemovedLayer(what["geometry"])
+            result[name] = RemovedLayer(description["geometry"])
         elif kind == "constant_conv" and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             result[name] = ConstantConv(
-                module.out_channels, what["geometry"], _bias(module), what["full"], what["collapse"]
+                module.out_channels,
+                description["geometry"],
+                _bias(module),
+                full=description["full"],
+                collapse=description["collapse"],
             )
         elif kind == "constant_batch_norm" and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            result[name] = _constant_batch_norm(module, what["full"])
+            result[name] = _constant_batch_norm(module, full=description["full"])
         else:
             raise CheckpointError(
                 f"the checkpoint is of another network: it replaced '{name}' by a '{kind}', which this one cannot."

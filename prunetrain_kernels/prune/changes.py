@@ -1,4 +1,4 @@
-"""What a reconfiguration did, as values: layer by layer, and how far it moved the model's outputs."""
+"""The changes that a reconfiguration made, as values: layer by layer, and how far it moved the model's outputs."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from prunetrain_kernels.graph.keep import Keep
 
 @dataclass(frozen=True)
 class LayerChange:
-    """Channels of one layer's spaces before and after.
+    """The channels of one layer's spaces before and after.
 
     Attributes:
-        kept_in, kept_out: the kept ones in their new order, as they were numbered before.
-        live_in, live_out: how many of them it computes: all, unless it is gated.
-        form: how it is computed from now on, "union" or a form of gating, where there was a choice; and why.
+        kept_in, kept_out: the kept channels in their new order, by their numbers before.
+        live_in, live_out: how many of them the layer computes: all, unless it is gated.
+        form: how it is computed from now on, "union" or a form of gating, and why; empty where there was no choice.
     """
 
     name: str
@@ -33,12 +33,12 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class Reconfiguration:
-    """What a reconfiguration did.
+    """The changes that a reconfiguration made.
 
     Attributes:
-        layers: every convolution and linear layer.
+        layers: the change of every convolution and linear layer.
         removed: layers and batch norms that went with dead branches.
-        branches: dead branches removed.
+        branches: number of dead branches removed.
         max_abs_dy: largest difference of the outputs on the example inputs that cutting made, after the sparse slices
             had been set to zero.
         max_abs_dy_zeroing: the same for setting them to zero; infinite where an integer, a bool or a shape changed.
@@ -46,8 +46,8 @@ class Reconfiguration:
         seconds: wall time of the whole reconfiguration.
         parameters_before, parameters_after: number of weights.
         changed: whether any channel or layer went, moved or came back.
-        also_max_abs_dy: for each copy in `also`, how far its output moved: by what it, but not the model, still
-            computed in the channels that went.
+        also_max_abs_dy: for each copy in `also`, how far its output moved: channels that went may have been alive in
+            the copy.
         compared: the modes whose outputs were compared, in words; empty where nothing was sparse, so nothing was done.
     """
 
@@ -66,7 +66,7 @@ class Reconfiguration:
 
     @property
     def moved(self) -> str:
-        """How far the outputs moved, by zeroing and by cutting, in a few words for a log."""
+        """A few words for a log: how far zeroing and cutting moved the outputs."""
         if not self.compared:
             return "nothing zeroed or cut"
         text = (
@@ -96,7 +96,7 @@ EVALUATION = "evaluation mode"
 
 
 def layer_changes(keep: Keep) -> tuple[LayerChange, ...]:
-    """What carrying out `keep` changes in every convolution and linear layer."""
+    """The change of every convolution and linear layer that carrying out `keep` makes."""
     graph, changes = keep.graph, []
     for layer in graph.layers.values():
         removed = layer.name in keep.removed

@@ -51,16 +51,16 @@ def save_pruned(
 
     Args:
         path: the file; replaced only once the new one is complete.
-        model, optimizer, prunetrain: whose `state_dict()` is saved; of a model in DistributedDataParallel or compiled,
-            the network inside. Several optimizers are given in a list. Of an optimizer around another (SAM, Lookahead)
-            both are saved, since its own `state_dict()` may leave out the one inside.
-        also: copies of the model that were pruned with it, such as an EMA; their `state_dict()`s are saved, with what
-            a wrapper adds (the count of `AveragedModel`).
+        model, optimizer, prunetrain: objects whose `state_dict()` is saved. For a model in DistributedDataParallel, or
+            a compiled one, it is the network inside. Several optimizers go into a list. If an optimizer wraps another
+            (SAM, Lookahead) both are saved, since the outer `state_dict()` may leave out the inner one.
+        also: copies of the model that were pruned with it, such as an EMA; their `state_dict()`s are saved, with the
+            entries that a wrapper adds (the count of `AveragedModel`).
         extra: plain values, tensors, and lists or dicts of them (a scheduler's `state_dict()`, an epoch number).
 
     Raises:
         CheckpointError: the file cannot be written, or could not be read again because something in it is no plain
-            value; one that was there is untouched.
+            value; an older file at that path is untouched.
         InputError: a copy is not like the model.
     """
     model, _ = unwrapped(model)
@@ -91,17 +91,17 @@ def load_pruned(
     Args:
         path: a file that `save_pruned` wrote.
         model: the network as it was first built, on any device.
-        optimizer: holds `model`'s parameters; loses those of removed layers and takes up the saved state. As many, and
-            wrapped alike, as were saved.
-        prunetrain: takes up its saved state.
+        optimizer: holds `model`'s parameters; loses those of removed layers and takes the saved state. Pass as many
+            optimizers as were saved, wrapped in the same way.
+        prunetrain: takes its saved state.
         also: freshly made copies of `model`, as many as were saved and in the same order; shrunk and filled too.
 
     Returns:
-        What was passed to `save_pruned` as `extra`.
+        The values that were passed to `save_pruned` as `extra`.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another network, or without the optimizer or PruneTrain state
-            that is asked for, or of an optimizer with other groups; model and optimizer are untouched in these cases.
+        CheckpointError: the file is missing or damaged, is of another network or of an optimizer with other groups, or
+            lacks the optimizer or PruneTrain state that is asked for; model and optimizer are untouched in these cases.
             Or the PruneTrain state does not fit what was passed, or an optimizer keeps what its state does not restore.
         InputError: a copy is not like the model.
     """
@@ -113,7 +113,7 @@ def load_pruned(
         raise CheckpointError(f"'{path}' holds {len(saved)} copies of the model, and `also` has {len(copies)}.")
     stand_ins = _checked_stand_ins(path, model, payload["model"], payload)
     gone = parameters_that_go(model, stand_ins)
-    theirs = [
+    copies_stand_ins = [
         _checked_stand_ins(path, copy.network, one["network"], payload)
         for copy, one in zip(copies, saved, strict=False)  # copies that nobody asks for stay in the file
     ]
@@ -125,9 +125,9 @@ def load_pruned(
     drop(optimizers, gone, [])
     built_with = holdings_of(optimizers, model).kept if optimizers else []
     _rebuild(model, payload["model"], stand_ins, payload)
-    for copy, one, new in zip(copies, saved, theirs, strict=False):
+    for copy, one, new in zip(copies, saved, copies_stand_ins, strict=False):
         _rebuild(copy.network, one["network"], new, payload)
-        copy.given.load_state_dict(one["wrapper"], strict=False)
+        copy.module.load_state_dict(one["wrapper"], strict=False)
     _load_optimizers(path, optimizers, payload)
     _check_restored(path, optimizers, built_with)
     if prunetrain is not None:
@@ -136,10 +136,10 @@ def load_pruned(
 
 
 def _state_of(copy: Copy) -> dict[str, dict[str, Tensor]]:
-    """The copy's network, and what its wrapper adds."""
+    """The state of a copy's network, and the entries that its wrapper adds."""
     inside = copy.network.state_dict()
     names = {copy.prefix + name for name in inside}
-    around = {name: value for name, value in copy.given.state_dict().items() if name not in names}
+    around = {name: value for name, value in copy.module.state_dict().items() if name not in names}
     return {"network": dict(inside), "wrapper": around}
 
 
@@ -156,6 +156,7 @@ def _checked_stand_ins(
 def _rebuild(
     model: nn.Module, state: dict[str, Tensor], stand_ins: dict[str, nn.Module], payload: dict[str, Any]
 ) -> None:
+    """Turns a freshly built network into the saved one, with its tensors."""
     swap_in(model, stand_ins)
     restore_gating(model, payload.get("gated", {}))
     _fill(model, state, payload["sizes"])
@@ -182,23 +183,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_fits(path: str | Path, model: nn.Module, state: dict[str, Tensor], payload: dict[str, Any]) -> None:
-    """The saved tensors are slices of the model's, and what they lack went with removed layers."""
+    """Raises CheckpointError unless the saved tensors are slices of the model's and those that are missing went with
+    removed layers."""
     other = f"'{path}' is of another network ({payload['network']}): "
-    mine = model.state_dict()
+    model_state = model.state_dict()
     indices = {f"{name}.{side}_index" for name in payload.get("gated", {}) for side in SIDES}
-    unknown = [name for name in state if name not in mine and name not in indices]
+    unknown = [name for name in state if name not in model_state and name not in indices]
     if unknown:
         raise CheckpointError(f"{other}it has '{unknown[0]}', which {type(model).__name__} has not.")
     modules = dict(model.named_modules(remove_duplicate=False))
     gone = {id(modules[name]) for name in payload["stand_ins"]}
     replaced = tuple(f"{name}." for name, module in modules.items() if id(module) in gone)  # under all its names
-    missing = [name for name in mine if name not in state and not name.startswith(replaced)]
+    missing = [name for name in model_state if name not in state and not name.startswith(replaced)]
     if missing:
         raise CheckpointError(f"{other}it lacks '{missing[0]}' of {type(model).__name__}.")
     for name, saved in state.items():
         if name in indices:
             continue
-        shape, full = tuple(saved.shape), tuple(mine[name].shape)
+        shape, full = tuple(saved.shape), tuple(model_state[name].shape)
         # Channels are in the first two dimensions; a kernel keeps its size.
         if len(shape) != len(full) or shape[2:] != full[2:] or any(s > f for s, f in zip(shape, full, strict=True)):
             raise CheckpointError(
@@ -208,19 +210,19 @@ def _check_fits(path: str | Path, model: nn.Module, state: dict[str, Tensor], pa
 
 
 def _check_gated(path: str | Path, model: nn.Module, payload: dict[str, Any], gated: dict[str, dict[str, Any]]) -> None:
-    """The gated layers are convolutions of the model that can be gated so."""
+    """Raises CheckpointError unless the saved gated layers are convolutions of the model that can be gated so."""
     modules = dict(model.named_modules())
-    for name, what in gated.items():
+    for name, gating in gated.items():
         conv = modules.get(name)
         why = "there is none" if conv is None else why_not_gated(conv)
         if not why and isinstance(conv, nn.Conv2d):
             for side, channels in zip(SIDES, (conv.in_channels, conv.out_channels), strict=True):
-                here = what[f"{side}_channels"]
-                if here > channels:
-                    why = f"its {side} has {channels} channels, not {here}"
-                elif what[f"{side}_index"] is not None:
+                count = gating[f"{side}_channels"]
+                if count > channels:
+                    why = f"its {side} has {channels} channels, not {count}"
+                elif gating[f"{side}_index"] is not None:
                     try:
-                        ChannelIndex(what[f"{side}_index"], here)
+                        ChannelIndex(gating[f"{side}_index"], count)
                     except InputError as error:
                         why = str(error).rstrip(".")
         if why:
@@ -234,7 +236,7 @@ def _check_gated(path: str | Path, model: nn.Module, payload: dict[str, Any], ga
 
 
 def _optimizer_state(optimizer: Optimizer | Sequence[Optimizer] | None) -> Any:
-    """One optimizer's `state_dict()`, or a list of several's."""
+    """The `state_dict()` of one optimizer, or a list of those of several."""
     states = [one.state_dict() for one in as_list(optimizer)]
     return None if optimizer is None else states if isinstance(optimizer, list | tuple) else states[0]
 
@@ -245,14 +247,14 @@ def _saved_states(payload: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _wrapped(optimizers: Sequence[Optimizer]) -> list[list[Any]]:
-    """Those inside each optimizer, from the outermost inwards."""
+    """The optimizers that each optimizer wraps, from the outermost inwards."""
     return [[one for one in all_optimizers(outer) if one is not outer] for outer in optimizers]
 
 
 def _check_optimizers(
     path: str | Path, optimizers: Sequence[Optimizer], payload: dict[str, Any], gone: set[int]
 ) -> None:
-    """The saved optimizer states belong to as many parameters, in as many groups, as will be left."""
+    """Raises CheckpointError unless the saved optimizer states are for as many parameters and groups as will stay."""
     if not optimizers:
         return
     saved = _saved_states(payload)
@@ -265,50 +267,53 @@ def _check_optimizers(
         )
     for optimizer, state in zip(optimizers, saved, strict=True):
         _check_groups(path, optimizer, state, gone)
-    inside = payload.get("wrapped_optimizers")  # older files have none
-    for here, there in zip(_wrapped(optimizers), inside, strict=True) if inside is not None else ():
-        if len(here) != len(there):
+    inner_states = payload.get("wrapped_optimizers")
+    if inner_states is None:  # older files have none
+        return
+    for wrapped, states in zip(_wrapped(optimizers), inner_states, strict=True):
+        if len(wrapped) != len(states):
             raise CheckpointError(
-                f"an optimizer in '{path}' wraps {len(there)} others, and here it wraps {len(here)}; build it as "
+                f"an optimizer in '{path}' wraps {len(states)} others, and here it wraps {len(wrapped)}; build it as "
                 "before."
             )
-        for optimizer, state in zip(here, there, strict=True):
+        for optimizer, state in zip(wrapped, states, strict=True):
             _check_groups(path, optimizer, state, gone)
 
 
 def _check_groups(path: str | Path, optimizer: Optimizer, saved: dict[str, Any], gone: set[int]) -> None:
+    """Raises CheckpointError unless an optimizer's groups will have as many parameters as the saved ones."""
     if "param_groups" not in saved or not groups_of(optimizer):  # a wrapper that has a form of its own
         return
-    mine = [sum(id(p) not in gone for p in group["params"]) for group in groups_of(optimizer)]
-    theirs = [len(group["params"]) for group in saved["param_groups"]]
-    if mine != theirs:
+    counts = [sum(id(p) not in gone for p in group["params"]) for group in groups_of(optimizer)]
+    saved_counts = [len(group["params"]) for group in saved["param_groups"]]
+    if counts != saved_counts:
         raise CheckpointError(
-            f"the optimizer state in '{path}' is of groups of {theirs} parameters, but the optimizer here would have "
-            f"{mine}; build it from the freshly built model's parameters, grouped as before."
+            f"the optimizer state in '{path}' is of groups of {saved_counts} parameters, but the optimizer here would "
+            f"have {counts}; build it from the freshly built model's parameters, grouped as before."
         )
 
 
 def _load_optimizers(path: str | Path, optimizers: Sequence[Optimizer], payload: dict[str, Any]) -> None:
-    """Loads each optimizer's state and then that of those inside it; what they share they share afterwards."""
+    """Loads the state of each optimizer and then of those inside it; the objects that they share stay shared."""
     saved = _saved_states(payload)
     inside = payload.get("wrapped_optimizers") or [[] for _ in optimizers]
     for outer, wrapped, state, states in zip(optimizers, _wrapped(optimizers), saved, inside, strict=bool(optimizers)):
         before = [(one, groups_of(one), getattr(one, "param_groups", []), getattr(one, "state", {})) for one in wrapped]
         before.insert(0, (outer, groups_of(outer), getattr(outer, "param_groups", []), getattr(outer, "state", {})))
         _load_into(path, "optimizer", outer, state)
-        for one, its in zip(wrapped, states, strict=False):
-            _load_into(path, "optimizer", one, its)
+        for one, inner_state in zip(wrapped, states, strict=False):
+            _load_into(path, "optimizer", one, inner_state)
         for one, groups, group_list, kept in before:
             _put_back(one, groups, group_list, kept)
 
 
 def _check_restored(path: str | Path, optimizers: Sequence[Optimizer], built_with: list[Kept]) -> None:
-    """Nothing is left that an optimizer kept for the freshly built model's larger parameters."""
-    left = {id(kept.tensor) for kept in holdings_of(optimizers).kept} if built_with else set()
+    """Raises CheckpointError if an optimizer still has a tensor for a larger parameter of the freshly built model."""
+    present = {id(kept.tensor) for kept in holdings_of(optimizers).kept} if built_with else set()
     for kept in built_with:
         p, tensor = kept.parameter, kept.tensor
         if (
-            id(tensor) in left
+            id(tensor) in present
             and p is not None
             and tensor is not None
             and tensor.numel() > 1
@@ -322,7 +327,7 @@ def _check_restored(path: str | Path, optimizers: Sequence[Optimizer], built_wit
 
 
 def _put_back(optimizer: Any, groups: list[dict[str, Any]], group_list: list[dict[str, Any]], state: Any) -> None:
-    """Has a loaded optimizer keep its groups and its state in the objects that it had, which others may share."""
+    """Puts a loaded optimizer's groups and state back into the objects that it had before, which others may share."""
     loaded_groups, loaded = groups_of(optimizer), getattr(optimizer, "state", state)
     for old, new in zip(groups, loaded_groups, strict=False):
         if old is not new:
@@ -342,7 +347,7 @@ def _put_back(optimizer: Any, groups: list[dict[str, Any]], group_list: list[dic
 
 
 def _check_plain(payload: dict[str, Any]) -> None:
-    """What is saved can be read again: a checkpoint that cannot is found out too late."""
+    """Raises CheckpointError for a payload that could be saved, but not read again."""
     buffer = io.BytesIO()
     try:
         torch.save(tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, payload), buffer)
@@ -357,6 +362,7 @@ def _check_plain(payload: dict[str, Any]) -> None:
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], sizes: dict[str, dict[str, int]]) -> None:
+    """Gives a model the saved tensors, of whatever shape, and its modules the size attributes that belong to them."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, saved in state.items():
         tensor = tensors[name]
@@ -369,10 +375,10 @@ def _fill(model: nn.Module, state: dict[str, Tensor], sizes: dict[str, dict[str,
             setattr(module, attribute, value)
 
 
-def _load_into(path: str | Path, what: str, target: HasState | Optimizer, state: dict[str, Any] | None) -> None:
+def _load_into(path: str | Path, kind: str, target: HasState | Optimizer, state: dict[str, Any] | None) -> None:
     if state is None:
-        raise CheckpointError(f"'{path}' holds no {what} state; it was saved without one.")
+        raise CheckpointError(f"'{path}' holds no {kind} state; it was saved without one.")
     try:
         target.load_state_dict(state)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"the {what} state in '{path}' does not fit: {error}") from error
+        raise CheckpointError(f"the {kind} state in '{path}' does not fit: {error}") from error

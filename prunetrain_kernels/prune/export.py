@@ -3,7 +3,7 @@
     plain = to_dense(model, example_inputs)
     torch.export.export(plain.eval(), example_inputs)  # or `export_program`, which writes and checks a file
 
-What the package put into a model has a plain counterpart that computes the same:
+Every module that the package put into a model has a plain counterpart that computes the same:
 
     GatedConv2d                    nn.Conv2d over its whole spaces, zeros where nothing was computed
     fused batch norm (`fuse`)      nn.BatchNorm2d, and the module's own forward again
@@ -12,8 +12,8 @@ What the package put into a model has a plain counterpart that computes the same
     ConstantBatchNorm              its nn.BatchNorm
     RemovedLayer                   nn.Conv to one channel, weights zero; nn.Identity for a batch norm
 
-So a removed branch costs a few channels of arithmetic again: one where it had hundreds. The union network's FLOPs are
-what a gated network has as a plain one.
+So a removed branch costs a few channels of arithmetic again: one where it had hundreds. A gated network has, as a plain
+one, the FLOPs of the union network.
 """
 
 import copy
@@ -26,7 +26,7 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, unpair
 from prunetrain_kernels.nn.sync_batch_norm import SyncBatchNorm, make_plain
-from prunetrain_kernels.probe import looking
+from prunetrain_kernels.probe import first_line, looking
 from prunetrain_kernels.prune.branches import ConstantBatchNorm, ConstantConv, RemovedLayer, swap_in
 
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -43,15 +43,15 @@ def to_dense(model: nn.Module, example_inputs: tuple[Tensor, ...] | None = None)
     Args:
         model: pruned or not, gated or not, fused or not.
         example_inputs: its positional arguments; needed if branches were removed, whose stand-ins do not know what they
-            are given.
+            get as input.
 
     Raises:
-        InputError: the model does not run on the example inputs, or they are needed and not there.
+        InputError: the model does not run on the example inputs, or they are needed and missing.
     """
     plain = copy.deepcopy(model)
     for module in plain.modules():
-        own = vars(module).get("forward")
-        if getattr(own, "computes_the_same", False):
+        instance_forward = vars(module).get("forward")
+        if getattr(instance_forward, "computes_the_same", False):
             del module.__dict__["forward"]
         if isinstance(module, BatchNormAct2d):
             unpair(module)
@@ -83,9 +83,9 @@ def _fill_up(conv: GatedConv2d) -> None:
         if maps is not None:
             shape = [channels if d == dim else size for d, size in enumerate(weight.shape)]
             weight = weight.new_zeros(shape).index_copy_(dim, maps.index.long(), weight)
-    last = conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
+    channels_last = conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
     gate_(conv, conv.in_channels, conv.out_channels, None, None)
-    if last:
+    if channels_last:
         weight = weight.contiguous(memory_format=torch.channels_last)
     conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
 
@@ -93,26 +93,25 @@ def _fill_up(conv: GatedConv2d) -> None:
 def _inputs_of(
     model: nn.Module, modules: dict[str, nn.Module], example_inputs: tuple[Tensor, ...] | None
 ) -> dict[str, Tensor]:
-    """What the named modules are given on the example inputs."""
+    """The inputs of the named modules on the example inputs."""
     if example_inputs is None:
         raise InputError(
             f"'{next(iter(modules))}' stands in for a removed layer, and does not know its input; pass example_inputs."
         )
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     handles = [
-        module.register_forward_pre_hook(lambda m, arguments, name=name: found.update({name: arguments[0]}))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda m, arguments, name=name: inputs.update({name: arguments[0]}))  # type: ignore[misc]
         for name, module in modules.items()
     ]
     try:
         with looking(model):
             model(*example_inputs)
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(f"{type(model).__name__} does not run on example_inputs: {why}.") from error
+        raise InputError(f"{type(model).__name__} does not run on example_inputs: {first_line(error)}.") from error
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return inputs
 
 
 def _plain(module: nn.Module, x: Tensor) -> nn.Module:
@@ -136,13 +135,15 @@ def _plain(module: nn.Module, x: Tensor) -> nn.Module:
         dtype=x.dtype,
     ).to_empty(device=x.device)
     nn.init.zeros_(conv.weight)
-    conv.weight.requires_grad_(False)  # it was removed: nothing is to grow here again
+    conv.weight.requires_grad = False  # a removed branch is not to grow again
     if isinstance(module, ConstantConv) and module.bias is not None:
         conv.bias = module.bias
     return conv
 
 
 def _plain_batch_norm(module: ConstantBatchNorm, dims: int) -> nn.Module:
+    """The batch norm that a stand-in replaced, with the same parameter and buffer objects, for inputs of `dims`
+    dimensions."""
     options = {name: getattr(module, name) for name in ("eps", "momentum", "affine", "track_running_stats")}
     plain = BATCH_NORMS[dims](module.num_features, **options)
     for name, parameter in module._parameters.items():

@@ -1,8 +1,8 @@
-"""What of a model's outputs a reconfiguration compares, and what it makes of the differences.
+"""The outputs of a model that a reconfiguration compares, and the judgement of their differences.
 
 Evaluation mode is enough for most models: batch norm's running statistics follow those of the batches, so what zeroing
 and cutting change there they change in training too. Training mode is compared where evaluation mode does not show all:
-where it returns other things, or nothing that could be compared.
+where it returns other things than evaluation mode, or evaluation mode returns nothing that could be compared.
 """
 
 from collections.abc import Iterator
@@ -31,18 +31,18 @@ IN_TRAINING = "in training mode: "
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, as `comparison_of` decides on the model as it was given.
+    """The modes whose outputs are compared, as `comparison_of` decides before the model is changed.
 
     Attributes:
-        evaluation: the outputs in evaluation mode.
-        training: "values" or "shapes" of the outputs in training mode; "" for neither.
+        evaluation: whether the outputs in evaluation mode are compared.
+        training: whether "values" or "shapes" of the outputs in training mode are; "" for neither.
     """
 
     evaluation: bool
     training: str = ""
 
     def __str__(self) -> str:
-        """In words."""
+        """The modes, in words."""
         training = {
             "": "",
             "values": "training mode",
@@ -51,7 +51,7 @@ class Comparison:
         return ", ".join(words for words in (EVALUATION * self.evaluation, training) if words)
 
     def outputs(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Outputs:
-        """What the model returns now.
+        """The model's present outputs, by name.
 
         Raises:
             Exception: whatever the model raises.
@@ -60,10 +60,11 @@ class Comparison:
             named = outputs_of(model, inputs) if self.evaluation else {}
             if self.training:
                 with without_dropout(model):
-                    named |= self._of_training(outputs_of(model, inputs, training=True))
+                    named |= self.of_training(outputs_of(model, inputs, training=True))
         return named
 
-    def _of_training(self, outputs: Outputs) -> Outputs:
+    def of_training(self, outputs: Outputs) -> Outputs:
+        """The outputs of training mode under their own names, with nothing but shapes where only these are compared."""
         if self.training == "shapes":
             outputs = {n: torch.zeros(t.shape, dtype=torch.int8, device="cpu") for n, t in outputs.items()}
         return {IN_TRAINING + name: tensor for name, tensor in outputs.items()}
@@ -72,10 +73,10 @@ class Comparison:
 def comparison_of(
     model: nn.Module, inputs: tuple[Tensor, ...], *, alike_in_both_modes: bool
 ) -> tuple[Comparison, Outputs]:
-    """What can be compared of this model's outputs, and those outputs.
+    """Decides what can be compared of a model's outputs, and gives those outputs.
 
     Args:
-        alike_in_both_modes: as in `ChannelSpaces`, which spares a look in training mode.
+        alike_in_both_modes: as in `ChannelSpaces`; if true, training mode need not be run.
 
     Raises:
         InputError: the model does not run on the inputs in any mode, or nothing that it returns can be compared.
@@ -87,20 +88,20 @@ def comparison_of(
         training, _ = _tried(model, inputs, training=True)
         if evaluation is None and training is None:
             raise InputError(f"{type(model).__name__} does not run on the example inputs: {why}; nothing was pruned.")
-        how = ""
+        training_kind = ""
         if training is not None and not _is_enough(evaluation, training):
             chance, _ = _tried(model, inputs, training=True, other_chance=True)
-            how = _how(training, chance)
-    comparison = Comparison(evaluation is not None, how)
+            training_kind = _comparable(training, chance)
+    comparison = Comparison(evaluation is not None, training_kind)
     outputs = dict(evaluation or {})
-    values = outputs | comparison._of_training(training or {}) if how == "values" else outputs
+    values = outputs | comparison.of_training(training or {}) if training_kind == "values" else outputs
     if not _shows_something(values):
         raise InputError(
             f"{type(model).__name__} returns nothing on the example inputs that could be compared before and after: no "
             "finite number, in evaluation mode or, free of chance, in training mode; so nothing was pruned. Return "
             "tensors (also inside containers and objects), and give example inputs for which they are finite."
         )
-    return comparison, outputs | (comparison._of_training(training or {}) if how else {})
+    return comparison, outputs | (comparison.of_training(training or {}) if training_kind else {})
 
 
 def _tried(
@@ -114,7 +115,7 @@ def _tried(
 
 
 def _is_enough(evaluation: Outputs | None, training: Outputs) -> bool:
-    """Whether evaluation mode shows everything."""
+    """Whether evaluation mode shows all that there is to compare."""
     if evaluation is None or not _shows_something(evaluation):
         return False
     return _structure(evaluation) == _structure(training)
@@ -126,11 +127,13 @@ def _shows_something(outputs: Outputs) -> bool:
 
 
 def _structure(outputs: Outputs) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shape and dtype of each output."""
     return {name: (tensor.shape, tensor.dtype) for name, tensor in outputs.items()}
 
 
-def _how(training: Outputs, chance: Outputs | None) -> str:
-    """How training mode is compared, by two runs of it with other random numbers."""
+def _comparable(training: Outputs, chance: Outputs | None) -> str:
+    """Whether "values" or only "shapes" of training mode's outputs can be compared, "" for neither; `chance` is a
+    second run with other random numbers."""
     if chance is None or _structure(training) != _structure(chance):
         return ""
     return "values" if difference(training, chance).is_rounding else "shapes"
@@ -138,7 +141,7 @@ def _how(training: Outputs, chance: Outputs | None) -> str:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout lets everything pass inside, so that two networks of other widths can be compared in training mode."""
+    """Inside, dropout lets everything pass, so that networks of different widths can be compared in training mode."""
     drops = [
         (module, name, getattr(module, name))
         for module in model.modules()
@@ -158,10 +161,13 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def zeroing_difference(as_given: Outputs, zeroed: Outputs) -> Difference:
-    """How far zeroing moved the outputs. Integers and bools, which follow from the numbers beside them (a prediction, a
-    mask), only count where there are no such numbers."""
+    """The difference that zeroing made in the outputs. Integers and bools, which follow from the numbers beside them (a
+    prediction, a mask), only count where there are no such numbers."""
     numbers = {name for name, tensor in as_given.items() if tensor.is_floating_point() or tensor.is_complex()}
-    before, after = ({n: t for n, t in o.items() if n in numbers or n not in as_given} for o in (as_given, zeroed))
+    before, after = (
+        {name: t for name, t in outputs.items() if name in numbers or name not in as_given}
+        for outputs in (as_given, zeroed)
+    )
     moved = difference(before, after, smallest_scale=SMALLEST_SCALE)
     return moved if moved.compared else difference(as_given, zeroed, smallest_scale=SMALLEST_SCALE)
 
@@ -179,17 +185,17 @@ def check_zeroing(moved: Difference, tolerance: float) -> None:
     """Raises ZeroingError where zeroing moved the outputs by more than a share of their scale."""
     if moved.share <= tolerance:
         return
-    enough = _enough(moved.share)
+    sufficient = _sufficient_tolerance(moved.share)
     raise ZeroingError(
         f"setting the sparse slices to zero would move {_named(moved.where)} by {moved.largest:.1e} at a scale of "
         f"{moved.scale:.1e}: {_percent(moved.share)} of its scale, where {_percent(tolerance)} is allowed; nothing was "
         "changed. Lower the threshold (--threshold) to what the network does not need, or allow the change by name: "
-        f"zeroing_tolerance={enough} (--zeroing-tolerance {enough}), or math.inf (inf) for any."
+        f"zeroing_tolerance={sufficient} (--zeroing-tolerance {sufficient}), or math.inf (inf) for any."
     )
 
 
 def check_cutting(zeroed: Outputs, pruned: Outputs) -> Difference:
-    """How far cutting moved the outputs; raises PruneTrainError where that is more than rounding."""
+    """The difference that cutting made in the outputs; raises PruneTrainError where it is more than rounding."""
     moved = difference(zeroed, pruned)
     if moved.is_rounding:
         return moved
@@ -209,8 +215,8 @@ def check_cutting(zeroed: Outputs, pruned: Outputs) -> Difference:
     )
 
 
-def failed_after(error: Exception) -> PruneTrainError:
-    """For a model that ran before and does not any more."""
+def failure_after_pruning(error: Exception) -> PruneTrainError:
+    """The error to raise for a model that ran before it was pruned and does not run any more."""
     return PruneTrainError(
         f"the pruned model fails on the example inputs ({first_line(error)}), so pruning was undone; the model relies "
         "on the number of its channels where tracing did not see it, such as a tensor of a fixed size or a size "
@@ -219,7 +225,7 @@ def failed_after(error: Exception) -> PruneTrainError:
 
 
 def _named(where: str) -> str:
-    """An output in words."""
+    """An output's name and mode, in words."""
     mode, name = (" in training mode", where[len(IN_TRAINING) :]) if where.startswith(IN_TRAINING) else ("", where)
     return f"the model's output{f' {name!r}' if name else ''}{mode}"
 
@@ -228,6 +234,6 @@ def _percent(share: float) -> str:
     return "more than any share" if share == float("inf") else f"{100 * share:.3g} %"
 
 
-def _enough(share: float) -> str:
-    """A tolerance of two digits that allows the share."""
+def _sufficient_tolerance(share: float) -> str:
+    """A tolerance, written with two digits, that allows the share."""
     return "inf" if share == float("inf") else f"{1.05 * share:.1e}"

@@ -1,11 +1,11 @@
-"""What optimizers keep, and for which parameter: found in their state, in their attributes, and in the optimizers that
-they wrap.
+"""Search for what optimizers keep, and for which parameter: in their state, in their attributes, and in the optimizers
+that they wrap.
 
 A tensor belongs to a parameter if it is kept under it: in `state`, or in any other mapping whose key is the parameter,
 its `id`, or its name; or if it stands in a list beside the parameters of a group, or of all groups, with their shapes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# Attributes that every optimizer of PyTorch has; what is in them is looked at by itself, or is no state.
+from prunetrain_kernels.probe import held_by
+
+# Attributes that every optimizer of PyTorch has: groups and state are searched apart, the others are no state.
 OF_PYTORCH = frozenset(vars(Optimizer([torch.zeros(1, device="cpu")], {}))) | {"step"}  # schedulers wrap `step`
 NOT_OPENED = (
     type(None), bool, int, float, complex, str, bytes, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType,
@@ -33,9 +35,9 @@ class Kept:
 
     Attributes:
         optimizer: the optimizer's class, by name.
-        where: how one gets to it: "state 'exp_avg'", "attribute 'slow_weights[0][2]'".
-        tensor: None for a note of a parameter's shape.
-        parameter: the parameter that it belongs to, or None.
+        where: the path to it: "state 'exp_avg'", "attribute 'slow_weights[0][2]'".
+        tensor: the tensor; None for a note of a parameter's shape.
+        parameter: the parameter to which it belongs, or None.
     """
 
     optimizer: str
@@ -46,16 +48,16 @@ class Kept:
 
 @dataclass
 class Holdings:
-    """All that some optimizers keep.
+    """Everything that some optimizers keep.
 
     Attributes:
         optimizers: the optimizers, and those that they wrap, each once.
-        wrapped: those of them that were found inside another, by `id`.
-        kept: every tensor once, but parameters.
+        wrapped: those of them that are inside another, by `id`.
+        kept: every tensor once, without the parameters.
         modules: modules that optimizers hold, with the optimizer's class and the attribute.
         mentioned: parameters, by `id`, that attributes of optimizers hold.
         keyed: (mapping, key, parameter): entries under a parameter, outside groups.
-        beside: (list, its parameters): lists in which entry i is of parameter i, outside groups.
+        beside: (list, parameters): lists outside groups whose entry i belongs to parameter i.
     """
 
     optimizers: list[Any] = field(default_factory=list)
@@ -70,10 +72,10 @@ class Holdings:
         """The tensors of a parameter that have its shape."""
         if self._by_parameter is None:
             self._by_parameter = {}
-            for one in self.kept:
-                if one.parameter is not None and one.tensor is not None:
-                    self._by_parameter.setdefault(id(one.parameter), []).append(one.tensor)
-        # A step counter of a parameter with one element may have no dimensions, as such a parameter.
+            for kept in self.kept:
+                if kept.parameter is not None and kept.tensor is not None:
+                    self._by_parameter.setdefault(id(kept.parameter), []).append(kept.tensor)
+        # A step counter may have no dimensions, as a parameter with one element may.
         tensors = self._by_parameter.get(id(parameter), [])
         return [t for t in tensors if t.shape == parameter.shape and t.dim() > 0]
 
@@ -86,7 +88,7 @@ def is_optimizer(thing: object) -> bool:
         return isinstance(thing, Optimizer) or (
             not isinstance(thing, nn.Module | type) and hasattr(thing, "param_groups") and hasattr(thing, "state")
         )
-    except Exception:  # a property that asks for more than is there
+    except Exception:  # raised by a property that needs something that is missing
         return False
 
 
@@ -101,20 +103,24 @@ def params_of(optimizer: Any) -> list[Tensor]:
 
 
 def holdings_of(optimizers: Sequence[Any], model: nn.Module | None = None) -> Holdings:
-    """Looks into optimizers and all that they wrap.
+    """Searches optimizers and all that they wrap.
 
     Args:
-        optimizers: one or more; an optimizer that is reached twice is looked into once.
-        model: whose parameters' names may be keys.
+        optimizers: one or more; an optimizer that is reached twice is searched once.
+        model: the model whose parameters' names may be keys in mappings.
     """
-    look = _Look(Holdings(), model)
+    search = _Search(Holdings(), model)
     for optimizer in optimizers:
-        look.into_optimizer(optimizer)
-    return look.holdings
+        search.search_optimizer(optimizer)
+    return search.holdings
 
 
-class _Look:
-    """One look into optimizers."""
+class _Search:
+    """One search through optimizers.
+
+    `where` is the path from the optimizer to a value, `parameter` the one under which the value is kept, `depth` and
+    `objects` the number of containers and of objects around it.
+    """
 
     def __init__(self, holdings: Holdings, model: nn.Module | None) -> None:
         self.holdings = holdings
@@ -123,19 +129,20 @@ class _Look:
         self.seen: dict[int, object] = {}  # held, so that no identity is given out twice
         self.known: dict[int, Kept] = {}
         self.optimizer: Any = None
-        self.group: list[Tensor] | None = None  # the parameters of the group whose entries are looked at
+        self.group: list[Tensor] | None = None  # the parameters of the group whose entries are searched
         self.kind = "state"
 
-    def into_optimizer(self, optimizer: Any) -> None:
+    def search_optimizer(self, optimizer: Any) -> None:
+        """Searches an optimizer: those that it wraps, its state, its groups, its attributes."""
         if id(optimizer) in self.seen:
             return
         self.seen[id(optimizer)] = optimizer
         self.holdings.optimizers.append(optimizer)
         self.parameters.update((id(p), p) for p in params_of(optimizer))
-        around, self.optimizer = (self.optimizer, self.kind), optimizer
-        itself = getattr(type(optimizer), "follows_by_itself", ())
-        attributes = {n: v for n, v in _attributes(optimizer) if n not in OF_PYTORCH and n not in itself}
-        for value in attributes.values():  # first, so that what they keep in their state is found there
+        outer, self.optimizer = (self.optimizer, self.kind), optimizer
+        cut_by_itself = getattr(type(optimizer), "follows_by_itself", ())
+        attributes = {n: v for n, v in held_by(optimizer).items() if n not in OF_PYTORCH and n not in cut_by_itself}
+        for value in attributes.values():  # first, so that what they keep in their state has that path
             if is_optimizer(value):
                 self.visit(value, "", None, 0, 0)
         self.kind = "state"
@@ -147,12 +154,12 @@ class _Look:
             self.group = list(group["params"])
             for key, value in group.items():
                 if key != "params":
-                    self.visit(value, f"{key}", None, 0, 1)
+                    self.visit(value, str(key), None, 0, 1)
             self.group = None
         self.kind = "attribute"
         for name, value in attributes.items():
             self.visit(value, name, None, 0, 1)
-        self.optimizer, self.kind = around
+        self.optimizer, self.kind = outer
 
     def parameter_of(self, key: object) -> Tensor | None:
         """The parameter that a key stands for: itself, its `id`, or its name with or without a wrapper's prefix."""
@@ -165,6 +172,7 @@ class _Look:
         return None
 
     def visit(self, value: Any, where: str, parameter: Tensor | None, depth: int, objects: int) -> None:
+        """Notes a value, or opens it."""
         if isinstance(value, NOT_OPENED) or depth > DEEPEST:
             return
         if isinstance(value, Tensor):
@@ -173,7 +181,7 @@ class _Look:
             self.holdings.modules.append((value, type(self.optimizer).__name__, where))
         elif is_optimizer(value):
             self.holdings.wrapped.add(id(value))
-            self.into_optimizer(value)
+            self.search_optimizer(value)
         elif parameter is not None and hasattr(value, "__array__"):  # NumPy's: it cannot become smaller in place
             if tuple(value.shape) == tuple(parameter.shape) != ():
                 self.holdings.kept.append(Kept(type(self.optimizer).__name__, self.place(where), None, parameter))
@@ -182,23 +190,25 @@ class _Look:
             self.open(value, where, parameter, depth, objects)
 
     def open(self, value: Any, where: str, parameter: Tensor | None, depth: int, objects: int) -> None:
+        """Visits what is in a container or an object."""
         if isinstance(value, Mapping):
             self.seen[id(value)] = value
             for key, part in list(value.items()):
-                of = self.parameter_of(key)
-                if of is not None:
-                    self.holdings.keyed.append((value, key, of))
+                keyed = self.parameter_of(key)
+                if keyed is not None:
+                    self.holdings.keyed.append((value, key, keyed))
                 name = where if isinstance(key, Tensor) else f"{where}[{key!r}]" if where else f"{key}"
-                self.visit(part, name, parameter if of is None else of, depth + 1, objects)
+                self.visit(part, name, parameter if keyed is None else keyed, depth + 1, objects)
         elif isinstance(value, Sequence | AbstractSet) or hasattr(value, "popleft"):
             self.sequence(list(value), value, where, parameter, depth, objects)
         elif objects < DEEPEST_OBJECT:
-            for name, part in _attributes(value):
+            for name, part in held_by(value).items():
                 self.visit(part, f"{where}.{name}", parameter, depth + 1, objects + 1)
 
     def sequence(
         self, parts: list[Any], value: Any, where: str, parameter: Tensor | None, depth: int, objects: int
     ) -> None:
+        """Visits the parts of a list, set or queue; a list may also note a shape, or belong to all parameters."""
         if parameter is not None and parts and all(type(n) is int for n in parts) and parts == list(parameter.shape):
             self.holdings.kept.append(Kept(type(self.optimizer).__name__, self.place(where), None, parameter))
             return
@@ -208,18 +218,18 @@ class _Look:
         if beside is not None:
             self.holdings.beside.append((value, beside))
         for i, part in enumerate(parts):
-            mine = beside[i] if beside is not None else parameter
+            owner = beside[i] if beside is not None else parameter
             if by_group and self.beside(list(part), groups[i : i + 1]) is not None:
-                # two groups may have the same shapes: the list's place says which is meant
+                # two groups may have the same shapes: the list's place tells which one it is
                 self.seen[id(part)] = part
                 self.holdings.beside.append((part, groups[i]))
                 for j, tensor in enumerate(part):
                     self.visit(tensor, f"{where}[{i}][{j}]", groups[i][j], depth + 2, objects)
             else:
-                self.visit(part, f"{where}[{i}]", mine, depth + 1, objects)
+                self.visit(part, f"{where}[{i}]", owner, depth + 1, objects)
 
     def beside(self, parts: list[Any], groups: list[list[Tensor]]) -> list[Tensor] | None:
-        """The parameters that a list's entries are of, where it can be one way only."""
+        """The parameters to which a list's entries belong; None unless there is exactly one possibility."""
         if not parts:
             return None
         if all(isinstance(part, Tensor) and id(part) in self.parameters for part in parts):
@@ -228,7 +238,7 @@ class _Look:
         candidates = [flat, [p for p in flat if p.requires_grad], *groups] if self.group is None else [self.group]
         fitting: list[list[Tensor]] = []
         for candidate in candidates:
-            if len(candidate) != len(parts) or any(_same_list(candidate, one) for one in fitting):
+            if len(candidate) != len(parts) or any(_same_list(candidate, known) for known in fitting):
                 continue
             tensors = all(isinstance(t, Tensor) and t.shape == p.shape for t, p in zip(parts, candidate, strict=True))
             if tensors or (candidate is flat and all(isinstance(part, Mapping) for part in parts)):
@@ -236,9 +246,11 @@ class _Look:
         return fitting[0] if len(fitting) == 1 else None
 
     def place(self, where: str) -> str:
+        """A path in words, as in `Kept.where`."""
         return f"{self.kind} '{where}'" if where else self.kind
 
     def tensor(self, tensor: Tensor, where: str, parameter: Tensor | None) -> None:
+        """Notes a tensor."""
         if id(tensor) in self.parameters:
             if self.kind == "attribute":
                 self.holdings.mentioned.add(id(tensor))
@@ -248,20 +260,8 @@ class _Look:
             self.known[id(tensor)] = Kept(type(self.optimizer).__name__, self.place(where), tensor, parameter)
             self.holdings.kept.append(self.known[id(tensor)])
         elif self.known[id(tensor)].parameter is None and parameter is not None:
-            self.known[id(tensor)].parameter = parameter  # reached by another way before
+            self.known[id(tensor)].parameter = parameter  # reached on another path before
 
 
 def _same_list(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
-    """An object's attributes, those in slots too."""
-    slots = [slot for cls in type(thing).__mro__ for slot in _slots(cls)]
-    for name in dict.fromkeys([*slots, *getattr(thing, "__dict__", ())]):
-        yield name, getattr(thing, name, None)
-
-
-def _slots(cls: type) -> Sequence[str]:
-    slots = cls.__dict__.get("__slots__", ())
-    return [slots] if isinstance(slots, str) else [slot for slot in slots if not slot.startswith("__")]

@@ -47,12 +47,12 @@ NO_FOLLOWERS = {
     "SafeFP16Optimizer": MASTERS,
 }
 WAY_OUT = "Use an optimizer whose state has its parameters' shapes (SGD, Adam, AdamW, RMSprop, ...)."
-# Of a parameter with as many dimensions; all sizes differ, so that no shape is another's by chance.
+# Shapes of the trial's parameters, by number of dimensions; sizes differ, so that no shape equals another by chance.
 TRIAL_SHAPES = {0: (), 1: (11,), 2: (7, 5), 3: (7, 5, 3), 4: (7, 5, 3, 2), 5: (7, 5, 3, 2, 13)}
 
 
 class OptimizerList(list[Optimizer]):
-    """Optimizers, and in `holdings` what they keep, once `check_optimizers` has looked."""
+    """A list of optimizers, and in `holdings` what they keep, once `check_optimizers` has searched them."""
 
     holdings: Holdings | None = None
 
@@ -61,16 +61,16 @@ def as_list(optimizer: Optimizer | Sequence[Optimizer] | None) -> OptimizerList:
     """One optimizer, several, or none, as a list.
 
     Raises:
-        InputError: one that is no optimizer.
+        InputError: something in it is no optimizer.
     """
     if optimizer is None:
         return OptimizerList()
     optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-    for each in optimizers:
-        wraps = hasattr(each, "zero_grad") and any(map(is_optimizer, getattr(each, "__dict__", {}).values()))
-        if not is_optimizer(each) and (isinstance(each, nn.Module) or not wraps):
+    for one in optimizers:
+        wraps = hasattr(one, "zero_grad") and any(map(is_optimizer, getattr(one, "__dict__", {}).values()))
+        if not is_optimizer(one) and (isinstance(one, nn.Module) or not wraps):
             raise InputError(
-                f"a {type(each).__name__} is no optimizer; pass a torch.optim optimizer, or a list of them."
+                f"a {type(one).__name__} is no optimizer; pass a torch.optim optimizer, or a list of them."
             )
     return OptimizerList(optimizers)
 
@@ -94,8 +94,8 @@ def check_at_construction(
     """Refuses, before any training, optimizers that could not follow a pruned model; returns the others.
 
     Most have no state yet. So each that is a plain optimizer takes a trial step on a copy of itself with tiny
-    parameters of its own, after which the copy's state is looked at; optimizer, model and random numbers stay as they
-    are. An optimizer that cannot be tried so is looked at again before each reconfiguration.
+    parameters of its own, after which the copy's state is checked; optimizer, model and random numbers stay as they
+    are. An optimizer that cannot be tried so is checked again before each reconfiguration.
 
     Raises:
         InputError: as `check_optimizers`.
@@ -108,8 +108,8 @@ def check_at_construction(
             if _misfit(kept, set(), 0):
                 assert kept.parameter is not None
                 raise InputError(
-                    f"{_said(kept)} for a parameter of shape, say, {tuple(kept.parameter.shape)}; it cannot be sliced "
-                    f"with the channels, so this optimizer cannot be used. {WAY_OUT}"
+                    f"{_description(kept)} for a parameter of shape, say, {tuple(kept.parameter.shape)}; it cannot be "
+                    f"sliced with the channels, so this optimizer cannot be used. {WAY_OUT}"
                 )
     return optimizers
 
@@ -117,16 +117,16 @@ def check_at_construction(
 def check_optimizers(
     model: nn.Module, optimizers: Sequence[Optimizer], touched: set[int], also: Sequence[nn.Module] = ()
 ) -> None:
-    """Everything the optimizers hold can follow, or an error before anything is changed.
+    """Checks that everything the optimizers hold can follow, before anything is changed.
 
     Args:
         model: the network, whose trained parameters they must hold.
-        optimizers: from `as_list`; what is found out is kept there for `slice_state` and `drop`.
-        touched: parameters that will be cut or go, by `id`.
+        optimizers: from `as_list`, which keeps the holdings for `slice_state` and `drop`.
+        touched: ids of the parameters that will be cut or go.
         also: copies of the model that are pruned with it: an optimizer may hold them.
 
     Raises:
-        InputError: a parameter that none of them holds, or one of them keeps what cannot be cut.
+        InputError: none of them holds a certain parameter, or one of them keeps what cannot be cut.
     """
     if not optimizers:
         return
@@ -149,17 +149,18 @@ def check_optimizers(
     shapes = {tuple(p.shape) for p in parameters}
     smallest = min((p.numel() for p in parameters if p.dim() > 1), default=0)
     for kept in holdings.kept:
-        why = _misfit(kept, shapes, smallest)
-        if why:
-            of = ""
+        misfit = _misfit(kept, shapes, smallest)
+        if misfit:
+            target = ""
             if kept.parameter is not None:
                 name, shape = names.get(id(kept.parameter), "?"), tuple(kept.parameter.shape)
-                of = f" for the parameter '{name}' of shape {shape}"
-            raise InputError(f"{_said(kept)}{of}; {why}, so nothing was pruned. {WAY_OUT}")
+                target = f" for the parameter '{name}' of shape {shape}"
+            raise InputError(f"{_description(kept)}{target}; {misfit}, so nothing was pruned. {WAY_OUT}")
 
 
 def _check_held(model: nn.Module, holdings: Holdings, names: dict[int, str]) -> None:
-    """The optimizers hold every parameter that is trained, and wrapped ones no others than those around them."""
+    """Raises InputError unless the optimizers hold every parameter that is trained, and wrapped ones hold no parameters
+    but those of the optimizers around them."""
     outside = {id(p) for o in holdings.optimizers if id(o) not in holdings.wrapped for p in params_of(o)}
     held = outside | {id(p) for o in holdings.optimizers for p in params_of(o)}
     parameters = list(model.parameters())
@@ -185,7 +186,7 @@ def _check_held(model: nn.Module, holdings: Holdings, names: dict[int, str]) -> 
 
 
 def _check_copies(model: nn.Module, holdings: Holdings, also: Sequence[nn.Module]) -> None:
-    """An optimizer holds no copy of the model that would stay as it is."""
+    """Raises InputError if an optimizer holds a copy of the model that would not follow."""
     if not holdings.modules:
         return
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -200,10 +201,13 @@ def _check_copies(model: nn.Module, holdings: Holdings, also: Sequence[nn.Module
 
 
 def _misfit(kept: Kept, shapes: set[tuple[int, ...]], smallest: int) -> str:
-    """Why a tensor cannot follow, in words; nothing if it can, or need not.
+    """Why a tensor cannot follow, in words; empty if it can, or need not.
 
-    shapes, smallest: of the parameters that change their shape, and the fewest elements of one with two dimensions:
-    a tensor as large that nothing ties to a parameter may be many of them in one.
+    Args:
+        kept: what an optimizer keeps.
+        shapes: the shapes of the parameters that change.
+        smallest: the fewest elements of any of these with two or more dimensions; a tensor as large that nothing ties
+            to a parameter may be many of them in one.
     """
     tensor, parameter = kept.tensor, kept.parameter
     if tensor is None:
@@ -222,20 +226,21 @@ def _misfit(kept: Kept, shapes: set[tuple[int, ...]], smallest: int) -> str:
     return ""
 
 
-def _said(kept: Kept) -> str:
+def _description(kept: Kept) -> str:
+    """The beginning of a sentence that says what an optimizer keeps."""
     article = "an" if kept.where.startswith("a") else "a"
     if kept.tensor is not None:
-        what = f"of shape {tuple(kept.tensor.shape)}"
+        shape = f"of shape {tuple(kept.tensor.shape)}"
     else:
-        what = f"that notes the shape {tuple(kept.parameter.shape) if kept.parameter is not None else ()}"
-    return f"{kept.optimizer} keeps {article} {kept.where} {what}"
+        shape = f"that notes the shape {tuple(kept.parameter.shape) if kept.parameter is not None else ()}"
+    return f"{kept.optimizer} keeps {article} {kept.where} {shape}"
 
 
 # -- a trial -----------------------------------------------------------------------------------------------------------
 
 
 def _trial(optimizer: Any) -> Holdings | None:
-    """What a copy of an optimizer keeps after a step on tiny parameters; None if it cannot be tried."""
+    """The holdings of a copy of an optimizer after a step on tiny parameters; None if it cannot be tried."""
     if hasattr(type(optimizer), "follows_by_itself") or not isinstance(optimizer, Optimizer):
         return None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -247,14 +252,15 @@ def _trial(optimizer: Any) -> Holdings | None:
             warnings.simplefilter("ignore")
             copied = _tiny_copy(optimizer)
             return None if copied is None else _stepped(copied)
-    except Exception:  # it does not work so: whatever it says is about the trial, not about the user's network
+    except Exception:  # about the trial, not about the user's network
         return None
     finally:
         put_back()
 
 
 def _tiny_copy(optimizer: Optimizer) -> Any | None:
-    """A copy with groups of tiny parameters and without state; None where more than plain values makes an optimizer."""
+    """A copy of an optimizer with groups of tiny parameters and no state; None if it has other attributes than plain
+    values."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     groups: list[dict[str, Any]] = []
     lists: dict[int, list[Tensor]] = {}
@@ -286,6 +292,7 @@ def _tiny_copy(optimizer: Optimizer) -> Any | None:
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether a value, and all in it, can be copied without side effects."""
     if isinstance(value, Mapping):
         return all(_is_plain(part) for pair in value.items() for part in pair)
     if isinstance(value, list | tuple | set):
@@ -294,7 +301,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _stepped(optimizer: Any) -> Holdings:
-    """After a step, with a closure where it needs one."""
+    """The holdings of an optimizer after a step, with a closure where it needs one."""
 
     def closure() -> Tensor:
         return sum((p.detach().square().sum() for p in params_of(optimizer)), torch.zeros((), device="cpu"))
@@ -311,7 +318,7 @@ def _stepped(optimizer: Any) -> Holdings:
 
 
 def slice_state(optimizers: Sequence[Optimizer], tensor: Tensor, cut: Callable[[Tensor], Tensor], undo: Undo) -> None:
-    """Cuts every tensor that is kept for a parameter and has its shape; to be called while that has its old shape.
+    """Cuts every tensor that is kept for a parameter and has its shape; call it while the parameter has its old shape.
 
     The tensors stay the same objects, as parameters do: whoever holds one holds the right one.
     """
@@ -319,12 +326,12 @@ def slice_state(optimizers: Sequence[Optimizer], tensor: Tensor, cut: Callable[[
         before = kept.data
         _later(undo, lambda kept=kept, before=before: setattr(kept, "data", before))  # type: ignore[misc]
         with torch.no_grad():
-            kept.data = cut(kept)  # the object itself, by which a caller may know what it is
+            kept.data = cut(kept)  # the object itself, by which `cut` may know which state it is
 
 
 def drop(optimizers: Sequence[Optimizer], gone: set[int], undo: Undo) -> None:
-    """Takes removed parameters and what is kept for them out of the optimizers; a group left empty stays, schedulers
-    count it.
+    """Takes removed parameters, and what is kept for them, out of the optimizers; an empty group stays, because
+    schedulers count it.
 
     Raises:
         InputError: an optimizer keeps something for them in a tuple.
@@ -332,22 +339,26 @@ def drop(optimizers: Sequence[Optimizer], gone: set[int], undo: Undo) -> None:
     if not gone:
         return
     holdings = _holdings(optimizers)
-    for each, parameters in holdings.beside:
-        paired = any(one is not p for one, p in zip(each, parameters, strict=True))
-        if not isinstance(each, list) and paired and not gone.isdisjoint(map(id, parameters)):
+    for entries, parameters in holdings.beside:
+        paired = any(entry is not p for entry, p in zip(entries, parameters, strict=True))
+        if not isinstance(entries, list) and paired and not gone.isdisjoint(map(id, parameters)):
             raise InputError(
-                f"an optimizer keeps tensors for its parameters in a {type(each).__name__}, from which those of "
+                f"an optimizer keeps tensors for its parameters in a {type(entries).__name__}, from which those of "
                 "removed layers cannot be taken; keep them in a list or in `state`."
             )
     lists = {id(g["params"]): (g["params"], g["params"]) for o in holdings.optimizers for g in groups_of(o)}
-    lists |= {id(each): (each, of) for each, of in holdings.beside if isinstance(each, list) and id(each) not in lists}
-    for each, parameters in lists.values():
-        held = list(each)
-        left = [one for one, p in zip(held, list(parameters), strict=True) if id(p) not in gone]
-        if len(left) < len(held):
-            # The list stays the same object: some optimizers keep one of their own to it.
-            _later(undo, lambda each=each, held=held: each.__setitem__(slice(None), held))  # type: ignore[misc]
-            each[:] = left
+    lists |= {
+        id(entries): (entries, parameters)
+        for entries, parameters in holdings.beside
+        if isinstance(entries, list) and id(entries) not in lists
+    }
+    for entries, parameters in lists.values():
+        before = list(entries)
+        remaining = [entry for entry, p in zip(before, list(parameters), strict=True) if id(p) not in gone]
+        if len(remaining) < len(before):
+            # The list stays the same object: some optimizers keep a reference to it.
+            _later(undo, lambda entries=entries, before=before: entries.__setitem__(slice(None), before))  # type: ignore[misc]
+            entries[:] = remaining
     mappings = {id(mapping): mapping for mapping, _, parameter in holdings.keyed if id(parameter) in gone}
     keys = {id(mapping): [] for mapping in mappings.values()}  # type: dict[int, list[Any]]
     for mapping, key, parameter in holdings.keyed:
@@ -367,11 +378,13 @@ def _refill(mapping: Any, entries: dict[Any, Any]) -> None:
 
 
 def _holdings(optimizers: Sequence[Optimizer]) -> Holdings:
+    """What the optimizers keep: as `check_optimizers` has noted it, or from a new search."""
     known = optimizers.holdings if isinstance(optimizers, OptimizerList) else None
     return holdings_of(optimizers) if known is None else known
 
 
 def _later(undo: Undo, step: Callable[[], Any]) -> None:
+    """Notes a step that undoes a change."""
     if isinstance(undo, ExitStack):
         undo.callback(step)
     else:

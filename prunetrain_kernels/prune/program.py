@@ -34,10 +34,10 @@ class Export:
     """A written program.
 
     Attributes:
-        path, format, bytes: of the file.
-        batches: the batch sizes it was checked with.
-        max_abs_dy, scale: largest difference from the model's output there, and that output's largest absolute value.
-        checked_with: what ran it.
+        path, format, bytes: path, format and size of the file.
+        batches: the batch sizes with which it was checked.
+        max_abs_dy, scale: largest difference from the model's output, and that output's largest absolute value.
+        checked_with: the library that ran it.
     """
 
     path: Path
@@ -70,11 +70,11 @@ def export_program(
         example_inputs: its positional arguments, dimension 0 the batch; they decide dtype, device and image size.
         path: the file, replaced only by a checked one.
         format: "torch" (`torch.export`, .pt2), "onnx" (needs onnx and onnxscript), or "torchscript" (traced, .pt); by
-            default what the file's name says.
+            default the one that the file's name tells.
 
     Raises:
-        InputError: an unknown format, a missing package, a model that cannot be exported, does not take batches of
-            other sizes or returns nothing finite to compare, or a file that cannot be written.
+        InputError: the format is unknown or a package is missing; the model cannot be exported, does not take batches
+            of other sizes or returns nothing finite to compare; or the file cannot be written.
         PruneTrainError: the program computes something else than the model; nothing was written.
     """
     path = Path(path)
@@ -91,13 +91,14 @@ def export_program(
         raise
     except Exception as error:
         raise InputError(f"{type(model).__name__} cannot be exported as {format}: {_why(error)}.") from error
-    checks = [_check(model, program, format, each) for each in inputs]
+    checks = [_check(model, program, format, examples) for examples in inputs]
     write_atomically(path, data)
     moved, scale = (max(side) for side in zip(*checks, strict=True))
     return Export(path, format, len(data), BATCHES, moved, scale, checked_with)
 
 
 def _format_of(path: Path, format: str | None) -> str:
+    """The format to write; raises InputError if it is unknown, or the file has no folder."""
     by_name = {ending: name for name, ending in FORMATS.items()}
     if format is None and path.suffix not in by_name:
         raise InputError(f"'{path}' does not say the format; let it end in {', '.join(by_name)}, or give the format.")
@@ -109,21 +110,26 @@ def _format_of(path: Path, format: str | None) -> str:
 
 
 def _check(model: nn.Module, program: Program, format: str, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
-    """How far the program's output is from the model's, and the latter's scale; raises where that is too far."""
+    """The largest difference of the program's output from the model's, and the scale of the model's.
+
+    Raises:
+        InputError: the program does not take such a batch, or nothing can be compared.
+        PruneTrainError: the difference is too large.
+    """
     with looking(model):
         expected = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
     batch = len(inputs[0])
     try:
-        got = program(inputs)
+        outputs = program(inputs)
     except Exception as error:
         raise InputError(f"the {format} program does not take a batch of {batch}: {_why(error)}.") from error
-    if [y.shape for y in got] != [y.shape for y in expected]:
-        shapes = [tuple(y.shape) for y in got]
+    if [y.shape for y in outputs] != [y.shape for y in expected]:
+        shapes = [tuple(y.shape) for y in outputs]
         raise InputError(
             f"the {format} program gives {shapes} for a batch of {batch}; the model computes with its batch size as a "
             "plain number, which such a program cannot follow."
         )
-    gap = difference(*({str(i): y.detach().cpu() for i, y in enumerate(outputs)} for outputs in (expected, got)))
+    gap = difference(*({str(i): y.detach().cpu() for i, y in enumerate(side)} for side in (expected, outputs)))
     if not gap.compared:
         raise InputError(
             f"nothing of {type(model).__name__}'s output is finite for a batch of {batch}, so the {format} program "
@@ -139,11 +145,12 @@ def _check(model: nn.Module, program: Program, format: str, inputs: tuple[Tensor
 
 
 def _of_batch(inputs: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
-    """The examples over and over."""
+    """A batch of that size, of the examples over and over."""
     return tuple(x.detach()[torch.arange(batch, device=x.device) % len(x)] for x in inputs)
 
 
 def _dynamic(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
+    """The shapes of the inputs for torch.export: dimension 0 of each is the same variable."""
     batch = torch.export.Dim("batch")
     return tuple({0: batch} for _ in inputs)
 
@@ -170,32 +177,32 @@ def _write_onnx(plain: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[bytes, Pr
         import onnxscript  # noqa: F401  # torch.onnx needs it
     except ImportError as error:
         raise InputError(NEEDS_ONNX) from error
-    done = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=_dynamic(inputs), verbose=False)
-    assert done is not None
-    data = done.model_proto.SerializeToString()
+    exported = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=_dynamic(inputs), verbose=False)
+    assert exported is not None
+    data = exported.model_proto.SerializeToString()
     try:
         import onnxruntime
     except ImportError:
         from onnx.reference import ReferenceEvaluator
 
         evaluator = ReferenceEvaluator(onnx.load_from_string(data))
-        names, by = evaluator.input_names, "onnx's reference evaluator"
+        names, checked_with = evaluator.input_names, "onnx's reference evaluator"
     else:
         evaluator = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-        names, by = [value.name for value in evaluator.get_inputs()], "onnxruntime"
+        names, checked_with = [value.name for value in evaluator.get_inputs()], "onnxruntime"
 
     def run(x: tuple[Tensor, ...]) -> list[Tensor]:
-        given = {name: tensor.cpu().numpy() for name, tensor in zip(names, x, strict=True)}
-        return [torch.from_numpy(y) for y in evaluator.run(None, given)]
+        feeds = {name: tensor.cpu().numpy() for name, tensor in zip(names, x, strict=True)}
+        return [torch.from_numpy(y) for y in evaluator.run(None, feeds)]
 
-    return data, run, by
+    return data, run, checked_with
 
 
 WRITERS = {"torch": _write_torch, "onnx": _write_onnx, "torchscript": _write_torchscript}
 
 
 def _why(error: Exception) -> str:
-    """The innermost cause, in one line."""
+    """The first line of the innermost cause of an error."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return first_line(error)

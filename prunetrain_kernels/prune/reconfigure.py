@@ -41,12 +41,12 @@ from prunetrain_kernels.prune.measure import (
     check_tolerance,
     check_zeroing,
     comparison_of,
-    failed_after,
+    failure_after_pruning,
     zeroing_difference,
 )
 from prunetrain_kernels.prune.optimizers import all_optimizers, as_list, check_optimizers, drop, slice_state
 from prunetrain_kernels.prune.slices import (
-    Sent,
+    DeviceIndices,
     Slicing,
     is_momentum,
     set_data,
@@ -112,9 +112,9 @@ def reconfiguring(
     zeroing_tolerance: float = ZEROING_TOLERANCE,
     keep_momentum: bool = False,
 ) -> Iterator[Reconfiguration]:
-    """`reconfigure` for as long as the `with` block goes well: whatever is raised inside it, `KeyboardInterrupt` and
-    `MemoryError` too, undoes the reconfiguration to the last bit. For what must be found out about the pruned model
-    before one can go on with it. Arguments and errors are those of `reconfigure`."""
+    """`reconfigure` that lasts only if the `with` block ends well: whatever is raised inside it, `KeyboardInterrupt`
+    and `MemoryError` too, undoes the reconfiguration to the last bit. So the pruned model can be tried before it is
+    accepted. Arguments and errors are those of `reconfigure`."""
     start = time.perf_counter()
     check_tolerance(zeroing_tolerance)
     plan = _planned(model, optimizer, keep, also, keep_momentum=keep_momentum)
@@ -139,7 +139,7 @@ def reconfiguring(
             also_max_abs_dy=tuple(moved.largest for moved in moves.also),
             compared=str(moves.comparison or ""),
         )
-        undo.pop_all()  # it went well: nothing is undone
+        undo.pop_all()  # the block ended well: nothing is undone
 
 
 def _count(model: nn.Module) -> int:
@@ -151,13 +151,13 @@ def _count(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What would be done; nothing is changed yet.
+    """A reconfiguration that is decided, but not begun.
 
     Attributes:
         model, copies: the network, and those that follow it.
         zeroings: weights with sparse slices, and (dimension, indices) of these.
-        slicings: what is kept of the tensors of all of them.
-        stand_ins: for the model and each copy, modules that take over from dead branches.
+        slicings: the part to keep of each tensor of all of them.
+        stand_ins: for the model and each copy, the modules that replace dead branches, by name.
         gone: ids of the parameters that go with the branches.
         prunes: some tensor is cut or some module replaced.
         changes: that, or some layer is computed in another form.
@@ -187,18 +187,21 @@ def _planned(
     *,
     keep_momentum: bool,
 ) -> _Plan:
+    """The plan; raises InputError where the model, or a copy, is not the one `keep` was chosen for."""
     model, _ = unwrapped(model)
     keep.graph.check(model)
     optimizers = as_list(optimizer)
     copies = [copy.network for copy in copies_of(model, also)]
-    slicings = [slicing for each in (model, *copies) for slicing in slicings_of(each, keep)]
+    slicings = [slicing for network in (model, *copies) for slicing in slicings_of(network, keep)]
     if keep_momentum:
         slicings = [slicing.with_momentum() for slicing in slicings if slicing.cuts]
     stand_ins = [
-        {name: new for branch in keep.branches for name, new in replacements(each, branch).items()}
-        for each in (model, *copies)
+        {name: new for branch in keep.branches for name, new in replacements(network, branch).items()}
+        for network in (model, *copies)
     ]
-    gone = set().union(*(parameters_that_go(each, new) for each, new in zip((model, *copies), stand_ins, strict=True)))
+    gone = set().union(
+        *(parameters_that_go(network, new) for network, new in zip((model, *copies), stand_ins, strict=True))
+    )
     prunes = any(slicing.cuts for slicing in slicings) or bool(stand_ins[0])
     return _Plan(
         model=model,
@@ -215,6 +218,7 @@ def _planned(
 
 
 def _zeroings(model: nn.Module, keep: Keep) -> list[tuple[Tensor, list[tuple[int, Tensor]]]]:
+    """The weights with sparse slices, as in `_Plan`."""
     modules, zeroings = dict(model.named_modules()), []
     for layer in keep.graph.layers.values():
         weight = modules[layer.name]._parameters["weight"]
@@ -238,7 +242,7 @@ def _regates(model: nn.Module, keep: Keep) -> bool:
 
 
 def _check(plan: _Plan) -> None:
-    """Everything that the optimizers hold can follow, or an error."""
+    """Raises InputError where something that the optimizers hold could not follow."""
     cut = {id(s.tensor) for s in plan.slicings if s.cuts and isinstance(s.tensor, nn.Parameter)}
     check_optimizers(plan.model, plan.optimizers, cut | plan.gone, plan.copies)
 
@@ -248,7 +252,12 @@ def _check(plan: _Plan) -> None:
 
 @dataclass(frozen=True)
 class _Moves:
-    """How far the outputs moved, and the scale of the model's before; what was compared, None for nothing."""
+    """The differences that a reconfiguration made in the outputs, and the scale of the model's before.
+
+    Attributes:
+        comparison: what was compared; None for nothing.
+        also: the differences in the outputs of the copies.
+    """
 
     comparison: Comparison | None = None
     scale: float = 0.0
@@ -259,9 +268,8 @@ class _Moves:
 
 def _apply_and_measure(plan: _Plan, zeroing_tolerance: float, undo: ExitStack) -> _Moves:
     """Carries the plan out, each step with its undoing; raises where it moves the outputs too far."""
-    # Slices that hold nothing but zeros already, as after a proximal step, need no copy of the weight, and the outputs
-    # no second look.
-    zeroes = any(_holds_others(weight, slices) for weight, slices in plan.zeroings)
+    # Slices that are all zeros already, as after a proximal step, need no copy of the weight and no second measurement.
+    zeroes = any(_has_nonzeros(weight, slices) for weight, slices in plan.zeroings)
     if not (plan.changes or zeroes):
         _forget_momentum(plan, undo)
         return _Moves()
@@ -281,13 +289,13 @@ def _apply_and_measure(plan: _Plan, zeroing_tolerance: float, undo: ExitStack) -
     copies_before = [_evaluated(copy, x) for copy, x in zip(plan.copies, copies_inputs, strict=True)]
     if plan.prunes:
         _slice_all(plan, undo)
-        for each, new in zip(plan.models, plan.stand_ins, strict=True):
-            _replace(each, new, undo)
+        for network, new in zip(plan.models, plan.stand_ins, strict=True):
+            _replace(network, new, undo)
         drop(plan.optimizers, plan.gone, _journal(undo))
-        for each in plan.models:
-            _tell_the_truth(each, plan.keep, undo)
-    for each in plan.models:
-        _gate(each, plan.keep, undo)
+        for network in plan.models:
+            _set_sizes(network, plan.keep, undo)
+    for network in plan.models:
+        _gate(network, plan.keep, undo)
     _forget_momentum(plan, undo)
     pruned = _outputs_after(model, comparison, inputs)
     copies_after = [
@@ -303,28 +311,29 @@ def _evaluated(model: nn.Module, inputs: tuple[Tensor, ...]) -> Outputs:
 
 
 def _outputs_after(model: nn.Module, comparison: Comparison, inputs: tuple[Tensor, ...]) -> Outputs:
+    """The outputs of a changed model; raises PruneTrainError where it does not run any more."""
     try:
         return comparison.outputs(model, inputs)
     except Exception as error:
-        raise failed_after(error) from error
+        raise failure_after_pruning(error) from error
 
 
 def _journal(undo: ExitStack) -> list[Callable[[], None]]:
-    """A list for functions that note there how to undo what they do: its steps are undone with `undo`, the last one
-    first, each of them even where another fails."""
+    """A list in which functions note how to undo what they do. Its steps are run with `undo`, the last one first, and
+    each of them even if another fails."""
     steps: list[Callable[[], None]] = []
 
     def undo_all() -> None:
-        with ExitStack() as each:
+        with ExitStack() as stack:
             for step in steps:
-                each.callback(step)
+                stack.callback(step)
 
     undo.callback(undo_all)
     return steps
 
 
-def _holds_others(weight: Tensor, slices: list[tuple[int, Tensor]]) -> bool:
-    """Whether there is anything but zeros in some slices."""
+def _has_nonzeros(weight: Tensor, slices: list[tuple[int, Tensor]]) -> bool:
+    """Whether some slices of a weight have anything but zeros."""
     return any(bool(weight.detach().index_select(dim, indices).any()) for dim, indices in slices)
 
 
@@ -341,14 +350,14 @@ def _zero_slices(plan: _Plan, undo: ExitStack) -> None:
 
 def _slice_all(plan: _Plan, undo: ExitStack) -> None:
     """Cuts every tensor, and the optimizers' state with it."""
-    sent, journal = Sent(), _journal(undo)
+    indices, journal = DeviceIndices(), _journal(undo)
     for slicing in plan.slicings:
         if not slicing.cuts:
             continue
         tensor, data = slicing.tensor, slicing.tensor.data
-        slice_state(plan.optimizers, tensor, lambda state, slicing=slicing: slicing.of(state, sent), journal)  # type: ignore[misc]
+        slice_state(plan.optimizers, tensor, lambda state, slicing=slicing: slicing.cut(state, indices), journal)  # type: ignore[misc]
         undo.callback(_restore, tensor, data, tensor.grad)
-        set_data(tensor, slicing.of(data, sent))
+        set_data(tensor, slicing.cut(data, indices))
 
 
 def _restore(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
@@ -358,7 +367,7 @@ def _restore(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
 
 def _forget_momentum(plan: _Plan, undo: ExitStack) -> None:
     """Sets the momentum of slices that were set to zero and stay to zero."""
-    sent, journal = Sent(), _journal(undo)
+    indices, journal = DeviceIndices(), _journal(undo)
     for slicing in plan.slicings:
         if not slicing.zeros:
             continue
@@ -369,7 +378,7 @@ def _forget_momentum(plan: _Plan, undo: ExitStack) -> None:
         }
 
         def forgotten(state: Tensor, slicing: Slicing = slicing, names: dict[int, str] = names) -> Tensor:
-            return slicing.zeroed(state, sent) if is_momentum(names.get(id(state), ""), state) else state
+            return slicing.zeroed(state, indices) if is_momentum(names.get(id(state), ""), state) else state
 
         slice_state(plan.optimizers, slicing.tensor, forgotten, journal)
 
@@ -380,29 +389,29 @@ def _replace(model: nn.Module, stand_ins: dict[str, nn.Module], undo: ExitStack)
         swap_in(model, stand_ins)
 
 
-def _tell_the_truth(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
-    """Module attributes such as `out_channels` say what the tensors are."""
+def _set_sizes(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
+    """Sets module attributes such as `out_channels` to the sizes of the tensors."""
     spaces = {layer.name: (layer.output, 1) for layer in keep.graph.layers.values()}
     spaces |= {follower.name: (follower.space, follower.block) for follower in keep.graph.followers.values()}
     for name, (space, block) in spaces.items():
         module = model.get_submodule(name)
-        told = sizes_told_by(module)
+        sizes = sizes_told_by(module)
         for attribute in size_without_tensor(module):
-            told[attribute] = len(keep.channels[space]) * block
-        for attribute, value in told.items():
+            sizes[attribute] = len(keep.channels[space]) * block
+        for attribute, value in sizes.items():
             undo.callback(setattr, module, attribute, getattr(module, attribute))
             setattr(module, attribute, value)
 
 
 def _pair_again(conv: GatedConv2d, batch_norm: BatchNormAct2d) -> None:
-    """As `pair`, while sizes may not be what they were yet."""
+    """Does as `pair`, but without its check: while changes are undone the sizes may not fit yet."""
     conv.paired = True
     batch_norm.__dict__["_places_of"] = (conv,)
 
 
 def _gate(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
-    """Convolutions whose weights hold their live channels by now become gated ones, or plain ones again; and what
-    places their outputs."""
+    """Makes convolutions, whose weights have only their live channels by now, gated or plain; and lets the batch norms
+    behind gated ones place their outputs."""
     graph, modules = keep.graph, dict(model.named_modules())
     for module in modules.values():
         if isinstance(module, BatchNormAct2d) and isinstance(module.places_of, GatedConv2d):
@@ -417,11 +426,11 @@ def _gate(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
         undo.callback(restore_gating_, conv, gating_of(conv))
         kept = keep.channels[layer.input], keep.channels[layer.output]
         inputs, outputs = (
-            None if len(live) == len(all_) else ChannelIndex(torch.isin(all_, live).nonzero().flatten(), len(all_))
-            for live, all_ in zip(keep.live[layer.name], kept, strict=True)
+            None if len(live) == len(side) else ChannelIndex(torch.isin(side, live).nonzero().flatten(), len(side))
+            for live, side in zip(keep.live[layer.name], kept, strict=True)
         )
         backend = choice.form.backend or None if choice else None
-        gate_(conv, len(kept[0]), len(kept[1]), inputs, outputs, backend)
+        gate_(conv, len(kept[0]), len(kept[1]), inputs, outputs, backend=backend)
         behind = batch_norm_behind(graph, modules, layer.name)
         if isinstance(conv, GatedConv2d) and outputs is not None and behind is not None:
             batch_norm = modules[behind]

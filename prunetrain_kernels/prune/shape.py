@@ -1,7 +1,7 @@
-"""A network's shape as plain values, and a network brought to a shape that it, or its like, had at another time.
+"""A network's shape as plain values, and a network brought to a shape that was described before.
 
-For checkpoints that other programs write and read, which load a `state_dict` into a module of the right shape: they
-keep `describe_shape(model)` beside it, and call `restore_shape` before they load. `load_pruned` has its own way.
+This is for other programs' checkpoints, where a `state_dict` is loaded into a module of the right shape: such a program
+saves `describe_shape(model)` too, and calls `restore_shape` before it loads. `load_pruned` has a way of its own.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ INDICES = tuple(f".{side}_{what}" for side in SIDES for what in ("index", "inver
 
 
 def describe_shape(model: nn.Module) -> Shape:
-    """What of a model's present shape its `state_dict` does not tell: stand-ins of removed layers, gated convolutions,
-    sizes without a tensor. Plain values."""
+    """The part of a model's present shape that its `state_dict` does not tell, as plain values: stand-ins of removed
+    layers, gated convolutions, sizes without a tensor."""
     return {
         "stand_ins": describe_stand_ins(model),
         "gated": describe_gating(model),
@@ -39,28 +39,29 @@ def restore_shape(
 ) -> None:
     """Brings `model`, in place, to the shape in which `state` was saved; `model.load_state_dict(state)` works then.
 
-    Larger or smaller: a model that was pruned meanwhile goes back too. Parameter objects stay the same.
+    The shape may be larger or smaller: a model that was pruned meanwhile goes back too. Parameter objects stay the
+    same.
 
     Args:
-        model: of the architecture that was saved.
-        shape: of `describe_shape`; None for a model that was not pruned.
-        state: the model's `state_dict()`, saved with it; only its shapes are looked at.
-        built: the model's modules by name as it was built, to take layers back from that were removed since; not needed
-            for a freshly built model.
+        model: a model of the architecture that was saved.
+        shape: from `describe_shape`; None for a model that was not pruned.
+        state: the `state_dict()` that was saved with it; only its shapes are used.
+        built: the modules that the model was built with, by name: layers that were removed since are taken from here;
+            not needed for a freshly built model.
 
     Raises:
         CheckpointError: the saved model was of another network; nothing was changed then.
     """
     shape = shape or {"stand_ins": {}, "gated": {}, "sizes": {}}
-    mine = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if shape == describe_shape(model) and mine == {name: tensor.shape for name, tensor in state.items()}:
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if shape == describe_shape(model) and shapes == {name: tensor.shape for name, tensor in state.items()}:
         return
-    there = built or {}
+    built = built or {}
     removed = describe_stand_ins(model)
-    unknown = [name for name in removed if name not in there]
+    unknown = [name for name in removed if name not in built]
     if unknown:
         raise CheckpointError(f"'{unknown[0]}' was removed from this model already; load into a freshly built one.")
-    before = swap_in(model, {name: there[name] for name in removed})
+    before = swap_in(model, {name: built[name] for name in removed})
     try:
         stand_ins = restore_stand_ins(model, shape["stand_ins"])
         _check(model, shape, state)
@@ -85,11 +86,12 @@ def restore_shape(
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, under all their names."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _check(model: nn.Module, shape: Shape, state: dict[str, Tensor]) -> None:
-    """The saved tensors differ from the model's in numbers of channels only."""
+    """Raises CheckpointError unless the saved tensors differ from the model's in numbers of channels only."""
     other, modules = "the checkpoint is of another network: ", dict(model.named_modules())
     for name in shape["gated"]:
         why = why_not_gated(modules[name]) if name in modules else "there is none"
@@ -100,5 +102,4 @@ def _check(model: nn.Module, shape: Shape, state: dict[str, Tensor]) -> None:
         if saved is None or name.endswith(INDICES):
             continue
         if saved.dim() != tensor.dim() or (tensor.numel() and saved.shape[2:] != tensor.shape[2:]):
-            here, there = tuple(tensor.shape), tuple(saved.shape)
-            raise CheckpointError(f"{other}'{name}' is {there} there and {here} here.")
+            raise CheckpointError(f"{other}'{name}' is {tuple(saved.shape)} there and {tuple(tensor.shape)} here.")

@@ -1,4 +1,4 @@
-"""How tensors are cut: what a reconfiguration keeps of each parameter and buffer, and which of it is set to zero."""
+"""The cuts of tensors: what a reconfiguration keeps of each parameter and buffer, and which part it sets to zero."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from prunetrain_kernels.graph.spaces import Layer, expand
 from prunetrain_kernels.nn.gated_conv import GatedConv2d
 from prunetrain_kernels.prune.branches import ConstantConv
 
-# What PyTorch's optimizers call the state that moves a weight on without a gradient.
+# Names in PyTorch's optimizers for state that moves a weight on without a gradient.
 MOMENTUM = frozenset({"momentum_buffer", "exp_avg"})
 
 
 @dataclass(frozen=True)
 class Slicing:
-    """One tensor of a module and what to keep of it.
+    """One tensor of a module and the part of it to keep.
 
     Attributes:
         cuts: (dimension, feature indices) pairs; -1 for a feature of zeros. Empty where the tensor stays as it is.
         zeros: (dimension, feature indices *after* the cuts) of the sparse slices that stay: another layer needs their
-            channels. The tensor is zero there, and its momentum is to be.
+            channels. The tensor is zero there, and its momentum is to become zero.
     """
 
     module: str
@@ -31,25 +31,25 @@ class Slicing:
     cuts: tuple[tuple[int, Tensor], ...]
     zeros: tuple[tuple[int, Tensor], ...] = ()
 
-    def of(self, tensor: Tensor, sent: "Sent") -> Tensor:
-        """What is kept of a tensor of this shape: a parameter, a buffer, or optimizer state."""
+    def cut(self, tensor: Tensor, indices: "DeviceIndices") -> Tensor:
+        """The kept part of a tensor of this shape: a parameter, a buffer, or optimizer state."""
         layout = memory_format(tensor)
         for dim, index in self.cuts:
-            there, absent = sent(index, tensor.device)
-            tensor = tensor.index_select(dim, there)
+            kept, absent = indices(index, tensor.device)
+            tensor = tensor.index_select(dim, kept)
             if absent is not None:
                 tensor.index_fill_(dim, absent, 0)
         return tensor.contiguous(memory_format=layout)
 
-    def zeroed(self, state: Tensor, sent: "Sent") -> Tensor:
+    def zeroed(self, state: Tensor, indices: "DeviceIndices") -> Tensor:
         """A copy of a tensor that is cut already, with zeros where the parameter was set to zero."""
         state = state.clone(memory_format=torch.preserve_format)
         for dim, index in self.zeros:
-            state.index_fill_(dim, sent(index, state.device)[0], 0)
+            state.index_fill_(dim, indices(index, state.device)[0], 0)
         return state
 
     def with_momentum(self) -> "Slicing":
-        """The same, but momentum stays."""
+        """This slicing, but without zeros, so that momentum stays."""
         return dataclasses.replace(self, zeros=())
 
 
@@ -65,15 +65,15 @@ def is_momentum(name: str, state: Tensor) -> bool:
     return name in MOMENTUM or state.is_complex() or bool((state < 0).any())
 
 
-class Sent:
-    """Indices on the devices where they are used, each sent once: layers that share channels share their index."""
+class DeviceIndices:
+    """Indices on the devices where they are used, each copied once: layers that share channels share their index."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[int, torch.device], tuple[Tensor, Tensor | None]] = {}
         self.alive: list[Tensor] = []  # or another index might get its id
 
     def __call__(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """The index, and where in it features of zeros are, None for nowhere."""
+        """An index on a device, and the positions in it of features of zeros; None if there are none."""
         key = (id(index), device)
         if key not in self.known:
             absent = (index < 0).nonzero().flatten()
@@ -83,7 +83,8 @@ class Sent:
 
 
 def slicings_of(model: nn.Module, keep: Keep) -> Iterator[Slicing]:
-    """Every parameter and buffer that loses channels, has them in another order, gets some back, or keeps zeros."""
+    """The slicing of every parameter and buffer that loses channels, gets them in another order, gets some back, or
+    keeps zeros."""
     graph, modules = keep.graph, dict(model.named_modules())
     moved = [
         not torch.equal(kept, torch.arange(s.size, device="cpu"))
@@ -99,7 +100,7 @@ def slicings_of(model: nn.Module, keep: Keep) -> Iterator[Slicing]:
             continue
         now, then = graph.computed(layer.name), keep.live[layer.name]
         sizes = graph.spaces[layer.input].size, graph.spaces[layer.output].size
-        inputs, outputs = (_places(a, b, size) for a, b, size in zip(now, then, sizes, strict=True))
+        inputs, outputs = (_positions(a, b, size) for a, b, size in zip(now, then, sizes, strict=True))
         dim_in, dim_out = layer.dims
         cuts = () if outputs is None else ((dim_out, outputs),)
         if inputs is not None:
@@ -120,7 +121,7 @@ def slicings_of(model: nn.Module, keep: Keep) -> Iterator[Slicing]:
 
 
 def _zeros_that_stay(layer: Layer, keep: Keep) -> tuple[tuple[int, Tensor], ...]:
-    """Sparse slices of a layer's weight among those that it will compute.
+    """The sparse slices of a layer's weight among those that it will compute, as in `Slicing.zeros`.
 
     Only its weight is meant. The batch norm behind a channel of zeros makes a constant of it that other layers read, so
     to zero its parameters too (the paper's section 1 speaks of them) would change the network's function; where nothing
@@ -134,19 +135,19 @@ def _zeros_that_stay(layer: Layer, keep: Keep) -> tuple[tuple[int, Tensor], ...]
     return tuple(zeros)
 
 
-def _places(now: Tensor, then: Tensor, size: int) -> Tensor | None:
-    """Where the channels `then` stand among those `now` computed, -1 for one that was not; None if nothing changes."""
+def _positions(now: Tensor, then: Tensor, size: int) -> Tensor | None:
+    """The positions of the channels `then` among the channels `now`, -1 for a missing one; None if nothing changes."""
     if torch.equal(now, then):
         return None
     if torch.equal(now, torch.arange(size, device="cpu")):
-        return then  # the very tensor, which others have too
-    places = torch.full((size,), -1, device="cpu")
-    places[now] = torch.arange(len(now), device="cpu")
-    return places[then]
+        return then  # the same object, which other layers have too
+    positions = torch.full((size,), -1, device="cpu")
+    positions[now] = torch.arange(len(now), device="cpu")
+    return positions[then]
 
 
 def sparse_features(layer: Layer, keep: Keep) -> tuple[Tensor, Tensor]:
-    """Indices of a weight's sparse slices along `layer.dims`, as it is now, on the CPU."""
+    """The indices of a weight's present sparse slices along `layer.dims`, on the CPU."""
     masks = keep.sparse[layer.name]
     computed_in, computed_out = keep.graph.computed(layer.name)
     inputs = expand(masks.inputs[computed_in].nonzero().flatten(), layer.block)
@@ -157,7 +158,7 @@ def sparse_features(layer: Layer, keep: Keep) -> tuple[Tensor, Tensor]:
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """channels_last for a tensor that is stored so and not also the plain way, as 1x1 weights are."""
+    """channels_last for a tensor that is stored so and is not contiguous as well, as 1x1 weights are."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim(), torch.contiguous_format)
     if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
         return last
@@ -179,7 +180,7 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
 
 
 def size_without_tensor(module: nn.Module) -> list[str]:
-    """Size attributes of a module that it may have no tensor to tell by."""
+    """The size attributes of a module that none of its tensors tells."""
     if isinstance(module, ConstantConv):
         return ["out_channels"]
     if isinstance(module, nn.modules.batchnorm._NormBase) and not sizes_told_by(module):
@@ -188,10 +189,10 @@ def size_without_tensor(module: nn.Module) -> list[str]:
 
 
 def sizes_told_by(module: nn.Module) -> dict[str, int]:
-    """The size attributes of a module as its tensors have them."""
+    """The size attributes of a module that its tensors tell, by name."""
     weight = module._parameters.get("weight")
     if isinstance(module, GatedConv2d):
-        return {}  # of whole spaces, which its weight does not know
+        return {}  # these are of whole spaces, which its weight does not know
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
         if module.groups > 1 and module.groups == module.in_channels:  # depthwise: a group for each channel
             groups = weight.shape[0] if module.transposed else weight.shape[0] * module.groups // module.out_channels

@@ -30,7 +30,8 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.cost import Flops, share, share_text
 from prunetrain_kernels.graph import ChannelGraph, Keep
-from prunetrain_kernels.graph.keep import as_they_go, everywhere, largest_in_spaces
+from prunetrain_kernels.graph.keep import as_they_go
+from prunetrain_kernels.graph.sparse import everywhere, largest_in_spaces
 from prunetrain_kernels.prune.optimizer_holdings import groups_of
 from prunetrain_kernels.prune.optimizers import all_optimizers
 from prunetrain_kernels.regularizer import GroupLasso, SliceNorms

@@ -51,7 +51,7 @@ def dead_half(graph: ChannelGraph, index: int) -> Tensor:
     """Every other channel of a free space, or those of a space that is put together from such."""
     space = graph.spaces[index]
     if space.members is not None:
-        return torch.stack([dead_half(graph, n)[at] for n, at in space.members.tolist()])
+        return torch.stack([dead_half(graph, n)[channel] for n, channel in space.members.tolist()])
     dead = torch.zeros(space.size, dtype=torch.bool)
     if not space.frozen:
         dead[::2] = True
@@ -74,8 +74,8 @@ def seeded(seed: int) -> None:
 
 
 def shrinks(model: nn.Module, *x: Tensor, seeds: Iterable[int] = range(3)) -> ChannelGraph:
-    """As `prune_half_of_everything`, for outputs of any structure and forwards that draw random numbers; and the next
-    training step runs."""
+    """Does as `prune_half_of_everything`, for outputs of any structure and forwards that draw random numbers; the next
+    training step runs too."""
     model = model.double()
     x = tuple(t.double() if t.is_floating_point() else t for t in x)
     graph = trace_channels(model, x)
@@ -86,13 +86,13 @@ def shrinks(model: nn.Module, *x: Tensor, seeds: Iterable[int] = range(3)) -> Ch
     for training in (False, True):
         for seed in seeds:
             seeded(seed)
-            mine = named_tensors_in(model.train(training)(*x))
+            pruned = named_tensors_in(model.train(training)(*x))
             seeded(seed)
-            theirs = named_tensors_in(twin.train(training)(*x))
-            gap = difference(*({name: t.detach() for name, t in each.items()} for each in (theirs, mine)))
+            expected = named_tensors_in(twin.train(training)(*x))
+            gap = difference(*({name: t.detach() for name, t in outputs.items()} for outputs in (expected, pruned)))
             assert gap.compared
             assert gap.largest <= 1e-10 * max(gap.scale, 1), (training, seed, gap)
-            sum(t.sum() for t in mine.values() if t.requires_grad).backward()  # type: ignore[union-attr]
+            sum(t.sum() for t in pruned.values() if t.requires_grad).backward()  # type: ignore[union-attr]
     return graph
 
 

@@ -15,8 +15,8 @@ def runs(live: list[Tensor], order: Tensor) -> int:
     place[order] = torch.arange(len(order))
     total = 0
     for chosen in live:
-        at = sorted(place[chosen].tolist())
-        total += bool(at) + sum(b - a != 1 for a, b in itertools.pairwise(at))
+        places = sorted(place[chosen].tolist())
+        total += bool(places) + sum(b - a != 1 for a, b in itertools.pairwise(places))
     return total
 
 
@@ -46,9 +46,9 @@ def test_nested_or_disjoint_sets_become_ranges(seed: int) -> None:
         if len(part) and random.random() < 0.8:
             live.append(part[torch.from_numpy(random.permutation(len(part)))])
         if level and len(part) > 1:
-            at = int(random.integers(0, len(part) + 1))
-            split(part[:at], level - 1)
-            split(part[at:], level - 1)
+            cut = int(random.integers(0, len(part) + 1))
+            split(part[:cut], level - 1)
+            split(part[cut:], level - 1)
 
     split(shuffled, depth)
     assert runs(live, ordered(live, channels)) == len(live)

@@ -29,7 +29,7 @@ class Plain(nn.Module):
 
 
 class Fused(Plain):
-    """The same in fused ones: by default, by keyword, and by position."""
+    """The same network with fused batch norms, called by default, by keyword, and by position."""
 
     norm = BatchNormAct2d
 

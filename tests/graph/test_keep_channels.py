@@ -86,9 +86,9 @@ def test_nan_is_never_cut(dtype: torch.dtype, relative: bool) -> None:
     model = chain([1.0, 0.0] * 5, dtype)
     model.a.weight.data[3, 0] = float("nan")
     model.b.weight.data[0, 5] = float("nan")
-    found = kept(model, relative=relative)
-    assert {0, 2, 3, 4, 5, 6, 8} <= set(found)
-    assert kept(model, relative=relative, round_to=8) == sorted({*found, 1})
+    channels = kept(model, relative=relative)
+    assert {0, 2, 3, 4, 5, 6, 8} <= set(channels)
+    assert kept(model, relative=relative, round_to=8) == sorted({*channels, 1})
 
 
 def test_infinite_weights_do_not_make_others_sparse() -> None:
@@ -188,7 +188,7 @@ def test_every_group_keeps_the_same_channels(dead: list[int], round_to: int, exp
 
 
 def test_a_channel_shuffle_keeps_two_channels_in_each_group() -> None:
-    """With one, `view(n, 2, 1, h, w)` would look like a number written out, and nothing could go any more."""
+    """With one channel left, `view(n, 2, 1, h, w)` would look like a number written out, and nothing could go."""
 
     class Shuffled(nn.Module):
         def __init__(self) -> None:
@@ -270,7 +270,7 @@ def test_all_first_convolutions_dead_is_no_dead_branch() -> None:
 
 
 class SharedInner(Block):
-    """What the branch computes on the way is used elsewhere, so only its end goes."""
+    """A block whose branch has an inner value that is also used elsewhere, so only the branch's end goes."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

@@ -1,4 +1,4 @@
-"""What was traced is held beside the model: both modes, chance, counts that mean something, what is never called."""
+"""Traced programs are compared with the model: both modes, chance, counts that mean something, uncalled layers."""
 
 import math
 import random
@@ -196,7 +196,7 @@ def test_both_modes_count(name: str) -> None:
 
 
 def test_a_layer_that_is_read_in_one_mode_is_not_removed_with_a_branch_of_the_other() -> None:
-    """In evaluation mode the branch's first layer feeds an output of its own."""
+    """In evaluation mode the branch's first layer also feeds another output."""
 
     def forward(m: Net, x: Tensor) -> Any:
         y = m.a(x)
@@ -220,7 +220,7 @@ RNG = np.random.default_rng(0)
 
 
 class Held(Net):
-    """With a generator of its own."""
+    """A network that holds a random number generator."""
 
     def __init__(self, generator: Any) -> None:
         super().__init__(simple, side=conv())
@@ -398,7 +398,7 @@ class Listed(Net):
 
 
 class FirstOfList(nn.Module):
-    """For a tensor torch.fx takes the wrong way, without an error."""
+    """A forward that torch.fx traces wrong for a tensor, without an error."""
 
     def __init__(self) -> None:
         super().__init__()

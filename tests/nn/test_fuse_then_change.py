@@ -56,12 +56,12 @@ class Shift(nn.Module):
         return x + 1
 
 
-def _double(*given: Any) -> Tensor:
-    return given[-1] * 2
+def _double(*arguments: Any) -> Tensor:
+    return arguments[-1] * 2
 
 
-def _half_input(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (given[0] * 0.5, *given[1:])
+def _half_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0] * 0.5, *inputs[1:])
 
 
 def _scale_gradient(module: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -331,7 +331,7 @@ def test_a_class_patched_later(
 
 
 class Scaled(nn.Module):
-    """What it reads of its class, a number, a list, a helper, and of an object that it holds."""
+    """A forward that reads a number, a list and a helper of its class, and attributes of an object that it holds."""
 
     scale = 2.0
     shifts: ClassVar[list[float]] = [1.0, 2.0]

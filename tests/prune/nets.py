@@ -61,7 +61,7 @@ def kill(
 
 
 def zero_slice(model: nn.Module, graph: ChannelGraph, name: str, side: str, channel: int) -> None:
-    """Of a channel of the space; a gated layer may not compute it."""
+    """Sets a layer's slice of a channel of the space to zero; a gated layer may have none."""
     weight, block = rest_of(model, name), graph.layers[name].block
     for place in (graph.computed(name)[side == "out"] == channel).nonzero().flatten().tolist():
         if side == "out":
@@ -71,7 +71,7 @@ def zero_slice(model: nn.Module, graph: ChannelGraph, name: str, side: str, chan
 
 
 def hold_masks(graph: ChannelGraph, keep: Keep, model: nn.Module) -> dict[str, Tensor]:
-    """For each layer a mask that holds at zero whatever `keep` prunes, or leaves to gating."""
+    """A mask for each layer that holds at zero whatever `keep` prunes, or leaves to gating."""
     masks = {}
     for layer in graph.layers.values():
         mask = torch.zeros_like(rest_of(model, layer.name))

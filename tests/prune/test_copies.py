@@ -33,7 +33,7 @@ module = __import__("prunetrain_kernels.prune.reconfigure", fromlist=["reconfigu
 
 
 def averaged(model: nn.Module, decay: float = 0.5) -> AveragedModel:
-    """Of parameters and buffers, in float64."""
+    """An average of parameters and buffers, in float64."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
@@ -88,13 +88,13 @@ def test_an_ema_goes_on_as_that_of_a_masked_twin(name: str, policy: str) -> None
 
 
 def _assert_kept_part(keep: Keep, small: nn.Module, large: nn.Module) -> None:
-    graph, theirs = keep.graph, dict(large.named_modules())
+    graph, large_modules = keep.graph, dict(large.named_modules())
     for change in graph.layers.values():
         if change.name in keep.removed:
             continue
         rows = keep.live[change.name][1]
         columns = [c * change.block + b for c in keep.live[change.name][0].tolist() for b in range(change.block)]
-        expected = theirs[change.name].weight[rows][:, columns]
+        expected = large_modules[change.name].weight[rows][:, columns]
         torch.testing.assert_close(small.get_submodule(change.name).weight, expected, rtol=1e-9, atol=1e-11)
     for follower in graph.followers.values():
         if follower.name in keep.removed:
@@ -104,7 +104,7 @@ def _assert_kept_part(keep: Keep, small: nn.Module, large: nn.Module) -> None:
         ours = small.get_submodule(follower.name)
         for key, tensor in (*ours._parameters.items(), *ours._buffers.items()):
             if tensor is not None and tensor.dim():
-                expected = theirs[follower.name].state_dict()[key][rows]
+                expected = large_modules[follower.name].state_dict()[key][rows]
                 torch.testing.assert_close(tensor.detach(), expected, rtol=1e-9, atol=1e-11)
 
 
@@ -143,7 +143,7 @@ def test_two_networks_that_teach_each_other() -> None:
 
 
 @pytest.mark.parametrize("policy", ["union", "gating"])
-@pytest.mark.parametrize("step", ["_slice_all", "_replace", "drop", "_tell_the_truth", "_gate", "_outputs_after"])
+@pytest.mark.parametrize("step", ["_slice_all", "_replace", "drop", "_set_sizes", "_gate", "_outputs_after"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_model_and_copy_are_undone_together(step: str, call: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, _, keep = dying("in-place-bottleneck", policy)
@@ -199,17 +199,17 @@ def test_a_copy_that_fails_afterwards_undoes_all() -> None:
 def test_wrapped_copies_are_found() -> None:
     model, _ = small_net("out-of-place")
     inner = copy.deepcopy(model)
-    for given, prefix in (
+    for wrapped, prefix in (
         (inner, ""),
         (AveragedModel(inner), "module."),
         (nn.DataParallel(inner), "module."),
         (torch.compile(inner), "_orig_mod."),
         (AveragedModel(torch.compile(inner)), "module._orig_mod."),
     ):
-        [found] = copies_of(model, [given])
-        assert found.prefix == prefix
-        assert type(found.network) is type(model)
-        assert {prefix + name for name in model.state_dict()} <= set(given.state_dict())
+        [wrapped_copy] = copies_of(model, [wrapped])
+        assert wrapped_copy.prefix == prefix
+        assert type(wrapped_copy.network) is type(model)
+        assert {prefix + name for name in model.state_dict()} <= set(wrapped.state_dict())
 
 
 @pytest.mark.parametrize(

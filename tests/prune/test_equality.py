@@ -30,7 +30,7 @@ class Slots:
 
 
 class ModelOutput(OrderedDict):  # type: ignore[type-arg]
-    """As Hugging Face's: a mapping whose entries are attributes too."""
+    """A mapping whose entries are attributes too, as Hugging Face's."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
@@ -64,7 +64,7 @@ class Net(nn.Module):
 
 
 def net(result: Callable[[Tensor, Tensor, bool], Any], inner: int = 3, features: int = 0) -> tuple[Net, Tensor]:
-    """With dead inner channels, and dead features."""
+    """A network with dead inner channels and dead features, and an input for it."""
     torch.manual_seed(0)
     model = randomise(Net(result)).double()
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_change_in_any_structure_is_noticed(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_an_embedding_that_shrinks_is_a_change(name: str) -> None:
-    """Where tracing has seen the logits only, features may go; who reads them in evaluation would meet fewer."""
+    """Features may go where tracing has seen the logits only; who reads them in evaluation would meet fewer."""
     model, x = net(logits, features=2)
     graph = traced(model, x)
     model.result = logits_in_training(lambda y, f: WRAPPERS[name](f))
@@ -320,7 +320,7 @@ def test_a_head_that_starts_at_zero_is_no_reason() -> None:
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_predictions_follow_from_the_numbers_beside_them(kind: str) -> None:
-    """Where zeroing is within the tolerance a class on the edge may change; alone they must stay."""
+    """A class on the edge may change where the numbers moved within the tolerance; predictions alone must stay."""
     edge = [0.0]
     beside = [True]
 

@@ -127,8 +127,8 @@ def test_a_program_that_computes_something_else_is_not_written(
     need(format)
     model, x = pruned()
 
-    def wrong(given: nn.Module, inputs: object) -> nn.Module:
-        plain = honest(given, inputs)
+    def wrong(network: nn.Module, inputs: object) -> nn.Module:
+        plain = honest(network, inputs)
         plain.fc.bias.data += 1e-3
         return plain
 

@@ -88,9 +88,9 @@ def test_small_networks_train_on_like_the_plain_twin(name: str, dying: bool) -> 
     for m in (model, fused, held):
         m.train()
     batches = [torch.randn_like(x) for _ in range(8)]
-    mine = train(fused, optimizers[1], batches)
-    assert mine == pytest.approx(train(model, optimizers[0], batches), rel=1e-9)
-    assert mine == pytest.approx(train(held, held_optimizer, batches, masks), rel=1e-8)
+    losses = train(fused, optimizers[1], batches)
+    assert losses == pytest.approx(train(model, optimizers[0], batches), rel=1e-9)
+    assert losses == pytest.approx(train(held, held_optimizer, batches, masks), rel=1e-8)
     assert torch.allclose(fused.eval()(x), model.eval()(x), rtol=1e-7, atol=1e-9)
     for (key, a), b in zip(model.state_dict().items(), fused.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-7, atol=1e-9), key

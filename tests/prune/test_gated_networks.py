@@ -47,7 +47,7 @@ def any_form(conv: Convolution, form: Form) -> float:
     return float(zlib.crc32(repr((conv.in_live, conv.out_live, conv.kernel, str(form))).encode()) % 97)
 
 
-def thin(graph: ChannelGraph, model: nn.Module, seed: int = 0) -> None:
+def zero_some_slices(graph: ChannelGraph, model: nn.Module, seed: int = 0) -> None:
     """Zeroes channels everywhere, and others in some layers of each space only, as group lasso leaves them."""
     kill(graph, model, share=0.25, partly=0.5, seed=seed)
 
@@ -76,7 +76,7 @@ def test_trains_like_its_twin(name: str, dying: bool, fused: bool, policy: str) 
     if fused:
         fuse(model, (x,))
     graph = traced(model, x)
-    thin(graph, model)
+    zero_some_slices(graph, model)
     if dying:
         rest_of(model, DYING[name]).zero_()
     for layer in graph.layers:
@@ -96,8 +96,8 @@ def test_trains_like_its_twin(name: str, dying: bool, fused: bool, policy: str) 
     assert torch.allclose(model.eval()(x), expected, rtol=1e-10, atol=1e-12)
     model.train()
     batches = [torch.randn_like(x) for _ in range(20)]
-    mine, theirs = train(model, optimizer, batches), train(twin, twin_optimizer, batches, masks)
-    assert mine == pytest.approx(theirs, rel=1e-8)
+    losses, twin_losses = train(model, optimizer, batches), train(twin, twin_optimizer, batches, masks)
+    assert losses == pytest.approx(twin_losses, rel=1e-8)
     assert torch.allclose(model.eval()(x), twin.eval()(x), rtol=1e-7, atol=1e-9)
 
 
@@ -115,7 +115,7 @@ def test_union_and_gating_are_one_function(name: str, size: int, batch: int, fus
             if isinstance(m, nn.BatchNorm2d):
                 m.bias.uniform_(-0.5, 0.5)
                 m.running_mean.uniform_(-0.3, 0.3)
-    thin(traced(zeroed, x), zeroed)
+    zero_some_slices(traced(zeroed, x), zeroed)
     networks, keeps = {}, {}
     for policy in ("union", "gating"):
         model = copy.deepcopy(zeroed)
@@ -137,18 +137,22 @@ def test_union_and_gating_are_one_function(name: str, size: int, batch: int, fus
         layer = graph.layers[name]
         places = []
         for space, live in ((layer.output, outputs), (layer.input, inputs)):
-            at = torch.full((graph.spaces[space].size,), -1)
+            place = torch.full((graph.spaces[space].size,), -1)
             union = keeps["union"].channels[space]
-            at[union] = torch.arange(len(union))
-            places.append(at[live])
+            place[union] = torch.arange(len(union))
+            places.append(place[live])
         of_union = networks["union"].get_submodule(name).weight.grad[places[0]][:, places[1]]
-        mine = networks["gating"].get_submodule(name).weight.grad
-        assert torch.allclose(mine, of_union, rtol=1e-7, atol=1e-9 * float(of_union.abs().max().clamp(min=1e-6))), name
+        of_gating = networks["gating"].get_submodule(name).weight.grad
+        tolerance = 1e-9 * float(of_union.abs().max().clamp(min=1e-6))
+        assert torch.allclose(of_gating, of_union, rtol=1e-7, atol=tolerance), name
     for follower in graph.followers.values():  # batch norms: of all channels that are kept, computed or not
-        at = torch.argsort(torch.argsort(kept[follower.space]))
+        order = torch.argsort(torch.argsort(kept[follower.space]))
         for key in ("weight", "bias"):
-            mine, theirs = (getattr(networks[p].get_submodule(follower.name), key).grad for p in ("gating", "union"))
-            assert torch.allclose(mine, theirs[at], rtol=1e-7, atol=1e-8 * float(theirs.abs().max())), follower.name
+            of_gating, of_union = (
+                getattr(networks[policy].get_submodule(follower.name), key).grad for policy in ("gating", "union")
+            )
+            tolerance = 1e-8 * float(of_union.abs().max())
+            assert torch.allclose(of_gating, of_union[order], rtol=1e-7, atol=tolerance), follower.name
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet32"])
@@ -156,7 +160,7 @@ def test_paper_networks_train_alike(name: str) -> None:
     """Twenty steps; what gating leaves out is held at zero in the union network, where it would grow again."""
     torch.manual_seed(0)
     zeroed, x = build(name, 10).double(), torch.randn(8, 3, 8, 8).double()
-    thin(traced(zeroed, x), zeroed)
+    zero_some_slices(traced(zeroed, x), zeroed)
     union, gating = copy.deepcopy(zeroed), copy.deepcopy(zeroed)
     optimizers = [SGD(m.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4) for m in (union, gating)]
     reconfigure(union, optimizers[0], traced(union, x).keep(union))
@@ -164,15 +168,15 @@ def test_paper_networks_train_alike(name: str) -> None:
     masks = hold_masks(graph, graph.keep(union, policy="gating"), union)
     reconfigure(gating, optimizers[1], traced(gating, x).keep(gating, policy="gating"))
     batches = [torch.randn_like(x) for _ in range(20)]
-    mine, theirs = train(gating, optimizers[1], batches), train(union, optimizers[0], batches, masks)
-    assert mine == pytest.approx(theirs, rel=1e-8)
+    losses = train(gating, optimizers[1], batches)
+    assert losses == pytest.approx(train(union, optimizers[0], batches, masks), rel=1e-8)
 
 
 def test_flops_are_those_of_the_live_channels() -> None:
     torch.manual_seed(0)
     model, x = build("resnet20", 10), torch.randn(2, 3, 16, 16)
     graph = traced(model, x)
-    thin(graph, model)
+    zero_some_slices(graph, model)
     union = copy.deepcopy(model)
     reconfigure(union, None, traced(union, x).keep(union))
     keep = graph.keep(model, policy="gating")
@@ -199,7 +203,7 @@ def test_there_and_back(fused: bool, make) -> None:  # type: ignore[no-untyped-d
     optimizer = make(model)
     warm_up(model, optimizer, x)
     graph = traced(model, x)
-    thin(graph, model)
+    zero_some_slices(graph, model)
     reconfigure(model, optimizer, graph.keep(model))
     identity = [(n, id(p)) for n, p in model.named_parameters()]
     graph = traced(model, x)
@@ -257,10 +261,10 @@ def test_pruning_again_narrows_both_spaces_and_layers() -> None:
     for m in (model, twin):
         zero_slice(m, graph, some, "out", int(graph.computed(some)[1][1]))
     keep = graph.keep(model, policy="gating")
-    own = {n: graph.computed(n) for n in graph.layers}
+    computed = {n: graph.computed(n) for n in graph.layers}
     masks = {}
     for name, (inputs, outputs) in keep.live.items():
-        mask = torch.isin(own[name][1], outputs)[:, None] & torch.isin(own[name][0], inputs)[None, :]
+        mask = torch.isin(computed[name][1], outputs)[:, None] & torch.isin(computed[name][0], inputs)[None, :]
         taps = rest_of(twin, name)
         masks[name] = mask.view(*mask.shape, *[1] * (taps.dim() - 2)).expand_as(taps).to(taps.dtype)
     reconfigure(model, optimizer, keep)
@@ -274,7 +278,7 @@ def test_pruning_again_narrows_both_spaces_and_layers() -> None:
 
 def test_nothing_to_do_the_second_time() -> None:
     model, x = small_net("out-of-place")
-    thin(traced(model, x), model)
+    zero_some_slices(traced(model, x), model)
     assert reconfigure(model, None, traced(model, x).keep(model, policy="gating")).changed
     shapes = {n: t.clone() for n, t in model.state_dict().items()}
     assert not reconfigure(model, None, traced(model, x).keep(model, policy="gating")).changed
@@ -284,7 +288,7 @@ def test_nothing_to_do_the_second_time() -> None:
 @pytest.mark.parametrize("round_to", [2, 4])
 def test_live_channels_are_rounded_up_too(round_to: int) -> None:
     model, x = small_net("out-of-place")
-    thin(traced(model, x), model)
+    zero_some_slices(traced(model, x), model)
     expected = model.eval()(x).detach()
     keep = traced(model, x).keep(model, policy="gating", round_to=round_to)
     reconfigure(model, None, keep)
@@ -339,7 +343,7 @@ def test_auto_is_never_predicted_slower_and_says_why(cost: RoofCost | None) -> N
     torch.manual_seed(0)
     model, x = build("resnet20", 10), torch.randn(2, 3, 32, 32)
     graph = traced(model, x)
-    thin(graph, model)
+    zero_some_slices(graph, model)
     keep = graph.keep(model, policy="auto", cost=cost)
     chosen = union = 0.0
     for name, choice in keep.choices.items():
@@ -366,7 +370,7 @@ def test_auto_is_never_predicted_slower_and_says_why(cost: RoofCost | None) -> N
 def test_auto_follows_the_cost(prefers: str, some: bool) -> None:
     model, x = small_net("out-of-place")
     graph = traced(model, x)
-    thin(graph, model)
+    zero_some_slices(graph, model)
     keep = graph.keep(model, policy="auto", cost=lambda conv, form: float(form.gated == (prefers == "union")))
     reconfigure(model, None, keep)
     assert bool(gated(model)) == some
@@ -375,7 +379,7 @@ def test_auto_follows_the_cost(prefers: str, some: bool) -> None:
 def test_auto_by_measurement() -> None:
     model, x = small_net("out-of-place", torch.float32)
     graph = traced(model, x)
-    thin(graph, model)
+    zero_some_slices(graph, model)
     cost = MeasuredCost(torch.device("cpu"), seconds_each=0.002)
     keep = graph.keep(model, policy="auto", cost=cost, batch=4)
     measured = [c for c in keep.choices.values() if c.seconds]
@@ -402,7 +406,7 @@ def test_checkpoints_go_both_ways(saved: str, loaded: str, dying: bool, tmp_path
     model, optimizer, x = fresh(saved)
     warm_up(model, optimizer, x)
     graph = traced(model, x)
-    thin(graph, model)
+    zero_some_slices(graph, model)
     if dying:
         rest_of(model, DYING["in-place-bottleneck"]).zero_()
     reconfigure(model, optimizer, graph.keep(model, policy="gating"))
@@ -425,7 +429,7 @@ def test_checkpoints_go_both_ways(saved: str, loaded: str, dying: bool, tmp_path
 
 def test_a_gated_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     model, x = small_net("in-place-bottleneck")
-    thin(traced(model, x), model)
+    zero_some_slices(traced(model, x), model)
     reconfigure(model, None, traced(model, x).keep(model, policy="gating"))
     save_pruned(tmp_path / "c.pt", model)
     name = next(n for n, m in model.named_modules() if isinstance(m, GatedConv2d))

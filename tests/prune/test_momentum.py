@@ -71,10 +71,10 @@ def test_momentum_is_zero_where_the_weight_is_and_nowhere_else(name: str, policy
     pairs = list(zip(model.named_parameters(), kept_model.parameters(), strict=True))
     masks = {id(w): mask for w, mask in zero_slices(model)}
     assert any(mask.any() for mask in masks.values())
-    for (parameter_name, mine), other in pairs:
-        mask = masks.get(id(mine), torch.zeros_like(mine, dtype=torch.bool))
-        for key, value in optimizer.state[mine].items():
-            expected = kept_optimizer.state[other][key]
+    for (parameter_name, parameter), kept_parameter in pairs:
+        mask = masks.get(id(parameter), torch.zeros_like(parameter, dtype=torch.bool))
+        for key, value in optimizer.state[parameter].items():
+            expected = kept_optimizer.state[kept_parameter][key]
             if key in ("momentum_buffer", "exp_avg", "grad_avg"):
                 expected = expected.masked_fill(mask, 0)
             assert torch.equal(value, expected), (parameter_name, key)

@@ -7,7 +7,7 @@ import torch
 from nets import DYING, NETS, kill, randomise, rest_of, small_net, traced, train, warm_up
 from torch import Tensor, nn
 
-from prunetrain_kernels import reconfigure
+from prunetrain_kernels import Keep, reconfigure
 from prunetrain_kernels.cost.flops import count_flops
 from prunetrain_kernels.graph import expand
 from prunetrain_kernels.models import build
@@ -41,6 +41,34 @@ def pixels_of(model: nn.Module, x: Tensor) -> dict[str, int]:
     for hook in hooks:
         hook.remove()
     return pixels
+
+
+def flops_of(keep: Keep, reference: nn.Module, pixels: dict[str, int]) -> int:
+    """FLOPs of the pruned network, from the kept channels alone."""
+    flops = 0
+    for layer in keep.graph.layers.values():
+        ins, outs = (len(keep.channels[s]) for s in (layer.input, layer.output))
+        taps = reference.get_submodule(layer.name).weight[0, 0].numel()
+        flops += 2 * ins * outs * taps * pixels[layer.name]
+    return flops
+
+
+def check_cut(keep: Keep, model: nn.Module, reference: nn.Module) -> None:
+    """Weights are those of the kept channels, and the attributes of modules tell their sizes."""
+    for layer in keep.graph.layers.values():
+        module, ins, outs = model.get_submodule(layer.name), keep.channels[layer.input], keep.channels[layer.output]
+        assert module.weight.grad is None or module.weight.shape == rest_of(reference, layer.name).shape
+        assert tuple(module.weight.shape[:2]) == (len(outs), len(ins))
+        sizes = (
+            (module.out_channels, module.in_channels)
+            if isinstance(module, nn.Conv2d)
+            else (module.out_features, module.in_features)
+        )
+        assert sizes == (len(outs), len(ins))
+        assert torch.equal(module.weight, rest_of(reference, layer.name)[outs][:, ins])
+    for follower in keep.graph.followers.values():
+        module, kept = model.get_submodule(follower.name), keep.channels[follower.space]
+        assert module.num_features == len(module.weight) == len(module.running_mean) == len(kept)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -79,36 +107,20 @@ def test_paper_networks(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert distance(a, b) <= 1e-5
     assert report.max_abs_dy <= 1e-5 * report.scale
 
-    # FLOPs, from the kept channels alone
-    flops = 0
-    for layer in graph.layers.values():
-        ins, outs = (len(keep.channels[s]) for s in (layer.input, layer.output))
-        taps = reference.get_submodule(layer.name).weight[0, 0].numel()
-        flops += 2 * ins * outs * taps * pixels[layer.name]
     after = count_flops(model, (x,)).inference
-    assert after == flops
+    assert after == flops_of(keep, reference, pixels)
     assert after < 0.5 * count_flops(reference, (x,)).inference
 
     # same objects, optimizer in step, truthful attributes, momentum rows those of before
     assert [(n, id(p)) for n, p in model.named_parameters()] == identity
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [i for _, i in identity]
+    check_cut(keep, model, reference)
     index = {n: i for i, (n, _) in enumerate(identity)}
     for layer in graph.layers.values():
-        module, ins, outs = model.get_submodule(layer.name), keep.channels[layer.input], keep.channels[layer.output]
-        assert module.weight.grad is None or module.weight.shape == rest_of(reference, layer.name).shape
-        assert tuple(module.weight.shape[:2]) == (len(outs), len(ins))
-        told = (
-            (module.out_channels, module.in_channels)
-            if isinstance(module, nn.Conv2d)
-            else (module.out_features, module.in_features)
-        )
-        assert told == (len(outs), len(ins))
-        assert torch.equal(module.weight, rest_of(reference, layer.name)[outs][:, ins])
+        ins, outs = keep.channels[layer.input], keep.channels[layer.output]
+        momentum = optimizer.state[model.get_submodule(layer.name).weight]["momentum_buffer"]
         old = buffers[index[f"{layer.name}.weight"]]["momentum_buffer"]
-        assert torch.equal(optimizer.state[module.weight]["momentum_buffer"], old[outs][:, ins])
-    for follower in graph.followers.values():
-        module, kept = model.get_submodule(follower.name), keep.channels[follower.space]
-        assert module.num_features == len(module.weight) == len(module.running_mean) == len(kept)
+        assert torch.equal(momentum, old[outs][:, ins])
 
 
 CASES = [(name, dying) for name in NETS for dying in (False, True) if not dying or name in DYING]

@@ -32,27 +32,27 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 CASES = [(name, dying) for name in NETS for dying in (False, True) if not dying or name in DYING]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize(("name", "dying"), CASES, ids=[f"{n}-{'branch' if d else 'channels'}" for n, d in CASES])
-def test_trains_like_its_twin(name: str, dying: bool, optimizer: str) -> None:
+def test_trains_like_its_twin(name: str, dying: bool, kind: str) -> None:
     model, x = small_net(name)
-    held = OPTIMIZERS[optimizer](model.parameters())
-    warm_up(model, held, x)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    warm_up(model, optimizer, x)
     graph = traced(model, x)
     kill(graph, model)
     if dying:
         rest_of(model, DYING[name]).zero_()
-    twin, twin_held = twin_of(model, held)
+    twin, twin_optimizer = twin_of(model, optimizer)
     keep = graph.keep(model)
     masks = hold_masks(graph, keep, model)
-    forget_momentum(graph, keep, twin, twin_held)
-    report = reconfigure(model, held, keep)
+    forget_momentum(graph, keep, twin, twin_optimizer)
+    report = reconfigure(model, optimizer, keep)
     assert report.branches == int(dying)
-    assert {id(p) for p in model.parameters()} == {id(p) for g in held.param_groups for p in g["params"]}
+    assert {id(p) for p in model.parameters()} == {id(p) for g in optimizer.param_groups for p in g["params"]}
     batches = [torch.randn_like(x) for _ in range(20)]
-    mine, theirs = train(model, held, batches), train(twin, twin_held, batches, masks)
-    assert mine == pytest.approx(theirs, rel=1e-8)
-    assert mine[-1] < mine[0]
+    losses, twin_losses = train(model, optimizer, batches), train(twin, twin_optimizer, batches, masks)
+    assert losses == pytest.approx(twin_losses, rel=1e-8)
+    assert losses[-1] < losses[0]
     # the running statistics have moved alike, stand-ins' included
     a, b = model.eval()(x), twin.eval()(x)
     assert torch.allclose(a, b, rtol=1e-7, atol=1e-9)
@@ -70,36 +70,36 @@ def test_trains_like_its_twin(name: str, dying: bool, optimizer: str) -> None:
 def test_resnet20_trains_like_its_twin(last: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     model, x = randomise(resnet20()).to(dtype), torch.randn(8, 3, 8, 8, dtype=dtype)
-    held = SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    warm_up(model, held, x)
+    optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    warm_up(model, optimizer, x)
     graph = traced(model, x)
     kill(graph, model)
     rest_of(model, last).zero_()
-    twin, twin_held = twin_of(model, held)
+    twin, twin_optimizer = twin_of(model, optimizer)
     keep = graph.keep(model)
     masks = hold_masks(graph, keep, model)
-    forget_momentum(graph, keep, twin, twin_held)
-    assert last in reconfigure(model, held, keep).removed
+    forget_momentum(graph, keep, twin, twin_optimizer)
+    assert last in reconfigure(model, optimizer, keep).removed
     batches = [torch.randn_like(x) for _ in range(20)]
-    mine, theirs = train(model, held, batches), train(twin, twin_held, batches, masks)
-    assert mine == pytest.approx(theirs, rel=tolerance)  # fp32 rounding grows from step to step
-    assert mine[:5] == pytest.approx(theirs[:5], rel=tolerance / 100)
+    losses, twin_losses = train(model, optimizer, batches), train(twin, twin_optimizer, batches, masks)
+    assert losses == pytest.approx(twin_losses, rel=tolerance)  # fp32 rounding grows from step to step
+    assert losses[:5] == pytest.approx(twin_losses[:5], rel=tolerance / 100)
 
 
 def test_a_branch_dies_with_its_batch_norm_in_evaluation_mode() -> None:
     """A frozen batch norm emits a constant made of its running statistics, and does so after the removal."""
     model, x = small_net("out-of-place")
     model.blocks[0].bn2.eval()
-    held = OPTIMIZERS["sgd"](model.parameters())
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
     graph = traced(model, x)
     rest_of(model, "blocks.0.conv2").zero_()
-    twin, twin_held = twin_of(model, held)
+    twin, twin_optimizer = twin_of(model, optimizer)
     keep = graph.keep(model)
-    reconfigure(model, held, keep)
+    reconfigure(model, optimizer, keep)
     assert not model.blocks[0].bn2.training
     batches = [x] * 5
     masks = {"blocks.0.conv2": torch.zeros(8, 8, 3, 3, dtype=x.dtype)}
-    assert train(model, held, batches) == pytest.approx(train(twin, twin_held, batches, masks), rel=1e-10)
+    assert train(model, optimizer, batches) == pytest.approx(train(twin, twin_optimizer, batches, masks), rel=1e-10)
 
 
 def test_stand_ins_follow_autocast() -> None:
@@ -147,22 +147,22 @@ class Nested(nn.Module):
 def test_nested_branches_and_aliases(dead: tuple[str, ...], in_place: bool) -> None:
     torch.manual_seed(0)
     model, x = randomise(Nested(in_place)).double(), torch.randn(4, 3, 5, 5).double()
-    held = OPTIMIZERS["sgd"](model.parameters())
-    warm_up(model, held, x)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    warm_up(model, optimizer, x)
     graph = traced(model, x)
     for name in dead:
         rest_of(model, name).zero_()
-    twin, twin_held = twin_of(model, held)
+    twin, twin_optimizer = twin_of(model, optimizer)
     keep = graph.keep(model)
     masks = {name: torch.zeros(6, 6, 3, 3).double() for name in dead}
-    report = reconfigure(model, held, keep)
+    report = reconfigure(model, optimizer, keep)
     assert set(dead) <= set(report.removed)
     for alias, name in enumerate(("conv1", "conv2", "conv3", "bn")):
         assert model.alias[alias] is getattr(model, name)
-    assert {id(p) for p in model.parameters()} == {id(p) for g in held.param_groups for p in g["params"]}
+    assert {id(p) for p in model.parameters()} == {id(p) for g in optimizer.param_groups for p in g["params"]}
     batches = [torch.randn_like(x) for _ in range(10)]
-    assert train(model, held, batches) == pytest.approx(train(twin, twin_held, batches, masks), rel=1e-9)
-    reconfigure(model, held, traced(model, x).keep(model))  # what was removed can be traced
+    assert train(model, optimizer, batches) == pytest.approx(train(twin, twin_optimizer, batches, masks), rel=1e-9)
+    reconfigure(model, optimizer, traced(model, x).keep(model))  # what was removed can be traced
 
 
 class Twice(nn.Module):

@@ -50,7 +50,7 @@ def ready(
         "_slice_all",
         "_replace",
         "drop",
-        "_tell_the_truth",
+        "_set_sizes",
         "_gate",
         "_forget_momentum",
         "_outputs_after",

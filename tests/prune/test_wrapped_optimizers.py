@@ -115,8 +115,8 @@ def pruned_beside_its_twin(make: Make, net: str = "in-place-bottleneck", dying: 
     """A pruned network with its optimizer, one that holds the same channels at zero instead, and the masks."""
     (model, x), (twin, _) = small_net(net), small_net(net)
     optimizer, other = make(model), make(twin)
-    for network, its in ((model, optimizer), (twin, other)):
-        steps(network, its, batches(x, 3))
+    for network, its_optimizer in ((model, optimizer), (twin, other)):
+        steps(network, its_optimizer, batches(x, 3))
         kill(traced(network, x), network)
         if dying:
             rest_of(network, DYING[net]).zero_()
@@ -286,7 +286,7 @@ def test_a_copy_that_follows_may_be_the_optimizers() -> None:
 
 
 def test_an_optimizer_of_something_else_inside() -> None:
-    """As those that borrow a schedule: it has a parameter of its own, which is no copy of the model's."""
+    """An optimizer that borrows a schedule: the one inside has another parameter, which is no copy of the model's."""
     model, x = small_net("out-of-place")
     optimizer = momentum(model.parameters())
     optimizer.warm_up = optim.lr_scheduler.StepLR(optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), 1)

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 from prunetrain_kernels.cost import count_flops
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import ChannelGraph, trace_channels
-from prunetrain_kernels.graph.keep import largest_in_spaces, slice_sizes
+from prunetrain_kernels.graph.sparse import largest_in_spaces, slice_sizes
 from prunetrain_kernels.models import build
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune import reconfigure

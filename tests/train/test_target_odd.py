@@ -12,7 +12,8 @@ from torch.optim import lr_scheduler
 from prunetrain_kernels.cli import main
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import trace_channels
-from prunetrain_kernels.graph.keep import as_they_go, fewest_channels, largest_in_spaces, restricted, slice_sizes
+from prunetrain_kernels.graph.keep import as_they_go, fewest_channels, restricted
+from prunetrain_kernels.graph.sparse import largest_in_spaces, slice_sizes
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.train.forecast import rates_to_come
 from prunetrain_kernels.train.prunetrain import PruneTrain

@@ -1,7 +1,8 @@
 """Networks made of random calls, and the program of each in readable lines."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,13 @@ STRANGE = (
     "first_channels", "group_norm", "average", "mask", "squash", "less_mean", "softmax", "pad_channels", "flip",
     "every_other", "largest_channel",
 )  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """The shape (N, channels, side, side) of a value."""
+
+    channels: int
+    side: int
 
 
 @dataclass(frozen=True)
@@ -50,16 +58,267 @@ class Call:
     settings: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The shapes of an operation's results, its module if it has one, and its settings."""
+
+    shapes: list[Shape]
+    module: nn.Module | None = None
+    settings: tuple[int, ...] = ()
+
+
+# -- operations: modules and shapes ------------------------------------------------------------------------------------
+
+
+def _width(step: Step) -> int:
+    return WIDTHS[step.size % len(WIDTHS)]
+
+
+def _conv(step: Step, x: Shape) -> Plan:
+    kernel = (3, 1)[step.second % 2]
+    bias = bool(step.second // 2 % 2)
+    module = nn.Conv2d(x.channels, _width(step), kernel, padding=kernel // 2, bias=bias)
+    return Plan([Shape(_width(step), x.side)], module)
+
+
+def _batch_norm(step: Step, x: Shape) -> Plan:
+    return Plan([x], nn.BatchNorm2d(x.channels, eps=0.01))
+
+
+def _prelu(step: Step, x: Shape) -> Plan:
+    return Plan([x], nn.PReLU(x.channels))
+
+
+def _group_norm(step: Step, x: Shape) -> Plan:
+    return Plan([x], nn.GroupNorm(1, x.channels))
+
+
+def _depthwise(step: Step, x: Shape) -> Plan | None:
+    outputs = x.channels * (1 + step.second % 2)
+    if x.channels < 2 or outputs > MOST_CHANNELS:
+        return None
+    module = nn.Conv2d(x.channels, outputs, 3, padding=1, groups=x.channels, bias=False)
+    return Plan([Shape(outputs, x.side)], module)
+
+
+def _grouped(step: Step, x: Shape) -> Plan | None:
+    groups, width = (2, 3)[step.second % 2], (2, 3, 4, 5)[step.size % 4]
+    if x.channels % groups or x.channels == groups:
+        return None
+    module = nn.Conv2d(x.channels, groups * width, 3, padding=1, groups=groups)
+    return Plan([Shape(groups * width, x.side)], module)
+
+
+def _transposed(step: Step, x: Shape) -> Plan | None:
+    if x.side * 2 > LARGEST:
+        return None
+    return Plan([Shape(_width(step), x.side * 2)], nn.ConvTranspose2d(x.channels, _width(step), 2, stride=2))
+
+
+def _gate(step: Step, x: Shape) -> Plan:
+    width = _width(step)
+    return Plan([x], nn.Sequential(nn.Conv2d(x.channels, width, 1), nn.ReLU(), nn.Conv2d(width, x.channels, 1)))
+
+
+def _strided(step: Step, x: Shape) -> Plan | None:
+    if x.side % 2:
+        return None
+    return Plan([Shape(_width(step), x.side // 2)], nn.Conv2d(x.channels, _width(step), 3, stride=2, padding=1))
+
+
+def _linear(step: Step, x: Shape) -> Plan:
+    return Plan([Shape(_width(step), x.side)], nn.Linear(x.channels, _width(step)))
+
+
+def _mask(step: Step, x: Shape) -> Plan:
+    return Plan([x], nn.Conv2d(x.channels, 1, 1))
+
+
+def _squash(step: Step, x: Shape) -> Plan:
+    return Plan([x], nn.LayerNorm(x.channels))
+
+
+# -- operations: shapes ------------------------------------------------------------------------------------------------
+
+
+def _same_shape(step: Step, x: Shape, *others: Shape) -> Plan:
+    return Plan([x])
+
+
+def _halves(step: Step, x: Shape) -> Plan | None:
+    return None if x.channels % 2 or x.channels == 2 else Plan([Shape(x.channels // 2, x.side)] * 2)
+
+
+def _sum_of_halves(step: Step, x: Shape) -> Plan | None:
+    return None if x.channels % 2 or x.channels == 2 else Plan([Shape(x.channels // 2, x.side)])
+
+
+def _chunk(step: Step, x: Shape) -> Plan | None:
+    pieces = (2, 3)[step.second % 2]
+    if x.channels % pieces or x.channels == pieces:
+        return None
+    return Plan([Shape(x.channels // pieces, x.side)] * pieces, settings=(pieces,))
+
+
+def _shuffle(step: Step, x: Shape) -> Plan | None:
+    groups = (2, 3)[step.second % 2]
+    return None if x.channels % groups or x.channels == groups else Plan([x], settings=(groups,))
+
+
+def _pad_channels(step: Step, x: Shape) -> Plan:
+    more = 1 + step.size % 3
+    return Plan([Shape(x.channels + more, x.side)], settings=(more,))
+
+
+def _first_channels(step: Step, x: Shape) -> Plan:
+    count = 1 + step.size % x.channels
+    return Plan([Shape(count, x.side)], settings=(count,))
+
+
+def _every_other(step: Step, x: Shape) -> Plan:
+    return Plan([Shape((x.channels + 1) // 2, x.side)])
+
+
+def _repeat(step: Step, x: Shape) -> Plan | None:
+    return None if x.channels * 2 > MOST_CHANNELS else Plan([Shape(x.channels * 2, x.side)])
+
+
+def _unshuffle(step: Step, x: Shape) -> Plan | None:
+    return None if x.side % 2 or x.channels * 4 > MOST_CHANNELS else Plan([Shape(x.channels * 4, x.side // 2)])
+
+
+def _pixel_shuffle(step: Step, x: Shape) -> Plan | None:
+    return None if x.channels % 4 or x.side * 2 > LARGEST else Plan([Shape(x.channels // 4, x.side * 2)])
+
+
+def _largest_channel(step: Step, x: Shape) -> Plan:
+    return Plan([Shape(1, x.side)])
+
+
+def _cat(step: Step, x: Shape, y: Shape) -> Plan | None:
+    total = x.channels + y.channels
+    return None if total > MOST_CHANNELS else Plan([Shape(total, x.side)])
+
+
+def _max_pool(step: Step, x: Shape) -> Plan | None:
+    return None if x.side % 2 else Plan([Shape(x.channels, x.side // 2)])
+
+
+def _upsample(step: Step, x: Shape) -> Plan | None:
+    return None if x.side * 2 > LARGEST else Plan([Shape(x.channels, x.side * 2)])
+
+
+def _average(step: Step, x: Shape) -> Plan:
+    return Plan([Shape(x.channels, 1)])
+
+
+TWO_OPERANDS = ("add", "cat", "stacked_sum", "add_in_place")
+# Plans an operation on operands of these shapes; None if it does not fit them.
+PLANS: dict[str, Callable[..., Plan | None]] = {
+    "conv": _conv, "batch_norm": _batch_norm, "prelu": _prelu, "group_norm": _group_norm, "depthwise": _depthwise,
+    "grouped": _grouped, "transposed": _transposed, "gate": _gate, "strided": _strided, "linear": _linear,
+    "functional_norm": _batch_norm, "mask": _mask, "squash": _squash, "split": _halves, "sum_of_parts": _sum_of_halves,
+    "chunk": _chunk, "shuffle": _shuffle, "pad_channels": _pad_channels, "first_channels": _first_channels,
+    "every_other": _every_other, "repeat": _repeat, "unshuffle": _unshuffle, "pixel_shuffle": _pixel_shuffle,
+    "largest_channel": _largest_channel, "cat": _cat, "max_pool": _max_pool, "upsample": _upsample,
+    "average": _average,
+    **dict.fromkeys(("relu", "add", "stacked_sum", "add_in_place", "less_mean", "softmax", "flip"), _same_shape),
+}  # fmt: skip
+
+
+# -- operations: values ------------------------------------------------------------------------------------------------
+
+
+def _apply(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
+
+
+def _on_last_dimension(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _gated(module: nn.Module, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(module(F.adaptive_avg_pool2d(x, 1)))
+
+
+def _masked(module: nn.Module, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(module(x))
+
+
+def _normalised(norm: Any, x: Tensor) -> Tensor:
+    statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    return F.batch_norm(x, *statistics, training=norm.training, eps=0.01)
+
+
+# How operations with a module use it, where they do not just call it.
+CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "linear": _on_last_dimension, "squash": _on_last_dimension, "gate": _gated, "mask": _masked,
+    "functional_norm": _normalised,
+}  # fmt: skip
+
+
+def _chunks_of(call: Call, x: Tensor) -> list[Tensor]:
+    pieces = x.chunk(call.settings[0], dim=1)
+    return [pieces[i] for i in range(call.settings[0])]
+
+
+def _shuffled(call: Call, x: Tensor) -> list[Tensor]:
+    n, c, h, w = x.shape
+    groups = call.settings[0]
+    return [x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)]
+
+
+def _halves_of(call: Call, x: Tensor) -> list[Tensor]:
+    pieces = x.split(x.shape[1] // 2, dim=1)
+    return [pieces[0], pieces[1]]
+
+
+def _added_in_place(call: Call, x: Tensor, y: Tensor) -> list[Tensor]:
+    total = x.clone()
+    total += y
+    return [total]
+
+
+# Operations without a module, on the call and its operands.
+FUNCTIONS: dict[str, Callable[..., list[Tensor]]] = {
+    "relu": lambda call, x: [F.relu(x)],
+    "add": lambda call, x, y: [x + y],
+    "cat": lambda call, x, y: [torch.cat([x, y], dim=1)],
+    "chunk": _chunks_of,
+    "shuffle": _shuffled,
+    "first_channels": lambda call, x: [x[:, : call.settings[0]]],
+    "max_pool": lambda call, x: [F.max_pool2d(x, 2)],
+    "upsample": lambda call, x: [F.interpolate(x, scale_factor=2)],
+    "pixel_shuffle": lambda call, x: [F.pixel_shuffle(x, 2)],
+    "average": lambda call, x: [x.flatten(2).mean(2)[:, :, None, None]],
+    "split": _halves_of,
+    "sum_of_parts": lambda call, x: [x.view(x.shape[0], 2, x.shape[1] // 2, x.shape[2], x.shape[3]).sum(1)],
+    "stacked_sum": lambda call, x, y: [torch.stack([x, y]).sum(0)],
+    "add_in_place": _added_in_place,
+    "less_mean": lambda call, x: [x - x.mean(1, keepdim=True)],
+    "softmax": lambda call, x: [x.softmax(1)],
+    "pad_channels": lambda call, x: [F.pad(x, (0, 0, 0, 0, 0, call.settings[0]))],
+    "flip": lambda call, x: [x.flip(1)],
+    "every_other": lambda call, x: [x[:, ::2]],
+    "repeat": lambda call, x: [x.repeat(1, 2, 1, 1)],
+    "unshuffle": lambda call, x: [F.pixel_unshuffle(x, 2)],
+    "largest_channel": lambda call, x: [x.amax(1, keepdim=True)],
+}
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
 class RandomNetwork(nn.Module):
     """The network that some steps describe; its outputs are one linear head for each of the last unused values.
 
     With `branches` the forward depends on a size, which torch.fx cannot trace, so torch.export does.
     """
 
-    def __init__(self, steps: tuple[Step, ...], flat_heads: bool = False, branches: bool = False) -> None:
+    def __init__(self, steps: tuple[Step, ...], *, flat_heads: bool = False, branches: bool = False) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.shapes: list[tuple[int, int]] = [IMAGE]
+        self.shapes = [Shape(*IMAGE)]
         self.flat_heads = flat_heads
         self.branches = branches
         for step in (Step("conv", 0, 0, 1), *steps):
@@ -72,128 +331,49 @@ class RandomNetwork(nn.Module):
             self.heads.append(nn.Linear(channels * side**2 if flat_heads else channels, 2))
 
     def _plan(self, step: Step) -> None:
+        """Adds the call of a step, its module and the shapes of its results; nothing if the operation does not fit."""
         latest = len(self.shapes) - 1
         operand = latest - step.first % latest if step.first < IMAGES and latest else 0
-        channels, side = self.shapes[operand]
-        width, name, number = WIDTHS[step.size % len(WIDTHS)], step.operation, f"m{len(self.calls)}"
+        if step.operation == "again":
+            self._plan_again(step, operand)
+            return
         operands: tuple[int, ...] = (operand,)
-        settings: tuple[int, ...] = ()
-        shapes = [(channels, side)]
-        module: nn.Module | None = None
-        match name:
-            case "conv":
-                kernel = (3, 1)[step.second % 2]
-                module = nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=bool(step.second // 2 % 2))
-                shapes = [(width, side)]
-            case "batch_norm":
-                module = nn.BatchNorm2d(channels, eps=0.01)
-            case "prelu":
-                module = nn.PReLU(channels)
-            case "group_norm":
-                module = nn.GroupNorm(1, channels)
-            case "depthwise":
-                times = 1 + step.second % 2
-                if channels < 2 or channels * times > MOST_CHANNELS:
-                    return
-                module = nn.Conv2d(channels, channels * times, 3, padding=1, groups=channels, bias=False)
-                shapes = [(channels * times, side)]
-            case "grouped":
-                groups, width = (2, 3)[step.second % 2], (2, 3, 4, 5)[step.size % 4]
-                if channels % groups or channels == groups:
-                    return
-                module = nn.Conv2d(channels, groups * width, 3, padding=1, groups=groups)
-                shapes = [(groups * width, side)]
-            case "transposed":
-                if side * 2 > LARGEST:
-                    return
-                module = nn.ConvTranspose2d(channels, width, 2, stride=2)
-                shapes = [(width, side * 2)]
-            case "gate":
-                module = nn.Sequential(nn.Conv2d(channels, width, 1), nn.ReLU(), nn.Conv2d(width, channels, 1))
-            case "strided":
-                if side % 2:
-                    return
-                module = nn.Conv2d(channels, width, 3, stride=2, padding=1)
-                shapes = [(width, side // 2)]
-            case "linear":
-                module = nn.Linear(channels, width)
-                shapes = [(width, side)]
-            case "functional_norm":
-                module = nn.BatchNorm2d(channels, eps=0.01)
-            case "mask":
-                module = nn.Conv2d(channels, 1, 1)
-            case "squash":
-                module = nn.LayerNorm(channels)
-            case "split" | "sum_of_parts":
-                if channels % 2 or channels == 2:
-                    return
-                shapes = [(channels // 2, side)] * (2 if name == "split" else 1)
-            case "pad_channels":
-                settings = (1 + step.size % 3,)
-                shapes = [(channels + settings[0], side)]
-            case "every_other":
-                shapes = [((channels + 1) // 2, side)]
-            case "repeat":
-                if channels * 2 > MOST_CHANNELS:
-                    return
-                shapes = [(channels * 2, side)]
-            case "unshuffle":
-                if side % 2 or channels * 4 > MOST_CHANNELS:
-                    return
-                shapes = [(channels * 4, side // 2)]
-            case "largest_channel":
-                shapes = [(1, side)]
-            case "add" | "cat" | "stacked_sum" | "add_in_place":
-                fits = [
-                    i
-                    for i, shape in enumerate(self.shapes)
-                    if shape[1] == side and (name == "cat" or (shape[0] == channels and i != operand))
-                ]
-                if not fits:
-                    return
-                other = fits[-1 - step.second % len(fits)]
-                operands = (operand, other)
-                total = channels + self.shapes[other][0]
-                if name == "cat" and total > MOST_CHANNELS:
-                    return
-                shapes = [(total if name == "cat" else channels, side)]
-            case "chunk" | "shuffle":
-                settings = ((2, 3)[step.second % 2],)
-                if channels % settings[0] or channels == settings[0]:
-                    return
-                if name == "chunk":
-                    shapes = [(channels // settings[0], side)] * settings[0]
-            case "first_channels":
-                settings = (1 + step.size % channels,)
-                shapes = [(settings[0], side)]
-            case "max_pool":
-                if side % 2:
-                    return
-                shapes = [(channels, side // 2)]
-            case "upsample":
-                if side * 2 > LARGEST:
-                    return
-                shapes = [(channels, side * 2)]
-            case "pixel_shuffle":
-                if channels % 4 or side * 2 > LARGEST:
-                    return
-                shapes = [(channels // 4, side * 2)]
-            case "average":
-                shapes = [(channels, 1)]
-            case "again":
-                earlier = [c for c in self.calls if c.module and self.shapes[c.operands[0]] == (channels, side)]
-                if not earlier:
-                    return
-                again = earlier[step.second % len(earlier)]
-                name, number, settings = again.operation, again.module, again.settings
-                shapes = [self.shapes[i] for i in again.results]
-        if module is not None:
-            self.add_module(number, module)
+        if step.operation in TWO_OPERANDS:
+            others = self._partners(step.operation, operand)
+            if not others:
+                return
+            operands = (operand, others[-1 - step.second % len(others)])
+        plan = PLANS[step.operation](step, *(self.shapes[i] for i in operands))
+        if plan is None:
+            return
+        name = f"m{len(self.calls)}" if plan.module is not None else ""
+        if plan.module is not None:
+            self.add_module(name, plan.module)
+        self._call(step.operation, operands, plan.shapes, name, plan.settings)
+
+    def _plan_again(self, step: Step, operand: int) -> None:
+        """Adds another call of a module that was called with an operand of the same shape."""
+        earlier = [c for c in self.calls if c.module and self.shapes[c.operands[0]] == self.shapes[operand]]
+        if earlier:
+            again = earlier[step.second % len(earlier)]
+            shapes = [self.shapes[i] for i in again.results]
+            self._call(again.operation, (operand,), shapes, again.module, again.settings)
+
+    def _call(
+        self, operation: str, operands: tuple[int, ...], shapes: list[Shape], module: str, settings: tuple[int, ...]
+    ) -> None:
         first = len(self.shapes)
         self.shapes += shapes
-        has_module = module is not None or step.operation == "again"
-        results = tuple(range(first, first + len(shapes)))
-        self.calls.append(Call(name, operands, results, number if has_module else "", settings))
+        self.calls.append(Call(operation, operands, tuple(range(first, len(self.shapes))), module, settings))
+
+    def _partners(self, operation: str, operand: int) -> list[int]:
+        """The values that can be the second operand beside a first one."""
+        channels, side = self.shapes[operand]
+        return [
+            i
+            for i, shape in enumerate(self.shapes)
+            if shape[1] == side and (operation == "cat" or (shape[0] == channels and i != operand))
+        ]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(N, 3, 4, 4) to a list of (N, 2)."""
@@ -208,71 +388,9 @@ class RandomNetwork(nn.Module):
         return [head(row) for head, row in zip(self.heads, rows, strict=True)]
 
     def _run(self, call: Call, operands: list[Tensor]) -> list[Tensor]:
-        x = operands[0]
-        match call.operation:
-            case "gate":
-                return [x * torch.sigmoid(self.get_submodule(call.module)(F.adaptive_avg_pool2d(x, 1)))]
-            case "relu":
-                return [F.relu(x)]
-            case "add":
-                return [x + operands[1]]
-            case "cat":
-                return [torch.cat(operands, dim=1)]
-            case "chunk":
-                pieces = x.chunk(call.settings[0], dim=1)
-                return [pieces[i] for i in range(call.settings[0])]
-            case "shuffle":
-                n, c, h, w = x.shape
-                groups = call.settings[0]
-                return [x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)]
-            case "first_channels":
-                return [x[:, : call.settings[0]]]
-            case "max_pool":
-                return [F.max_pool2d(x, 2)]
-            case "upsample":
-                return [F.interpolate(x, scale_factor=2)]
-            case "pixel_shuffle":
-                return [F.pixel_shuffle(x, 2)]
-            case "average":
-                return [x.flatten(2).mean(2)[:, :, None, None]]
-            case "split":
-                pieces = x.split(x.shape[1] // 2, dim=1)
-                return [pieces[0], pieces[1]]
-            case "sum_of_parts":
-                return [x.view(x.shape[0], 2, x.shape[1] // 2, x.shape[2], x.shape[3]).sum(1)]
-            case "linear":
-                return [self.get_submodule(call.module)(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
-            case "squash":
-                return [self.get_submodule(call.module)(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
-            case "stacked_sum":
-                return [torch.stack(operands).sum(0)]
-            case "add_in_place":
-                total = x.clone()
-                total += operands[1]
-                return [total]
-            case "functional_norm":
-                norm: Any = self.get_submodule(call.module)
-                statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
-                return [F.batch_norm(x, *statistics, training=norm.training, eps=0.01)]
-            case "mask":
-                return [x * torch.sigmoid(self.get_submodule(call.module)(x))]
-            case "less_mean":
-                return [x - x.mean(1, keepdim=True)]
-            case "softmax":
-                return [x.softmax(1)]
-            case "pad_channels":
-                return [F.pad(x, (0, 0, 0, 0, 0, call.settings[0]))]
-            case "flip":
-                return [x.flip(1)]
-            case "every_other":
-                return [x[:, ::2]]
-            case "repeat":
-                return [x.repeat(1, 2, 1, 1)]
-            case "unshuffle":
-                return [F.pixel_unshuffle(x, 2)]
-            case "largest_channel":
-                return [x.amax(1, keepdim=True)]
-        return [self.get_submodule(call.module)(x)]
+        if call.module:
+            return [CALLS.get(call.operation, _apply)(self.get_submodule(call.module), operands[0])]
+        return FUNCTIONS[call.operation](call, *operands)
 
     def __repr__(self) -> str:
         """The program."""

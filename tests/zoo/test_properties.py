@@ -94,7 +94,7 @@ def test_any_network_shrinks_and_trains_on(
     steps: list[Step], flat_heads: bool, branches: bool, seed: int, share: float, policy: str, round_to: int, adam: bool
 ) -> None:
     torch.manual_seed(seed)
-    network = RandomNetwork(tuple(steps), flat_heads, branches)
+    network = RandomNetwork(tuple(steps), flat_heads=flat_heads, branches=branches)
     note(f"{network!r}\ntraced by torch.{'export' if branches else 'fx'}")
     model = network.double()
     randomise(model, seed)
@@ -130,27 +130,26 @@ def shrinks_once(
     forget_momentum(graph, keep, twin, twin_optimizer)
     done = reconfigure(model, optimizer, keep)
     for training in (False, True):
-        mine, theirs = (outputs_of(m.train(training), batches[1]) for m in (model, twin))
-        assert distance(mine, theirs) <= 1e-9, f"outputs differ, training={training}"
+        outputs, twin_outputs = (outputs_of(m.train(training), batches[1]) for m in (model, twin))
+        assert distance(outputs, twin_outputs) <= 1e-9, f"outputs differ, training={training}"
     check_attributes(model)
     check_optimizer(model, optimizer)
     after = count_flops(model, (batches[0],))
-    mine = train(model, optimizer, batches[2:])
+    losses = train(model, optimizer, batches[2:])
     pairs = [zip(keep.live[name], graph.computed(name), strict=True) for name in graph.layers]
     if not all(torch.isin(live, before).all() for pair in pairs for live, before in pair):
         return None  # a gated layer has got channels back, which cost, and which its twin cannot have
     assert after.inference <= flops.inference
     assert after.training <= flops.training
     assert done.parameters_after <= done.parameters_before
-    theirs = train(twin, twin_optimizer, batches[2:], masks)
-    assert mine == pytest.approx(theirs, rel=1e-7)
-    mine, theirs = (outputs_of(m.eval(), batches[1]) for m in (model, twin))
-    assert distance(mine, theirs) <= 1e-7, "running statistics or parameters have moved differently"
+    assert losses == pytest.approx(train(twin, twin_optimizer, batches[2:], masks), rel=1e-7)
+    outputs, twin_outputs = (outputs_of(m.eval(), batches[1]) for m in (model, twin))
+    assert distance(outputs, twin_outputs) <= 1e-7, "running statistics or parameters have moved differently"
     if keep.branches:
         return None
-    left = keep.graph_after()
-    check_same_channels(left, trace_channels(model, (batches[0],)))
-    return left
+    graph_after = keep.graph_after()
+    check_same_channels(graph_after, trace_channels(model, (batches[0],)))
+    return graph_after
 
 
 def test_programs_are_readable() -> None:

@@ -1,4 +1,4 @@
-"""What goes with a channel is what Torch-Pruning's dependency groups say, but for differences that the docs explain."""
+"""Channels go together as in Torch-Pruning's dependency groups, but for differences that the docs explain."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow if net.slow else ()) for name
 @pytest.mark.parametrize("name", NAMES)
 def test_differences_are_the_explained_ones(name: str) -> None:
     torch.manual_seed(0)
-    found = compare(ZOO[name].for_tests(), ZOO[name].images(2))
-    assert set(found) == DIFFERENCES.get(name, set()), {kind: places[:3] for kind, places in found.items()}
+    differences = compare(ZOO[name].for_tests(), ZOO[name].images(2))
+    assert set(differences) == DIFFERENCES.get(name, set()), {kind: places[:3] for kind, places in differences.items()}
 
 
 def test_every_explanation_is_needed() -> None:

@@ -87,9 +87,9 @@ def test_shrinks_and_trains_on(name: str, tmp_path: Path) -> None:
         report = reconfigure(model, optimizer, keep)
         assert report.changed == bool(dead)
         for training in (False, True):
-            mine, theirs = (outputs_of(m.train(training), batches[1]) for m in (model, reference))
-            assert distance(mine, theirs) <= 1e-9, (turn, training)
-            assert depends_on_images(theirs[0])
+            outputs, expected = (outputs_of(m.train(training), batches[1]) for m in (model, reference))
+            assert distance(outputs, expected) <= 1e-9, (turn, training)
+            assert depends_on_images(expected[0])
         check_attributes(model)
         check_optimizer(model, optimizer)
         assert sum(p.numel() for p in model.parameters()) == report.parameters_after

@@ -75,12 +75,12 @@ def outputs_of(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
 
 
-def distance(mine: list[Tensor], theirs: list[Tensor]) -> float:
-    """Largest difference as a share of the scale, the worst of all outputs."""
-    assert [t.shape for t in mine] == [t.shape for t in theirs]
+def distance(outputs: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference as a share of the scale of `expected`, the worst of all outputs."""
+    assert [t.shape for t in outputs] == [t.shape for t in expected]
     gaps = [
         float((a - b).detach().abs().max()) / max(float(b.detach().abs().max()), 1e-12)
-        for a, b in zip(mine, theirs, strict=True)
+        for a, b in zip(outputs, expected, strict=True)
     ]
     assert all(math.isfinite(gap) for gap in gaps)
     return max(gaps)
@@ -127,8 +127,9 @@ def slice_of(graph: ChannelGraph, model: nn.Module, use: Use) -> Tensor:
     layer, weight = graph.layers[use.layer], model.get_submodule(use.layer).weight
     assert isinstance(weight, Tensor)
     dim, block = (layer.dims[1], 1) if use.side == "out" else (layer.dims[0], layer.block)
-    there = (graph.computed(use.layer)[use.side == "out"] == use.place).nonzero()
-    return weight.detach().narrow(dim, int(there) * block if len(there) else 0, block * len(there))
+    positions = (graph.computed(use.layer)[use.side == "out"] == use.place).nonzero()  # one or none
+    start = int(positions) * block if len(positions) else 0
+    return weight.detach().narrow(dim, start, block * len(positions))
 
 
 def kill(graph: ChannelGraph, model: nn.Module, share: float, partly: float, seed: int) -> set[Channel]:
@@ -197,7 +198,7 @@ def check_kept(graph: ChannelGraph, keep: Keep, model: nn.Module, dead: set[Chan
 
 
 def hold_masks(graph: ChannelGraph, keep: Keep, model: nn.Module) -> dict[str, Tensor]:
-    """For each layer a mask that holds at zero whatever `keep` prunes, or leaves to gating."""
+    """A mask for each layer that holds at zero whatever `keep` prunes, or leaves to gating."""
     masks = {}
     for layer in graph.layers.values():
         weight = model.get_submodule(layer.name).weight
@@ -267,29 +268,29 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 assert value.shape == parameter.shape
 
 
-def check_same_channels(mine: ChannelGraph, traced: ChannelGraph) -> None:
+def check_same_channels(derived: ChannelGraph, traced: ChannelGraph) -> None:
     """Two graphs of one network have the same channels: what stays or goes together, what is computed, what is frozen.
 
     With one channel left tracing sees less: `view(n, 1)` does not say what the 1 is, a map of one channel that is
     multiplied with it looks like a channel of the same space, and a depthwise convolution like any other.
     """
-    if any(space.size == 1 for space in mine.spaces):
+    if any(space.size == 1 for space in derived.spaces):
         return
-    assert mine.layers.keys() == traced.layers.keys()
-    for name, layer in mine.layers.items():
+    assert derived.layers.keys() == traced.layers.keys()
+    for name, layer in derived.layers.items():
         other = traced.layers[name]
         assert (layer.kind, layer.block, layer.groups) == (other.kind, other.block, other.groups)
-        for a, b in zip(mine.computed(name), traced.computed(name), strict=True):
+        for a, b in zip(derived.computed(name), traced.computed(name), strict=True):
             assert torch.equal(a, b), name
-    assert {n: (f.kind, f.block, mine.spaces[f.space].size) for n, f in mine.followers.items()} == {
+    assert {n: (f.kind, f.block, derived.spaces[f.space].size) for n, f in derived.followers.items()} == {
         n: (f.kind, f.block, traced.spaces[f.space].size) for n, f in traced.followers.items()
     }
-    ours, theirs = (
+    derived_channels, traced_channels = (
         {
             frozenset((u.layer, u.side, u.place) for u in uses): graph.spaces[channel[0]].frozen
-            for channel, uses in found
+            for channel, uses in channels
         }
-        for graph, found in ((mine, uses_of(mine).items()), (traced, uses_of(traced).items()))
+        for graph, channels in ((derived, uses_of(derived).items()), (traced, uses_of(traced).items()))
     )
-    assert ours.keys() == theirs.keys()
-    assert all(theirs[uses] for uses, frozen in ours.items() if frozen)
+    assert derived_channels.keys() == traced_channels.keys()
+    assert all(traced_channels[uses] for uses, frozen in derived_channels.items() if frozen)

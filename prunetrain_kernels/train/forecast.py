@@ -81,7 +81,7 @@ class Now:
     """A training at one moment: what a forecast is made from.
 
     Attributes:
-        original: the dense network's channels that are left.
+        present: what is known of the model.
         scheduler: of the learning rate, or a list of several, or None.
         passed: epochs trained.
         coefficient: lambda, 0 where there is no lasso.
@@ -90,11 +90,15 @@ class Now:
 
     model: nn.Module
     present: Present
-    original: OriginalChannels
     scheduler: Any
     passed: float
     coefficient: float
     round_to: int = 1
+
+    @property
+    def original(self) -> OriginalChannels:
+        """The dense network's channels that are left."""
+        return self.present.original
 
     @property
     def flops(self) -> tuple[float, float]:

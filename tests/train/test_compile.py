@@ -95,7 +95,7 @@ def test_reconfigurations_are_compiled_and_learn_what_an_uncompiled_twin_does(ho
         assert report.compilations == 1
         assert 0 < report.compile_seconds < 60
         assert "1 graph compiled in" in str(report)
-    assert prunetrain._compilations.given_up == 0
+    assert prunetrain.compilations.given_up == 0
     assert [entry["compilations"] for entry in prunetrain.history] == [1] * epochs
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11, msg=name)

@@ -129,7 +129,7 @@ def started(captured: bool, optimizer_class: type[SGD] = SGD, scales: bool = Fal
     coefficients = options.pop("coefficients", None)
     if coefficients:
         lasso = GroupLasso(model, (), graph=prunetrain.graph, coefficients=coefficients)
-        prunetrain._present = replace(prunetrain._present, lasso=lasso)
+        prunetrain.present = replace(prunetrain.present, lasso=lasso)
     scaler = torch.amp.GradScaler("cpu", enabled=scales, init_scale=64.0, growth_interval=5)
     # the device is what a user with a GPU would have; all tensors are on the CPU
     step: Any = Step(model, optimizer, scaler, prunetrain, torch.device("cuda"), average=average, **options)

@@ -638,7 +638,7 @@ def test_the_trainer_in_the_documentation_runs(tmp_path: Path) -> None:
 
 
 def _without_rebuilding(rank: int) -> bool:
-    import prunetrain_kernels.train.prunetrain as module
+    import prunetrain_kernels.train.reconfiguration as module
 
     module.rebuild_buckets = lambda ddp: None  # type: ignore[assignment]
     ddp = DistributedDataParallel(_net())

@@ -298,4 +298,4 @@ def _parts_of(
         raise InputError("PruneTrain needs the optimizer that trains the model, or a list of several.")
     if not any(p.is_cuda for p in network.parameters()):
         torch.set_flush_denormal(True)
-    return Parts(network, ddp, ranks, is_compiled, copies, optimizers)
+    return Parts(network, ddp, ranks, is_compiled=is_compiled, also=copies, optimizers=optimizers)

@@ -159,16 +159,16 @@ def test_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*layers).double()
     twin = copy.deepcopy(model)
     handle = torch.compile(model, backend=backend)
-    ours, theirs = (PruneTrain(each, sgd(each), example(), interval=1) for each in (handle, twin))
+    ours, of_twin = (PruneTrain(each, sgd(each), example(), interval=1) for each in (handle, twin))
     for epoch in range(2):
         try:
             with torch._inductor.config.patch(compile_threads=1):
                 loss = step(handle, ours.optimizer, ours, epoch)
         except exceptions.InductorError as error:
             pytest.skip(f"no C++ compiler: {error}")
-        assert loss == pytest.approx(step(twin, theirs.optimizer, theirs, epoch), rel=1e-10)
+        assert loss == pytest.approx(step(twin, of_twin.optimizer, of_twin, epoch), rel=1e-10)
         assert backend.calls == backend.graphs == epoch + 1
-        for each, prunetrain in ((model, ours), (twin, theirs)):
+        for each, prunetrain in ((model, ours), (twin, of_twin)):
             with torch.no_grad():
                 each[0].weight[:2] = 0
                 each[5].weight[:, :2] = 0

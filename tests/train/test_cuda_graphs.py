@@ -198,7 +198,7 @@ def test_replays_are_steps_through_reconfigurations(name: str, fake: list[FakeGr
 
 @pytest.mark.parametrize("cls", [SGD, ProximalSGD])
 def test_a_replay_may_be_a_skipped_step(cls: type[SGD]) -> None:
-    """With multipliers, whose norms an update must not take over from a step that wrote none. Decided on the device."""
+    """Norms of layers with multipliers are not taken over from a step that wrote none; the device decides that."""
     graph = FakeGraph()
     models = net(dtype=torch.float32), net(dtype=torch.float32)
     optimizers = [cls(model.parameters(), lr=0.05, momentum=0.9) for model in models]
@@ -280,7 +280,7 @@ class Asks(Net):
 
 
 def test_a_network_that_asks_the_device_for_a_value_is_refused(fake: list[FakeGraph]) -> None:
-    """By what CUDA says of it; and this shows that a wait inside a step would be seen above."""
+    """CUDA itself says so; and this shows that a wait inside a step would be seen above."""
     one = started(True)
     one.step.network = Asks().double()
     for _ in range(WARM_UP):

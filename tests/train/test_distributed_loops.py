@@ -48,17 +48,17 @@ def _zero_channels(model: Any, count: int) -> None:
 
 def _averaged(ddp: DistributedDataParallel, rank: int, step: int, world: int) -> bool:
     """Whether DDP's gradients are the mean of what each rank's own copy computes."""
-    own = copy.deepcopy(ddp.module)
+    alone = copy.deepcopy(ddp.module)
     images, labels = _images(rank, step)
-    F.cross_entropy(own(images), labels).backward()
+    F.cross_entropy(alone(images), labels).backward()
     ddp.zero_grad(set_to_none=True)
     F.cross_entropy(ddp(images), labels).backward()
     same = True
-    for mine, averaged in zip(own.parameters(), ddp.parameters(), strict=True):
-        assert mine.grad is not None
-        dist.all_reduce(mine.grad)
+    for parameter, averaged in zip(alone.parameters(), ddp.parameters(), strict=True):
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
         assert averaged.grad is not None
-        same &= torch.allclose(averaged.grad, mine.grad / world, rtol=1e-4, atol=1e-6)
+        same &= torch.allclose(averaged.grad, parameter.grad / world, rtol=1e-4, atol=1e-6)
     return same
 
 
@@ -74,7 +74,7 @@ def _stranger(rank: int, options: dict[str, Any]) -> dict[str, Any]:
         losses = [F.cross_entropy(copy.deepcopy(ddp.module)(_images(r, 0)[0]), _images(r, 0)[1]) for r in range(2)]
         expected = penalty_coefficient(sum(losses) / 2, prunetrain.lasso.penalty(), 0.3)
     assert losses[0] != losses[1]
-    found: dict[str, Any] = {"averaged": [], "sent": [], "gradients": [], "calls": [], "world": 2}
+    outcome: dict[str, Any] = {"averaged": [], "sent": [], "gradients": [], "calls": [], "world": 2}
     for epoch in range(4):
         for step in range(2):
             images, labels = _images(rank, 10 * epoch + step)
@@ -88,21 +88,21 @@ def _stranger(rank: int, options: dict[str, Any]) -> dict[str, Any]:
         assert report.reconfiguration.changed == (epoch < 3)
         sent.total = 0
         hook_calls.clear()
-        found["averaged"].append(_averaged(ddp, rank, 99, 2))
-        found["sent"].append(sent.total)
-        found["gradients"].append(gradient_bytes(ddp))
-        found["calls"].append(len(hook_calls))
+        outcome["averaged"].append(_averaged(ddp, rank, 99, 2))
+        outcome["sent"].append(sent.total)
+        outcome["gradients"].append(gradient_bytes(ddp))
+        outcome["calls"].append(len(hook_calls))
     assert all(any(p is q for q in before) for p in ddp.parameters())
-    found["state"] = dict(ddp.module.named_parameters())
-    found["coefficient"] = prunetrain.coefficient
+    outcome["state"] = dict(ddp.module.named_parameters())
+    outcome["coefficient"] = prunetrain.coefficient
     assert prunetrain.coefficient == pytest.approx(expected, rel=1e-5)
-    found["options"] = {
+    outcome["options"] = {
         "static_graph": ddp.static_graph,
         "gradient_as_bucket_view": ddp.gradient_as_bucket_view,
         "find_unused_parameters": ddp.find_unused_parameters,
         "bucket_cap_mb": ddp.bucket_bytes_cap / 2**20,
     }
-    return found
+    return outcome
 
 
 @pytest.mark.parametrize(
@@ -115,15 +115,15 @@ def _stranger(rank: int, options: dict[str, Any]) -> dict[str, Any]:
 )
 def test_a_strangers_ddp_goes_on_after_reconfigurations(on_ranks: OnRanks, options: dict[str, Any]) -> None:
     """Every gradient is averaged, once, over buckets of the new shape, by the same object with the same hooks."""
-    found = on_ranks(2, _stranger, options)
-    assert_bitwise_equal([one["state"] for one in found if isinstance(one, dict) or pytest.fail(str(one))])
-    for one in found:
+    outcomes = on_ranks(2, _stranger, options)
+    assert_bitwise_equal([one["state"] for one in outcomes if isinstance(one, dict) or pytest.fail(str(one))])
+    for one in outcomes:
         assert one["averaged"] == [True] * 4
         assert one["sent"] == one["gradients"]
         assert one["calls"] == [1] * 4
         assert len(set(one["gradients"])) == 3 + (one["gradients"][3] != one["gradients"][2])
         assert {name: one["options"][name] for name in options} == pytest.approx(options, rel=1e-3)
-        assert one["coefficient"] == found[0]["coefficient"]
+        assert one["coefficient"] == outcomes[0]["coefficient"]
 
 
 def test_the_trainer_in_the_documentation_runs(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_the_batch_grows_to_what_the_smallest_rank_holds(on_ranks: OnRanks) -> N
 def _beside(rank: int) -> list[int]:
     """Bytes that are not the network's own: with DDP's buckets, with gradients in the buckets, with a copy too."""
     mini_batch.step_memory = lambda *_, **__: MemoryModel(0, 1)  # type: ignore[assignment]
-    found = []
+    sizes = []
     for as_view, copies in ((False, 0), (True, 0), (False, 2)):
         ddp = DistributedDataParallel(_net(), gradient_as_bucket_view=as_view)
         sizing = MiniBatch(8)
@@ -215,8 +215,8 @@ def _beside(rank: int) -> list[int]:
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
         PruneTrain(ddp, optimizer, (_images(0, 0)[0],), batch=sizing, also=also)
         assert sizing.memory is not None
-        found.append(sizing.memory.fixed)
-    return [*found, gradient_bytes(ddp.module), sum(t.nbytes for t in ddp.module.state_dict().values())]
+        sizes.append(sizing.memory.fixed)
+    return [*sizes, gradient_bytes(ddp.module), sum(t.nbytes for t in ddp.module.state_dict().values())]
 
 
 def test_the_budget_counts_buckets_and_copies(on_ranks: OnRanks) -> None:

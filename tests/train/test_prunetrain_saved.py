@@ -47,21 +47,21 @@ def run(parts: tuple[DropoutNet, Any, Any, PruneTrain], epochs: range) -> list[f
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_saved_and_loaded_it_goes_on_bitwise_alike(tmp_path: Path, kind: str, at: int) -> None:
+@pytest.mark.parametrize("saved_after", [1, 2, 3])
+def test_saved_and_loaded_it_goes_on_bitwise_alike(tmp_path: Path, kind: str, saved_after: int) -> None:
     whole = make(0, kind)
     torch.manual_seed(5)
-    losses = run(whole, range(at))
+    losses = run(whole, range(saved_after))
     save_pruned(
         tmp_path / "c.pt", whole[0], whole[1], whole[3], scheduler=whole[2].state_dict(), rng=torch.get_rng_state()
     )
-    losses += run(whole, range(at, 6))
+    losses += run(whole, range(saved_after, 6))
 
     halves = make(99, kind)  # another start: nothing of it may remain
     extra = load_pruned(tmp_path / "c.pt", halves[0], halves[1], halves[3])
     halves[2].load_state_dict(extra["scheduler"])
     torch.set_rng_state(extra["rng"])
-    assert run(halves, range(at, 6)) == losses[2 * at :]
+    assert run(halves, range(saved_after, 6)) == losses[2 * saved_after :]
 
     assert whole[3].removed
     assert halves[3].removed == whole[3].removed

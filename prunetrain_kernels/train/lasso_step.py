@@ -7,6 +7,7 @@ lambda * R(W); in any other step no weight is.
 from torch import Tensor
 from torch.optim import Optimizer
 
+from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.optimizer_holdings import params_of
 from prunetrain_kernels.regularizer import one_number, penalty_coefficient
 from prunetrain_kernels.train.state import PruningState, holds
@@ -18,10 +19,10 @@ def regularized(state: PruningState, loss: Tensor) -> Tensor:
     Where the optimizer adds the lasso inside its update, R(W) enters as a value, without a gradient.
     """
     note_step(state)
-    optimizer = state.lasso_optimizer
-    if optimizer is not None:
-        hand_over(state, loss)
-        return loss + (state.coefficient or 0.0) * optimizer.penalty() if state.active else loss
+    inside = state.lasso_optimizer
+    if inside is not None:
+        hand_over(state, inside, loss)
+        return loss + (state.coefficient or 0.0) * inside.penalty() if state.active else loss
     if not state.active:
         return loss
     penalty = state.lasso.penalty()
@@ -35,17 +36,16 @@ def add_gradient_(state: PruningState, loss: Tensor, optimizer: Optimizer | None
     Where the lasso is inside an optimizer's update, `.grad` is left alone, and the update is told of it.
     """
     note_step(state)
-    if state.lasso_inside:
-        hand_over(state, loss)
+    inside = state.lasso_optimizer
+    if inside is not None:
+        hand_over(state, inside, loss)
     elif state.active:
         coefficient = _coefficient(state, loss)
         state.penalty_before = _add_to_gradients(state, coefficient, optimizer)
 
 
-def hand_over(state: PruningState, loss: Tensor) -> None:
+def hand_over(state: PruningState, optimizer: SGD, loss: Tensor) -> None:
     """Has the optimizer's next update add the lasso, or none where it is not active."""
-    optimizer = state.lasso_optimizer
-    assert optimizer is not None
     lasso, coefficient = (state.lasso, _coefficient(state, loss)) if state.active else (None, 0.0)
     if optimizer.lasso is not lasso or optimizer.lasso_coefficient != coefficient:
         optimizer.regularize_with(lasso, coefficient)

@@ -565,7 +565,7 @@ def test_info_under_mixed_precision_halves_what_batch_norm_moves(capsys: pytest.
     moved = []
     for amp in ("off", "bf16"):
         assert cli.main(["info", "--model", "resnet20", "--amp", amp]) == 0
-        found = re.search(r"^batch norm +([\d.,]+) MiB", capsys.readouterr().out, re.M)
-        assert found is not None
-        moved.append(float(found[1].replace(",", "")))
+        traffic = re.search(r"^batch norm +([\d.,]+) MiB", capsys.readouterr().out, re.M)
+        assert traffic is not None
+        moved.append(float(traffic[1].replace(",", "")))
     assert moved[0] == pytest.approx(2 * moved[1], rel=1e-3)

@@ -100,8 +100,8 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
         if trainer.world_size > 1 and model is module:
             raise InputError('PruneTrainCallback can follow several processes with Trainer(strategy="ddp") only.')
         options = {"amp": AUTOCAST.get(trainer.precision), **self.options}
-        given = optimizers if len(optimizers) > 1 else optimizers[0]
-        prunetrain = PruneTrain(model, given, self._examples(module, batch), **options)
+        optimizer = optimizers if len(optimizers) > 1 else optimizers[0]
+        prunetrain = PruneTrain(model, optimizer, self._examples(module, batch), **options)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         unscales = [o for o in optimizers if scaler is not None and getattr(o, "_step_supports_amp_scaling", False)]
         if unscales and not prunetrain.lasso_inside:
@@ -142,8 +142,8 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
             self._first_loss = loss.detach().to(wide) * (trainer.accumulate_grad_batches / scale)
 
     def _add_lasso(self, optimizer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Before the optimizer's step. Lightning runs backward and clips inside the closure that it gives to the step,
-        but with a gradient scaler before it; both ways the lasso comes last."""
+        """Adds the lasso's gradient before the optimizer's step. Lightning runs backward and clips inside the closure
+        that it gives to the step, but with a gradient scaler before it; both ways the lasso comes last."""
         closure = args[1] if len(args) > 1 else options.get("closure")
 
         def with_lasso() -> Any:

@@ -94,7 +94,15 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises InputError for the first option that is out of range."""
-        for name, ok, must in (
+        for name, is_in_range, must in self._ranges():
+            if not is_in_range:
+                raise InputError(f"--{name} must {must}, not {getattr(self, name.replace('-', '_'))}.")
+        multipliers(self.coefficients)
+        self._check_together()
+
+    def _ranges(self) -> tuple[tuple[str, bool, str], ...]:
+        """Each option that has a range: its name, whether it is in it, and what it must do."""
+        return (
             ("epochs", self.epochs >= 1, "be at least 1"),
             ("fine-tune-epochs", self.fine_tune_epochs >= 0, "be 0 or more"),
             ("batch", self.batch >= 2, "be at least 2 (batch norm needs more than one image)"),
@@ -148,11 +156,7 @@ class TrainConfig:
             ("threads", self.threads is None or self.threads >= 1, "be at least 1"),
             ("rank-timeout", 0 < self.rank_timeout < math.inf, "be a positive number of seconds"),
             ("seed", -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits"),
-        ):
-            if not ok:
-                raise InputError(f"--{name} must {must}, not {getattr(self, name.replace('-', '_'))}.")
-        multipliers(self.coefficients)
-        self._check_together()
+        )
 
     def _check_together(self) -> None:
         """Raises InputError for options that are in range, but cannot go together."""

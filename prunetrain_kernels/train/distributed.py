@@ -63,7 +63,7 @@ class Ranks:
         return cls(dist.get_rank(group), dist.get_world_size(group), device, group)
 
     @classmethod
-    def of_environment(cls, on_gpu: bool, timeout: float = TIMEOUT) -> "Ranks":
+    def of_environment(cls, *, on_gpu: bool, timeout: float = TIMEOUT) -> "Ranks":
         """The ranks that torchrun started, by its environment variables; alone without them.
 
         Args:
@@ -104,7 +104,7 @@ class Ranks:
     # -- what they tell each other --------------------------------------------------------------------------------
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Waits until all ranks have made this call."""
         if self.world > 1:
             self.sum(torch.zeros(1, device=self.device))
 
@@ -160,11 +160,11 @@ class Ranks:
         """
         if self.world == 1:
             return
-        mine = torch.tensor([_number(what.encode()), _number(*parts)], device=self.device)
-        everyone = [torch.empty_like(mine) for _ in range(self.world)]
+        checksums = torch.tensor([_number(what.encode()), _number(*parts)], device=self.device)
+        of_ranks = [torch.empty_like(checksums) for _ in range(self.world)]
         with answering():
-            dist.all_gather(everyone, mine, group=self.group)
-        subjects, sums = (list(column) for column in zip(*(row.tolist() for row in everyone), strict=True))
+            dist.all_gather(of_ranks, checksums, group=self.group)
+        subjects, sums = (list(column) for column in zip(*(row.tolist() for row in of_ranks), strict=True))
         if len(set(subjects)) > 1:
             raise RanksDifferError(
                 f"ranks are at different points: rank {self.rank} compares {what}, {_odd(subjects)} something else; "
@@ -221,7 +221,7 @@ def _number(*parts: Any) -> int:
 
 
 def _odd(values: list[int]) -> str:
-    """Which ranks have another value than most, or than rank 0 where there is no majority."""
+    """The ranks that have another value than most, or than rank 0 where there is no majority, as part of a sentence."""
     (most, count), *_ = Counter(values).most_common()
     usual = most if 2 * count > len(values) else values[0]
     odd = [str(rank) for rank, value in enumerate(values) if value != usual]
@@ -354,7 +354,7 @@ def _arguments(ddp: DistributedDataParallel) -> dict[str, Any]:
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     per_bucket = [cap / 2**20 for cap in getattr(ddp, "bucket_bytes_cap_list", ())]
     synced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    given = {
+    arguments = {
         "bucket_cap_mb": None if ddp.bucket_bytes_cap_default else ddp.bucket_bytes_cap / 2**20,
         "bucket_cap_mb_list": per_bucket or None,
         synced: getattr(ddp, synced),
@@ -367,4 +367,4 @@ def _arguments(ddp: DistributedDataParallel) -> dict[str, Any]:
             if hasattr(ddp, name)
         },
     }  # fmt: skip
-    return {name: value for name, value in given.items() if name in known}
+    return {name: value for name, value in arguments.items() if name in known}

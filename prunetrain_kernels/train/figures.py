@@ -204,7 +204,7 @@ def _draw_run_channels(part: Any, line: Line, width: float) -> str:
         ax.tick_params(axis="x", length=0)
     for layer in removed:
         for ax in (upper, lower):
-            ax.plot(position[layer], 0.07, "x", transform=_x_data_y_axes(ax, ax is lower), **REMOVED_MARK)
+            ax.plot(position[layer], 0.07, "x", transform=_x_data_y_axes(ax, upside_down=ax is lower), **REMOVED_MARK)
     every = math.ceil(len(layers) * 0.11 / width)
     lower.set_xticks(range(0, len(layers), every), [_text(layer) for layer in layers[::every]], rotation=90, fontsize=6)
     mark = f"  (× removed: {len(removed)} of {len(layers)} layers)" if removed else ""
@@ -217,7 +217,7 @@ def _draw_run_channels(part: Any, line: Line, width: float) -> str:
 REMOVED_MARK = {"color": "black", "markersize": 4, "markeredgewidth": 1.1, "clip_on": False}
 
 
-def _x_data_y_axes(ax: "Axes", upside_down: bool) -> Any:
+def _x_data_y_axes(ax: "Axes", *, upside_down: bool) -> Any:
     """Positions in data units along x and in shares of the height, from the axis of names, along y."""
     from matplotlib.transforms import Affine2D
 
@@ -432,7 +432,7 @@ def _epoch_borders(run: Run) -> np.ndarray:
     return np.concatenate([[epochs[0] - 1], epochs])
 
 
-def _stairs(ax: "Axes", line: Line, values: np.ndarray, after: bool = False) -> None:
+def _stairs(ax: "Axes", line: Line, values: np.ndarray, *, after: bool = False) -> None:
     """Draw a value per epoch, level over the whole epoch; a missing one leaves a gap.
 
     after: the values hold from the epoch's end on, as the network's own do, not during it.

@@ -69,11 +69,11 @@ class Forecast:
 
     def __str__(self) -> str:
         """A part of a line for a log."""
-        held = "" if self.measured else ", if nothing resists"
+        condition = "" if self.measured else ", if nothing resists"
         return (
             f"smallest slice {self.smallest:.2g}, median {self.median:.2g} (sparse below {self.threshold:g}), the "
             f"lasso moves them by {self.moves:.2g} until epoch {self.epochs:g}: {share_text(self.inference)} of the "
-            f"inference FLOPs expected{held}"
+            f"inference FLOPs expected{condition}"
         )
 
 
@@ -82,7 +82,7 @@ class Now:
     """A training at one moment: what a forecast is made from.
 
     Attributes:
-        original: the dense network's channels that are left.
+        present: what is known of the model.
         scheduler: of the learning rate, or a list of several, or None.
         passed: epochs trained.
         coefficient: lambda, 0 where there is no lasso.
@@ -91,11 +91,15 @@ class Now:
 
     model: nn.Module
     present: Present
-    original: OriginalChannels
     scheduler: Any
     passed: float
     coefficient: float
     round_to: int = 1
+
+    @property
+    def original(self) -> OriginalChannels:
+        """The dense network's channels that are left."""
+        return self.present.original
 
     @property
     def flops(self) -> tuple[float, float]:
@@ -155,7 +159,7 @@ class ShapeFlops:
         """Those of the network in its present shape, whose FLOPs must be known."""
         graph, table = present.graph, present.flop_table
         if table is not None:
-            each = {
+            of_layers = {
                 name: tuple(
                     float(per_weight.get(name, 0)) * _weights_of(model, name)
                     for per_weight in (table.training, table.inference)
@@ -167,9 +171,9 @@ class ShapeFlops:
                 layer.name: 2.0 * _weights_of(model, layer.name) * math.prod(layer.map_out)
                 for layer in graph.layers.values()
             }
-            each = {name: (3 * flops, flops) for name, flops in forward.items()}
-        layers = {name: (flops[0], flops[1]) for name, flops in each.items() if name in graph.layers}
-        followers = {name: (flops[0], flops[1]) for name, flops in each.items() if name in graph.followers}
+            of_layers = {name: (3 * flops, flops) for name, flops in forward.items()}
+        layers = {name: (flops[0], flops[1]) for name, flops in of_layers.items() if name in graph.layers}
+        followers = {name: (flops[0], flops[1]) for name, flops in of_layers.items() if name in graph.followers}
         known = [sum(flops[i] for flops in (*layers.values(), *followers.values())) for i in (0, 1)]
         rest = max(0.0, present.flops.training - known[0]), max(0.0, present.flops.inference - known[1])
         return cls(graph, layers, followers, rest)
@@ -229,11 +233,11 @@ def rates_to_come(scheduler: Any, optimizer: Optimizer, group: int, passed: floa
         A mean rate for each of the coming epochs, which begin where the training is now, be it within an epoch.
     """
     settings = groups_of(optimizer)[group]
-    for each in scheduler if isinstance(scheduler, list | tuple) else [scheduler]:
-        scheduled = [settings is other for other in groups_of(getattr(each, "optimizer", None))]
-        if any(scheduled):
+    for candidate in scheduler if isinstance(scheduler, list | tuple) else [scheduler]:
+        numbers = [i for i, other in enumerate(groups_of(getattr(candidate, "optimizer", None))) if other is settings]
+        if numbers:
             try:
-                return _run_ahead(each, scheduled.index(True), passed, epochs)
+                return _run_ahead(candidate, numbers[0], passed, epochs)
             except Exception:  # anybody's code; the forecast then goes by the present rate
                 break
     return [float(settings["lr"])] * epochs
@@ -241,11 +245,11 @@ def rates_to_come(scheduler: Any, optimizer: Optimizer, group: int, passed: floa
 
 def _run_ahead(scheduler: Any, group: int, passed: float, epochs: int) -> list[float]:
     settings = [
-        {name: copy.deepcopy(value) for name, value in each.items() if name != "params"}
-        for each in scheduler.optimizer.param_groups
+        {name: copy.deepcopy(value) for name, value in parameter_group.items() if name != "params"}
+        for parameter_group in scheduler.optimizer.param_groups
     ]
     stand_in = torch.optim.SGD([torch.zeros(1, device="cpu")], lr=1.0)
-    stand_in.param_groups = [{**each, "params": []} for each in settings]
+    stand_in.param_groups = [{**of_group, "params": []} for of_group in settings]
     counting = (
         scheduler if hasattr(scheduler, "last_epoch") else next(iter(getattr(scheduler, "_schedulers", [])), None)
     )
@@ -277,12 +281,12 @@ def leading_group(optimizers: Sequence[Optimizer], lasso: GroupLasso) -> tuple[O
     """The optimizer, and the number of its parameter group, that most of the weights with a lasso are in; of optimizers
     around others, the innermost."""
     weights = {id(weight): weight.numel() for weight in lasso.weights()[0]}
-    held = [
+    groups = [
         (sum(weights.get(id(p), 0) for p in group["params"]), optimizer, number)
         for optimizer in reversed(all_optimizers(optimizers))
         for number, group in enumerate(groups_of(optimizer))
     ]
-    return max(held, key=lambda each: each[0])[1:]  # the first of equals
+    return max(groups, key=lambda group: group[0])[1:]  # the first of equals
 
 
 def reach_per_rate(optimizer: Optimizer, group: int) -> float:
@@ -342,7 +346,7 @@ class Course:
         return bool(self.resistance)
 
     def note_step(self, now: Callable[[], Now]) -> None:
-        """Before each step: notes the norms before the first one, and the learning rate."""
+        """Notes the learning rate, before each step, and the norms before the first one."""
         self.calls += 1
         if not self.norms:
             self.norms = now().by_original(now().slice_norms())
@@ -373,7 +377,7 @@ class Course:
             pulls = now.by_original(pulls_of(norms))
             for name, sides in after.items():
                 moved = [(was - side) / reach for was, side in zip(self.norms[name], sides, strict=True)]
-                fresh = [now.coefficient * pull - each for pull, each in zip(pulls[name], moved, strict=True)]
+                fresh = [now.coefficient * pull - move for pull, move in zip(pulls[name], moved, strict=True)]
                 known = self.resistance.get(name, (fresh[0], fresh[1]))
                 first, second = (
                     torch.where(old.isnan(), new, old.lerp(new, SMOOTHING))
@@ -410,10 +414,10 @@ class Course:
                 continue
             sides = []
             for side in (0, 1):
-                held: Tensor | float = 0.0
+                resistance: Tensor | float = 0.0
                 if name in self.resistance:
-                    held = self.resistance[name][side][now.numbers(name, side)].nan_to_num(0.0)
-                need = (norms[name][side] / reach + held) / pulls[name][side]
+                    resistance = self.resistance[name][side][now.numbers(name, side)].nan_to_num(0.0)
+                need = (norms[name][side] / reach + resistance) / pulls[name][side]
                 need = torch.where(pulls[name][side] > 0, need.clamp(min=0.0), math.inf).nan_to_num(math.inf, math.inf)
                 # what a gated layer does not compute has gone
                 whole = torch.zeros(sizes[side], dtype=torch.float32, device="cpu")
@@ -476,10 +480,10 @@ def forecast(course: Course, now: Now, *, epochs: float, threshold: float, dense
         dense: FLOPs per image of the dense network.
     """
     sides = [
-        (side, used) for each in now.slice_norms().values() for side, used in zip(each[:2], each[2:4], strict=True)
+        (side, used) for norms in now.slice_norms().values() for side, used in zip(norms[:2], norms[2:4], strict=True)
     ]
-    norms = torch.cat([torch.tensor([], dtype=torch.float32, device="cpu"), *(side for side, used in sides if used)])
-    smallest, median = (float(norms.min()), float(norms.median())) if len(norms) else (math.nan, math.nan)
+    sizes = torch.cat([torch.tensor([], dtype=torch.float32, device="cpu"), *(side for side, used in sides if used)])
+    smallest, median = (float(sizes.min()), float(sizes.median())) if len(sizes) else (math.nan, math.nan)
     reach = course.reach(now, max(0.0, epochs - now.passed))
     needs = course.needs(now, max(reach, SHORTEST))
     training, inference = flops_at(needs, now.shape_flops(), now.coefficient)

@@ -1,4 +1,4 @@
-"""Which networks must not be trained in channels_last on a CPU, and how a run leaves that layout."""
+"""Networks that must not be trained in channels_last on a CPU, and how a run leaves that layout."""
 
 import warnings
 

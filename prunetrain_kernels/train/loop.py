@@ -126,7 +126,7 @@ def begin(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) -> 
         resume, overwrite: as of `train`; `show`: its `progress`.
     """
     device = setup.prepare_process(config)
-    saved = setup.saved_state(config, resume, overwrite)
+    saved = setup.saved_run(config, resume=resume, overwrite=overwrite)
     start = setup.dense_start(config) if saved is None and config.start_from is not None else None
     training = setup.training_of(config, device, saved, start, show=show)
     if saved is not None:
@@ -165,7 +165,7 @@ def begin_anew(training: Training, start: dict[str, Tensor] | None) -> Progress:
 
 
 def begin_folder(training: Training) -> None:
-    """Only now, when nothing in the options can fail any more."""
+    """Begins the run's folder: only now, when nothing in the options can fail any more, may an older run go."""
     if not training.ranks.first:
         return
     try:
@@ -184,7 +184,7 @@ def restore(training: Training) -> Progress:
     training.scheduler.load_state_dict(extra["scheduler"])
     training.scaler.load_state_dict(extra["scaler"])
     training.log.load_state_dict(extra["log"])
-    channels_last = stays_channels_last(training, training.config.channels_last)
+    channels_last = stays_channels_last(training, channels_last=training.config.channels_last)
     progress = Progress(channels_last, present_costs(training), extra["epoch"], Totals(**extra["totals"]))
     # last: nothing may draw between here and the next step
     torch.set_rng_state(extra["rng"])
@@ -224,7 +224,7 @@ def present_costs(training: Training) -> Costs:
     return costs_now(training.prunetrain, training.example, training.optimizer, images)
 
 
-def stays_channels_last(training: Training, channels_last: bool) -> bool:
+def stays_channels_last(training: Training, *, channels_last: bool) -> bool:
     """Whether images are in channels_last from now on; the model leaves it where a CPU would corrupt memory."""
     reason = leave_channels_last(training.model, training.ddp) if channels_last else ""
     if reason:
@@ -302,7 +302,7 @@ def make_step(training: Training, progress: Progress, indices: Tensor, epoch: in
 
 
 def fall_back(training: Training) -> None:
-    """After running out of memory: one granule fewer images, if PruneTrain manages the batch."""
+    """Goes on with one granule fewer images after running out of memory, if PruneTrain manages the batch."""
     ranks, size = training.ranks, training.batch_size
     training.optimizer.zero_grad(set_to_none=True)
     training.step.reset()
@@ -383,7 +383,7 @@ def reconfigure(training: Training, progress: Progress, epoch: int, act: Callabl
         warnings.filterwarnings("ignore", message=SAID_AT_THE_END)
         report = act()
     assert report is not None
-    progress.channels_last = stays_channels_last(training, progress.channels_last)
+    progress.channels_last = stays_channels_last(training, channels_last=progress.channels_last)
     if report.reconfiguration.changed or report.batch != report.batch_before:
         training.step.reset()
     done = time.perf_counter()

@@ -191,7 +191,7 @@ class MiniBatch:
         return fits if self.maximum is None else min(fits, self.maximum)
 
     def fall_back(self, optimizer: Optimizer | Sequence[Optimizer] | None = None, scheduler: Any = None) -> int:
-        """After a step that ran out of memory: one granule less; returns the size.
+        """Makes the batch one granule smaller, after a step that ran out of memory; returns the size.
 
         The budget falls to what that takes, so the batch grows again only when the network has shrunk further.
 
@@ -244,10 +244,10 @@ class MiniBatch:
 
 
 def bytes_beside(model: nn.Module, copies: Sequence[nn.Module], ddp: DistributedDataParallel | None) -> int:
-    """Of the copies, and of the second place that `DistributedDataParallel` holds every gradient in."""
-    held = sum(t.nbytes for copy in copies for t in (*copy.parameters(), *copy.buffers()))
+    """Bytes of the copies, and of the second place that `DistributedDataParallel` holds every gradient in."""
+    of_copies = sum(t.nbytes for copy in copies for t in (*copy.parameters(), *copy.buffers()))
     twice = ddp is not None and not ddp.gradient_as_bucket_view
-    return held + (gradient_bytes(model) if twice else 0)
+    return of_copies + (gradient_bytes(model) if twice else 0)
 
 
 def scale_learning_rate(optimizer: Optimizer | Sequence[Optimizer], scheduler: Any, factor: float) -> None:
@@ -269,24 +269,24 @@ def scale_learning_rate(optimizer: Optimizer | Sequence[Optimizer], scheduler: A
         for key in _GROUP_RATES:
             if key in group:
                 group[key] = group[key] * factor
-    for one in _schedulers(scheduler):
+    for single in _schedulers(scheduler):
         for name in _RATE_LISTS:
-            rates = getattr(one, name, None)
+            rates = getattr(single, name, None)
             if isinstance(rates, list):
-                setattr(one, name, [rate * factor for rate in rates])
+                setattr(single, name, [rate * factor for rate in rates])
         for name in _RATES:
-            if isinstance(getattr(one, name, None), int | float | Tensor):
-                setattr(one, name, getattr(one, name) * factor)
-        for name in _TIMM_RATES if hasattr(one, "base_values") else ():
-            value: Any = getattr(one, name, 0.0)
-            setattr(one, name, [rate * factor for rate in value] if isinstance(value, list) else value * factor)
+            if isinstance(getattr(single, name, None), int | float | Tensor):
+                setattr(single, name, getattr(single, name) * factor)
+        for name in _TIMM_RATES if hasattr(single, "base_values") else ():
+            value: Any = getattr(single, name, 0.0)
+            setattr(single, name, [rate * factor for rate in value] if isinstance(value, list) else value * factor)
 
 
 def rates_put_back(optimizer: Optimizer | Sequence[Optimizer], scheduler: Any) -> Callable[[], None]:
     """Puts every rate that `scale_learning_rate` changes back to what it is now, when it is called: the same objects
     with the same values."""
     names = ("lr", *_GROUP_RATES, *_RATE_LISTS, *_RATES, *_TIMM_RATES)
-    holders = [*groups_to_schedule(optimizer), *(vars(one) for one in _schedulers(scheduler))]
+    holders = [*groups_to_schedule(optimizer), *(vars(single) for single in _schedulers(scheduler))]
     rates = [(holder, name, holder[name]) for holder in holders for name in names if name in holder]
     tensors = [(rate, rate.clone()) for _, _, rate in rates if isinstance(rate, Tensor)]
 
@@ -302,11 +302,11 @@ def rates_put_back(optimizer: Optimizer | Sequence[Optimizer], scheduler: Any) -
 
 def _schedulers(scheduler: Any) -> list[Any]:
     """A scheduler, or those in a list, and all that they chain; each once."""
-    one_by_one: list[Any] = []
+    schedulers: list[Any] = []
     waiting = list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
     while waiting:
-        one = waiting.pop(0)
-        if one is not None and not any(one is other for other in one_by_one):
-            one_by_one.append(one)
-            waiting += [*getattr(one, "_schedulers", ()), getattr(one, "lr_scheduler", None)]
-    return one_by_one
+        single = waiting.pop(0)
+        if single is not None and not any(single is other for other in schedulers):
+            schedulers.append(single)
+            waiting += [*getattr(single, "_schedulers", ()), getattr(single, "lr_scheduler", None)]
+    return schedulers

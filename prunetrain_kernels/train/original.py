@@ -14,7 +14,7 @@ from prunetrain_kernels.prune.changes import Reconfiguration
 
 @dataclass(frozen=True)
 class OriginalChannels:
-    """Which channels of the dense network are left. A value: a reconfiguration makes another one by `after`.
+    """The channels of the dense network that are left. A value: a reconfiguration makes another one by `after`.
 
     Attributes:
         dense_layers: of each layer of the dense network its kind, and its input and output channels.
@@ -95,7 +95,7 @@ class OriginalChannels:
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What training has changed of it: plain values and tensors."""
+        """Plain values and tensors: what training has changed of the dense network's channels."""
         return {
             "removed": list(self.removed),
             "kept": {name: list(sides) for name, sides in self.kept.items()},

@@ -1,7 +1,7 @@
 """What is known of a network in its present shape: its channels, its lasso and its FLOPs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from prunetrain_kernels.nn import FuseReport, GatedConv2d
 from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.prune.also import inputs_for
 from prunetrain_kernels.regularizer import GroupLasso
+from prunetrain_kernels.train.original import OriginalChannels
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,18 @@ class Limits:
 
     def on_again(self, graph: ChannelGraph) -> ChannelGraph:
         """The same for a network that may have lost layers since."""
-        names = [*graph.layers, *graph.followers]
-        left = [each for each in self.exclude if any(name == each or name.startswith(f"{each}.") for name in names)]
-        return restricted(graph, left, self.min_channels)
+        layers = [*graph.layers, *graph.followers]
+        names = [name for name in self.exclude if any(f"{layer}.".startswith(f"{name}.") for layer in layers)]
+        return restricted(graph, names, self.min_channels)
 
 
 @dataclass(frozen=True)
 class Present:
-    """A network in one shape.
+    """All that goes with the shape of a network. A value: another shape is another `Present`, made by `look_again`.
 
     Attributes:
         graph, lasso: of its channels.
+        original: which of the dense network's channels they are.
         flops: per image.
         flop_table: gives the FLOPs of smaller shapes; None where it cannot.
         trained: parameters that got gradients when the table was made, which decides what is computed for them.
@@ -50,6 +52,7 @@ class Present:
 
     graph: ChannelGraph
     lasso: GroupLasso
+    original: OriginalChannels
     flops: Flops
     flop_table: FlopTable | None
     trained: frozenset[str]
@@ -61,7 +64,7 @@ class Present:
 
 
 def fuse_all(model: nn.Module, copies: Sequence[nn.Module], example_inputs: tuple[Tensor, ...]) -> FuseReport:
-    """Fuses a model and its copies in place; what was swapped in the model."""
+    """Fuses a model and its copies in place; returns what was swapped in the model."""
     fused = fuse_model(model, example_inputs)
     for copy in copies:
         fuse_model(copy, inputs_for(copy, model, example_inputs))
@@ -94,8 +97,9 @@ def look_first(
 
 
 def look(model: nn.Module, graph: ChannelGraph, amp: torch.dtype | None, lasso: GroupLasso, limits: Limits) -> Present:
-    """Counts a network that has been traced. The model must run uncompiled (`eagerly`)."""
-    return Present(graph, lasso, *count_flops(model, graph.example_inputs, amp), limits)
+    """Counts a network that has been traced, and takes it for the dense one. It must run uncompiled (`eagerly`)."""
+    counts = count_flops(model, graph.example_inputs, amp)
+    return Present(graph, lasso, OriginalChannels.of_graph(graph), *counts, limits)
 
 
 def look_again(model: nn.Module, before: Present, amp: torch.dtype | None, keep: Keep | None = None) -> Present:
@@ -103,6 +107,9 @@ def look_again(model: nn.Module, before: Present, amp: torch.dtype | None, keep:
 
     Args:
         keep: what the model has kept since, which spares the tracing and often the counting; None if that is not known.
+
+    Returns:
+        What is known now, but for `original`, which is still that of `before`.
     """
     with eagerly(model):
         if keep is not None and keep.graph is before.graph:
@@ -113,15 +120,16 @@ def look_again(model: nn.Module, before: Present, amp: torch.dtype | None, keep:
         gated = any(isinstance(module, GatedConv2d) for module in model.modules())
         same = keep is not None and not gated and trained_parameters(model) == before.trained
         if not same or before.flop_table is None:  # a gated layer may compute more than its weight holds
-            return look(model, graph, amp, lasso, before.limits)
-        flops = before.flop_table.flops(model)
-        return Present(graph, lasso, flops, before.flop_table, before.trained, before.limits)
+            return replace(look(model, graph, amp, lasso, before.limits), original=before.original)
+        return replace(before, graph=graph, lasso=lasso, flops=before.flop_table.flops(model))
 
 
 def count_flops(
     model: nn.Module, example_inputs: tuple[Tensor, ...], amp: torch.dtype | None
 ) -> tuple[Flops, FlopTable | None, frozenset[str]]:
-    """By running the model dry, which takes longer than all the rest; the table spares that next time."""
+    """FLOPs per image, a table that gives those of smaller shapes, and the names of the parameters that get gradients.
+
+    The model is run dry, which takes longer than all the rest; the table spares that next time."""
     return *flop_table(model, example_inputs, amp=amp), trained_parameters(model)
 
 

@@ -108,13 +108,13 @@ def sum_of(run: Run, name: str) -> float:
 
 
 def total_flops_of(run: Run) -> float:
-    """Of the whole run; NaN where an epoch's are unknown: what is left would be no total."""
+    """FLOPs of the whole run; NaN where those of an epoch are unknown, since the others would be no total."""
     total = column_of(run, "train_flops") * column_of(run, "steps")
     return float(np.sum(total)) if len(total) else math.nan
 
 
 def unknown_of(run: Run) -> str:
-    """Which of the run's costs cannot be counted, and why; empty where all are known."""
+    """The run's costs that cannot be counted, with the reasons; empty where all are known."""
     told = [*run.log["unknown_costs"], (run.summary or {}).get("unknown_costs")]
     reasons = [on_one_line(text) for text in told if isinstance(text, str) and text.strip()]
     return reasons[-1] if reasons else ""

@@ -1,4 +1,4 @@
-"""From options to a `Training`: device, ranks, data, network, PruneTrain; and the checkpoint to go on from."""
+"""A `Training` is made here from options: device, ranks, data, network, PruneTrain, the checkpoint to go on from."""
 
 import dataclasses
 import json
@@ -85,8 +85,8 @@ class Batches:
         if not isinstance(self.data.train_images, ImageFiles):
             return
         coming = order[: AHEAD * size].split(size)
-        mine = torch.cat([part[self.ranks.share(len(part))] for part in coming])
-        read_ahead(self.data, mine, seed=self.seed, epoch=epoch, train=train)
+        share = torch.cat([part[self.ranks.share(len(part))] for part in coming])
+        read_ahead(self.data, share, seed=self.seed, epoch=epoch, train=train)
 
     def expect_nothing(self) -> None:
         """Gives up what was begun to be read."""
@@ -202,7 +202,7 @@ def training_of(
     Raises:
         InputError, CheckpointError, RanksDifferError, RankLostError: as `train`.
     """
-    ranks = Ranks.of_environment(device.type == "cuda", config.rank_timeout)
+    ranks = Ranks.of_environment(on_gpu=device.type == "cuda", timeout=config.rank_timeout)
     check_ranks(config, ranks)
     ranks.agree("the checkpoints to go on from", -1 if saved is None else saved["extra"]["epoch"])
     say: Callable[[str], None] = tqdm.write if show and ranks.first else _say_nothing
@@ -262,7 +262,7 @@ def step_of(
         scaler,
         prunetrain,
         device,
-        AMP_DTYPES[config.amp],
+        amp=AMP_DTYPES[config.amp],
         ranks=prunetrain.ranks.world,
         parts=config.accumulate,
         clip=config.clip_grad,
@@ -302,7 +302,7 @@ def pruning_options(config: TrainConfig) -> dict[str, Any]:
 # -- the checkpoint to go on from --------------------------------------------------------------------------------------
 
 
-def saved_state(config: TrainConfig, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def saved_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """The checkpoint to go on from, if any; refuses to write over a run that nobody said to replace."""
     folder = Path(config.out)
     checkpoint = folder / CHECKPOINT
@@ -484,7 +484,7 @@ def parameter_groups(config: TrainConfig, model: nn.Module) -> list[Any]:
 
 
 def scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Of the learning rate, to be stepped after each epoch: how many steps one has changes as the batch grows."""
+    """The learning rate's scheduler, to be stepped after each epoch: an epoch has fewer steps as the batch grows."""
     if config.schedule == "onecycle":
         return OneCycleLR(optimizer, config.lr, total_steps=config.epochs, cycle_momentum=False)
     warmup = config.warmup
@@ -493,7 +493,7 @@ def scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> LRSchedu
         after = CosineAnnealingLR(optimizer, config.epochs - warmup)
     else:
         milestones = sorted({max(1, round(config.epochs * share)) for share in config.decay_at})
-        after = MultiStepLR(optimizer, [max(0, at - warmup) for at in milestones], config.decay)
+        after = MultiStepLR(optimizer, [max(0, epoch - warmup) for epoch in milestones], config.decay)
     if not warmup:
         return after
     rising = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
@@ -530,13 +530,13 @@ def dense_start(config: TrainConfig) -> dict[str, Any]:
 
 def check_dense_start(config: TrainConfig, model: nn.Module, start: dict[str, Tensor]) -> None:
     """Raises CheckpointError unless `start` has tensors of the model's names and shapes, and no others."""
-    mine = model.state_dict()
-    for name in (*mine, *start):
-        here, there = (tuple(state[name].shape) if name in state else "absent" for state in (mine, start))
-        if here != there:
+    fresh = model.state_dict()
+    for name in (*fresh, *start):
+        new, trained = (tuple(state[name].shape) if name in state else "absent" for state in (fresh, start))
+        if new != trained:
             raise CheckpointError(
-                f"--start-from {config.start_from}: '{name}' is {there} there and {here} in this network; it must be a "
-                "dense run of the same --model, with as many classes."
+                f"--start-from {config.start_from}: '{name}' is {trained} there and {new} in this network; it must be "
+                "a dense run of the same --model, with as many classes."
             )
 
 

@@ -35,18 +35,18 @@ class Average:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.of = network
-        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.network = copy.deepcopy(network).requires_grad_(requires_grad=False)
         self.decay = decay
 
     @torch.no_grad()
     def update(self) -> None:
         """average = decay * average + (1 - decay) * network; counters are copied. Waits for nothing."""
         pairs = list(zip(_tensors(self.network), _tensors(self.of), strict=True))
-        averages = [(mine, its) for mine, its in pairs if mine.is_floating_point()]
-        torch._foreach_lerp_([mine for mine, _ in averages], [its for _, its in averages], 1 - self.decay)
-        for mine, its in pairs:
-            if not mine.is_floating_point():
-                mine.copy_(its)
+        averages = [(average, tensor) for average, tensor in pairs if average.is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in averages], [tensor for _, tensor in averages], 1 - self.decay)
+        for counter, tensor in pairs:
+            if not counter.is_floating_point():
+                counter.copy_(tensor)
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:
@@ -106,31 +106,31 @@ class Step:
         return loss, hits
 
     def reset(self) -> None:
-        """After the network has changed."""
+        """Has nothing to do after the network has changed; a `CapturedStep` has."""
 
     def _gradients(self, images: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
         losses: list[Tensor] = []
         hits: list[Tensor] = []
         parts = list(zip(images.tensor_split(self.parts), labels.tensor_split(self.parts), strict=True))
-        for number, (some, their_labels) in enumerate(parts):
+        for number, (part_images, part_labels) in enumerate(parts):
             # 1 for one process and one part; unequal where a last batch cannot be shared out equally
-            weight = len(their_labels) * self.ranks / whole
-            with self._without_averaging(number + 1 < len(parts)):
+            weight = len(part_labels) * self.ranks / whole
+            with self._without_averaging() if number + 1 < len(parts) else nullcontext():
                 with self._autocast():
-                    logits = self.network(some)
-                    loss = F.cross_entropy(logits, their_labels) * weight
+                    logits = self.network(part_images)
+                    loss = F.cross_entropy(logits, part_labels) * weight
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
-            hits.append((logits.detach().argmax(1) == their_labels).sum())
+            hits.append((logits.detach().argmax(1) == part_labels).sum())
         return (losses[0], hits[0]) if len(parts) == 1 else (torch.stack(losses).sum(), torch.stack(hits).sum())
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.amp is None else torch.autocast(self.device.type, self.amp)
 
-    def _without_averaging(self, more: bool) -> AbstractContextManager[Any]:
-        """Ranks average once per update, with the last part."""
+    def _without_averaging(self) -> AbstractContextManager[Any]:
+        """Keeps gradients to this rank: ranks average once per update, with the last part."""
         network = self.network
-        return network.no_sync() if more and isinstance(network, DistributedDataParallel) else nullcontext()
+        return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
 @dataclass
@@ -182,13 +182,13 @@ class CapturedStep:
             group["lr"] = torch.as_tensor(group["lr"], dtype=like.dtype, device=like.device).clone()
 
     def reset(self) -> None:
-        """After the network has changed: its graph is of no use, nor are the gradients that it writes."""
+        """Drops the graph and the gradients that it writes, which are of no use once the network has changed."""
         self.graph = self.captured = self.seen = self.outputs = None
         self.in_a_row = 0
         self.step.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, images: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
-        """As `Step`; what it returns is overwritten by the next step."""
+        """Makes the update as `Step` does; what it returns is overwritten by the next step."""
         now = self._settings(images, whole)
         self.in_a_row = self.in_a_row + 1 if now == self.seen else 1
         self.seen = now

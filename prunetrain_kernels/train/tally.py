@@ -113,7 +113,7 @@ class EpochSums:
         self.unknown = costs.unknown or self.unknown
 
     def stop(self) -> None:
-        """After the last step: its seconds, without those of reconfigurations."""
+        """Takes the epoch's seconds after its last step, without those of reconfigurations."""
         elapsed = time.perf_counter() - self.start
         self.seconds = elapsed - self.reconfigure_seconds - self.measure_seconds
 

@@ -62,7 +62,7 @@ class Target:
 
     @property
     def which(self) -> int:
-        """Which of a pair of FLOPs it is about."""
+        """The place, in a pair of FLOPs, of those that the target is about."""
         return TRAINING if self.inference is None else INFERENCE
 
     @property

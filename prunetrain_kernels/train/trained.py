@@ -124,7 +124,7 @@ def _trained_on(
     data: ImageData | None,
     said: tuple[tuple[int, ...] | None, int | None],
 ) -> _TrainedOn:
-    """From the run's own record, or else its data; what the user says of the images comes first, and must agree."""
+    """What the run's own record says, or else its data; what the user says comes first, and must agree with that."""
     record = extra.get("data")
     if record is None and data is not None:
         record = record_of(data)

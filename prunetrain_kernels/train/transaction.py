@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -13,6 +13,7 @@ from prunetrain_kernels.errors import InputError, PruneTrainError, RankLostError
 from prunetrain_kernels.graph import Keep
 from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
 from prunetrain_kernels.train.mini_batch import MiniBatch, rates_put_back
+from prunetrain_kernels.train.state import PruningState
 
 _Result = TypeVar("_Result")
 Leave = Callable[..., None]  # what `ExitStack.push` takes: called with the exception's type first, or None
@@ -83,7 +84,8 @@ def on_all_ranks(ranks: Ranks, act: Callable[[], _Result]) -> _Result:
 
 
 def put_back_batch(batch: MiniBatch, optimizer: Optimizer | Sequence[Optimizer], scheduler: Any) -> Leave:
-    """For `ExitStack.push`: on an exception puts the mini-batch and all learning rates back to what they are now."""
+    """Makes an exit for `ExitStack.push` that, on an exception, puts the mini-batch and all learning rates back to what
+    they are now."""
     before, put_rates_back = dict(vars(batch)), rates_put_back(optimizer, scheduler)
 
     def leave(kind: type[BaseException] | None, *_: object) -> None:
@@ -95,8 +97,10 @@ def put_back_batch(batch: MiniBatch, optimizer: Optimizer | Sequence[Optimizer],
 
 
 def put_back_buckets(ddp: DistributedDataParallel | None) -> Leave:
-    """For `ExitStack.push`: where all ranks fail together, the old tensors are back, but with new gradient
-    accumulators, which DDP must find. One that is interrupted alone must not wait for the others there."""
+    """Makes an exit for `ExitStack.push` that, on an exception, rebuilds DDP's buckets.
+
+    Where all ranks fail together, the old tensors are back, but with new gradient accumulators, which DDP must find. A
+    rank that is interrupted alone must not wait for the others there."""
 
     def leave(kind: type[BaseException] | None, *_: object) -> None:
         together = kind is not None and issubclass(kind, Exception) and not issubclass(kind, RankLostError)
@@ -109,26 +113,20 @@ def put_back_buckets(ddp: DistributedDataParallel | None) -> Leave:
 # -- a batch that fits every rank --------------------------------------------------------------------------------------
 
 
-def grow(
-    batch: MiniBatch,
-    fits: int,
-    ranks: Ranks,
-    model: nn.Module,
-    example_inputs: tuple[Tensor, ...],
-    optimizer: Optimizer | Sequence[Optimizer],
-    scheduler: Any,
-) -> None:
-    """Grows the mini-batch to what fits every rank; `fits` is what fits this one.
+def grow(state: PruningState, fits: int) -> None:
+    """Grows the mini-batch to what fits every rank; `fits` is what fits this one, in images per step.
 
     One process finds out in its next step whether it really fits, and falls back by itself. Among several, a rank that
     runs out of memory in a step leaves the others waiting for its gradients: so they try before.
     """
+    batch, ranks = state.batch, state.ranks
+    assert batch is not None
     before = batch.size
-    batch.grow_to(ranks.least(fits), optimizer, scheduler)
+    batch.grow_to(ranks.least(fits), state.optimizer, state.scheduler)
     while ranks.world > 1 and batch.size > before:
         failed: Exception | None = None
         try:
-            batch.measure(model, example_inputs, optimizer)
+            batch.measure(state.model, state.graph.example_inputs, state.optimizer)
         except Exception as error:
             failed = error
         # memory that cannot be counted for the larger batch is no reason to end the run: the batch stays smaller
@@ -138,4 +136,4 @@ def grow(
             raise failed or PruneTrainError("another rank failed while it measured the memory of a larger batch.")
         if worst:
             return
-        batch.fall_back(optimizer, scheduler)
+        batch.fall_back(state.optimizer, state.scheduler)

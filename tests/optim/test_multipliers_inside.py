@@ -95,7 +95,7 @@ def test_bit_for_bit_through_a_reconfiguration(native: bool, monkeypatch: pytest
 def strengthen(prunetrain: PruneTrain, coefficients: Mapping[str, float]) -> None:
     """Gives PruneTrain a lasso with multipliers, before its first step."""
     lasso = GroupLasso(prunetrain.model, (), graph=prunetrain.graph, coefficients=coefficients)
-    prunetrain._present = dataclasses.replace(prunetrain._present, lasso=lasso)
+    prunetrain.present = dataclasses.replace(prunetrain.present, lasso=lasso)
 
 
 @pytest.mark.parametrize("coefficients", [MIXED, LEFT_OUT], ids=str)

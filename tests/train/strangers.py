@@ -32,6 +32,18 @@ class Net(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class DropoutNet(Net):
+    """The same with dropout before the classifier."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(F.relu(self.bn(self.stem(x)))))
+        return self.fc(self.dropout(x.mean((2, 3))))
+
+
 def net(seed: int = 0, width: int = 8, dtype: torch.dtype = torch.float64) -> Net:
     torch.manual_seed(seed)
     return Net(width).to(dtype)
@@ -41,10 +53,23 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor]:
     return (torch.zeros(4, 3, 6, 6, dtype=dtype),)
 
 
+EXAMPLE = example(torch.float32)
+
+
+def dropout_net(seed: int = 0, width: int = 8) -> DropoutNet:
+    """In single precision."""
+    torch.manual_seed(seed)
+    return DropoutNet(width)
+
+
 def images(step: int, count: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     labels = torch.randint(5, (count,), generator=generator)
     return torch.randn(count, 3, 6, 6, generator=generator, dtype=torch.float64).to(dtype), labels
+
+
+def single_images(step: int, count: int = 12) -> tuple[Tensor, Tensor]:
+    return images(step, count, torch.float32)
 
 
 def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
@@ -58,12 +83,12 @@ def slices(model: Net, stage: int, inner: int) -> list[tuple[Tensor, int, Tensor
         if isinstance(part.conv1, nn.Conv2d):  # not removed
             stages += [(part.conv1.weight, 1), (part.conv2.weight, 0)]
             edges += [(part.conv1.weight, 0), (part.conv2.weight, 1)]
-    found = []
+    zeroed = []
     for weights, count in ((stages, stage), (edges, inner)):
         for weight, dim in weights:
             size = weight.shape[dim]
-            found.append((weight, dim, torch.arange(size - min(count, size), size)))
-    return found
+            zeroed.append((weight, dim, torch.arange(size - min(count, size), size)))
+    return zeroed
 
 
 @torch.no_grad()

@@ -141,20 +141,20 @@ def test_saved_and_loaded_in_a_strangers_loop(tmp_path: Path) -> None:
 
 def test_the_loops_average_is_pytorchs() -> None:
     model = net()
-    average, theirs = (
+    average, averaged_model = (
         Average(model, 0.9),
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
     )
-    theirs.update_parameters(model)  # its first update only copies
+    averaged_model.update_parameters(model)  # its first update only copies
     optimizer = sgd(model)
     prunetrain = PruneTrain(model, optimizer, example())
     for number in range(4):
         step(model, optimizer, prunetrain, number)
         average.update()
-        theirs.update_parameters(model)
+        averaged_model.update_parameters(model)
     for name, tensor in average.network.state_dict().items():
         if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, theirs.module.state_dict()[name], rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(tensor, averaged_model.module.state_dict()[name], rtol=1e-12, atol=1e-14)
         else:
             assert torch.equal(tensor, model.state_dict()[name])
 

@@ -95,7 +95,7 @@ def test_reconfigurations_are_compiled_and_learn_what_an_uncompiled_twin_does(ho
         assert report.compilations == 1
         assert 0 < report.compile_seconds < 60
         assert "1 graph compiled in" in str(report)
-    assert prunetrain._compilations.given_up == 0
+    assert prunetrain.compilations.given_up == 0
     assert [entry["compilations"] for entry in prunetrain.history] == [1] * epochs
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11, msg=name)
@@ -159,16 +159,16 @@ def test_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*layers).double()
     twin = copy.deepcopy(model)
     handle = torch.compile(model, backend=backend)
-    ours, theirs = (PruneTrain(each, sgd(each), example(), interval=1) for each in (handle, twin))
+    ours, of_twin = (PruneTrain(each, sgd(each), example(), interval=1) for each in (handle, twin))
     for epoch in range(2):
         try:
             with torch._inductor.config.patch(compile_threads=1):
                 loss = step(handle, ours.optimizer, ours, epoch)
         except exceptions.InductorError as error:
             pytest.skip(f"no C++ compiler: {error}")
-        assert loss == pytest.approx(step(twin, theirs.optimizer, theirs, epoch), rel=1e-10)
+        assert loss == pytest.approx(step(twin, of_twin.optimizer, of_twin, epoch), rel=1e-10)
         assert backend.calls == backend.graphs == epoch + 1
-        for each, prunetrain in ((model, ours), (twin, theirs)):
+        for each, prunetrain in ((model, ours), (twin, of_twin)):
             with torch.no_grad():
                 each[0].weight[:2] = 0
                 each[5].weight[:, :2] = 0

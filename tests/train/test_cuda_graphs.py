@@ -129,7 +129,7 @@ def started(captured: bool, optimizer_class: type[SGD] = SGD, scales: bool = Fal
     coefficients = options.pop("coefficients", None)
     if coefficients:
         lasso = GroupLasso(model, (), graph=prunetrain.graph, coefficients=coefficients)
-        prunetrain._present = replace(prunetrain._present, lasso=lasso)
+        prunetrain.present = replace(prunetrain.present, lasso=lasso)
     scaler = torch.amp.GradScaler("cpu", enabled=scales, init_scale=64.0, growth_interval=5)
     # the device is what a user with a GPU would have; all tensors are on the CPU
     step: Any = Step(model, optimizer, scaler, prunetrain, torch.device("cuda"), average=average, **options)
@@ -198,7 +198,7 @@ def test_replays_are_steps_through_reconfigurations(name: str, fake: list[FakeGr
 
 @pytest.mark.parametrize("cls", [SGD, ProximalSGD])
 def test_a_replay_may_be_a_skipped_step(cls: type[SGD]) -> None:
-    """With multipliers, whose norms an update must not take over from a step that wrote none. Decided on the device."""
+    """Norms of layers with multipliers are not taken over from a step that wrote none; the device decides that."""
     graph = FakeGraph()
     models = net(dtype=torch.float32), net(dtype=torch.float32)
     optimizers = [cls(model.parameters(), lr=0.05, momentum=0.9) for model in models]
@@ -280,7 +280,7 @@ class Asks(Net):
 
 
 def test_a_network_that_asks_the_device_for_a_value_is_refused(fake: list[FakeGraph]) -> None:
-    """By what CUDA says of it; and this shows that a wait inside a step would be seen above."""
+    """CUDA itself says so; and this shows that a wait inside a step would be seen above."""
     one = started(True)
     one.step.network = Asks().double()
     for _ in range(WARM_UP):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from forecast_nets import SideBySide, X, plain_net
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -19,16 +20,6 @@ from prunetrain_kernels.regularizer import GroupLasso
 from prunetrain_kernels.train.forecast import ShapeFlops, rates_to_come
 from prunetrain_kernels.train.present import Limits, Present, look
 from prunetrain_kernels.train.prunetrain import PruneTrain
-
-X = torch.zeros(2, 3, 8, 8)
-
-
-def plain_net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10),
-    )  # fmt: skip
 
 
 def lasso_only(
@@ -195,23 +186,6 @@ def test_what_cannot_be_run_ahead_keeps_its_rate() -> None:
 # -- FLOPs of a shape --------------------------------------------------------------------------------------------------
 
 
-class Towers(nn.Module):
-    """A concatenation, a depthwise convolution and a residual addition."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 12, 1)
-        self.depthwise = nn.Conv2d(20, 20, 3, padding=1, groups=20)
-        self.mix, self.inner = nn.Conv2d(20, 16, 1), nn.Conv2d(16, 16, 3, padding=1)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.depthwise(torch.cat([self.left(x), self.right(x)], 1)).relu()
-        x = self.mix(x)
-        return self.head((x + self.inner(x.relu())).mean((2, 3)))
-
-
 def present_of(model: nn.Module, graph: ChannelGraph) -> Present:
     return look(model, graph, None, GroupLasso(model, graph.example_inputs, graph=graph), Limits())
 
@@ -234,7 +208,7 @@ def zero_some(model: nn.Module, graph: object, share: float) -> None:
 
 @pytest.mark.parametrize("name", ["towers", "resnet20", "vgg11", "imagenet_resnet50"])
 def test_flops_of_a_shape_are_those_of_the_pruned_network(name: str) -> None:
-    model = Towers() if name == "towers" else build(name, 10)
+    model = SideBySide(residual=True) if name == "towers" else build(name, 10)
     x = torch.zeros(2, 3, 32, 32)
     graph = trace_channels(model, (x,))
     zero_some(model, graph, 0.4)
@@ -252,7 +226,7 @@ def test_flops_of_a_shape_are_those_of_the_pruned_network(name: str) -> None:
 @pytest.mark.parametrize("name", ["towers", "resnet20"])
 @pytest.mark.parametrize("floor", [0.3, 0.55, 0.8])
 def test_as_few_of_the_largest_sparse_channels_stay_as_are_enough(name: str, floor: float) -> None:
-    model = Towers() if name == "towers" else build(name, 10)
+    model = SideBySide(residual=True) if name == "towers" else build(name, 10)
     graph = trace_channels(model, (torch.zeros(2, 3, 32, 32),))
     with torch.no_grad():  # all are sparse, no two alike
         for layer in graph.layers.values():

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from image_runs import command, nets, short_run, write_image  # noqa: F401  (a fixture among them)
 
 from prunetrain_kernels import cli
 from prunetrain_kernels.data import load, record_of
@@ -22,40 +22,7 @@ from prunetrain_kernels.train import loop
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.loop import train
 
-pillow = pytest.importorskip("PIL.Image", reason="pip install pillow")
-
 OLDER_RUN = Path(__file__).with_name("older_run") / "checkpoint.pt"  # of a version that kept no record of its data
-NET = """
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self, num_classes, in_channels):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 4, 3, padding=1)
-        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
-        self.fc = nn.Linear(4, num_classes)
-
-    def forward(self, x):
-        return self.fc(torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3)))
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def net(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("nets")
-    (folder / "net_of_an_older_run.py").write_text(NET)
-    sys.path.insert(0, str(folder))
-    torch.set_num_threads(1)
-    yield folder
-    sys.path.remove(str(folder))
-
-
-def write_image(path: Path, seed: int) -> None:
-    """A BMP of 6x6, so that every image has the same size in bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pillow.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(path)
 
 
 def write_tree(root: Path) -> None:
@@ -64,28 +31,6 @@ def write_tree(root: Path) -> None:
         for split, count in (("train", 6), ("val", 2)):
             for i in range(count):
                 write_image(root / split / name / f"{i}.bmp", seed=100 * number + 10 * i + (split == "val"))
-
-
-def options(out: Path, data: str, **changes: Any) -> TrainConfig:
-    default = TrainConfig(
-        out=str(out),
-        model="net_of_an_older_run:Net",
-        data=data,
-        epochs=2,
-        batch=8,
-        lr=0.05,
-        interval=1,
-        device="cpu",
-        threads=1,
-        cache=str(out.parent / "cache"),
-    )
-    return replace(default, **changes)
-
-
-def command(config: TrainConfig, *more: str) -> list[str]:
-    chosen = {name: getattr(config, name) for name in ("out", "model", "data", "epochs", "batch", "lr", "interval")}
-    chosen |= {"device": config.device, "threads": config.threads, "cache": config.cache}
-    return ["train", *(f"--{name}={value}" for name, value in chosen.items()), *more]
 
 
 def killed_after_one_epoch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
@@ -123,7 +68,7 @@ def swap_two_classes(root: Path) -> None:
 
 
 def replace_one_in_silence(root: Path) -> None:
-    """With the size and the time of the former file."""
+    """Writes a file of the size and the time of the former one in its place."""
     file = root / "train/b/3.bmp"
     times = file.stat().st_mtime_ns
     write_image(file, seed=9999)
@@ -163,19 +108,19 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, net: Path) -> Path:
+def killed(tmp_path_factory: pytest.TempPathFactory, nets: Path) -> Path:
     """A folder with a tree, and a run on it that was killed in its second epoch."""
     folder = tmp_path_factory.mktemp("killed")
     write_tree(folder / "tree")
     with pytest.MonkeyPatch.context() as patch:
-        killed_after_one_epoch(options(folder / "run", str(folder / "tree")), patch)
+        killed_after_one_epoch(short_run(folder / "run", str(folder / "tree")), patch)
     return folder
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_resuming_on_other_data_is_refused(change: str, killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     act, says = CHANGES[change]
-    tree, config = killed / "tree", options(killed / "run", str(killed / "tree"))
+    tree, config = killed / "tree", short_run(killed / "run", str(killed / "tree"))
     shutil.copytree(tree, killed / "before")
     try:
         act(tree)
@@ -200,7 +145,7 @@ def test_starting_from_a_run_on_other_data_is_refused(
 ) -> None:
     act, says = CHANGES[change]
     write_tree(tmp_path / "tree")
-    config = options(tmp_path / "dense", str(tmp_path / "tree"), epochs=1)
+    config = short_run(tmp_path / "dense", str(tmp_path / "tree"), epochs=1)
     assert cli.main(command(config, "--dense", "--quiet")) == 0
     act(tmp_path / "tree")
     capsys.readouterr()
@@ -223,7 +168,7 @@ def test_the_same_data_resume(killed: Path, tmp_path: Path) -> None:
     (tree / "train/b/5.bmp").rename(tree / "train/b/6.bmp")  # its name decides nothing but its place
     (tree / "train/c/notes.txt").write_text("not an image")
     try:
-        train(options(tmp_path / "run", str(tree), cache=str(tmp_path / "cache")), resume=True, progress=False)
+        train(short_run(tmp_path / "run", str(tree), cache=str(tmp_path / "cache")), resume=True, progress=False)
     finally:
         (tree / "train/b/6.bmp").rename(tree / "train/b/5.bmp")
     extra = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["extra"]
@@ -235,7 +180,7 @@ def test_the_same_data_resume(killed: Path, tmp_path: Path) -> None:
     assert json.loads((killed / "run/config.json").read_text())["data_record"] == saved
 
 
-def test_ranks_refuse_it_too(killed: Path, tmp_path: Path, net: Path) -> None:
+def test_ranks_refuse_it_too(killed: Path, tmp_path: Path, nets: Path) -> None:
     write_tree(tmp_path / "tree")
     shutil.copytree(killed / "run", tmp_path / "run")
     payload = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
@@ -248,9 +193,9 @@ def test_ranks_refuse_it_too(killed: Path, tmp_path: Path, net: Path) -> None:
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
             *("-m", "prunetrain_kernels.cli"),
-            *command(options(tmp_path / "run", str(tmp_path / "tree")), "--resume", "--quiet"),
+            *command(short_run(tmp_path / "run", str(tmp_path / "tree")), "--resume", "--quiet"),
         ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(net), *sys.path]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(nets), *sys.path]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -289,7 +234,7 @@ def test_an_edited_parquet_file_is_refused(
     after: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_parquet(tmp_path / "data", [0, 1] * 4)
-    config = options(tmp_path / "run", str(tmp_path / "data"))
+    config = short_run(tmp_path / "run", str(tmp_path / "data"))
     killed_after_one_epoch(config, monkeypatch)
     write_parquet(tmp_path / "data", **after)
     with pytest.raises(CheckpointError, match=says):
@@ -302,7 +247,7 @@ def test_another_release_of_a_library_that_brings_data_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     datasets = pytest.importorskip("sklearn.datasets")
-    config = options(tmp_path / "run", "digits", limit_train=40, limit_val=20)
+    config = short_run(tmp_path / "run", "digits", limit_train=40, limit_val=20)
     killed_after_one_epoch(config, monkeypatch)
     digits = datasets.load_digits()
     digits.images = digits.images[:, ::-1]
@@ -312,7 +257,7 @@ def test_another_release_of_a_library_that_brings_data_is_noticed(
 
 
 def test_another_draw_of_synthetic_images_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = options(tmp_path / "run", "synthetic:24x6x6")
+    config = short_run(tmp_path / "run", "synthetic:24x6x6")
     killed_after_one_epoch(config, monkeypatch)
     other = load("synthetic:24x6x6", seed=5)
     monkeypatch.setattr(loop.setup, "load", lambda *_, **__: other)
@@ -339,7 +284,7 @@ def test_every_part_of_the_record_is_compared(
     edit(payload["extra"]["data"])
     torch.save(payload, tmp_path / "run/checkpoint.pt")
     with pytest.raises(CheckpointError, match=says):
-        train(options(tmp_path / "run", str(killed / "tree")), resume=True, progress=False)
+        train(short_run(tmp_path / "run", str(killed / "tree")), resume=True, progress=False)
 
 
 # -- runs of the version before ----------------------------------------------------------------------------------------
@@ -349,7 +294,7 @@ def test_a_run_without_a_record_goes_on_and_says_so(tmp_path: Path, capsys: pyte
     (tmp_path / "run").mkdir()
     shutil.copy(OLDER_RUN, tmp_path / "run/checkpoint.pt")
     assert "data" not in torch.load(OLDER_RUN, weights_only=True)["extra"]
-    config = options(tmp_path / "run", "synthetic:24x6x6")
+    config = short_run(tmp_path / "run", "synthetic:24x6x6")
     assert cli.main(command(config, "--resume")) == 0
     assert "kept no record of its data: they could not be compared with 'synthetic:24x6x6'" in capsys.readouterr().out
     saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["extra"]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_runs import MODULE, command, nets, short_run, write_image  # noqa: F401  (a fixture among them)
 
 from prunetrain_kernels import cli
 from prunetrain_kernels.data import ImageFiles, batch, epoch_order, record_of
@@ -22,41 +23,6 @@ from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.distributed import Ranks
 from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.trained import load_trained
-
-pillow = pytest.importorskip("PIL.Image", reason="pip install pillow")
-
-NET = """
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self, num_classes, in_channels):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 4, 3, padding=1)
-        self.bn = nn.BatchNorm2d(4)
-        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
-        self.fc = nn.Linear(4, num_classes)
-
-    def forward(self, x):
-        return self.fc(torch.relu(self.conv2(torch.relu(self.bn(self.conv1(x))))).mean((2, 3)))
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def net(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("nets")
-    (folder / "net_for_files.py").write_text(NET)
-    sys.path.insert(0, str(folder))
-    torch.set_num_threads(1)
-    yield folder
-    sys.path.remove(str(folder))
-
-
-def write_image(path: Path, seed: int, height: int = 18, width: int = 25) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    pillow.fromarray(pixels).save(path)
 
 
 @pytest.fixture(scope="module")
@@ -70,30 +36,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(out: Path, tree: Path, **changes: Any) -> TrainConfig:
-    default = TrainConfig(
-        out=str(out),
-        model="net_for_files:Net",
-        data=str(tree),
-        augment="resized-crop",
-        crop=12,
-        epochs=3,
-        batch=8,
-        lr=0.05,
-        interval=1,
-        device="cpu",
-        threads=1,
-        workers=1,
-        cache_limit=0,
-        cache=str(out.parent / "cache"),
-    )
-    return replace(default, **changes)
-
-
-def command(config: TrainConfig, *more: str) -> list[str]:
-    names = ("out", "model", "data", "augment", "crop", "epochs", "batch", "lr", "interval", "device", "threads")
-    chosen = {name: getattr(config, name) for name in names}
-    chosen |= {"workers": config.workers, "cache-limit": config.cache_limit, "cache": config.cache}
-    return ["train", *(f"--{name}={value}" for name, value in chosen.items()), *more]
+    of_files = {"augment": "resized-crop", "crop": 12, "workers": 1, "cache_limit": 0}
+    return short_run(out, str(tree), **{"model": f"{MODULE}:WithNorm", "epochs": 3, **of_files, **changes})
 
 
 def tensors_of(run: Path) -> dict[str, Any]:
@@ -207,14 +151,14 @@ def test_a_batch_that_grows_gives_up_what_was_begun_for_nothing(tree: Path, tmp_
     assert not images._begun
 
 
-def test_two_processes_train(net: Path, tree: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_two_processes_train(nets: Path, tree: Path, tmp_path: Path, undisturbed: Path) -> None:
     config = options(tmp_path / "run", tree, cache_limit=10**9)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
             *("-m", "prunetrain_kernels.cli", *command(config)),
         ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(net), *sys.path]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(nets), *sys.path]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

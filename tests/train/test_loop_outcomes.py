@@ -188,7 +188,7 @@ def test_a_run_leaves_channels_last_where_a_cpu_would_corrupt_memory(
 
 
 def unevenly(training: Any, progress: Any, indices: Tensor, epoch: int) -> None:
-    """As `withering_step`, and some channels go in the layers that write them only."""
+    """A step like `withering_step`, and some channels go in the layers that write them only."""
     withering_step(training, progress, indices, epoch)
     with torch.no_grad():
         for name in training.prunetrain.graph.layers:

@@ -267,8 +267,8 @@ def test_groups_of_their_own_through_reconfigurations_and_a_branch_that_goes(
         model = net()
         model.b.bn1.weight.requires_grad_(False)
         branch = [*model.a.conv1.parameters(), *model.a.bn1.parameters()]
-        own = {id(p) for p in branch}
-        rest = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
+        in_branch = {id(p) for p in branch}
+        rest = [p for p in model.parameters() if id(p) not in in_branch and p.requires_grad]
         groups = [
             {"params": [p for p in rest if p.dim() > 1], "weight_decay": 1e-2},
             {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0, "lr": 0.01},

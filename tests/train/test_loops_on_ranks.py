@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from rank_processes import OnRanks, assert_bitwise_equal, config, nets, on_ranks, train_on_rank  # noqa: F401  (fixtures)
 from strangers import example, net, sgd, step, wither
-from test_distributed import OnRanks, _train, assert_bitwise_equal, config, nets, on_ranks  # noqa: F401  (fixtures)
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,9 +31,9 @@ OPTIONS: dict[str, Any] = {
 def _in_double_precision(rank: int, options: TrainConfig) -> dict[str, Tensor]:
     set_default = torch.set_default_dtype
     set_default(torch.float64)
-    torch.set_default_dtype = lambda dtype: None  # `_train` would set it back
+    torch.set_default_dtype = lambda dtype: None  # `train_on_rank` would set it back
     try:
-        return _train(rank, options)
+        return train_on_rank(rank, options)
     finally:
         torch.set_default_dtype = set_default
         set_default(torch.float32)

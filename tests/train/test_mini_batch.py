@@ -231,16 +231,16 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def trajectory(name: str, lr: Any, factor: float, at: int, reload: bool = False) -> list[list[float]]:
+def trajectory(name: str, lr: Any, factor: float, grown_at: int, reload: bool = False) -> list[list[float]]:
     weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
     groups = [{"params": [weights[0]]}, {"params": [weights[1]], "lr": copy.deepcopy(lr) * 2}]
     optimizer = torch.optim.SGD(groups, lr=copy.deepcopy(lr), momentum=0.9)
     scheduler = SCHEDULES[name](optimizer)
     rates = []
     for step in range(20):
-        if step == at:
+        if step == grown_at:
             scale_learning_rate(optimizer, scheduler, factor)
-        if reload and step == at + 1:
+        if reload and step == grown_at + 1:
             states = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
             optimizer = torch.optim.SGD(
                 [{"params": [weights[0]]}, {"params": [weights[1]], "lr": copy.deepcopy(lr) * 2}],
@@ -251,7 +251,7 @@ def trajectory(name: str, lr: Any, factor: float, at: int, reload: bool = False)
             optimizer.load_state_dict(states[0])
             scheduler.load_state_dict(states[1])
         rates.append([float(g["lr"]) for g in optimizer.param_groups])
-        if step == at:
+        if step == grown_at:
             assert [float(x) for x in scheduler.get_last_lr()] == pytest.approx(rates[-1])
         optimizer.step()
         scheduler.step()
@@ -259,13 +259,13 @@ def trajectory(name: str, lr: Any, factor: float, at: int, reload: bool = False)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("at", [0, 2, 7])
-def test_the_schedule_after_growth_is_the_schedule_times_the_factor(name: str, at: int) -> None:
-    plain, grown = trajectory(name, 0.1, 1.0, at), trajectory(name, 0.1, 1.5, at)
+@pytest.mark.parametrize("grown_at", [0, 2, 7])
+def test_the_schedule_after_growth_is_the_schedule_times_the_factor(name: str, grown_at: int) -> None:
+    plain, grown = trajectory(name, 0.1, 1.0, grown_at), trajectory(name, 0.1, 1.5, grown_at)
     for step in range(20):
-        factor = 1.5 if step >= at else 1.0
+        factor = 1.5 if step >= grown_at else 1.0
         assert grown[step] == pytest.approx([factor * rate for rate in plain[step]], rel=1e-6, abs=1e-12), step
-    np.testing.assert_allclose(trajectory(name, 0.1, 1.5, at, reload=True), grown, err_msg="lost in a checkpoint")
+    np.testing.assert_allclose(trajectory(name, 0.1, 1.5, grown_at, reload=True), grown, err_msg="lost in a checkpoint")
 
 
 @pytest.mark.parametrize("name", ["MultiStepLR", "CosineAnnealingLR with a floor", "OneCycleLR", "LambdaLR"])

@@ -29,6 +29,34 @@ FIGURES = ("flops", "channels", "memory", "sparsity", "learning", "time")
 SIZES = (1000, 5000)  # pixels a figure's side may have
 
 
+DENSE_SUMMARY: dict[str, Any] = {
+    "val_accuracy": 0.8123,
+    "train_flops_ratio": 1.0,
+    "inference_flops_ratio": 1.0,
+    "params_ratio": 1.0,
+    "bn_bytes_ratio": 1.0,
+    "comm_bytes_ratio": 1.0,
+    "wall_seconds": 3725.0,
+    "lambda": 1.25e-4,
+    "batch_sizes": [128],
+    "removed_layers": [],
+    "reconfigurations": [],
+    "step_seconds_first": 0.5,
+    "step_seconds_last": 0.0375,
+}
+SUMMARY = {
+    **DENSE_SUMMARY,
+    "val_accuracy": 0.7654,
+    "train_flops_ratio": 0.4321,
+    "inference_flops_ratio": 0.3987,
+    "params_ratio": 0.2876,
+    "bn_bytes_ratio": 0.6543,
+    "comm_bytes_ratio": 0.5678,
+    "batch_sizes": [128, 192],
+    "removed_layers": ["block.conv1"],
+}
+
+
 def make_run(
     directory: Path, *, dense: bool = False, epochs: int = 4, finished: bool = True, slices: bool = True, **config: Any
 ) -> Path:
@@ -78,23 +106,7 @@ def make_run(
             add_channels(log, 1, 2, 2)
     log.save()
     if finished:
-        log.write_summary(
-            {
-                "val_accuracy": 0.8123 if dense else 0.7654,
-                "train_flops_ratio": 1.0 if dense else 0.4321,
-                "inference_flops_ratio": 1.0 if dense else 0.3987,
-                "params_ratio": 1.0 if dense else 0.2876,
-                "bn_bytes_ratio": 1.0 if dense else 0.6543,
-                "comm_bytes_ratio": 1.0 if dense else 0.5678,
-                "wall_seconds": 3725.0,
-                "lambda": 1.25e-4,
-                "batch_sizes": [128] if dense else [128, 192],
-                "removed_layers": [] if dense else ["block.conv1"],
-                "reconfigurations": [],
-                "step_seconds_first": 0.5,
-                "step_seconds_last": 0.0375,
-            }
-        )
+        log.write_summary(DENSE_SUMMARY if dense else SUMMARY)
     return directory
 
 

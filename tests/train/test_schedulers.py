@@ -99,14 +99,14 @@ def test_from_the_growth_on_the_rates_are_those_of_a_schedule_with_larger_base_r
     make = SCHEDULERS[name]
     factor = 2.5
     before, after = list(whole(make, 1.0, tensor)), list(whole(make, factor, tensor))
-    for at in range(STEPS):
+    for grown_at in range(STEPS):
         one = optimizer(tensor=tensor)
         scheduler = make(one, 1.0)
         for number in range(STEPS):
-            if number == at:
+            if number == grown_at:
                 scale_learning_rate(one, scheduler, factor)
-            expected = (before if number < at else after)[number]
-            assert rates(one) == pytest.approx(expected, rel=1e-9, abs=1e-12), (at, number)
+            expected = (before if number < grown_at else after)[number]
+            assert rates(one) == pytest.approx(expected, rel=1e-9, abs=1e-12), (grown_at, number)
             one.step()
             advance(scheduler)
 
@@ -216,12 +216,12 @@ def timm() -> Any:
 
 @pytest.mark.parametrize("name", TIMM)
 def test_timms_schedulers(name: str, timm: Any) -> None:
-    def run(factor: float, at: int) -> list[list[float]]:
+    def run(factor: float, grown_at: int) -> list[list[float]]:
         one = optimizer(factor)
         scheduler = TIMM[name](timm, one, factor)
         seen = []
         for number in range(STEPS):
-            if number == at:
+            if number == grown_at:
                 scale_learning_rate(one, scheduler, 2.5)
             seen.append(rates(one))
             one.step()
@@ -229,10 +229,10 @@ def test_timms_schedulers(name: str, timm: Any) -> None:
         return seen
 
     before, after = run(1.0, STEPS), run(2.5, STEPS)
-    for at in range(STEPS):
-        expected = before[:at] + after[at:]
-        for number, (ours, theirs) in enumerate(zip(run(1.0, at), expected, strict=True)):
-            assert ours == pytest.approx(theirs, rel=1e-9), (at, number)
+    for grown_at in range(STEPS):
+        expected = before[:grown_at] + after[grown_at:]
+        for number, (ours, theirs) in enumerate(zip(run(1.0, grown_at), expected, strict=True)):
+            assert ours == pytest.approx(theirs, rel=1e-9), (grown_at, number)
 
 
 # -- prunetrain train --schedule ---------------------------------------------------------------------------------------

@@ -350,7 +350,7 @@ def test_there_is_always_time_to_steer_for(passed: float) -> None:
 
 
 def test_a_chain_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one step per epoch, batches of another size and no scheduler at all it still steers."""
+    """Lambda is steered with one step per epoch, batches of another size and no scheduler too."""
     model = network(8)
     optimizer = ProximalSGD(model.parameters(), lr=0.1, momentum=0.9)
     prunetrain = PruneTrain(model, optimizer, (IMAGES[:4],), epochs=6, target=0.5)

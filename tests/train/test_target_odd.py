@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from forecast_nets import SideBySide, X, plain_net
+from torch import nn
 from torch.optim import lr_scheduler
 
 from prunetrain_kernels.cli import main
@@ -18,31 +19,6 @@ from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.train.forecast import rates_to_come
 from prunetrain_kernels.train.prunetrain import PruneTrain
 from prunetrain_kernels.train.target import FACTOR, Steering, Target
-
-X = torch.zeros(2, 3, 8, 8)
-
-
-def plain_net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 20, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 10),
-    )  # fmt: skip
-
-
-class SideBySide(nn.Module):
-    """Two convolutions whose maps are concatenated, and a depthwise one behind them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 12, 1)
-        self.depthwise = nn.Conv2d(20, 20, 3, padding=1, groups=20)
-        self.mix, self.head = nn.Conv2d(20, 16, 1), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.depthwise(torch.cat([self.left(x), self.right(x)], 1)).relu()
-        return self.head(self.mix(x).relu().mean((2, 3)))
 
 
 def pruner(model: nn.Module, scheduler: Any = None, **options: Any) -> PruneTrain:
@@ -102,7 +78,7 @@ def test_within_an_epoch_a_scheduler_of_steps_is_known_as_one(passed: float) -> 
 def test_a_rate_that_has_decayed_before_the_epochs_end_is_told_is_not_taken_for_the_epochs() -> None:
     measured = []
     for before in (False, True):
-        prunetrain = pruner(plain_net(), lambda o: lr_scheduler.StepLR(o, 1, 0.1))
+        prunetrain = pruner(plain_net(20), lambda o: lr_scheduler.StepLR(o, 1, 0.1))
         train(prunetrain)
         if before:
             prunetrain.scheduler.step()
@@ -115,7 +91,7 @@ def test_a_rate_that_has_decayed_before_the_epochs_end_is_told_is_not_taken_for_
 
 
 def test_in_parts_of_an_epoch_lambda_changes_by_less() -> None:
-    prunetrain = pruner(plain_net(), target=0.1, interval=0.25)
+    prunetrain = pruner(plain_net(20), target=0.1, interval=0.25)
     train(prunetrain, 1)
     first = prunetrain.coefficient
     assert first is not None
@@ -126,7 +102,7 @@ def test_in_parts_of_an_epoch_lambda_changes_by_less() -> None:
 
 
 def test_what_a_part_of_an_epoch_has_cost_is_counted_with_the_network_it_had() -> None:
-    prunetrain = pruner(plain_net(), target_training=0.7)
+    prunetrain = pruner(plain_net(20), target_training=0.7)
     train(prunetrain)
     prunetrain.advance(0.5)
     with torch.no_grad():
@@ -143,7 +119,7 @@ def test_what_a_part_of_an_epoch_has_cost_is_counted_with_the_network_it_had() -
 # -- coarse channels ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [plain_net, SideBySide])
+@pytest.mark.parametrize("make", [lambda: plain_net(20), SideBySide])
 @pytest.mark.parametrize("round_to", [1, 3, 8])
 @pytest.mark.parametrize("least", [1, 5])
 def test_the_channels_that_are_forecast_to_go_go(make: Any, round_to: int, least: int) -> None:
@@ -166,14 +142,14 @@ def test_the_channels_that_are_forecast_to_go_go(make: Any, round_to: int, least
 
 
 def test_a_target_below_what_rounding_leaves_is_refused() -> None:
-    model = plain_net()
+    model = plain_net(20)
     pruner(model, target=0.3)
     with pytest.raises(InputError, match="cannot be reached"):
         pruner(model, target=0.3, round_to=16)
 
 
 def test_what_is_rounded_up_is_not_forecast_to_have_gone() -> None:
-    model = plain_net()
+    model = plain_net(20)
     prunetrain = pruner(model, round_to=8)
     with torch.no_grad():
         model[0].weight[:5] = model[2].weight[:, :5] = 0
@@ -202,7 +178,7 @@ def test_what_is_rounded_up_is_not_forecast_to_have_gone() -> None:
 )
 def test_values_of_other_types_are_refused_in_a_sentence(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        pruner(plain_net(), **options)
+        pruner(plain_net(20), **options)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +222,7 @@ def test_near_enough_is_nearer_for_extreme_targets(target: float, share: float, 
 
 
 def test_a_target_that_whole_channels_cannot_meet_is_not_said_to_be_met_to_the_point() -> None:
-    prunetrain = pruner(plain_net(), target=0.585, round_to=10)  # there are 56.5 % and 62.5 %
+    prunetrain = pruner(plain_net(20), target=0.585, round_to=10)  # there are 56.5 % and 62.5 %
     train(prunetrain, 1)
     with torch.no_grad():
         for parameter in prunetrain.model.parameters():
@@ -263,12 +239,12 @@ def test_a_target_that_whole_channels_cannot_meet_is_not_said_to_be_met_to_the_p
 
 
 def test_a_state_is_taken_up_by_another_target_and_goes_on() -> None:
-    met = pruner(plain_net(), target=0.5)
+    met = pruner(plain_net(20), target=0.5)
     train(met, 1)
     assert met.steering is not None
     met.steering.met = True
     state = met.state_dict()
-    same, lower = pruner(plain_net(), target=0.5), pruner(plain_net(), target=0.3)
+    same, lower = pruner(plain_net(20), target=0.5), pruner(plain_net(20), target=0.3)
     for other in (same, lower):
         other.load_state_dict(state)
     assert not same.active
@@ -277,7 +253,7 @@ def test_a_state_is_taken_up_by_another_target_and_goes_on() -> None:
 
 
 def test_weights_that_are_no_numbers_are_not_forecast_to_go() -> None:
-    model = plain_net()
+    model = plain_net(20)
     prunetrain = pruner(model)
     train(prunetrain, 1)
     with torch.no_grad():

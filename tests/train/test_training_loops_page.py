@@ -14,11 +14,11 @@ PAGE = Path(loop.__file__).parents[2] / "docs" / "training-loops.md"
 
 def blocks() -> dict[str, str]:
     """Code by the heading above it; the first is for all."""
-    found = {}
+    code = {}
     for section in PAGE.read_text().split("\n## "):
         for block in section.split("```python\n")[1:]:
-            found[section.splitlines()[0]] = block.split("```")[0]
-    return found
+            code[section.splitlines()[0]] = block.split("```")[0]
+    return code
 
 
 FIRST, *REST = blocks()

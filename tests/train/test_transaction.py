@@ -16,11 +16,9 @@ from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.models import resnet20
 from prunetrain_kernels.prune.branches import ConstantConv
 from prunetrain_kernels.regularizer import GroupLasso
-from prunetrain_kernels.train import layout
+from prunetrain_kernels.train import layout, reconfiguration
 from prunetrain_kernels.train import present as looking
 from prunetrain_kernels.train.original import OriginalChannels
-
-module = __import__("prunetrain_kernels.train.prunetrain", fromlist=["PruneTrain"])
 
 
 class Residual(nn.Module):
@@ -71,7 +69,9 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, prunetrain: PruneTr
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer, prunetrain: PruneTrain) -> dict[str, Any]:
     """All that must be as it was, the objects too."""
-    own = {k: v for k, v in vars(prunetrain).items() if k not in ("epochs", "batch", "_compilations", "scheduler")}
+    attributes = {
+        k: v for k, v in vars(prunetrain).items() if k not in ("epochs", "batch", "compilations", "scheduler")
+    }
     scheduler = prunetrain.scheduler
     return copy.deepcopy(
         {
@@ -82,7 +82,7 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer, prunetrain: PruneT
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "batch": None if prunetrain.batch is None else prunetrain.batch.state_dict(),
             "memory": None if prunetrain.batch is None else prunetrain.batch.memory,
-            "own": {k: id(v) for k, v in own.items()},
+            "attributes": {k: id(v) for k, v in attributes.items()},
             "history": prunetrain.history,
             "removed": prunetrain.removed,
             "kept": prunetrain.kept,
@@ -102,16 +102,16 @@ def same(a: Any, b: Any) -> bool:
 
 
 FAILING: dict[str, tuple[Any, str]] = {
-    "look_again": (module, "look_again"),
-    "grow": (module, "grow"),
+    "look_again": (reconfiguration, "look_again"),
+    "grow": (reconfiguration, "grow"),
     "after": (OriginalChannels, "after"),
-    "warn_of_layout": (module, "warn_of_layout"),
+    "warn_of_layout": (reconfiguration, "warn_of_layout"),
     "count_flops": (looking, "count_flops"),
     "graph_after": (Keep, "graph_after"),
     "trace_channels": (looking, "trace_channels"),
     "lasso_after": (GroupLasso, "after"),
     "flop_table": (looking, "flop_table"),
-    "PruneReport": (module, "PruneReport"),
+    "PruneReport": (reconfiguration, "PruneReport"),
     "measure": (MiniBatch, "measure"),
     "grow_to": (MiniBatch, "grow_to"),
 }
@@ -257,19 +257,19 @@ def test_learning_rates_are_put_back(kind: str, monkeypatch: pytest.MonkeyPatch)
 
     def rates() -> Any:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        own = [{k: v for k, v in vars(s).items() if "lr" in k and not callable(v)} for s in every]
-        return copy.deepcopy((groups, own)), [id(g["lr"]) for g in optimizer.param_groups if kind == "tensor"]
+        of_schedulers = [{k: v for k, v in vars(s).items() if "lr" in k and not callable(v)} for s in every]
+        return copy.deepcopy((groups, of_schedulers)), [id(g["lr"]) for g in optimizer.param_groups if kind == "tensor"]
 
     before = rates()
     grown: list[float] = []
-    old = module.grow
+    old = reconfiguration.grow
 
     def fails(*args: Any) -> None:
         old(*args)
         grown.append(float(optimizer.param_groups[0]["lr"]))
         raise RuntimeError("forced")
 
-    monkeypatch.setattr(module, "grow", fails)
+    monkeypatch.setattr(reconfiguration, "grow", fails)
     with pytest.raises(RuntimeError, match="forced"):
         prunetrain.reconfigure()
     assert grown != [pytest.approx(rate)]
@@ -302,14 +302,14 @@ def test_a_change_that_is_allowed_by_name_is_shown() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     x = torch.randn(4, 3, 16, 16)
     prunetrain = PruneTrain(model, optimizer, (x,), interval=1, threshold=0.2, zeroing_tolerance=math.inf)
-    given = model.eval()(x).detach()
+    before = model.eval()(x).detach()
     model.train()
     report = prunetrain.epoch_end()
     assert report is not None
     done = report.reconfiguration
-    moved = float((model.eval()(x).detach() - given).abs().max())
+    moved = float((model.eval()(x).detach() - before).abs().max())
     assert done.max_abs_dy_zeroing == pytest.approx(moved, rel=1e-3)
-    assert done.scale == pytest.approx(float(given.abs().max()), rel=1e-6)
+    assert done.scale == pytest.approx(float(before.abs().max()), rel=1e-6)
     assert done.max_abs_dy_zeroing > 0.5 * done.scale
     for line in (str(report), str(done).splitlines()[0]):
         assert f"max|dy| {done.max_abs_dy_zeroing:.1e} by zeroing, {done.max_abs_dy:.1e} by cutting" in line

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,19 +114,30 @@ def withering_step(training: Any, progress: Any, indices: Tensor, epoch: int) ->
     step = progress.sums.steps
     if training.config.dense or epoch >= training.config.epochs:
         return
-    prunetrain, share = training.prunetrain, min(0.7, 0.1 * (epoch + step / 4))
-    with torch.no_grad():
-        for name, layer in prunetrain.graph.layers.items():
-            weight = training.model.get_submodule(name)._parameters.get("weight")
-            if weight is None or weight.dim() < 2:
-                continue
-            if (name == "c.conv2" and (epoch, step) >= (0, 2)) or (name == "a.conv2" and epoch >= 3):
-                weight.zero_()
-            _, ins, outs = prunetrain.dense_layers[name]
-            for dim, space, size in ((0, layer.output, outs), (1, layer.input, ins)):
-                if prunetrain.graph.spaces[space].frozen is None:
-                    kept = prunetrain.kept[name][1 - dim][prunetrain.graph.computed(name)[1 - dim]]
-                    weight.index_fill_(dim, (kept < share * size).nonzero().flatten(), 0)
+    dead = [*(["c.conv2"] if (epoch, step) >= (0, 2) else []), *(["a.conv2"] if epoch >= 3 else [])]
+    zero_first_channels(training, min(0.7, 0.1 * (epoch + step / 4)), dead)
+
+
+@torch.no_grad()
+def zero_first_channels(training: Any, share: float, dead: Collection[str] = ()) -> None:
+    """Zeroes, in all layers, the weights of the first of the dense network's channels, and all weights of some layers.
+
+    Args:
+        share: of the channels of each space that may be pruned.
+        dead: names of the layers whose weights all become zero.
+    """
+    prunetrain = training.prunetrain
+    for name, layer in prunetrain.graph.layers.items():
+        weight = training.model.get_submodule(name)._parameters.get("weight")
+        if weight is None or weight.dim() < 2:
+            continue
+        if name in dead:
+            weight.zero_()
+        _, ins, outs = prunetrain.dense_layers[name]
+        for dim, space, size in ((0, layer.output, outs), (1, layer.input, ins)):
+            if prunetrain.graph.spaces[space].frozen is None:
+                numbers = prunetrain.kept[name][1 - dim][prunetrain.graph.computed(name)[1 - dim]]
+                weight.index_fill_(dim, (numbers < share * size).nonzero().flatten(), 0)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,105 @@
+"""A rank that is killed, or does not answer, ends the job with one sentence, and the run goes on later."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rank_processes import TORCHRUN, OnRanks, nets, on_ranks  # noqa: F401  (fixtures among them)
+
+from prunetrain_kernels.cli import main
+from prunetrain_kernels.errors import CheckpointError, RankLostError
+from prunetrain_kernels.train import loop
+from prunetrain_kernels.train.distributed import (
+    Ranks,
+    answering,
+    speak_when_terminated,
+)
+from prunetrain_kernels.train.run_log import read_run
+
+
+def _silent(rank: int) -> float:
+    start = time.perf_counter()
+    if rank == 1:
+        time.sleep(6)
+    try:
+        Ranks.of().agree("anything", 1)
+    except RankLostError as error:
+        return time.perf_counter() - start if rank == 1 or "does not answer" in str(error) else -1.0
+    return -1.0
+
+
+def test_a_rank_that_does_not_answer_is_given_up_in_time(on_ranks: OnRanks) -> None:
+    waited = on_ranks(2, _silent, seconds=3)
+    assert isinstance(waited[0], float), waited[0]
+    assert 0 < waited[0] < 6
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    with pytest.raises(CheckpointError, match="gloo"), answering():
+        raise CheckpointError("cannot write /data/gloo")
+    with pytest.raises(RuntimeError, match="shapes"), answering():
+        raise RuntimeError("shapes cannot be multiplied")
+
+
+def test_a_rank_killed_in_an_epoch_ends_the_job_which_resumes(tmp_path: Path, nets: Path) -> None:
+    out = tmp_path / "run"
+    options = [
+        "train",
+        "--model",
+        "nets_for_ranks:Dies",
+        "--data",
+        "synthetic:128x8x8",
+        "--epochs",
+        "3",
+        "--batch",
+        "16",
+    ]
+    options += ["--interval", "1", "--device", "cpu", "--out", str(out)]
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(nets), str(Path(loop.__file__).parents[2])]),
+        "OMP_NUM_THREADS": "1", "DIES": "1",
+    }  # fmt: skip
+    start = time.perf_counter()
+    done = subprocess.run(
+        [*TORCHRUN, "-m", "prunetrain_kernels.cli", *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert time.perf_counter() - start < 60
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("prunetrain: rank 0: ")]
+    assert len(said) == 1
+    assert "--resume" in said[0]
+    assert "another" in said[0]
+    assert "Traceback" not in done.stderr.split("prunetrain: rank 0: ")[0], "of our own process"
+    assert list(read_run(out).log.epoch) == [1]
+    assert read_run(out).summary is None
+    assert main([*options, "--resume", "--quiet"]) == 0
+    assert list(read_run(out).log.epoch) == [1, 2, 3]
+
+
+def _waits(ready: Path, said: Path) -> None:
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 2)
+    speak_when_terminated("stopped; go on with --resume")
+    ready.touch()
+    torch.mm(*torch.ones(2, 7000, 7000))  # no Python code, so no Python handler, runs until it is done
+    os._exit(0)
+
+
+def test_a_process_that_is_terminated_inside_a_long_call_says_so(tmp_path: Path, on_ranks: OnRanks) -> None:
+    ready, said = tmp_path / "ready", tmp_path / "said"
+    process = on_ranks.context.Process(target=_waits, args=(ready, said))
+    process.start()
+    while not ready.exists():
+        time.sleep(0.05)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert said.read_text() == "stopped; go on with --resume\n"

@@ -33,7 +33,7 @@ class Settings:
     out: Path | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Session:
     """A run of some suites: where it measures, what it found.
 
@@ -128,7 +128,7 @@ def open_session(settings: Settings) -> Session:
         profile=profile,
         only=settings.only,
         folder=folder,
-        roof=roof.measure(device, settings.quick),
+        roof=roof.measure(device, quick=settings.quick),
         environment=rows.environment(device),
     )
 
@@ -173,6 +173,7 @@ def measure(
     what: Mapping[str, Any],
     model_bytes: float = 0,
     flops: float = 0,
+    *,
     columns: Mapping[str, Mapping[str, Any]] | None = None,
     compare: Callable[[Mapping[str, float]], Mapping[str, Mapping[str, Any]]] | None = None,
     large: bool = False,
@@ -203,7 +204,7 @@ def measure(
     passed = {name: providers[name] for name in _passing(session, checks, allowed, baseline, what)}
     if not passed:
         return {}
-    milliseconds, rounds = (300.0 if large else 15.0, 3)
+    milliseconds, rounds = 300.0 if large else 15.0, 3
     if session.quick:
         milliseconds, rounds = (2.0, 1 if large else 2)
     runs = {name: provider.run for name, provider in passed.items()}

@@ -175,7 +175,7 @@ def masks(profile: Profile, model: nn.Module, graph: ChannelGraph, image: int | 
         channels = among.nonzero()[:, 0]
         count = max(1, round(part * len(channels)))
         chosen = channels[torch.randperm(len(channels), generator=generator)[:count]]
-        return torch.zeros_like(among).index_fill_(0, chosen, True)
+        return torch.zeros_like(among).index_fill_(0, chosen, value=True)
 
     every = [torch.ones(space.size, dtype=torch.bool) for space in graph.spaces]
     kept = [

@@ -21,9 +21,9 @@ __all__ = [
 ]
 
 
-def measure(device: torch.device, quick: bool = False) -> Roof:
+def measure(device: torch.device, *, quick: bool = False) -> Roof:
     """The device's peaks, from the 20th percentile of the time of a few seconds of work; less of it if quick."""
-    return measure_roof(device, quick, _fastest)
+    return measure_roof(device, quick=quick, fastest=_fastest)
 
 
 def _fastest(run: Callable[[], object], device: torch.device, milliseconds: float) -> float:

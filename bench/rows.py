@@ -54,17 +54,26 @@ PARTS, SIZES = ("all", "conv", "reshape"), ("full", "quick")
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends rows to a CSV file, which is whole at every moment; missing values stay empty.
+    """Appends rows of results to a CSV file; missing values stay empty.
+
+    Raises:
+        InputError: a key that is no column, a file with other columns, or one that cannot be written.
+    """
+    append_as(COLUMNS, path, rows)
+
+
+def append_as(columns: Sequence[str], path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends rows of some columns to a CSV file, which is whole at every moment; floats have six digits.
 
     Raises:
         InputError: a key that is no column, a file with other columns, or one that cannot be written.
     """
     for row in rows:
-        unknown = sorted(set(row) - set(COLUMNS))
+        unknown = sorted(set(row) - set(columns))
         if unknown:
-            raise InputError(f"results have no column {', '.join(unknown)}; there are {', '.join(COLUMNS)}")
+            raise InputError(f"results have no column {', '.join(unknown)}; there are {', '.join(columns)}")
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = path.read_bytes() if path.exists() else b""
@@ -72,7 +81,7 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     if not before:
         writer.writeheader()
-    elif before.split(b"\n", 1)[0].decode(errors="replace") != ",".join(COLUMNS):
+    elif before.split(b"\n", 1)[0].decode(errors="replace") != ",".join(columns):
         raise InputError(f"{path} has other columns than these results; move it away or name another folder with --out")
     writer.writerows({key: _rounded(value) for key, value in row.items()} for row in rows)
     write_atomically(path, before + text.getvalue().encode())

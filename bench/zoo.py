@@ -178,7 +178,7 @@ class UNet(nn.Module):
     With `any_size` maps are padded where halving has rounded, so the forward branches on sizes.
     """
 
-    def __init__(self, classes: int = 4, width: int = 16, depth: int = 3, any_size: bool = False) -> None:
+    def __init__(self, classes: int = 4, width: int = 16, depth: int = 3, *, any_size: bool = False) -> None:
         super().__init__()
         self.any_size = any_size
         widths = [width * 2**i for i in range(depth + 1)]
@@ -213,7 +213,7 @@ class Generator(nn.Module):
         for i, (before, after) in enumerate(itertools.pairwise(widths)):
             stride, padding = (1, 0) if i == 0 else (2, 1)
             layers += [nn.ConvTranspose2d(before, after, 4, stride, padding, bias=False)]
-            layers += [nn.BatchNorm2d(after), nn.ReLU(True)]
+            layers += [nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False), nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def _unit(inputs: int, outputs: int, kernel: int = 1, stride: int = 1) -> nn.Seq
 class _CrossStage(nn.Module):
     """Half of the channels goes through residual blocks, and what each of them gives is kept."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, residual: bool = True) -> None:
+    def __init__(self, inputs: int, outputs: int, blocks: int, *, residual: bool = True) -> None:
         super().__init__()
         half = outputs // 2
         self.first, self.last = _unit(inputs, outputs), _unit((2 + blocks) * half, outputs)
@@ -321,7 +321,7 @@ def _small_segmentation(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         backbone = _dilated_backbone()
         home = getattr(import_torchvision().models.segmentation, name)
-        model: nn.Module = getattr(home, f"_{name}_resnet")(backbone, 5, True)
+        model: nn.Module = getattr(home, f"_{name}_resnet")(backbone, 5, aux=True)
         return model
 
     return build

@@ -302,7 +302,7 @@ def provider_looks(providers: Iterable[str]) -> dict[str, dict[str, Any]]:
     return looks(sorted(dict.fromkeys(providers), key=lambda name: (not name.startswith("ours"), name)))
 
 
-def provider_legend(figure: "Figure", providers: Mapping[str, Mapping[str, Any]], lines: bool = True) -> None:
+def provider_legend(figure: "Figure", providers: Mapping[str, Mapping[str, Any]], *, lines: bool = True) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -316,7 +316,7 @@ def line_look(look: Mapping[str, Any]) -> dict[str, Any]:
     return {name: look[name] for name in ("color", "linestyle")}
 
 
-def paper_level(ax: "Axes", y: float, text: str, above: bool = True) -> None:
+def paper_level(ax: "Axes", y: float, text: str, *, above: bool = True) -> None:
     """The paper's value as a dashed grey line across, its source written at the right end."""
     ax.axhline(y, **PAPER_LINE)
     ax.annotate(

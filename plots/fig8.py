@@ -76,8 +76,8 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
         figure,
         f"Accuracy against cost by pruning strength, {common.subject(rows)}, as the paper's Fig. 8; "
         f"{_ratios(rows)}; triangles are the dense networks. SSL starts from the trained dense network: its training "
-        f"costs more than dense training, and is not shown.{_seeds(rows)}{_ends(rows)} {_paper_says(rows, marked)}"
-        f"{common.training_note(rows)}",
+        f"costs more than dense training, and is not shown.{_seeds(rows)}{_ends(rows)} "
+        f"{_paper_says(rows, marked=marked)}{common.training_note(rows)}",
     )
 
 
@@ -161,7 +161,7 @@ def _how(row: Any) -> str:
     return f"{'at ' * aim.startswith('ratio')}{aim}{proximal}"
 
 
-def _paper_says(rows: "pd.DataFrame", marked: bool) -> str:
+def _paper_says(rows: "pd.DataFrame", *, marked: bool) -> str:
     text = ""
     if marked:
         text += "Paper's points: Tab. 1's shares of FLOPs, of this dense network's; accuracy as in Tab. 1. "

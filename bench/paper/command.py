@@ -187,7 +187,7 @@ def _time_steps(trainings: list[Training], options: argparse.Namespace) -> None:
     if not there:
         where = options.out / options.scale
         raise InputError(f"no pruned run of these is committed in {where}: there is nothing to time.")
-    load = steps.load_of_an_idle_machine(options.even_if_busy)
+    load = steps.load_of_an_idle_machine(even_if_busy=options.even_if_busy)
     for training in there:
         run = read_run(committed.folder_of(options.out, training))
         lines = steps.measure(training.path, run, options.device, load)

@@ -81,8 +81,8 @@ def gating_flops(
     model: nn.Module,
     example_inputs: tuple[Tensor, ...],
     threshold: float,
-    relative: bool = False,
     *,
+    relative: bool = False,
     where: str = EVERYWHERE,
 ) -> Flops:
     """FLOPs per image of the network that channel gating makes of `model` (design section 4, paper Fig. 6).
@@ -154,11 +154,14 @@ def gating_counts(run: Run) -> dict[str, dict[str, float]] | None:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged; restore it, or adopt the run again.") from error
     dense, final, example = final_network(run)
-    sparse = run.config["threshold"], run.config.get("relative", False)
+    threshold, relative = run.config["threshold"], run.config.get("relative", False)
     counted = {
         "dense": count_flops(dense, example),
         "union": count_flops(final, example),
-        **{where: gating_flops(final, example, *sparse, where=where) for where in (BRANCH_ENDS, EVERYWHERE)},
+        **{
+            where: gating_flops(final, example, threshold, relative=relative, where=where)
+            for where in (BRANCH_ENDS, EVERYWHERE)
+        },
     }
     return {policy: {"inference": f.inference, "training": f.training} for policy, f in counted.items()}
 

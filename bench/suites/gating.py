@@ -122,7 +122,7 @@ def count(profile: profiles.Profile, images: int, dtype: str) -> list[dict[str, 
         ways[NAIVE] = (replace(conv, places=False), replace(gated, backend="naive"))
         for provider, (placed, form) in ways.items():
             form = form if form.gated else Form()
-            size, work = bytes_of_step(placed, form, layer.residual), 3 * flops(placed, form)
+            size, work = bytes_of_step(placed, form, residual=layer.residual), 3 * flops(placed, form)
             lines.append(
                 {
                     **common, "layer": layer.dense.name, "provider": provider,
@@ -158,7 +158,7 @@ def run(session: Session) -> None:
             attempt(session, layer.dense.name, lambda layer=layer: _measure(session, layer))  # type: ignore[misc]
 
 
-def bytes_of_step(conv: Convolution, form: Form, residual: bool) -> float:
+def bytes_of_step(conv: Convolution, form: Form, *, residual: bool) -> float:
     """Bytes that the convolution and what follows it move: `traffic`, and what every form moves of the batch norm's
     output, which is written and its gradient read twice; a residual is read, and its gradient written."""
     output = conv.batch * conv.map_out[0] * conv.map_out[1] * conv.out_full * conv.itemsize
@@ -223,7 +223,7 @@ class Piece:
     def eager(self, y: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, *, relu: bool = True) -> Tensor:
         """What follows the convolution, by PyTorch: batch norm, the residual's sum if the layer has one, ReLU."""
         wide = gamma.to(y.dtype) if y.dtype == torch.float64 else gamma
-        y = F.batch_norm(y, None, None, wide, beta.to(wide.dtype), True)
+        y = F.batch_norm(y, None, None, wide, beta.to(wide.dtype), training=True)
         y = y + residual if self.layer.residual else y
         return F.relu(y) if relu else y
 
@@ -377,7 +377,7 @@ def _providers(piece: Piece, ways: Mapping[str, Way]) -> tuple[dict[str, Provide
                 **columns_of(way.shape, conv.batch, layer.dense.c),
             },
             flops=3 * flops(cost, form),
-            model_bytes=bytes_of_step(cost, form, layer.residual),
+            model_bytes=bytes_of_step(cost, form, residual=layer.residual),
         )  # fmt: skip
     return providers, references
 

@@ -85,18 +85,18 @@ def _update(session: Session, name: str, threads: int) -> None:
     gradients = [torch.randn_like(p) for p in model.parameters()]
     count = sum(p.numel() for p in model.parameters())
 
-    def ours(regularized: bool) -> Provider:
+    def ours(*, regularized: bool) -> Provider:
         return sgd.update(model, graph, gradients, SGD, {}, regularized=regularized)
 
-    def torchs(options: dict[str, Any], by_autograd: bool = False) -> Provider:
+    def torchs(options: dict[str, Any], *, by_autograd: bool = False) -> Provider:
         return sgd.update(model, graph, gradients, torch.optim.SGD, options, by_autograd=by_autograd)
 
     providers = {
         FOREACH: torchs({"foreach": True}),
         FUSED: torchs({"fused": True}),
-        PLAIN: ours(False),
-        NATIVE: ours(True),
-        REFERENCE: without_native(ours(True)),
+        PLAIN: ours(regularized=False),
+        NATIVE: ours(regularized=True),
+        REFERENCE: without_native(ours(regularized=True)),
         AUTOGRAD: torchs({"foreach": True}, by_autograd=True),
     }
     expected = {lasso: sgd.reference_update(model, graph, gradients, lasso=lasso) for lasso in (True, False)}
@@ -153,7 +153,7 @@ def _step(session: Session, threads: int) -> None:
         NATIVE: task.provider(session, step.OURS),
         REFERENCE: without_native(task.provider(session, step.OURS)),
     }
-    references = {kind: reference.outputs(kind != step.NO_LASSO) for kind in providers}
+    references = {kind: reference.outputs(lasso=kind != step.NO_LASSO) for kind in providers}
     what = {
         "layer": "resnet32 step", "direction": "step", "dtype": "fp32", "layout": "contiguous", "n": network.images,
         "h": 32, "w": 32, "mask_profile": "dense", "threads": threads,

@@ -198,7 +198,7 @@ def by_torch_pruning(tp: Any, job: Training) -> Training:
     for space, kept in zip(keep.graph.spaces, keep.channels, strict=True):
         if len(kept) == space.size or not space.producers:
             continue
-        dead = torch.ones(space.size, dtype=torch.bool).index_fill_(0, kept, False).nonzero()[:, 0].tolist()
+        dead = torch.ones(space.size, dtype=torch.bool).index_fill_(0, kept, value=False).nonzero()[:, 0].tolist()
         layer = job.model.get_submodule(space.producers[0])
         prune = tp.prune_conv_out_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_out_channels
         dependencies.get_pruning_group(layer, prune, idxs=dead).prune()
@@ -290,7 +290,7 @@ def _measure(session: Session, network: Network) -> None:
 
 
 def compare(
-    done: Training, wide: Training, keep: Keep, x: Tensor, expected: Tensor, momentum: bool
+    done: Training, wide: Training, keep: Keep, x: Tensor, expected: Tensor, *, momentum: bool
 ) -> timing.Check | None:
     """Outputs, and momentum if it is to survive, against the network before; None if there are other parameters."""
     results, references = [_outputs(done.model, x)], [expected]

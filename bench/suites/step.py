@@ -255,10 +255,10 @@ class Reference:
         }
         return Reference(data, logits.detach(), moves, coefficient)
 
-    def outputs(self, lasso: bool) -> list[Tensor]:
-        return [self.logits, self.in_units(self.moves[lasso], lasso)]
+    def outputs(self, *, lasso: bool) -> list[Tensor]:
+        return [self.logits, self.in_units(self.moves[lasso], lasso=lasso)]
 
-    def in_units(self, moves: Mapping[str, Tensor], lasso: bool) -> Tensor:
+    def in_units(self, moves: Mapping[str, Tensor], *, lasso: bool) -> Tensor:
         """All checked parameters in one, each in units of its own RMS, so that they weigh the same."""
         scales = {n: max(float(move.square().mean().sqrt()), 1e-30) for n, move in self.moves[lasso].items()}
         return torch.cat([moves[n].double().flatten() / scale for n, scale in scales.items()])
@@ -309,7 +309,7 @@ class Task:
             moves = {name: (start[name] - p.detach()) / LR for name, p in parameters.items()}
             for group in optimizer.param_groups:
                 group["lr"] = TIMED_LR
-            return [logits, self.reference.in_units(moves, kind != NO_LASSO)]
+            return [logits, self.reference.in_units(moves, lasso=kind != NO_LASSO)]
 
         return Provider(lambda: step(self.data), outputs)
 

@@ -1,6 +1,5 @@
 """The command `python -m bench`, the rows it writes, and that a wrong provider is refused."""
 
-import csv
 import dataclasses
 import math
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_kit import CPU, rows_of, tiny_session
 
 from bench import counters, harness, profiles, rows, targets, timing
 from bench.__main__ import main
@@ -27,7 +27,6 @@ from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.loop import train
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 
 
 def test_list_names_the_suites(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,11 +95,6 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run.returncode == 0, run.stdout + run.stderr
     (out / "said").write_text(run.stdout)
     return out
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_gpu_script_goes_through_its_steps_without_a_gpu(visit: Path) -> None:
@@ -179,32 +173,23 @@ def test_all_of_resnet50s_batch_norms_are_measured() -> None:
     assert size / 4.3e12 == pytest.approx(12.0e-3, rel=0.05)
 
 
-ROOF = Roof(1.0, {"fp16": 1.0, "fp32": 1.0}, 1.0)
-
-
-def session(folder: Path, profile: str = "paper", dtype: torch.dtype = torch.float32) -> harness.Session:
-    return harness.Session(
-        CPU, dtype, None, True, False, profiles.parse(profile), "", folder, ROOF, rows.environment(CPU)
-    )
-
-
 def test_a_provider_with_a_wrong_result_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong(x, mean, var, weight, bias, residual, relu):  # type: ignore[no-untyped-def]
-        y = bn.eager_batch_norm(x, mean, var, weight, bias, residual, relu)
+    def wrong(*arguments, relu):  # type: ignore[no-untyped-def]
+        y = bn.eager_batch_norm(*arguments, relu=relu)
         return y + F.pad(torch.ones(1, 1, 1, 1), (0, 0, 0, 0, 0, y.shape[1] - 1)).to(y)  # one channel is off
 
     monkeypatch.setattr(bn, "our_batch_norm", wrong)
-    run = session(tmp_path)
+    session = tiny_session(tmp_path)
     two = [bn.Layer(256, 8, "BN+add+ReLU", 3, 256), bn.Layer(64, 8, "BN+ReLU", 2, 64)]
-    bn.all_of(run, two, "dense", ["eager", "ours"], {})
-    assert "BN+add+ReLU 256x8x8 forward by ours: wrong result" in run.refused
+    bn.all_of(session, two, "dense", ["eager", "ours"], {})
+    assert "BN+add+ReLU 256x8x8 forward by ours: wrong result" in session.refused
     found = rows_of(tmp_path / "bn.csv")
     assert not any(is_of(row, "ours", "forward") for row in found)  # neither layers nor their sum
     assert any(row["layer"] == bn.ALL and is_of(row, "eager", "forward") for row in found)
     assert "ours has no sum" in capsys.readouterr().out
-    assert "REFUSED BN+add+ReLU" in targets.verdict(run)
+    assert "REFUSED BN+add+ReLU" in targets.verdict(session)
 
 
 def test_a_piece_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,14 +197,14 @@ def test_a_piece_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, mon
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(gather, "channel_gather", failing)
-    run = session(tmp_path)
-    gather.run(run)
-    assert run.refused == [f"{w} channels: RuntimeError no such kernel" for w in (256, 512, 1024, 2048)]
+    session = tiny_session(tmp_path)
+    gather.run(session)
+    assert session.refused == [f"{w} channels: RuntimeError no such kernel" for w in (256, 512, 1024, 2048)]
 
 
 def test_verdict_says_met_and_missed(tmp_path: Path) -> None:
-    run = session(tmp_path)
-    run.p50 = {
+    session = tiny_session(tmp_path)
+    session.p50 = {
         ("all parameters", "ours", "SGD"): 100.0,
         ("all parameters", "ours", "SGD+lasso"): 104.0,
         ("floor", "model", "SGD"): 80.0,
@@ -230,7 +215,7 @@ def test_verdict_says_met_and_missed(tmp_path: Path) -> None:
         ("all layers", "eager", "backward"): 1500.0,
         ("bytes", "model", "both"): 1.9e6,  # 0.95 of a copy at 1 GB/s
     }
-    assert [" ".join(str(target).split("= ")[-1].split()[1:]) for target in targets.targets(run)] == [
+    assert [" ".join(str(target).split("= ")[-1].split()[1:]) for target in targets.targets(session)] == [
         "met",
         "missed by 4.0%",
         "missed by 5.8%",
@@ -242,19 +227,19 @@ def test_verdict_says_met_and_missed(tmp_path: Path) -> None:
 
 
 def test_a_verdict_without_measurements_is_empty(tmp_path: Path) -> None:
-    run = session(tmp_path)
-    run.quick = False
-    assert targets.verdict(run) == ""
+    session = tiny_session(tmp_path)
+    session.quick = False
+    assert targets.verdict(session) == ""
 
 
 # -- convolutions, fig. 7, communication -------------------------------------------------------------------------------
 
 
 def test_fig7_measures_every_block_both_ways(tmp_path: Path) -> None:
-    run = session(tmp_path)
-    run.only = "layer4"
-    fig7.run(run)
-    assert run.refused == []
+    session = tiny_session(tmp_path)
+    session.only = "layer4"
+    fig7.run(session)
+    assert session.refused == []
     found = rows_of(tmp_path / "fig7.csv")
     assert [fault for row in found for fault in rows.faults(row)] == []
     assert {row["layer"] for row in found} == {f"layer4.{i}.conv3" for i in range(3)}
@@ -276,10 +261,10 @@ def test_fig7_measures_every_block_both_ways(tmp_path: Path) -> None:
 
 
 def test_gating_measures_first_and_last_convolutions_in_every_form(tmp_path: Path) -> None:
-    run = session(tmp_path)
-    run.only = "layer4.1"
-    gating.run(run)
-    assert run.refused == []
+    session = tiny_session(tmp_path)
+    session.only = "layer4.1"
+    gating.run(session)
+    assert session.refused == []
     found = rows_of(tmp_path / "gating.csv")
     assert [fault for row in found for fault in rows.faults(row)] == []
     assert {row["layer"] for row in found} == {"layer4.1.conv1", "layer4.1.conv3"}
@@ -296,7 +281,7 @@ def test_gating_measures_first_and_last_convolutions_in_every_form(tmp_path: Pat
     alone = {(r["layer"], r["provider"]) for r in found if r["part"] == "conv"}
     assert ("layer4.1.conv1", gating.NO_INDEX) in alone
     assert ("layer4.1.conv1", gating.EXPANDED) in alone
-    assert "auto / better of union and gating" in targets.verdict(run)
+    assert "auto / better of union and gating" in targets.verdict(session)
 
 
 def test_gating_refuses_channels_in_the_wrong_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,10 +291,10 @@ def test_gating_refuses_channels_in_the_wrong_places(tmp_path: Path, monkeypatch
         return true(*arguments, **options).roll(1, 1)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gating, "batch_norm_act", shifted)
-    run = session(tmp_path)
-    run.only = "layer4.2.conv3"
-    gating.run(run)
-    assert len(run.refused) >= 2
+    session = tiny_session(tmp_path)
+    session.only = "layer4.2.conv3"
+    gating.run(session)
+    assert len(session.refused) >= 2
     found = {row["provider"] for row in rows_of(tmp_path / "gating.csv") if row["part"] == "all"}
     assert found == {gating.DENSE, gating.UNION_EAGER, gating.NAIVE}
 
@@ -338,10 +323,10 @@ def test_fig7_refuses_a_scatter_to_the_wrong_channels(tmp_path: Path, monkeypatc
         return channel_index.channel_scatter(y, index).roll(1, 1)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fig7, "channel_scatter", shifted)
-    run = session(tmp_path)
-    run.only = "layer4.2"
-    fig7.run(run)
-    assert len(run.refused) == 4  # forward and backward, alone and behind the convolution
+    session = tiny_session(tmp_path)
+    session.only = "layer4.2"
+    fig7.run(session)
+    assert len(session.refused) == 4  # forward and backward, alone and behind the convolution
     found = rows_of(tmp_path / "fig7.csv")
     assert not any(row["provider"] == fig7.FUSED and row["part"] == "all" for row in found)
     assert any(row["provider"] == fig7.NAIVE and row["part"] == "all" for row in found)
@@ -361,10 +346,10 @@ def test_fig7_has_a_block_for_each_last_convolution() -> None:
 
 
 def test_conv_compares_every_distinct_layer_with_its_dense_self(tmp_path: Path) -> None:
-    run = session(tmp_path, "uniform:0.5")
-    run.only = "layer3"
-    conv.run(run)
-    assert run.refused == []
+    session = tiny_session(tmp_path, "uniform:0.5")
+    session.only = "layer3"
+    conv.run(session)
+    assert session.refused == []
     found = rows_of(tmp_path / "conv.csv")
     assert [fault for row in found for fault in rows.faults(row)] == []
     assert {row["provider"] for row in found} == {"eager"}
@@ -377,8 +362,8 @@ def test_conv_compares_every_distinct_layer_with_its_dense_self(tmp_path: Path) 
 
 
 def test_comm_falls_with_the_gradients_for_every_number_of_gpus(tmp_path: Path) -> None:
-    run = session(tmp_path)
-    comm.run(run)
+    session = tiny_session(tmp_path)
+    comm.run(session)
     found = rows_of(tmp_path / "comm.csv")
     assert [fault for row in found for fault in rows.faults(row)] == []
     assert {int(row["n"]) for row in found} == set(comm.GPUS)
@@ -430,9 +415,9 @@ def test_a_runs_profile_is_what_it_kept(tmp_path: Path) -> None:
             )
     with pytest.raises(InputError, match="not of a vgg11"):
         profiles.for_network(profile, "vgg11", 32, 10)
-    run = session(tmp_path / "out")
-    run.profile = profile
-    comm.run(run)
+    session = tiny_session(tmp_path / "out")
+    session.profile = profile
+    comm.run(session)
     assert {row["layer"] for row in rows_of(tmp_path / "out/comm.csv")} == {"epoch 1", "epoch 2"}
 
 
@@ -566,8 +551,7 @@ def test_rows_are_appended_and_foreign_files_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     rows.append(path, [{"suite": "x", "p50_us": 1.23456789}])
     rows.append(path, [{"suite": "y"}])
-    with path.open(newline="") as file:
-        found = list(csv.DictReader(file))
+    found = rows_of(path)
     assert [row["suite"] for row in found] == ["x", "y"]
     assert found[0]["p50_us"] == "1.23457"
     with pytest.raises(InputError, match="no column speed"):

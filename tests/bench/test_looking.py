@@ -1,24 +1,16 @@
 """Commands of `python -m bench` that only look write into no committed file; docs/results.md begins with a summary."""
 
-import csv
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
+from bench_kit import CPU, rows_of, tiny_session
 
-from bench import harness, profiles, rows
+from bench import rows
 from bench.__main__ import main
-from bench.roof import Roof
 from bench.suites import kernels
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def contents(*folders: str) -> dict[Path, tuple[int, int]]:
@@ -81,19 +73,7 @@ def test_where_the_suite_kernels_writes(
     asked: list[Path | None] = []
     monkeypatch.setattr(kernels, "command", lambda chosen, out, only: asked.append(out) or 0)
     where = rows.results_folder(CPU) if folder.endswith("DEVICE") else Path(folder)
-    run = harness.Session(
-        CPU,
-        torch.float32,
-        None,
-        quick,
-        False,
-        profiles.parse("dense"),
-        only,
-        where,
-        Roof(1.0, {}),
-        rows.environment(CPU),
-    )
-    kernels.run(run)
+    kernels.run(tiny_session(where, "dense", quick=quick, only=only))
     assert asked == [written and Path(written)]
 
 

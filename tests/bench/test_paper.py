@@ -1,6 +1,5 @@
 """`python -m bench paper`: what it trains, skips, resumes and refuses, and the numbers in its tables."""
 
-import argparse
 import csv
 import fcntl
 import json
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench_kit import paper, rows_of
 
-from bench.paper import add_command, experiments, numbers, results, runner, tables
+from bench.paper import experiments, numbers, results, runner, tables
 from bench.paper.experiments import EXPERIMENTS, Training, names_at, trainings_of
 from bench.paper.networks import densities, final_network
 from prunetrain_kernels.cli import train_config
@@ -41,14 +41,6 @@ def images_of_the_datas_size() -> Any:
         patch.setattr(experiments, "SMALL", {**experiments.SMALL, "image_size": None})
         patch.setattr(experiments, "SMALL_SIDE", None)
         yield
-
-
-def paper(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers(required=True))
-    options = parser.parse_args(["paper", *words])
-    code: int = options.run(options)
-    return code
 
 
 # -- the list of trainings ---------------------------------------------------------------------------------------------
@@ -147,7 +139,7 @@ def some(*methods: str, scale: str = "small") -> list[Training]:
     return [t for i, t in enumerate(found) if t.method not in [u.method for u in found[:i]]]
 
 
-def pretend(training: Training, runs: Path, finished: bool = True, **changes: Any) -> Path:
+def pretend(training: Training, runs: Path, *, finished: bool = True, **changes: Any) -> Path:
     """A run folder as far as planning looks at it."""
     config = asdict(runner.configuration(training, runs, DATA)) | changes
     folder = runs / training.path
@@ -349,7 +341,7 @@ def test_trains_skips_and_tabulates(tmp_path: Path, capsys: pytest.CaptureFixtur
     config = read_run(tmp_path / "runs" / ssl).config
     assert config["start_from"] == str(tmp_path / "runs" / dense)
     assert config["threads"] == 1
-    table = list(csv.DictReader((tmp_path / "out/small/fig8.csv").open()))
+    table = rows_of(tmp_path / "out/small/fig8.csv")
     assert [row["method"] for row in table] == ["dense", "ssl"]
     assert float(table[1]["train_flops_ratio"]) == 2
     assert "--relative" in (tmp_path / "out/small/fig8.md").read_text()

@@ -1,19 +1,17 @@
 """The medium scale: its trainings, the runs that are committed, the steps that are timed, the table and the page."""
 
-import argparse
-import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from bench_kit import paper, rows_of
 
-from bench.paper import add_command, command, committed, experiments, networks, results, runner, steps, tables
+from bench.paper import command, committed, experiments, networks, results, runner, steps, tables
 from bench.paper.experiments import EXPERIMENTS, Training, names_at, trainings_of
 from bench.results import page
 from prunetrain_kernels.errors import InputError
@@ -22,23 +20,6 @@ from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.run_log import RunLog, read_run
 
 NO_RUN = "No run at medium scale is committed yet; the command is"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.set_flush_denormal(False)
-
-
-def paper(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers(required=True))
-    options = parser.parse_args(["paper", *words])
-    code: int = options.run(options)
-    return code
 
 
 def claimed(seeds: int = 1) -> dict[str, Training]:
@@ -285,7 +266,7 @@ def test_the_table_of_some_runs_by_hand(tmp_path: Path) -> None:
     assert (quoted["Val. acc."], quoted["Train. FLOPs"], quoted["eta"]) == ("91.8%", "47.0%", "0.36")
     assert "Missing: 24 of 30 trainings" in text
     assert "Steps were timed on Some CPU, 1 thread" in text
-    table = list(csv.DictReader((out / "medium/claim.csv").open()))
+    table = rows_of(out / "medium/claim.csv")
     assert [row["eta"] for row in table if row["run"] == "cifar10/resnet32-ratio-0.25-seed-0"] == ["0.5"]
     assert [row["target"] for row in table if row["method"] == "target"] == ["0.5"]
 
@@ -307,7 +288,7 @@ def test_every_figure_is_of_what_is_there(tmp_path: Path, name: str) -> None:
                 json.dumps({policy: {"inference": c, "training": 3 * c} for policy, c in counts.items()})
             )
         assert paper(name, "--scale", "medium", "--seeds", "1", "--out", str(out), "--tabulate") == 0
-        table = list(csv.DictReader((out / "medium" / f"{name}.csv").open()))
+        table = rows_of(out / "medium" / f"{name}.csv")
         assert {row["run"].split("/")[1] for row in table} == {training.name for training in several}
     text = (out / "medium" / f"{name}.md").read_text()
     assert "nan" not in text

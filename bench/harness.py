@@ -170,10 +170,10 @@ def measure(
     providers: Mapping[str, Provider],
     references: Sequence[Tensor] | Mapping[str, Sequence[Tensor]],
     baseline: str,
+    *,
     what: Mapping[str, Any],
     model_bytes: float = 0,
     flops: float = 0,
-    *,
     columns: Mapping[str, Mapping[str, Any]] | None = None,
     compare: Callable[[Mapping[str, float]], Mapping[str, Mapping[str, Any]]] | None = None,
     large: bool = False,
@@ -198,10 +198,7 @@ def measure(
     """
     by_provider = references if isinstance(references, Mapping) else dict.fromkeys(providers, references)
     checks = {name: timing.check(provider.outputs(), by_provider[name]) for name, provider in providers.items()}
-    allowed = checks[baseline]
-    if granted is not None:
-        allowed = timing.Check(max(allowed.error, granted.error), max(allowed.outliers, granted.outliers))
-    passed = {name: providers[name] for name in _passing(session, checks, allowed, baseline, what)}
+    passed = {name: providers[name] for name in _passing(session, checks, baseline, what, granted)}
     if not passed:
         return {}
     milliseconds, rounds = 300.0 if large else 15.0, 3
@@ -230,11 +227,14 @@ def measure(
 def _passing(
     session: Session,
     checks: Mapping[str, timing.Check],
-    allowed: timing.Check,
     baseline: str,
     what: Mapping[str, Any],
+    granted: timing.Check | None,
 ) -> list[str]:
     """Names of the providers whose error is allowed; the others are reported, now and at the session's end."""
+    allowed = checks[baseline]
+    if granted is not None:
+        allowed = timing.Check(max(allowed.error, granted.error), max(allowed.outliers, granted.outliers))
     passing = []
     for name, check in checks.items():
         if check.passes(allowed, DTYPES[str(what["dtype"])]):

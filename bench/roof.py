@@ -27,7 +27,7 @@ def measure(device: torch.device, *, quick: bool = False) -> Roof:
 
 
 def _fastest(run: Callable[[], object], device: torch.device, milliseconds: float) -> float:
-    return side_by_side({"it": run}, device, milliseconds=milliseconds, rounds=5)["it"].p20
+    return side_by_side({"work": run}, device, milliseconds=milliseconds, rounds=5)["work"].p20
 
 
 def in_words(roof: Roof) -> str:

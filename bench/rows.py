@@ -93,8 +93,8 @@ def _rounded(value: Any) -> Any:
 
 def faults(row: Mapping[str, str]) -> list[str]:
     """What is wrong with a row of a results file, as csv.DictReader gives it; empty if nothing is."""
-    found = [f"no {column}" for column in COLUMNS if row.get(column) is None]
-    found += [f"{column} is empty" for column in ALWAYS if row.get(column) == ""]
+    texts = [f"no {column}" for column in COLUMNS if row.get(column) is None]
+    texts += [f"{column} is empty" for column in ALWAYS if row.get(column) == ""]
     numbers = {}
     for column in COLUMNS:
         cell = row.get(column) or ""
@@ -102,19 +102,19 @@ def faults(row: Mapping[str, str]) -> list[str]:
             try:
                 numbers[column] = float(cell)
             except ValueError:
-                found.append(f"{column} is no number: {cell}")
-    found += [f"{column} is not finite and >= 0: {row[column]}" for column, value in numbers.items()
+                texts.append(f"{column} is no number: {cell}")
+    texts += [f"{column} is not finite and >= 0: {row[column]}" for column, value in numbers.items()
               if column != "eta" and not 0 <= value < float("inf")]  # fmt: skip
     p20, p50, p80 = (numbers.get(f"{p}_us") for p in ("p20", "p50", "p80"))
     if p20 is not None and p50 is not None and p80 is not None and not 0 < p20 <= p50 <= p80:
-        found.append(f"percentiles are not ordered: {p20}, {p50}, {p80}")
+        texts.append(f"percentiles are not ordered: {p20}, {p50}, {p80}")
     if row.get("mode") != "model" and p50 is None:
-        found.append("timed, but without p50_us")
+        texts.append("timed, but without p50_us")
     if row.get("part") not in PARTS:
-        found.append(f"part is {row.get('part')}, not one of {', '.join(PARTS)}")
+        texts.append(f"part is {row.get('part')}, not one of {', '.join(PARTS)}")
     if row.get("size") not in SIZES:
-        found.append(f"size is {row.get('size')}, not one of {', '.join(SIZES)}")
-    return found
+        texts.append(f"size is {row.get('size')}, not one of {', '.join(SIZES)}")
+    return texts
 
 
 def read(path: Path) -> "pd.DataFrame":
@@ -127,20 +127,20 @@ def read(path: Path) -> "pd.DataFrame":
 
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            found = list(csv.reader(file))
+            lines = list(csv.reader(file))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is damaged: {error}") from error
-    if not found or tuple(found[0]) != COLUMNS:
+    if not lines or tuple(lines[0]) != COLUMNS:
         raise InputError(f"{path} is no file of results: its first line does not name the columns of bench/rows.py")
-    for number, cells in enumerate(found[1:], start=2):
+    for number, cells in enumerate(lines[1:], start=2):
         if len(cells) != len(COLUMNS):
             raise InputError(f"{path} is damaged: line {number} has {len(cells)} cells, not {len(COLUMNS)}")
         wrong = faults(dict(zip(COLUMNS, cells, strict=True)))
         if wrong:
             raise InputError(f"{path} is damaged: line {number}: {wrong[0]}")
-    table = pd.DataFrame(found[1:], columns=list(COLUMNS), dtype=object)
+    table = pd.DataFrame(lines[1:], columns=list(COLUMNS), dtype=object)
     for column in COLUMNS:
         if column not in TEXT:
             table[column] = pd.to_numeric(table[column].replace("", float("nan")))

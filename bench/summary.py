@@ -168,8 +168,8 @@ def _trainings(path: Path) -> str:
              "proximal-target": "proximal to a target"}  # fmt: skip
     pruned = table[table["method"].isin(list(names))].dropna(subset=["inference_flops_ratio", "accuracy_delta"])
     texts = []
-    for method, own in pruned.groupby("method", sort=False):
-        flops, points = own["inference_flops_ratio"], own["accuracy_delta"]
+    for method, runs in pruned.groupby("method", sort=False):
+        flops, points = runs["inference_flops_ratio"], runs["accuracy_delta"]
         texts.append(
             f"{names[str(method)]} keeps {flops.min():.0%} to {flops.max():.0%} of the inference FLOPs, at "
             f"{points.min():+.1f} to {points.max():+.1f} points of accuracy against dense"

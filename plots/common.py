@@ -5,7 +5,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ class Drawing:
     drawn: "Drawn | None"
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read(
@@ -141,13 +141,28 @@ def full_before_quick(rows: "pd.DataFrame", within: Sequence[str]) -> "pd.DataFr
     return rows[full | ~has_full]
 
 
+def a_figure_per_batch(path: Path, stem: str, draw: "Callable[[pd.DataFrame], Drawn | None]") -> list[Drawing]:
+    """A figure for each dtype and batch of a suite's file, full rows before quick ones; one without rows for none.
+
+    Raises:
+        InputError: as `read`.
+    """
+    rows = read_suite(path)
+    rows = full_before_quick(rows, ["dtype"]) if len(rows) else rows
+    drawings = [
+        Drawing(f"{stem}-{dtype}-n{n:g}", draw(batch_rows))
+        for (dtype, n), batch_rows in rows.groupby(["dtype", "n"], dropna=False, sort=True)
+    ]
+    return drawings or [Drawing(stem, None)]
+
+
 def newest(rows: "pd.DataFrame", key: Sequence[str]) -> "pd.DataFrame":
     """The last measured row of those equal in the columns `key`, in the order of their first appearance."""
     ordered = rows.sort_values("date", kind="stable").drop_duplicates(list(key), keep="last")
     return ordered.sort_index()
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# -- names -------------------------------------------------------------------------------------------------------------
 
 
 def network_name(name: str) -> str:
@@ -166,10 +181,10 @@ def dataset_name(name: str) -> str:
 
 def subject(rows: "pd.DataFrame") -> str:
     """ "ResNet-32 and VGG-11 on CIFAR-10"; datasets are told apart where there are several."""
-    found: dict[str, list[str]] = {}
+    networks_by_dataset: dict[str, list[str]] = {}
     for network, dataset in rows[["network", "dataset"]].drop_duplicates().itertuples(index=False):
-        found.setdefault(dataset_name(dataset), []).append(network_name(network))
-    return "; ".join(f"{listed(networks)} on {dataset}" for dataset, networks in found.items())
+        networks_by_dataset.setdefault(dataset_name(dataset), []).append(network_name(network))
+    return "; ".join(f"{listed(networks)} on {dataset}" for dataset, networks in networks_by_dataset.items())
 
 
 def listed(words: Sequence[str]) -> str:
@@ -261,7 +276,7 @@ def time_unit(largest_us: float) -> tuple[float, str]:
     return (1.0, "µs") if largest_us < 1e3 else (1e3, "ms") if largest_us < 1e6 else (1e6, "s")
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------------
+# -- drawing -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def measured(suite: str, **values: Any) -> dict[str, Any]:
     return row | values
 
 
-# --- made-up data ----------------------------------------------------------------------------------------------------
+# -- made-up data ------------------------------------------------------------------------------------------------------
 
 
 def fig2_rows(scale: str = "small") -> list[dict[str, Any]]:
@@ -304,7 +304,7 @@ def heights(ax: Any) -> list[float]:
     return [patch.get_height() for container in ax.containers for patch in container if hasattr(patch, "get_height")]
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
 ALL_STEMS = {
     *(f"{name}-small" for name in PAPER_ROWS), *(f"{name}-full" for name in FULL),
@@ -384,7 +384,7 @@ def test_an_out_that_is_a_file(results: Path, tmp_path: Path, capsys: pytest.Cap
     assert "cannot make the folder" in capsys.readouterr().err
 
 
-# --- damaged files ---------------------------------------------------------------------------------------------------
+# -- damaged files -----------------------------------------------------------------------------------------------------
 
 
 def _without_column(text: str) -> str:
@@ -439,7 +439,7 @@ def test_every_figure_names_a_missing_column(module: Any, results: Path) -> None
         module.figures(folder)
 
 
-# --- every figure says what it is ------------------------------------------------------------------------------------
+# -- every figure says what it is --------------------------------------------------------------------------------------
 
 
 def test_captions_name_devices_dates_and_scale_inside_the_image(all_drawn: dict[str, tuple[Any, str]]) -> None:
@@ -478,7 +478,7 @@ def test_nothing_is_cut_off_and_axes_stay_clear_of_the_caption(all_drawn: dict[s
             assert not one.overlaps(other), f"{stem}: titles over one another"
 
 
-# --- figures of paper runs -------------------------------------------------------------------------------------------
+# -- figures of paper runs ---------------------------------------------------------------------------------------------
 
 
 def test_fig2(tmp_path: Path) -> None:
@@ -614,7 +614,7 @@ def test_fig12(tmp_path: Path) -> None:
     assert "paper, section 5.3: channels" in texts_of(figure)
 
 
-# --- figures of the suites -------------------------------------------------------------------------------------------
+# -- figures of the suites ---------------------------------------------------------------------------------------------
 
 
 def bars(ax: Any) -> dict[str, list[float]]:
@@ -728,7 +728,7 @@ def test_step_keeps_rounded_channel_counts_apart(tmp_path: Path) -> None:
     assert "multiples of 8" in caption
 
 
-# --- helpers ---------------------------------------------------------------------------------------------------------
+# -- helpers -----------------------------------------------------------------------------------------------------------
 
 
 def test_labels_tell_runs_apart(tmp_path: Path) -> None:

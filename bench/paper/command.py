@@ -229,12 +229,18 @@ def _tabulate(names: list[str], options: argparse.Namespace) -> None:
         folder_of = partial(committed.folder_of, options.out)
         times = steps.read(options.out / options.scale / steps.FILE)
     for name in names:
-        found = results.collect(
-            name, options.scale, options.seeds, options.runs, options.train_options, folder_of, times
+        collected = results.collect(
+            name,
+            options.scale,
+            options.seeds,
+            options.runs,
+            extra=options.train_options,
+            folder_of=folder_of,
+            steps=times,
         )
-        text = tables.write(found, options.out)
+        text = tables.write(collected, options.out)
         if text is None:
-            _say(f"\n{name}: nothing is finished, so no table is written. {tables.missing(found)}")
+            _say(f"\n{name}: nothing is finished, so no table is written. {tables.missing(collected)}")
             continue
         path = options.out / options.scale / name
         _say(f"\n{text}\nwritten: {path}.csv, {path}.md")

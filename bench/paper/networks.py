@@ -176,16 +176,16 @@ def densities(run: Run) -> list[Density]:
     dense, final, _ = final_network(run)
     threshold, relative = run.config["threshold"], run.config.get("relative", False)
     remaining = dict(final.named_modules())
-    found = []
+    shares = []
     for name, module in dense.named_modules():
         if not isinstance(module, nn.Conv2d):
             continue
         weight = getattr(remaining.get(name), "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 4:
-            found.append(Density(name, 0.0, 0.0))
+            shares.append(Density(name, 0.0, 0.0))
             continue
         size = weight.detach().abs()
         limit = threshold * float(size.max()) if relative else threshold
         total = module.weight.numel()
-        found.append(Density(name, weight.numel() / total, int((size >= limit).sum()) / total))
-    return found
+        shares.append(Density(name, weight.numel() / total, int((size >= limit).sum()) / total))
+    return shares

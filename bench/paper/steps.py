@@ -143,7 +143,7 @@ def measure(name: str, run: Run, device: str, load: float, rounds: int = ROUNDS)
         InputError: channels.csv is not there or not of the network that the summary counted.
     """
     config = _config(run, device)
-    where = setup.prepare_process(config)
+    torch_device = setup.prepare_process(config)
     profile = profiles.parse(str(run.directory / "channels.csv"))
     shapes = profiles.prune(profile)
     image = torch.zeros(2, 3, profile.image, profile.image)
@@ -157,16 +157,16 @@ def measure(name: str, run: Run, device: str, load: float, rounds: int = ROUNDS)
             f"says {recorded}; restore both."
         )
     without = dataclasses.replace(config, dense=True, proximal=False)
-    data = _images(config.batch, profile, where)
+    data = _images(config.batch, profile, torch_device)
     made = {
-        "dense": _step(shapes.dense, without, data, where),
-        "pruned": _step(shapes.model, without, data, where),
-        "ours": _step(shapes.model, config, data, where),
+        "dense": _step(shapes.dense, without, data, torch_device),
+        "pruned": _step(shapes.model, without, data, torch_device),
+        "ours": _step(shapes.model, config, data, torch_device),
     }
     timings = timing.side_by_side(
-        {k: step for k, (step, _) in made.items()}, where, MILLISECONDS, rounds, one_pool=True
+        {k: step for k, (step, _) in made.items()}, torch_device, MILLISECONDS, rounds, one_pool=True
     )
-    environment = rows.environment(where)
+    environment = rows.environment(torch_device)
     return [
         {
             "run": name, "provider": provider, "p20_s": t.p20 / 1e6, "p50_s": t.p50 / 1e6, "p80_s": t.p80 / 1e6,

@@ -232,7 +232,7 @@ def _measure(session: Session, layer: Layer, label: str, names: Sequence[str], i
     functions = {EAGER: eager_batch_norm, OURS: our_batch_norm}
     if COMPILED in names:
         functions[COMPILED] = compiled(session, eager_batch_norm)
-    measure_layer(session, "bn", layer, label, {name: functions[name] for name in names}, images)
+    measure_layer(session, "bn", layer, label, functions={name: functions[name] for name in names}, images=images)
 
 
 def measure_layer(
@@ -240,6 +240,7 @@ def measure_layer(
     suite: str,
     layer: Layer,
     label: str,
+    *,
     functions: Mapping[str, Callable[..., Tensor]],
     images: int,
     more: Mapping[str, Any] | None = None,
@@ -265,7 +266,7 @@ def measure_layer(
     references = torch.autograd.grad(y, wide, dy.double())
     for providers, expected, direction in ((forward, [y.detach()], "forward"), (backward, references, "backward")):
         size = layer_bytes(x.numel(), session.dtype.itemsize, layer.follows, direction)
-        measure(session, suite, providers, expected, EAGER, {**what, "direction": direction}, size)
+        measure(session, suite, providers, expected, EAGER, what={**what, "direction": direction}, model_bytes=size)
 
 
 # -- hardware counters -------------------------------------------------------------------------------------------------

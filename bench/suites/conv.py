@@ -99,7 +99,7 @@ def _measure(session: Session, name: str, shapes: dict[str, ConvShape | None], c
     what = {"layer": name, "count": count, "dtype": session.dtype_name, "layout": "channels_last"}
     for direction, providers in directions.items():
         measure(
-            session, "conv", providers, references[direction], DENSE, {**what, "direction": direction},
+            session, "conv", providers, references[direction], DENSE, what={**what, "direction": direction},
             compare=lambda p50: {
                 label: against_dense(sizes[label].flops(1) / full.flops(1), p50[label] / p50[DENSE])
                 for label in p50

@@ -31,10 +31,10 @@ from bench import profiles, rows
 from bench.harness import Provider, Session, against_dense, as_time, attempt, measure, prepared
 from bench.profiles import ConvShape
 from bench.roof import DTYPES, V100
+from bench.suites.blocks import Layer, layers
 from bench.suites.conv import columns_of
 from bench.timing import check
 from prunetrain_kernels.cost.convolution import Convolution, Form, RoofCost, flops, traffic
-from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.gating import choose_form
 from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
 from prunetrain_kernels.ops.channel_index import ChannelIndex
@@ -45,65 +45,6 @@ SELECTED, EXPANDED, TRITON, RUN = "gating (selected)", "gating (expanded)", "gat
 AUTO, NO_INDEX = "auto", "no index"
 SUMMED = ("model_bytes", "flops", "v100_projection_us")
 BACKEND = {SELECTED: "naive", EXPANDED: "expanded", TRITON: "triton", RUN: "triton"}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One convolution: dense, under union, its own live channels, and their places among those that are kept.
-
-    `residual`: whether a sum follows its batch norm. `inputs`, `outputs`: [live] int64.
-    """
-
-    dense: ConvShape
-    union: ConvShape
-    live: ConvShape
-    inputs: Tensor
-    outputs: Tensor
-    residual: bool
-
-    def convolution(self, images: int, itemsize: int) -> Convolution:
-        """The layer as the package's cost model sees it, behind a batch norm that can place channels."""
-        s = self.union
-        return Convolution(
-            images, (s.h_in, s.w_in), (s.h, s.w), (s.r, s.s), (s.stride, s.stride), (s.padding, s.padding), (1, 1),
-            s.c, self.live.c, s.k, self.live.k, itemsize, places=True,
-        )  # fmt: skip
-
-
-def layers(profile: profiles.Profile, image: int) -> list[Layer]:
-    """First and last convolutions of the blocks that are still there, in the network's order.
-
-    Raises:
-        InputError: the profile's network has no residual blocks.
-    """
-    from prunetrain_kernels.graph import trace_channels
-    from prunetrain_kernels.models import build
-
-    model = build(profile.network, profile.classes)
-    graph = trace_channels(model, (torch.zeros(2, 3, 32, 32),))
-    masks = profiles.masks(profile, model, graph, image)
-    shapes = {shape.name: shape for shape in profiles.conv_shapes(model, image)}
-    convolutions = []
-    for name, full in shapes.items():
-        block, _, conv = name.rpartition(".")
-        last = max((n.rpartition(".")[2] for n in shapes if n.startswith(f"{block}.conv")), default="")
-        if not block.startswith("layer") or conv not in ("conv1", last) or name in masks.removed:
-            continue
-        layer, (live_in, live_out) = graph.layers[name], masks.live[name]
-        kept_in, kept_out = masks.kept[layer.input], masks.kept[layer.output]
-        convolutions.append(
-            Layer(
-                full,
-                replace(full, c=int(kept_in.sum()), k=int(kept_out.sum())),
-                replace(full, c=int(live_in.sum()), k=int(live_out.sum())),
-                live_in[kept_in].nonzero()[:, 0],
-                live_out[kept_out].nonzero()[:, 0],
-                conv == last,
-            )
-        )
-    if not convolutions:
-        raise InputError(f"{profile.network} has no residual blocks; gating takes a ResNet's profile")
-    return convolutions
 
 
 def count(profile: profiles.Profile, images: int, dtype: str) -> list[dict[str, Any]]:
@@ -292,7 +233,7 @@ def _measure(session: Session, layer: Layer) -> None:
 
     # the pruned layer is another than the dense one, and so is PyTorch's error in it
     granted = check(providers[UNION_EAGER].outputs(), references[UNION_EAGER])
-    measure(session, "gating", providers, references, DENSE, what, compare=compare, granted=granted)
+    measure(session, "gating", providers, references, DENSE, what=what, compare=compare, granted=granted)
     if piece.gated.gated:
         _convolutions(piece, what)
 
@@ -437,7 +378,7 @@ def _convolutions(piece: Piece, what: Mapping[str, Any]) -> None:
             what={"part": "conv", "mask_profile": session.profile.label, **columns},
             flops=3 * flops(counted, form), model_bytes=traffic(counted, form).own,
         )  # fmt: skip
-    measure(session, "gating", providers, references, NO_INDEX, what)
+    measure(session, "gating", providers, references, NO_INDEX, what=what)
 
 
 def _dy(function: Callable[..., Tensor], tensors: list[Tensor], *, kink: bool = False) -> Tensor:

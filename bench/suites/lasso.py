@@ -48,10 +48,18 @@ def run(session: Session) -> None:
     weights = wide.weights()[0]
     value = plain_penalty(*wide.weights(), wide.eps)
     gradients = torch.autograd.grad(COEFFICIENT * value, weights)
-    measure(session, "lasso", values, [value.detach()], EAGER, {**what, "direction": "value"}, VALUE_BYTES * count)
     measure(
-        session, "lasso", both, [value.detach(), *gradients], EAGER, {**what, "direction": "value+gradient"},
-        BOTH_BYTES * count,
+        session,
+        "lasso",
+        values,
+        [value.detach()],
+        EAGER,
+        what={**what, "direction": "value"},
+        model_bytes=VALUE_BYTES * count,
+    )
+    measure(
+        session, "lasso", both, [value.detach(), *gradients], EAGER, what={**what, "direction": "value+gradient"},
+        model_bytes=BOTH_BYTES * count,
     )  # fmt: skip
 
 

@@ -105,7 +105,9 @@ def _update(session: Session, name: str, threads: int) -> None:
         "layer": f"{name} update", "dtype": "fp32", "layout": "contiguous", "n": count, "mask_profile": "dense",
         "threads": threads, "direction": "step",
     }  # fmt: skip
-    timings = measure(session, "native", providers, references, AUTOGRAD, what, sgd.BYTES_PER_PARAMETER * count)
+    timings = measure(
+        session, "native", providers, references, AUTOGRAD, what=what, model_bytes=sgd.BYTES_PER_PARAMETER * count
+    )
     if NATIVE in timings:
         p50 = {kind: t.p50 for kind, t in timings.items()}
         ratios = ", ".join(f"{kind} {p50[kind] / p50[NATIVE]:.2f}" for kind in p50 if kind != NATIVE)
@@ -124,7 +126,7 @@ def _layers(session: Session, threads: int) -> None:
                 session,
                 layer.name,
                 lambda layer=layer, n=images: bn.measure_layer(  # type: ignore[misc]
-                    session, "native", layer, "dense", functions, n, {"threads": threads}
+                    session, "native", layer, "dense", functions=functions, images=n, more={"threads": threads}
                 ),
             )
             p50 = {kind: sum(session.p50.get((layer.name, kind, d), 0.0) for d in bn.DIRECTIONS) for kind in functions}
@@ -159,7 +161,7 @@ def _step(session: Session, threads: int) -> None:
         "h": 32, "w": 32, "mask_profile": "dense", "threads": threads,
     }  # fmt: skip
     timings = measure(
-        session, "native", providers, references, EAGER, what, large=True, granted=step.GRANTED
+        session, "native", providers, references, EAGER, what=what, large=True, granted=step.GRANTED
     )  # fmt: skip
     if step.NO_LASSO in timings:
         base = timings[step.NO_LASSO].p50

@@ -51,8 +51,8 @@ def run(session: Session) -> None:
     for providers, direction in ((plain, "SGD"), (inside, "SGD+lasso")):
         reference = reference_update(model, graph, gradients, lasso=direction != "SGD")
         baseline = next(name for name in providers if name.startswith(FOREACH))
-        measure(session, "sgd", providers, reference, baseline, {**what, "direction": direction},
-                BYTES_PER_PARAMETER * count)  # fmt: skip
+        measure(session, "sgd", providers, reference, baseline, what={**what, "direction": direction},
+                model_bytes=BYTES_PER_PARAMETER * count)  # fmt: skip
 
 
 def network(session: Session) -> tuple[nn.Module, Any]:

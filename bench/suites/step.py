@@ -169,7 +169,8 @@ def _measure(
         "h": network.image, "w": network.image, "mask_profile": label,
     }  # fmt: skip
     timings = measure(
-        session, "step", providers, references, EAGER, what, moved + updated, work, compare=compare, large=True,
+        session, "step", providers, references, EAGER, what=what, model_bytes=moved + updated, flops=work,
+        compare=compare, large=True,
         granted=GRANTED,
     )  # fmt: skip
     if timings and not is_dense:

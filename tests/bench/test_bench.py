@@ -337,7 +337,7 @@ def test_fig7_has_a_block_for_each_last_convolution() -> None:
     assert len(found) == 16
     assert [block.dense.k for block in found] == [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3
     assert all(block.union.k == block.dense.k // 2 for block in found)
-    assert all(len(block.index) == block.gated.k == round(profiles.LIVE_OF_UNION * block.union.k) for block in found)
+    assert all(len(block.outputs) == block.live.k == round(profiles.LIVE_OF_UNION * block.union.k) for block in found)
     assert all(
         block.dense.h == side for block, side in zip(found, [56] * 3 + [28] * 4 + [14] * 6 + [7] * 3, strict=True)
     )

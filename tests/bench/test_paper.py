@@ -62,7 +62,7 @@ def test_one_folder_is_one_training_whoever_asks_for_it(scale: str) -> None:
 @pytest.mark.parametrize("scale", experiments.SCALES)
 def test_every_training_is_one_that_the_command_line_takes(scale: str) -> None:
     for training in trainings_of(names_at(scale), scale, seeds=1):
-        config = runner.configuration(training, Path("runs"), "digits", "cpu", 1)
+        config = runner.configuration(training, Path("runs"), "digits", device="cpu", threads=1)
         config.check()
         assert train_config(runner.arguments(config)) == config
         assert {name: getattr(config, name) for name in training.options} == training.options
@@ -403,7 +403,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("paper")
     for training in every_method():
-        config = runner.configuration(training, folder, DATA, "cpu", 1, SHORT)
+        config = runner.configuration(training, folder, DATA, device="cpu", threads=1, extra=SHORT)
         if training.method == "ssl":
             config.interval = config.epochs
         train(config, progress=False)
@@ -422,10 +422,10 @@ def every_method() -> list[Training]:
     ]
 
 
-def found_in(runs: Path, name: str, *methods: str) -> results.Found:
+def collected_in(runs: Path, name: str, *methods: str) -> results.Collected:
     chosen = [training for training in every_method() if training.method in methods]
     read = [results.Result(training, read_run(runs / training.path), "2020-02-02") for training in chosen]
-    return results.Found(EXPERIMENTS[name], "small", read, {})
+    return results.Collected(EXPERIMENTS[name], "small", read, {})
 
 
 METHODS_OF = {
@@ -453,7 +453,7 @@ def test_something_was_pruned(runs: Path) -> None:
 
 @pytest.mark.parametrize("name", METHODS_OF)
 def test_every_table_is_written_from_real_runs(runs: Path, tmp_path: Path, name: str) -> None:
-    found = found_in(runs, name, *METHODS_OF[name])
+    found = collected_in(runs, name, *METHODS_OF[name])
     text = tables.write(found, tmp_path)
     assert text is not None
     assert (tmp_path / "small" / f"{name}.md").read_text() == text
@@ -482,7 +482,7 @@ def test_tables_do_not_come_from_nothing(tmp_path: Path) -> None:
 
 
 def rows_by_method(runs: Path, name: str) -> dict[str, list[dict[str, Any]]]:
-    rows = results.rows_of(found_in(runs, name, *METHODS_OF[name]))
+    rows = results.rows_of(collected_in(runs, name, *METHODS_OF[name]))
     return {method: [row for row in rows if row["method"] == method] for method in METHODS_OF[name]}
 
 
@@ -608,7 +608,7 @@ def test_fig2_by_hand(tmp_path: Path) -> None:
     plain = ("small", "cifar10", "resnet20", 0.5)
     usual = invented(tmp_path, experiments.prunetrain(*plain, 0), [100, 80, 50, 50, 40, 40, 20], [10] * 6)
     once = invented(tmp_path, experiments.once(*plain, 3, 0), [100, 100, 100, 60, 60, 60, 60], [10] * 6)
-    rows = results.rows_of(results.Found(EXPERIMENTS["fig2"], "small", [usual, once], {}))
+    rows = results.rows_of(results.Collected(EXPERIMENTS["fig2"], "small", [usual, once], {}))
     panels = {panel: [(row["x"], row["y"]) for row in rows if row["panel"] == panel] for panel in "abc"}
     assert panels["a"] == [(1, 1), (2, 0.8), (3, 0.5), (4, 0.5), (5, 0.4), (6, 0.4)]
     # after 2 epochs 50 of 100 are left, after 4 epochs 40, at the end 20: of 80 pruned in all
@@ -617,17 +617,19 @@ def test_fig2_by_hand(tmp_path: Path) -> None:
     assert panels["c"][:5] == [(x, pytest.approx(total / 3.6)) for x, total in enumerate(sums, start=1)]
     assert panels["c"][5] == (3, pytest.approx(480 / 360))
     assert [row["label"] for row in rows if row["panel"] == "c"] == ["computed"] * 5 + ["run"]
-    assert "+11.1% at epoch 2" in tables.markdown(results.Found(EXPERIMENTS["fig2"], "small", [usual, once], {}), rows)
+    assert "+11.1% at epoch 2" in tables.markdown(
+        results.Collected(EXPERIMENTS["fig2"], "small", [usual, once], {}), rows
+    )
 
 
 def test_fig9_and_fig11_by_hand(tmp_path: Path) -> None:
     training = experiments.adjusted("small", "cifar10", "resnet20", 0.5, 0)
     grown = invented(tmp_path, training, [100, 100, 50, 50, 25, 25, 25], [10, 10, 20, 20, 40, 40])
-    rows = results.rows_of(results.Found(EXPERIMENTS["fig9"], "small", [grown], {}))
+    rows = results.rows_of(results.Collected(EXPERIMENTS["fig9"], "small", [grown], {}))
     assert [(row["batch"], row["memory_bytes"]) for row in rows[1:4]] == [(10, 10000), (20, 10000), (20, 10000)]
     assert {row["memory_ratio"] for row in rows} == {1}
     assert {row["budget"] for row in rows} == {10000}
-    rows = results.rows_of(results.Found(EXPERIMENTS["fig11"], "small", [grown], {}))
+    rows = results.rows_of(results.Collected(EXPERIMENTS["fig11"], "small", [grown], {}))
     assert sorted({row["gpus"] for row in rows}) == [16, 32, 64, 128, 256]
     one = [row for row in rows if row["gpus"] == 128]
     assert [row["bytes_per_iteration_ratio"] for row in one] == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.25])
@@ -641,7 +643,7 @@ def test_tab4_by_hand(tmp_path: Path) -> None:
     whole = dict.fromkeys(ratios, 1)
     dense = invented(tmp_path, experiments.dense(*plain, 0), [100] * 7, [10] * 6, **whole)
     grown = invented(tmp_path, experiments.adjusted(*plain, 0.5, 0), [100] * 3 + [25] * 4, [10] * 3 + [20], **ratios)
-    found = results.Found(EXPERIMENTS["tab4"], "small", [dense, grown], {})
+    found = results.Collected(EXPERIMENTS["tab4"], "small", [dense, grown], {})
     row = results.rows_of(found)[1]
     assert row["time_reduction"] == pytest.approx(1 - 4 / 6)  # it logged four epochs
     assert (row["batch_first"], row["batch_last"], row["steps"]) == (10, 20, 350)
@@ -654,7 +656,7 @@ def test_several_seeds_are_a_mean_and_a_deviation(tmp_path: Path) -> None:
     for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
         training = experiments.prunetrain("small", "cifar10", "resnet20", 0.5, seed)
         found.append(invented(tmp_path, training, [100] * 7, [10] * 6, val_accuracy=accuracy, inference_flops=2e6))
-    whole = results.Found(EXPERIMENTS["fig10"], "small", found, {})
+    whole = results.Collected(EXPERIMENTS["fig10"], "small", found, {})
     rows = results.rows_of(whole)
     assert [row["seed"] for row in rows] == [0, 1, 2]
     text = tables.markdown(whole, rows)

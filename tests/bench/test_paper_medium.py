@@ -306,7 +306,7 @@ def test_fig6_leaves_out_a_run_without_weights(tmp_path: Path) -> None:
     training = claimed()["resnet20-ratio-0.25-seed-0"]
     run = read_run(fabricated(tmp_path / "run", training))
     assert networks.gating_counts(run) is None
-    found = results.Found(EXPERIMENTS["fig6"], "medium", [results.Result(training, run, "2026-12-01")], {})
+    found = results.Collected(EXPERIMENTS["fig6"], "medium", [results.Result(training, run, "2026-12-01")], {})
     assert results.rows_of(found) == []
     (run.directory / networks.COUNTS).write_text("{}")
     with pytest.raises(InputError, match=r"gating\.json is damaged"):

@@ -10,6 +10,7 @@ Synthetic profiles draw channels at random (seed 0). In a space that several lay
 LIVE_OF_UNION of the kept channels live, which is what gating could leave out.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -319,8 +320,8 @@ def prune(profile: Profile, image: int | None = None, round_to: int = 1, seed: i
         round_to: keep a few more channels so that counts are multiples of this.
     """
     torch.manual_seed(seed)
-    model, original = (build(profile.network, profile.classes) for _ in range(2))
-    original.load_state_dict(model.state_dict())
+    model = build(profile.network, profile.classes)
+    original = copy.deepcopy(model)
     example = (torch.zeros(2, 3, max(32, min(image or profile.image, 64)), max(32, min(image or profile.image, 64))),)
     graph = trace_channels(model, example)
     channels = masks(profile, model, graph, image)

@@ -59,14 +59,22 @@ def imports(root: Path) -> list[Import]:
     statements = []
     for module, path in modules.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        hidden = {id(node) for guard in ast.walk(tree) if _is_guard(guard) for node in ast.walk(guard)}
-        for node in ast.walk(tree):
+        hidden = {id(node) for guard in _statements(tree) if _is_guard(guard) for node in _statements(guard)}
+        for node in _statements(tree):
             for name in _names(node, module if path.name == "__init__.py" else module.rpartition(".")[0]):
                 imported = name if name in modules else name.rpartition(".")[0]  # a module, or something in one
                 if imported in modules and imported != module:
                     files = (modules[each].relative_to(root).as_posix() for each in (module, imported))
                     statements.append(Import(*files, getattr(node, "lineno", 0), id(node) in hidden))
     return statements
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Every statement inside a node; expressions, of which there are many more, are not looked into."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield child
+            yield from _statements(child)
 
 
 def _is_guard(node: ast.AST) -> bool:
@@ -147,7 +155,7 @@ def too_long(text: str, file: str) -> list[str]:
         file: its name, with which every entry begins: "a.py", or "a.py: function".
     """
     names = [file] if len(text.splitlines()) > FILE_LINES else []
-    for node in ast.walk(ast.parse(text)):
+    for node in _statements(ast.parse(text)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             limit = CLASS_LINES if isinstance(node, ast.ClassDef) else FUNCTION_LINES
             if node.end_lineno is not None and node.end_lineno - node.lineno + 1 > limit:

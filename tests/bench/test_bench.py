@@ -119,23 +119,23 @@ def test_every_step_of_the_gpu_script_is_a_suite_or_a_test() -> None:
 
 def test_operator_suites_write_rows_that_hold_the_schema(visit: Path) -> None:
     for suite in ("sgd", "lasso", "bn", "gather", "roof"):
-        found = rows_of(visit / f"{suite}.csv")
-        assert tuple(found[0]) == rows.COLUMNS
-        assert [fault for row in found for fault in rows.faults(row)] == []
-        assert {row["suite"] for row in found} == {suite}
-        assert {row["size"] for row in found} == {"quick"}
-        assert all(float(row["ratio_to_roof"]) > 0 for row in found if row["mode"] == timing.CPU)
+        written = rows_of(visit / f"{suite}.csv")
+        assert tuple(written[0]) == rows.COLUMNS
+        assert [fault for row in written for fault in rows.faults(row)] == []
+        assert {row["suite"] for row in written} == {suite}
+        assert {row["size"] for row in written} == {"quick"}
+        assert all(float(row["ratio_to_roof"]) > 0 for row in written if row["mode"] == timing.CPU)
 
 
 def test_bn_measures_every_layer_and_their_sum(visit: Path) -> None:
-    found = [row for row in rows_of(visit / "bn.csv") if row["mask_profile"] == "dense" and row["mode"] != "model"]
-    single = [row for row in found if row["layer"] != bn.ALL]
+    written = [row for row in rows_of(visit / "bn.csv") if row["mask_profile"] == "dense" and row["mode"] != "model"]
+    single = [row for row in written if row["layer"] != bn.ALL]
     assert len({row["layer"] for row in single}) == 16
     # two images of one pixel have two values per channel: their gradients all but cancel, in any implementation
     assert all(0 <= float(row["error"]) < (1e-2 if "1x1" in row["layer"] else 1e-4) for row in single)
     for provider in ("ours", "eager"):
         total = sum(float(r["p50_us"]) * int(r["count"]) for r in single if is_of(r, provider, "forward"))
-        whole = next(r for r in found if r["layer"] == bn.ALL and is_of(r, provider, "forward"))
+        whole = next(r for r in written if r["layer"] == bn.ALL and is_of(r, provider, "forward"))
         assert total == pytest.approx(float(whole["p50_us"]), rel=1e-3)
 
 
@@ -149,9 +149,9 @@ def test_bn_shows_the_papers_three_savings_by_model(visit: Path) -> None:
 
 
 def test_the_gather_suite_measures_all_widths(visit: Path) -> None:
-    found = rows_of(visit / "gather.csv")
-    assert len({row["layer"] for row in found}) == 12
-    assert {(row["c_full"], row["c_live"]) for row in found} >= {("256", "128"), ("2048", "1024")}
+    written = rows_of(visit / "gather.csv")
+    assert len({row["layer"] for row in written}) == 12
+    assert {(row["c_full"], row["c_live"]) for row in written} >= {("256", "128"), ("2048", "1024")}
 
 
 def is_of(row: dict[str, str], provider: str, direction: str) -> bool:
@@ -159,16 +159,16 @@ def is_of(row: dict[str, str], provider: str, direction: str) -> bool:
 
 
 def test_all_of_resnet50s_batch_norms_are_measured() -> None:
-    found = bn.layers(build("imagenet_resnet50", 1000))
-    assert sum(layer.count for layer in found) == 53
-    assert sum(layer.count for layer in found if layer.follows == "BN+add+ReLU") == 16
-    assert sum(layer.count for layer in found if layer.follows == "BN") == 4
-    elements = sum(layer.count * layer.channels * layer.side**2 for layer in found)
+    norms = bn.layers(build("imagenet_resnet50", 1000))
+    assert sum(layer.count for layer in norms) == 53
+    assert sum(layer.count for layer in norms if layer.follows == "BN+add+ReLU") == 16
+    assert sum(layer.count for layer in norms if layer.follows == "BN") == 4
+    elements = sum(layer.count * layer.channels * layer.side**2 for layer in norms)
     assert elements == 11_113_984  # per image: what the network's convolutions put out
     # design section 7: 12.0 ms at 4.3 TB/s for batch 256 in fp16
     size = sum(
         layer.count * bn.layer_bytes(256 * layer.channels * layer.side**2, 2, layer.follows, direction)
-        for layer in found
+        for layer in norms
         for direction in ("forward", "backward")
     )
     assert size / 4.3e12 == pytest.approx(12.0e-3, rel=0.05)
@@ -186,9 +186,9 @@ def test_a_provider_with_a_wrong_result_is_not_written(
     two = [bn.Layer(256, 8, "BN+add+ReLU", 3, 256), bn.Layer(64, 8, "BN+ReLU", 2, 64)]
     bn.all_of(session, two, "dense", ["eager", "ours"], {})
     assert "BN+add+ReLU 256x8x8 forward by ours: wrong result" in session.refused
-    found = rows_of(tmp_path / "bn.csv")
-    assert not any(is_of(row, "ours", "forward") for row in found)  # neither layers nor their sum
-    assert any(row["layer"] == bn.ALL and is_of(row, "eager", "forward") for row in found)
+    written = rows_of(tmp_path / "bn.csv")
+    assert not any(is_of(row, "ours", "forward") for row in written)  # neither layers nor their sum
+    assert any(row["layer"] == bn.ALL and is_of(row, "eager", "forward") for row in written)
     assert "ours has no sum" in capsys.readouterr().out
     assert "REFUSED BN+add+ReLU" in targets.verdict(session)
 
@@ -241,17 +241,17 @@ def test_fig7_measures_every_block_both_ways(tmp_path: Path) -> None:
     session.only = "layer4"
     fig7.run(session)
     assert session.refused == []
-    found = rows_of(tmp_path / "fig7.csv")
-    assert [fault for row in found for fault in rows.faults(row)] == []
-    assert {row["layer"] for row in found} == {f"layer4.{i}.conv3" for i in range(3)}
-    ways = {(row["provider"], row["part"]) for row in found}
+    written = rows_of(tmp_path / "fig7.csv")
+    assert [fault for row in written for fault in rows.faults(row)] == []
+    assert {row["layer"] for row in written} == {f"layer4.{i}.conv3" for i in range(3)}
+    ways = {(row["provider"], row["part"]) for row in written}
     assert ways == {("dense", "conv"), ("union", "conv")} | {
         (way, part) for way in (fig7.NAIVE, fig7.FUSED) for part in ("conv", "reshape", "all")
     }
     for direction in ("forward", "backward"):
         by = {
             (r["provider"], r["part"]): r
-            for r in found
+            for r in written
             if r["layer"] == "layer4.0.conv3" and r["direction"] == direction
         }
         dense, union, live = by["dense", "conv"], by["union", "conv"], by[fig7.FUSED, "conv"]
@@ -266,11 +266,11 @@ def test_gating_measures_first_and_last_convolutions_in_every_form(tmp_path: Pat
     session.only = "layer4.1"
     gating.run(session)
     assert session.refused == []
-    found = rows_of(tmp_path / "gating.csv")
-    assert [fault for row in found for fault in rows.faults(row)] == []
-    assert {row["layer"] for row in found} == {"layer4.1.conv1", "layer4.1.conv3"}
+    written = rows_of(tmp_path / "gating.csv")
+    assert [fault for row in written for fault in rows.faults(row)] == []
+    assert {row["layer"] for row in written} == {"layer4.1.conv1", "layer4.1.conv3"}
     for layer, forms in (("layer4.1.conv1", {gating.SELECTED, gating.EXPANDED}), ("layer4.1.conv3", {gating.EXPANDED})):
-        whole = {r["provider"]: r for r in found if r["layer"] == layer and r["part"] == "all"}
+        whole = {r["provider"]: r for r in written if r["layer"] == layer and r["part"] == "all"}
         assert set(whole) == forms | {gating.DENSE, gating.UNION, gating.UNION_EAGER, gating.NAIVE, gating.AUTO}
         flops = {name: float(row["flops"]) for name, row in whole.items()}
         assert flops[gating.NAIVE] < flops[gating.UNION] < flops[gating.DENSE]
@@ -279,7 +279,7 @@ def test_gating_measures_first_and_last_convolutions_in_every_form(tmp_path: Pat
         assert float(whole[gating.UNION]["flops_ratio"]) == pytest.approx(
             flops[gating.UNION] / flops[gating.DENSE], 1e-4
         )
-    alone = {(r["layer"], r["provider"]) for r in found if r["part"] == "conv"}
+    alone = {(r["layer"], r["provider"]) for r in written if r["part"] == "conv"}
     assert ("layer4.1.conv1", gating.NO_INDEX) in alone
     assert ("layer4.1.conv1", gating.EXPANDED) in alone
     assert "auto / better of union and gating" in targets.verdict(session)
@@ -296,17 +296,17 @@ def test_gating_refuses_channels_in_the_wrong_places(tmp_path: Path, monkeypatch
     session.only = "layer4.2.conv3"
     gating.run(session)
     assert len(session.refused) >= 2
-    found = {row["provider"] for row in rows_of(tmp_path / "gating.csv") if row["part"] == "all"}
-    assert found == {gating.DENSE, gating.UNION_EAGER, gating.NAIVE}
+    written = {row["provider"] for row in rows_of(tmp_path / "gating.csv") if row["part"] == "all"}
+    assert written == {gating.DENSE, gating.UNION_EAGER, gating.NAIVE}
 
 
 def test_costs_are_counted_without_running_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gating.csv"
     assert main(["costs", "--batch", "8", "--profile", "uniform:0.5", "--out", str(path)]) == 0
-    found = rows_of(path)
-    assert [fault for row in found for fault in rows.faults(row)] == []
-    assert f"{len(found)} rows" in capsys.readouterr().out
-    one = {r["provider"]: r for r in found if r["layer"] == "layer1.1.conv3"}
+    written = rows_of(path)
+    assert [fault for row in written for fault in rows.faults(row)] == []
+    assert f"{len(written)} rows" in capsys.readouterr().out
+    one = {r["provider"]: r for r in written if r["layer"] == "layer1.1.conv3"}
     # 1x1, 56 x 56 pixels, 8 images: 32 channels in (half of 64), 128 kept and 0.9 of them live out
     live = round(0.9 * 128)
     assert int(one[gating.UNION]["flops"]) == 3 * 2 * 8 * 56 * 56 * 32 * 128
@@ -328,19 +328,19 @@ def test_fig7_refuses_a_scatter_to_the_wrong_channels(tmp_path: Path, monkeypatc
     session.only = "layer4.2"
     fig7.run(session)
     assert len(session.refused) == 4  # forward and backward, alone and behind the convolution
-    found = rows_of(tmp_path / "fig7.csv")
-    assert not any(row["provider"] == fig7.FUSED and row["part"] == "all" for row in found)
-    assert any(row["provider"] == fig7.NAIVE and row["part"] == "all" for row in found)
+    written = rows_of(tmp_path / "fig7.csv")
+    assert not any(row["provider"] == fig7.FUSED and row["part"] == "all" for row in written)
+    assert any(row["provider"] == fig7.NAIVE and row["part"] == "all" for row in written)
 
 
 def test_fig7_has_a_block_for_each_last_convolution() -> None:
-    found = fig7.blocks(profiles.parse("uniform:0.5"), 224)
-    assert len(found) == 16
-    assert [block.dense.k for block in found] == [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3
-    assert all(block.union.k == block.dense.k // 2 for block in found)
-    assert all(len(block.outputs) == block.live.k == round(profiles.LIVE_OF_UNION * block.union.k) for block in found)
+    blocks = fig7.blocks(profiles.parse("uniform:0.5"), 224)
+    assert len(blocks) == 16
+    assert [block.dense.k for block in blocks] == [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3
+    assert all(block.union.k == block.dense.k // 2 for block in blocks)
+    assert all(len(block.outputs) == block.live.k == round(profiles.LIVE_OF_UNION * block.union.k) for block in blocks)
     assert all(
-        block.dense.h == side for block, side in zip(found, [56] * 3 + [28] * 4 + [14] * 6 + [7] * 3, strict=True)
+        block.dense.h == side for block, side in zip(blocks, [56] * 3 + [28] * 4 + [14] * 6 + [7] * 3, strict=True)
     )
     with pytest.raises(InputError, match="no residual blocks"):
         fig7.blocks(profiles.Profile("dense", "vgg11", 32, 10, share=1.0), 32)
@@ -351,11 +351,11 @@ def test_conv_compares_every_distinct_layer_with_its_dense_self(tmp_path: Path) 
     session.only = "layer3"
     conv.run(session)
     assert session.refused == []
-    found = rows_of(tmp_path / "conv.csv")
-    assert [fault for row in found for fault in rows.faults(row)] == []
-    assert {row["provider"] for row in found} == {"eager"}
-    assert sum(int(r["count"]) for r in found if r["mask_profile"] == "dense" and r["direction"] == "forward") == 19
-    halves = [row for row in found if row["mask_profile"] == "uniform:0.5 (synthetic)"]
+    written = rows_of(tmp_path / "conv.csv")
+    assert [fault for row in written for fault in rows.faults(row)] == []
+    assert {row["provider"] for row in written} == {"eager"}
+    assert sum(int(r["count"]) for r in written if r["mask_profile"] == "dense" and r["direction"] == "forward") == 19
+    halves = [row for row in written if row["mask_profile"] == "uniform:0.5 (synthetic)"]
     assert all(float(row["flops_ratio"]) == pytest.approx(0.25, abs=0.01) for row in halves)
     backward = next(row for row in halves if row["direction"] == "backward")
     shape = [float(backward[column]) for column in ("n", "h", "w", "c_live", "k", "r", "s")]
@@ -375,10 +375,10 @@ def test_comm_falls_with_the_gradients_for_every_number_of_gpus(
     monkeypatch.setattr(profiles, "prune", networks.__getitem__)
     session = tiny_session(tmp_path)
     comm.run(session)
-    found = rows_of(tmp_path / "comm.csv")
-    assert [fault for row in found for fault in rows.faults(row)] == []
-    assert {int(row["n"]) for row in found} == set(comm.GPUS)
-    sent = {(r["mask_profile"], int(r["n"]), r["provider"]): int(r["model_bytes"]) for r in found}
+    written = rows_of(tmp_path / "comm.csv")
+    assert [fault for row in written for fault in rows.faults(row)] == []
+    assert {int(row["n"]) for row in written} == set(comm.GPUS)
+    sent = {(r["mask_profile"], int(r["n"]), r["provider"]): int(r["model_bytes"]) for r in written}
     shares = {
         sent["paper:0.25 (synthetic)", n, p] / sent["dense", n, p]
         for n in comm.GPUS
@@ -386,7 +386,7 @@ def test_comm_falls_with_the_gradients_for_every_number_of_gpus(
     }
     assert max(shares) - min(shares) < 1e-6  # the same saving at all scales, as the paper says
     assert 0.4 < min(shares) < 0.6
-    assert all(row["p50_us"] == "" and row["mode"] == "model" for row in found)
+    assert all(row["p50_us"] == "" and row["mode"] == "model" for row in written)
 
 
 # -- profiles ----------------------------------------------------------------------------------------------------------
@@ -396,8 +396,8 @@ def test_comm_falls_with_the_gradients_for_every_number_of_gpus(
 def test_a_paper_profile_leaves_the_papers_flops(ratio: str, left: float) -> None:
     pruned = paper_network(ratio)
     example = (torch.zeros(1, 3, 224, 224),)
-    found = count_flops(pruned.model, example).inference / count_flops(pruned.dense, example).inference
-    assert found == pytest.approx(left, abs=0.01)
+    share = count_flops(pruned.model, example).inference / count_flops(pruned.dense, example).inference
+    assert share == pytest.approx(left, abs=0.01)
 
 
 def test_rounding_keeps_multiples_and_layers_fit() -> None:
@@ -562,9 +562,9 @@ def test_rows_are_appended_and_foreign_files_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     rows.append(path, [{"suite": "x", "p50_us": 1.23456789}])
     rows.append(path, [{"suite": "y"}])
-    found = rows_of(path)
-    assert [row["suite"] for row in found] == ["x", "y"]
-    assert found[0]["p50_us"] == "1.23457"
+    written = rows_of(path)
+    assert [row["suite"] for row in written] == ["x", "y"]
+    assert written[0]["p50_us"] == "1.23457"
     with pytest.raises(InputError, match="no column speed"):
         rows.append(path, [{"speed": 1}])
     path.write_text("a,b\n1,2\n")
@@ -589,11 +589,11 @@ def test_checks_see_rounding_outliers_and_nan() -> None:
 
 def test_slower_is_slower() -> None:
     calls = {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.004)}
-    found = timing.side_by_side(calls, CPU, milliseconds=8, rounds=3)
-    assert found["long"].p50 > 2 * found["short"].p50
-    assert found["long"].p50 > 4000
-    assert found["long"].mode == timing.CPU
-    assert found["long"].samples == 3
+    timings = timing.side_by_side(calls, CPU, milliseconds=8, rounds=3)
+    assert timings["long"].p50 > 2 * timings["short"].p50
+    assert timings["long"].p50 > 4000
+    assert timings["long"].mode == timing.CPU
+    assert timings["long"].samples == 3
 
 
 def test_settings_are_the_commands_options() -> None:
@@ -606,7 +606,7 @@ def test_settings_are_the_commands_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("info", "found"),
+    ("info", "expected"),
     [
         ("flags\t\t: sse avx2 avx512f avx512_bf16\nmodel name\t: AMD EPYC\n", "avx512-bf16"),
         ("flags\t\t: avx2 avx512f avx512_bf16 amx_bf16\nmodel name\t: AMD EPYC\n", "amx"),
@@ -616,13 +616,13 @@ def test_settings_are_the_commands_options() -> None:
     ],
 )
 def test_cpus_of_one_name_are_told_apart_by_their_instructions(
-    info: str, found: str, monkeypatch: pytest.MonkeyPatch
+    info: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda path, *_, **__: info)
-    assert machine.instructions() == found
+    assert machine.instructions() == expected
     folder = rows.results_folder(torch.device("cpu"))
-    assert folder == Path("bench/results") / "-".join(filter(None, ("amd-epyc", found)))
-    assert rows.device_name(torch.device("cpu")) == ", ".join(filter(None, ("AMD EPYC", found)))
+    assert folder == Path("bench/results") / "-".join(filter(None, ("amd-epyc", expected)))
+    assert rows.device_name(torch.device("cpu")) == ", ".join(filter(None, ("AMD EPYC", expected)))
 
 
 # -- docs/results.md ---------------------------------------------------------------------------------------------------

@@ -107,7 +107,9 @@ def test_the_page_begins_with_a_summary_and_folds_long_tables(tmp_path: Path) ->
     assert main(arguments) == 0
     assert main([*arguments, "--check"]) == 0
     text = page.read_text()
-    summary, tables = text.split("## Summary\n")[1].split("\n## ", 1)
+    before, rest = text.split("## Summary\n")
+    assert "## " not in before
+    summary, tables = rest.split("\n## ", 1)
     assert f"* **native** on {rows.device_name(CPU)}: the CPU library is 2.0 times as fast" in summary
     assert "(1.0 to 3.0; median of 3 pieces of work)" in summary
     assert "(eta, medians of 2 rows): ours 0.75." in summary

@@ -65,12 +65,12 @@ def ran(name: str, folder: Path) -> tuple[Session, list[dict[str, str]]]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Session, list[dict[str, str]]]]:
     """Session and rows of each suite."""
-    found = {}
+    by_suite = {}
     with pytest.MonkeyPatch.context() as patch:
         for name, (make_tiny, _) in SUITES.items():
             make_tiny(patch)
-            found[name] = ran(name, tmp_path_factory.mktemp(name))
-    return found
+            by_suite[name] = ran(name, tmp_path_factory.mktemp(name))
+    return by_suite
 
 
 Results = dict[str, tuple[Session, list[dict[str, str]]]]
@@ -78,10 +78,10 @@ Results = dict[str, tuple[Session, list[dict[str, str]]]]
 
 @pytest.mark.parametrize("name", SUITES)
 def test_rows_are_sound_and_nothing_is_refused(name: str, results: Results) -> None:
-    session, found = results[name]
+    session, written = results[name]
     assert session.refused == []
-    assert session.written == len(found) > 0
-    for row in found:
+    assert session.written == len(written) > 0
+    for row in written:
         assert rows.faults(row) == []
         assert row["suite"] == name
         assert row["layer"] == TINY
@@ -89,24 +89,24 @@ def test_rows_are_sound_and_nothing_is_refused(name: str, results: Results) -> N
         assert row["mask_profile"]
 
 
-def values(found: list[dict[str, str]], **wanted: str) -> list[dict[str, str]]:
-    return [row for row in found if all(row[key] == value for key, value in wanted.items())]
+def values(written: list[dict[str, str]], **wanted: str) -> list[dict[str, str]]:
+    return [row for row in written if all(row[key] == value for key, value in wanted.items())]
 
 
 def test_step_has_every_provider_and_shape(results: Results) -> None:
-    found = results["step"][1]
+    written = results["step"][1]
     labels = ("dense", "uniform:0.6 (synthetic)", "uniform:0.6 (synthetic) rounded to 8")
-    assert {(row["mask_profile"], row["provider"]) for row in found} == {
+    assert {(row["mask_profile"], row["provider"]) for row in written} == {
         *((label, provider) for label in labels for provider in (EAGER, OURS)),
         ("dense", step.NO_LASSO),
     }
-    assert all(row["mode"] == timing.CPU and row["n"] == "16" for row in found)
+    assert all(row["mode"] == timing.CPU and row["n"] == "16" for row in written)
 
 
 def test_step_compares_with_the_dense_step_of_the_same_provider(results: Results) -> None:
-    found = results["step"][1]
-    for row in found:
-        dense = values(found, mask_profile="dense", provider=row["provider"])[0]
+    written = results["step"][1]
+    for row in written:
+        dense = values(written, mask_profile="dense", provider=row["provider"])[0]
         assert float(row["time_ratio"]) == pytest.approx(float(row["p50_us"]) / float(dense["p50_us"]), rel=1e-4)
         assert float(row["flops_ratio"]) == pytest.approx(float(row["flops"]) / float(dense["flops"]), rel=1e-4)
         if row["mask_profile"] != "dense":
@@ -151,9 +151,9 @@ def test_a_step_without_its_lasso_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(step, "SGD", WithoutLasso)
     shapes = step.shapes
     monkeypatch.setattr(step, "shapes", lambda session, network: shapes(session, network)[:2])  # dense, one pruned
-    session, found = ran("step", tmp_path)
+    session, written = ran("step", tmp_path)
     assert session.refused == [f"{TINY} step by ours: wrong result"] * 2
-    assert {row["provider"] for row in found} == {EAGER, step.NO_LASSO}
+    assert {row["provider"] for row in written} == {EAGER, step.NO_LASSO}
 
 
 def test_a_shape_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,21 +166,21 @@ def test_a_shape_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, mon
             raise torch.OutOfMemoryError("no memory for this")
 
     monkeypatch.setattr(step, "fuse", failing)
-    session, found = ran("step", tmp_path)
+    session, written = ran("step", tmp_path)
     assert session.refused == [f"{TINY} uniform:0.6 (synthetic): OutOfMemoryError no memory for this"]
-    assert {row["mask_profile"] for row in found} == {"dense", "uniform:0.6 (synthetic) rounded to 8"}
+    assert {row["mask_profile"] for row in written} == {"dense", "uniform:0.6 (synthetic) rounded to 8"}
 
 
 def test_inference_by_batch_and_provider(results: Results) -> None:
-    found = results["inference"][1]
-    assert {(row["mask_profile"], row["provider"], row["direction"], row["n"]) for row in found} == {
+    written = results["inference"][1]
+    assert {(row["mask_profile"], row["provider"], row["direction"], row["n"]) for row in written} == {
         (label, provider, "inference of 10", "10")
         for label in ("dense", "40% FLOPs (synthetic)")
         for provider in (EAGER, inference.FOLDED)
     }
-    for row in values(found, mask_profile="40% FLOPs (synthetic)"):
+    for row in values(written, mask_profile="40% FLOPs (synthetic)"):
         assert float(row["flops_ratio"]) == pytest.approx(0.4, abs=0.03)
-        dense = values(found, mask_profile="dense", provider=row["provider"])[0]
+        dense = values(written, mask_profile="dense", provider=row["provider"])[0]
         assert float(row["time_ratio"]) == pytest.approx(float(row["p50_us"]) / float(dense["p50_us"]), rel=1e-4)
 
 
@@ -248,9 +248,9 @@ def test_a_wrong_fold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return program
 
     monkeypatch.setattr(inference, "folded", wrong)
-    session, found = ran("inference", tmp_path)
+    session, written = ran("inference", tmp_path)
     assert session.refused == [f"{TINY} inference of 10 by {inference.FOLDED}: wrong result"] * 2
-    assert {row["provider"] for row in found} == {EAGER}
+    assert {row["provider"] for row in written} == {EAGER}
 
 
 def test_the_papers_speedups_are_those_of_its_cells() -> None:
@@ -260,11 +260,11 @@ def test_the_papers_speedups_are_those_of_its_cells() -> None:
 
 
 def test_reconfigurations_are_timed_one_by_one(results: Results) -> None:
-    found = results["reconfigure"][1]
-    providers = [row["provider"] for row in found]
+    written = results["reconfigure"][1]
+    providers = [row["provider"] for row in written]
     assert providers[:3] == [OURS, reconfigure.WHOLE, reconfigure.REBUILT]
     assert set(providers[3:]) <= {reconfigure.TORCH_PRUNING}
-    for row in found:
+    for row in written:
         assert row["mode"] == timing.CALLS
         assert int(row["samples"]) == reconfigure.QUICK_CALLS
         assert float(row["error"]) < 1e-12
@@ -310,25 +310,25 @@ def test_a_wrong_rebuild_is_refused(what: str, tmp_path: Path, monkeypatch: pyte
         return done
 
     monkeypatch.setattr(reconfigure, "by_rebuilding", wrong)
-    session, found = ran("reconfigure", tmp_path)
+    session, written = ran("reconfigure", tmp_path)
     assert session.refused == [f"{TINY} reconfigure by rebuild: wrong result"]
-    assert reconfigure.REBUILT not in {row["provider"] for row in found}
-    assert OURS in {row["provider"] for row in found}
+    assert reconfigure.REBUILT not in {row["provider"] for row in written}
+    assert OURS in {row["provider"] for row in written}
 
 
 def test_memory_shrinks_and_makes_room(results: Results) -> None:
-    found = results["memory"][1]
-    assert {row["mode"] for row in found} == {"model"}
-    assert {row["provider"] for row in found} == {memory.MODEL}
-    steps = {row["mask_profile"]: row for row in values(found, direction=memory.STEP)}
+    written = results["memory"][1]
+    assert {row["mode"] for row in written} == {"model"}
+    assert {row["provider"] for row in written} == {memory.MODEL}
+    steps = {row["mask_profile"]: row for row in values(written, direction=memory.STEP)}
     assert list(steps) == ["dense", "uniform:0.6 (synthetic)"]
     dense, pruned = (float(row["peak_memory"]) for row in steps.values())
     assert 0.5 < pruned / dense < 0.75  # activations shrink with the channels, not with their square
     assert 0.3 < float(steps["uniform:0.6 (synthetic)"]["flops_ratio"]) < 0.5
-    fits = values(found, direction=memory.FITS_DENSE)
+    fits = values(written, direction=memory.FITS_DENSE)
     assert [row["n"] for row in fits] == ["64", "96"]
     assert all(float(row["peak_memory"]) <= dense for row in fits)
-    assert all(float(row["peak_memory"]) <= memory.CARD for row in values(found, direction=memory.FITS_CARD))
+    assert all(float(row["peak_memory"]) <= memory.CARD for row in values(written, direction=memory.FITS_CARD))
 
 
 def test_the_largest_batch_fits_and_the_next_does_not() -> None:

@@ -121,22 +121,22 @@ def test_data_are_named_or_guessed(tmp_path: Path) -> None:
     }
     assert runner.parse_data([f"imagenet={tmp_path}/mine"]) == {"imagenet": f"{tmp_path}/mine"}
     assert runner.parse_data([f"{tmp_path}/ILSVRC2012"]) == {"imagenet": f"{tmp_path}/ILSVRC2012"}
-    for given, says in (
+    for words, says in (
         ([f"{tmp_path}/mine"], f"as in cifar10={tmp_path}/mine"),
         ([f"mnist={tmp_path}/mine"], "'mnist' must be one of"),
         (["cifar10=/nowhere/at/all"], "there is no /nowhere/at/all"),
         ([f"{tmp_path}/cifar10", f"cifar10={tmp_path}/mine"], "given twice"),
     ):
         with pytest.raises(InputError, match=says):
-            runner.parse_data(given)
+            runner.parse_data(words)
 
 
 # -- what is to be done ------------------------------------------------------------------------------------------------
 
 
 def some(*methods: str, scale: str = "small") -> list[Training]:
-    found = [t for t in trainings_of(["fig8"], scale, 1) if t.method in methods and t.network == "resnet20"]
-    return [t for i, t in enumerate(found) if t.method not in [u.method for u in found[:i]]]
+    trainings = [t for t in trainings_of(["fig8"], scale, 1) if t.method in methods and t.network == "resnet20"]
+    return [t for i, t in enumerate(trainings) if t.method not in [u.method for u in trainings[:i]]]
 
 
 def pretend(training: Training, runs: Path, *, finished: bool = True, **changes: Any) -> Path:
@@ -453,8 +453,8 @@ def test_something_was_pruned(runs: Path) -> None:
 
 @pytest.mark.parametrize("name", METHODS_OF)
 def test_every_table_is_written_from_real_runs(runs: Path, tmp_path: Path, name: str) -> None:
-    found = collected_in(runs, name, *METHODS_OF[name])
-    text = tables.write(found, tmp_path)
+    collected = collected_in(runs, name, *METHODS_OF[name])
+    text = tables.write(collected, tmp_path)
     assert text is not None
     assert (tmp_path / "small" / f"{name}.md").read_text() == text
     table = list(csv.reader((tmp_path / "small" / f"{name}.csv").open(newline="")))
@@ -475,10 +475,10 @@ def test_every_table_is_written_from_real_runs(runs: Path, tmp_path: Path, name:
 
 
 def test_tables_do_not_come_from_nothing(tmp_path: Path) -> None:
-    found = results.collect("tab1", "small", 1, tmp_path)
-    assert tables.write(found, tmp_path / "out") is None
+    collected = results.collect("tab1", "small", 1, tmp_path)
+    assert tables.write(collected, tmp_path / "out") is None
     assert not (tmp_path / "out").exists()
-    assert set(found.missing.values()) == {"not trained"}
+    assert set(collected.missing.values()) == {"not trained"}
 
 
 def rows_by_method(runs: Path, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -527,13 +527,13 @@ def test_gating_is_below_union_and_union_is_what_the_run_ended_with(runs: Path) 
 
 def test_densities_agree_with_the_channels_and_the_weights(runs: Path) -> None:
     run = read_run(runs / every_method()[1].path)
-    found = densities(run)
+    shares = densities(run)
     last = run.channels[run.channels.reconfiguration == run.channels.reconfiguration.max()]
     last = last[last.kind == "conv"]
-    assert [density.layer for density in found] == list(last.layer)
+    assert [density.layer for density in shares] == list(last.layer)
     by_layer = {row.layer: row for row in last.itertuples()}
     weights = read_checkpoint(run.directory / "checkpoint.pt")["model"]
-    for density in found:
+    for density in shares:
         row = by_layer[density.layer]
         kept = 0 if row.removed else row.in_kept * row.out_kept / (row.in_total * row.out_total)
         assert density.channels == pytest.approx(kept)
@@ -542,7 +542,7 @@ def test_densities_agree_with_the_channels_and_the_weights(runs: Path) -> None:
             size = weights[f"{density.layer}.weight"].abs()
             alive = (size >= run.config["threshold"] * size.max()).double().mean().item()
             assert density.weights == pytest.approx(kept * alive)
-    assert any(0 < density.weights < density.channels < 1 for density in found)
+    assert any(0 < density.weights < density.channels < 1 for density in shares)
 
 
 def test_a_checkpoint_that_is_not_the_summarys_is_refused(runs: Path, tmp_path: Path) -> None:
@@ -643,20 +643,20 @@ def test_tab4_by_hand(tmp_path: Path) -> None:
     whole = dict.fromkeys(ratios, 1)
     dense = invented(tmp_path, experiments.dense(*plain, 0), [100] * 7, [10] * 6, **whole)
     grown = invented(tmp_path, experiments.adjusted(*plain, 0.5, 0), [100] * 3 + [25] * 4, [10] * 3 + [20], **ratios)
-    found = results.Collected(EXPERIMENTS["tab4"], "small", [dense, grown], {})
-    row = results.rows_of(found)[1]
+    collected = results.Collected(EXPERIMENTS["tab4"], "small", [dense, grown], {})
+    row = results.rows_of(collected)[1]
     assert row["time_reduction"] == pytest.approx(1 - 4 / 6)  # it logged four epochs
     assert (row["batch_first"], row["batch_last"], row["steps"]) == (10, 20, 350)
     assert (row["paper_time_reduction"], row["paper_accuracy_delta"]) == (0.43, -0.4)
-    assert "| Adjusted |" in tables.markdown(found, results.rows_of(found))
+    assert "| Adjusted |" in tables.markdown(collected, results.rows_of(collected))
 
 
 def test_several_seeds_are_a_mean_and_a_deviation(tmp_path: Path) -> None:
-    found = []
+    runs = []
     for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
         training = experiments.prunetrain("small", "cifar10", "resnet20", 0.5, seed)
-        found.append(invented(tmp_path, training, [100] * 7, [10] * 6, val_accuracy=accuracy, inference_flops=2e6))
-    whole = results.Collected(EXPERIMENTS["fig10"], "small", found, {})
+        runs.append(invented(tmp_path, training, [100] * 7, [10] * 6, val_accuracy=accuracy, inference_flops=2e6))
+    whole = results.Collected(EXPERIMENTS["fig10"], "small", runs, {})
     rows = results.rows_of(whole)
     assert [row["seed"] for row in rows] == [0, 1, 2]
     text = tables.markdown(whole, rows)

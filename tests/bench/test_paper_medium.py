@@ -71,18 +71,19 @@ def fabricated(folder: Path, training: Training, accuracy: float = 0.9, left: fl
 
 
 def test_the_main_table_is_of_three_networks_by_five_ways() -> None:
-    found = claimed()
-    assert len(found) == 15
-    target = found["vgg11-target-0.35-seed-0-proximal"]
+    trainings = claimed()
+    assert len(trainings) == 15
+    target = trainings["vgg11-target-0.35-seed-0-proximal"]
     assert (target.method, target.ratio, target.target) == ("proximal-target", None, 0.35)
     assert (target.options["target_flops"], target.options["proximal"]) == (0.35, True)
     assert "penalty_ratio" not in target.options
-    plain = found["resnet32-ratio-0.25-seed-0"].options
+    plain = trainings["resnet32-ratio-0.25-seed-0"].options
     assert (plain["epochs"], plain["interval"], plain["batch"], plain["lr"]) == (60, 3, 128, 0.1)
     assert (plain["threshold"], plain["weight_decay"]) == (1e-4, 5e-4)
     assert (plain["amp"], plain["fuse"], plain["channels_last"]) == ("bf16", True, True)
-    assert (found["vgg11-dense-seed-0"].options["epochs"], found["vgg11-dense-seed-0"].options["dense"]) == (30, True)
-    assert all("limit_train" not in t.options for t in found.values())
+    dense = trainings["vgg11-dense-seed-0"].options
+    assert (dense["epochs"], dense["dense"]) == (30, True)
+    assert all("limit_train" not in t.options for t in trainings.values())
 
 
 def test_further_runs_are_of_one_seed() -> None:
@@ -306,8 +307,8 @@ def test_fig6_leaves_out_a_run_without_weights(tmp_path: Path) -> None:
     training = claimed()["resnet20-ratio-0.25-seed-0"]
     run = read_run(fabricated(tmp_path / "run", training))
     assert networks.gating_counts(run) is None
-    found = results.Collected(EXPERIMENTS["fig6"], "medium", [results.Result(training, run, "2026-12-01")], {})
-    assert results.rows_of(found) == []
+    collected = results.Collected(EXPERIMENTS["fig6"], "medium", [results.Result(training, run, "2026-12-01")], {})
+    assert results.rows_of(collected) == []
     (run.directory / networks.COUNTS).write_text("{}")
     with pytest.raises(InputError, match=r"gating\.json is damaged"):
         networks.gating_counts(run)

@@ -276,12 +276,12 @@ def test_fit_goes_on_from_a_checkpoint_of_a_shrunk_model(name: str, make: Make, 
         second = trainer_of(Kill(), again, epochs=4)
         second.fit(module, data(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
         close(module.net, whole.net, exact=options.get("policy") != "gating" or not options.get("fuse"))
-        mine, theirs = again.state_dict(), callback.state_dict()
-        assert mine["shape"]["stand_ins"] == theirs["shape"]["stand_ins"]
+        restored, saved = again.state_dict(), callback.state_dict()
+        assert restored["shape"]["stand_ins"] == saved["shape"]["stand_ins"]
         for key in ("coefficient", "epochs", "removed"):
-            assert mine["prunetrain"][key] == theirs["prunetrain"][key]
-        assert mine["dense_flops"] == theirs["dense_flops"]
-        assert len(mine["prunetrain"]["history"]) == 4
+            assert restored["prunetrain"][key] == saved["prunetrain"][key]
+        assert restored["dense_flops"] == saved["dense_flops"]
+        assert len(restored["prunetrain"]["history"]) == 4
         state = [dict(s) for s in second.optimizers[0].state.values()]
         expected = [dict(s) for s in trainer.optimizers[0].state.values()]
         assert len(state) == len(expected)

@@ -156,7 +156,7 @@ class TorchPruning:
         self.seen = {self.names.get(id(module), "") for module in self.dependencies.module2node}
 
     def places(self, layer: str, index: int) -> set[Place]:
-        """What goes with one output channel of a layer: places in layers that we know, or that have parameters."""
+        """The places that are pruned with one output channel of a layer: in layers that we know, or with parameters."""
         if (layer, index) in self.asked:
             return self.asked[layer, index]
         module = self.model.get_submodule(layer)

@@ -35,7 +35,7 @@ class Settings:
 
 @dataclass(kw_only=True)
 class Session:
-    """A run of some suites: where it measures, what it found.
+    """A run of some suites: the device and settings that it measures with, and its results.
 
     Attributes:
         dtype: of activations; `dtype_name` is its short name.
@@ -246,7 +246,7 @@ def _passing(
 
 
 def _row(session: Session, name: str, provider: Provider, t: timing.Timing, what: Mapping[str, Any]) -> dict[str, Any]:
-    """What a provider did, its time, launches and memory; the session remembers the median for the verdict."""
+    """The row of a provider: its time, launches and memory; the session keeps the median for the verdict."""
     part = provider.what.get("part", "all")
     layer = str(what["layer"]) if part == "all" else f"{what['layer']} {part}"
     session.p50[layer, name, str(what["direction"])] = t.p50

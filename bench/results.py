@@ -88,7 +88,7 @@ def page(results: Path, beside: Path) -> str:
 
 
 def _opening(folder: Path) -> Iterable[str]:
-    """What PruneTrain saves, and its price: the medium scale's main table."""
+    """The main table of the medium scale: what PruneTrain saves, and what accuracy it costs."""
     yield "## CIFAR-10, medium scale\n"
     path = folder / "claim.md"
     if not path.exists():

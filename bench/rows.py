@@ -92,7 +92,7 @@ def _rounded(value: Any) -> Any:
 
 
 def faults(row: Mapping[str, str]) -> list[str]:
-    """What is wrong with a row of a results file, as csv.DictReader gives it; empty if nothing is."""
+    """The faults of a row of a results file, as csv.DictReader gives it, in words; an empty list for a sound row."""
     texts = [f"no {column}" for column in COLUMNS if row.get(column) is None]
     texts += [f"{column} is empty" for column in ALWAYS if row.get(column) == ""]
     numbers = {}
@@ -156,7 +156,7 @@ def newest(table: "pd.DataFrame", besides: Iterable[str] = ()) -> "pd.DataFrame"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The columns of ENVIRONMENT; what cannot be found out is empty."""
+    """The columns of ENVIRONMENT; one whose value is not known is empty."""
     cuda = device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

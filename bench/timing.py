@@ -149,7 +149,7 @@ class Check:
     outliers: float
 
     def passes(self, baseline: "Check", dtype: torch.dtype) -> bool:
-        """At most twice PyTorch's own error, or the rounding of the dtype; NaN fails."""
+        """Whether the error is at most twice PyTorch's own, or within the rounding of the dtype; NaN fails."""
         return self.error <= max(2 * baseline.error, FLOOR[dtype]) and self.outliers <= max(2 * baseline.outliers, 1e-6)
 
 

@@ -193,7 +193,7 @@ def listed(words: Sequence[str]) -> str:
 
 
 def aim(ratio: float, target: float) -> str:
-    """What sets how much a run prunes: its penalty ratio, or the share of the inference FLOPs to end with."""
+    """The aim of a run in words: its penalty ratio, or the share of the inference FLOPs to end with."""
     if not math.isnan(target):
         return f"to {percent(target)}"
     return "" if math.isnan(ratio) else f"ratio {ratio:g}"
@@ -266,13 +266,13 @@ def percent(share: float, digits: int = 0) -> str:
 
 
 def si_unit(largest: float, unit: str) -> tuple[float, str]:
-    """What to divide by, and the unit that then holds: (1e9, "GB") for 3e10 and "B"."""
+    """A divisor, and the unit of the quotient: (1e9, "GB") for 3e10 and "B"."""
     power = min(max(int(math.log10(largest) // 3), 0), 4) if largest > 0 else 0
     return 1000.0**power, ("", "k", "M", "G", "T")[power] + unit
 
 
 def time_unit(largest_us: float) -> tuple[float, str]:
-    """What to divide microseconds by, and the unit that then holds."""
+    """A divisor of microseconds, and the unit of the quotient."""
     return (1.0, "µs") if largest_us < 1e3 else (1e3, "ms") if largest_us < 1e6 else (1e6, "s")
 
 
@@ -393,7 +393,7 @@ def provenance(rows: "pd.DataFrame", verb: str = "Measured") -> str:
 
 
 def training_note(rows: "pd.DataFrame") -> str:
-    """Where and when runs were trained, and what a small or medium scale is."""
+    """A sentence on where and when runs were trained, and on what a small or medium scale is."""
     epochs = sorted({int(value) for value in rows["epochs"].dropna()})
     length = f" ({listed([str(value) for value in epochs])} epochs)" if epochs else ""
     notes = {
@@ -405,7 +405,7 @@ def training_note(rows: "pd.DataFrame") -> str:
 
 
 def measuring_note(rows: "pd.DataFrame") -> str:
-    """Where and when rows of a suite were measured, in which modes, with which masks, and whether quick."""
+    """A sentence on where, when and in which modes rows of a suite were measured, with which masks, and if quick."""
     computed = (rows["mode"] == "model").all()
     notes = [provenance(rows, "Computed" if computed else "Measured")]
     modes = [mode for mode in dict.fromkeys(rows["mode"]) if mode not in ("", "model")]

@@ -109,7 +109,7 @@ def _by_policy(rows: "pd.DataFrame", column: str, series: list[str]) -> "pd.Data
 
 
 def _extra(rows: "pd.DataFrame", policy: str, series: list[str]) -> list[float]:
-    """What union needs more than a policy, of dense, by series; NaN where either is missing."""
+    """The FLOPs that union needs beyond a policy's, of dense, by series; NaN where either is missing."""
     shares = _by_policy(rows, "inference_flops_ratio", series).reindex(columns=list(POLICIES))
     return [float(value) for value in shares["union"] - shares[policy]]
 

@@ -127,7 +127,7 @@ def _paper(options: argparse.Namespace) -> int:
 
 
 def _plan(trainings: list[Training], options: argparse.Namespace) -> list[Job]:
-    """What is to be trained: not what is committed, unless anew."""
+    """The trainings that are to be run: committed ones are left out, unless --overwrite asks for them again."""
     from bench.paper import committed
 
     data = runner.parse_data(options.data)
@@ -197,7 +197,7 @@ def _time_steps(trainings: list[Training], options: argparse.Namespace) -> None:
 
 
 def _chosen(trainings: list[Training], data: dict[str, str], only: str) -> list[Training]:
-    """Those that have data and hold `only` in their path, and what they start from."""
+    """The trainings that have data and hold `only` in their path, and the ones that these start from."""
     unlike = sorted({t.dataset for t in trainings} - set(data))
     with_data = [t for t in trainings if t.dataset in data]
     if not with_data:

@@ -34,7 +34,7 @@ IMAGES = {"train": 50_000, "val": 10_000}  # all of CIFAR-10
 
 
 def folder_of(out: Path, training: Training) -> Path:
-    """Where a run is committed."""
+    """The folder in which a run is committed."""
     return out / training.scale / training.name
 
 

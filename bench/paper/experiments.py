@@ -123,7 +123,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """The name of the training's folder."""
         kind = "dense" if self.ratio is None else f"ratio-{self.ratio:g}"
         if self.target is not None:
             kind = f"target-{self.target:g}"
@@ -131,7 +131,7 @@ class Training:
 
     @property
     def path(self) -> str:
-        """Its folder below --runs."""
+        """The training's folder, relative to --runs."""
         return f"{self.scale}/{self.dataset}/{self.name}"
 
     @property

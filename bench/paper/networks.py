@@ -29,7 +29,7 @@ CIFAR_SIDE = 32
 
 @dataclass(frozen=True)
 class Density:
-    """What is left of one convolution, as shares of the dense one.
+    """The part of one convolution that is left, as shares of the dense one.
 
     `channels`: input times output channels that remain; `weights`: those that remain and are not near zero.
     """
@@ -167,7 +167,7 @@ def gating_counts(run: Run) -> dict[str, dict[str, float]] | None:
 
 
 def densities(run: Run) -> list[Density]:
-    """What is left of every convolution of the dense network, in its order (paper Fig. 12); 0 for removed ones.
+    """The density of every convolution of the dense network, in its order (paper Fig. 12); 0 for removed ones.
 
     A weight is near zero when it is below the run's threshold in absolute value (with --relative: times the layer's
     largest weight). Both shares are of the dense layer, so `weights` is at most `channels`, and their quotient is the

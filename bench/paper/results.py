@@ -84,7 +84,7 @@ class Result:
         return f"{config.get('processor') or 'CPU'}, {threads} thread{'s' * (threads != 1)}"
 
     def ran_like(self, other: "Result") -> bool:
-        """On the same device, as far as both runs recorded it: their times compare."""
+        """Whether both runs were on the same device, as far as they recorded it: only then are times compared."""
         one, two = self.run.config, other.run.config
         names = ["device_name", *(["threads_used", "processor"] if one.get("device_name") == "CPU" else [])]
         return all(one.get(name, two.get(name)) == two.get(name, one.get(name)) for name in names)

@@ -122,7 +122,7 @@ def arguments(config: TrainConfig) -> list[str]:
 def configuration(
     training: Training, runs: Path, data: str, *, device: str = "auto", threads: int | None = None, extra: str = ""
 ) -> TrainConfig:
-    """What `prunetrain train` is to be run with; `extra` are further options of it, which win over the training's own.
+    """The options of `prunetrain train` for a training; `extra` are further ones, which win over the training's own.
 
     Raises:
         InputError: `extra` has quotes that do not close.
@@ -184,7 +184,7 @@ def plan(
     extra: str = "",
     overwrite: bool = False,
 ) -> list[Job]:
-    """What is to be done for each training, in order; a training that starts from another comes after it.
+    """The jobs of some trainings, in order; a training that starts from another one comes after it.
 
     Raises:
         InputError: a folder holds a run with other options and `overwrite` is not set, or an option is bad.

@@ -21,6 +21,7 @@ DENSE = "dense"
 
 
 def run(session: Session) -> None:
+    """Measures every distinct layer: dense, pruned, and pruned to multiples of ROUND_TO."""
     profile = session.profile
     image = 32 if session.quick else profile.image
     pruned = profiles.prune(profile)

@@ -75,7 +75,7 @@ class Work:
 
 
 def _work(session: Session, block: Layer) -> dict[tuple[str, str], Work]:
-    """What is timed of a block, by provider and part."""
+    """The functions that are timed of a block, by provider and part."""
     images, device, live = session.images(32), session.device, block.live
     place, index = block.outputs.to(device), ChannelIndex(block.outputs, block.union.k, device)
     stride, padding = block.dense.stride, block.dense.padding
@@ -123,7 +123,7 @@ def _work(session: Session, block: Layer) -> dict[tuple[str, str], Work]:
 
 
 def _measure(session: Session, block: Layer) -> None:
-    """Both directions of one block, providers and parts beside each other."""
+    """Measures both directions of one block, all providers and parts side by side."""
     images, size = session.images(32), session.dtype.itemsize
     providers: dict[str, dict[str, Provider]] = {"forward": {}, "backward": {}}
     references: dict[str, dict[str, list[Tensor]]] = {"forward": {}, "backward": {}}

@@ -116,7 +116,7 @@ def _gated(conv: Convolution) -> Form:
 
 @dataclass(frozen=True)
 class Indices:
-    """Which channels of a layer's input and of its output are live; also as ranges, which reconfiguration orders."""
+    """The live channels of a layer's input and output; also as ranges, which reconfiguration puts them into."""
 
     scattered: tuple[ChannelIndex, ChannelIndex]
     ranges: tuple[ChannelIndex, ChannelIndex]
@@ -162,7 +162,7 @@ class Piece:
         )  # fmt: skip
 
     def eager(self, y: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, *, relu: bool = True) -> Tensor:
-        """What follows the convolution, by PyTorch: batch norm, the residual's sum if the layer has one, ReLU."""
+        """The operators behind the convolution, by PyTorch: batch norm, the residual's sum if there is one, ReLU."""
         wide = gamma.to(y.dtype) if y.dtype == torch.float64 else gamma
         y = F.batch_norm(y, None, None, wide, beta.to(wide.dtype), training=True)
         y = y + residual if self.layer.residual else y
@@ -296,7 +296,7 @@ def _chosen(piece: Piece, ways: Mapping[str, Way], offered: Sequence[str]) -> st
 
 
 def _providers(piece: Piece, ways: Mapping[str, Way]) -> tuple[dict[str, Provider], dict[str, list[Tensor]]]:
-    """What is timed for each way, and its results in float64. Ways of equal shapes share their tensors."""
+    """A provider for each way, and the results in float64. Ways of equal shapes share their tensors."""
     layer, conv = piece.layer, piece.conv
     before_pruning = replace(
         conv, in_full=layer.dense.c, out_full=layer.dense.k, in_live=layer.dense.c, out_live=layer.dense.k

@@ -30,6 +30,7 @@ FOREACH, FUSED, NATIVE = "torch foreach", "torch fused", "CUDA C++"
 
 
 def run(session: Session) -> None:
+    """Measures an update without the lasso and one with it."""
     torch.manual_seed(0)
     model, graph = network(session)
     gradients = [torch.randn_like(p) for p in model.parameters()]
@@ -126,7 +127,7 @@ def _calling(operator: Callable[..., None]) -> Iterator[None]:
 
 
 def reference_update(model: nn.Module, graph: Any, gradients: Sequence[Tensor], *, lasso: bool) -> list[Tensor]:
-    """What the parameters move in STEPS_CHECKED steps, in float64, from the formulas alone."""
+    """The change of the parameters in STEPS_CHECKED steps, in float64, from the formulas alone."""
     model = copy.deepcopy(model).double()
     regularizer = GroupLasso(model, (), graph=graph)
     parameters = list(model.parameters())

@@ -240,6 +240,7 @@ class Reference:
 
     @staticmethod
     def of(model: nn.Module, graph: ChannelGraph, data: Data) -> "Reference":
+        """The reference of a step of `model` on `data`."""
         wide = copy.deepcopy(model).double().train()
         logits = wide(data.images.double())
         F.cross_entropy(logits, data.classes).backward()  # type: ignore[no-untyped-call]
@@ -267,7 +268,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Task:
-    """What every provider has to do, each on a copy of the model."""
+    """The training step that every provider computes, each on a copy of the model."""
 
     model: nn.Module
     graph: ChannelGraph
@@ -276,6 +277,7 @@ class Task:
     dtype: torch.dtype
 
     def provider(self, session: Session, kind: str) -> Provider:
+        """The step by one of EAGER, COMPILED, OURS, UNFUSED, NO_LASSO."""
         model = copy.deepcopy(self.model).train()
         parameters = dict(model.named_parameters())
         lasso = GroupLasso(model, (), graph=self.graph)

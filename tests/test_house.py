@@ -137,13 +137,10 @@ STILL_TOO_LONG = {
     "prunetrain_kernels/train/config.py: check",
     "prunetrain_kernels/train/prunetrain.py: PruneTrain",
     "prunetrain_kernels/train/prunetrain.py: __init__",
-    "tests/models/test_registry.py: user_module",
     "tests/prune/test_same_function.py: test_paper_networks",
     "tests/train/test_distributed.py",
     "tests/train/test_prunetrain.py",
     "tests/train/test_report.py: make_run",
-    "tests/zoo/random_networks.py: _plan",
-    "tests/zoo/random_networks.py: _run",
 }
 
 

@@ -24,6 +24,12 @@ STRANGE = (
     "first_channels", "group_norm", "average", "mask", "squash", "less_mean", "softmax", "pad_channels", "flip",
     "every_other", "largest_channel",
 )  # fmt: skip
+# Operations with a module of their own, and operations on two values.
+LAYERS = (
+    "conv", "batch_norm", "prelu", "group_norm", "depthwise", "grouped", "transposed", "gate", "strided", "linear",
+    "functional_norm", "mask", "squash",
+)  # fmt: skip
+JOINS = ("add", "cat", "stacked_sum", "add_in_place")
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,178 @@ class Call:
     settings: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A call that fits: the shapes of its results, its module if it has a new one, the call that it repeats."""
+
+    shapes: list[tuple[int, int]]
+    module: nn.Module | None = None
+    operands: tuple[int, ...] = ()
+    settings: tuple[int, ...] = ()
+    again: Call | None = None
+
+
+def layer(step: Step, channels: int, side: int) -> Plan | None:
+    """An operation with a module on a value of some channels, `side` high and wide; None where it does not fit."""
+    width = WIDTHS[step.size % len(WIDTHS)]
+    shape = (channels, side)
+    module: nn.Module
+    match step.operation:
+        case "conv":
+            kernel = (3, 1)[step.second % 2]
+            module = nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=bool(step.second // 2 % 2))
+            shape = (width, side)
+        case "batch_norm":
+            module = nn.BatchNorm2d(channels, eps=0.01)
+        case "prelu":
+            module = nn.PReLU(channels)
+        case "group_norm":
+            module = nn.GroupNorm(1, channels)
+        case "depthwise":
+            times = 1 + step.second % 2
+            if channels < 2 or channels * times > MOST_CHANNELS:
+                return None
+            module = nn.Conv2d(channels, channels * times, 3, padding=1, groups=channels, bias=False)
+            shape = (channels * times, side)
+        case "grouped":
+            groups, width = (2, 3)[step.second % 2], (2, 3, 4, 5)[step.size % 4]
+            if channels % groups or channels == groups:
+                return None
+            module = nn.Conv2d(channels, groups * width, 3, padding=1, groups=groups)
+            shape = (groups * width, side)
+        case "transposed":
+            if side * 2 > LARGEST:
+                return None
+            module = nn.ConvTranspose2d(channels, width, 2, stride=2)
+            shape = (width, side * 2)
+        case "gate":
+            module = nn.Sequential(nn.Conv2d(channels, width, 1), nn.ReLU(), nn.Conv2d(width, channels, 1))
+        case "strided":
+            if side % 2:
+                return None
+            module = nn.Conv2d(channels, width, 3, stride=2, padding=1)
+            shape = (width, side // 2)
+        case "linear":
+            module = nn.Linear(channels, width)
+            shape = (width, side)
+        case "functional_norm":
+            module = nn.BatchNorm2d(channels, eps=0.01)
+        case "mask":
+            module = nn.Conv2d(channels, 1, 1)
+        case "squash":
+            module = nn.LayerNorm(channels)
+        case _:
+            raise ValueError(step.operation)
+    return Plan([shape], module)
+
+
+def rearrangement(step: Step, channels: int, side: int) -> Plan | None:
+    """An operation without a module, likewise."""
+    shapes = [(channels, side)]
+    settings: tuple[int, ...] = ()
+    match step.operation:
+        case "split" | "sum_of_parts":
+            if channels % 2 or channels == 2:
+                return None
+            shapes = [(channels // 2, side)] * (2 if step.operation == "split" else 1)
+        case "pad_channels":
+            settings = (1 + step.size % 3,)
+            shapes = [(channels + settings[0], side)]
+        case "every_other":
+            shapes = [((channels + 1) // 2, side)]
+        case "repeat":
+            if channels * 2 > MOST_CHANNELS:
+                return None
+            shapes = [(channels * 2, side)]
+        case "unshuffle":
+            if side % 2 or channels * 4 > MOST_CHANNELS:
+                return None
+            shapes = [(channels * 4, side // 2)]
+        case "largest_channel":
+            shapes = [(1, side)]
+        case "chunk" | "shuffle":
+            settings = ((2, 3)[step.second % 2],)
+            if channels % settings[0] or channels == settings[0]:
+                return None
+            if step.operation == "chunk":
+                shapes = [(channels // settings[0], side)] * settings[0]
+        case "first_channels":
+            settings = (1 + step.size % channels,)
+            shapes = [(settings[0], side)]
+        case "max_pool":
+            if side % 2:
+                return None
+            shapes = [(channels, side // 2)]
+        case "upsample":
+            if side * 2 > LARGEST:
+                return None
+            shapes = [(channels, side * 2)]
+        case "pixel_shuffle":
+            if channels % 4 or side * 2 > LARGEST:
+                return None
+            shapes = [(channels // 4, side * 2)]
+        case "average":
+            shapes = [(channels, 1)]
+    return Plan(shapes, settings=settings)
+
+
+def rearranged(operation: str, operands: list[Tensor], number: int = 0) -> list[Tensor]:
+    """The results of an operation without a module; `number` is its setting, if it has one."""
+    x = operands[0]
+    match operation:
+        case "relu":
+            return [F.relu(x)]
+        case "add":
+            return [x + operands[1]]
+        case "cat":
+            return [torch.cat(operands, dim=1)]
+        case "chunk":
+            pieces = x.chunk(number, dim=1)
+            return [pieces[i] for i in range(number)]
+        case "shuffle":
+            n, c, h, w = x.shape
+            groups = number
+            return [x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)]
+        case "first_channels":
+            return [x[:, :number]]
+        case "max_pool":
+            return [F.max_pool2d(x, 2)]
+        case "upsample":
+            return [F.interpolate(x, scale_factor=2)]
+        case "pixel_shuffle":
+            return [F.pixel_shuffle(x, 2)]
+        case "average":
+            return [x.flatten(2).mean(2)[:, :, None, None]]
+        case "split":
+            pieces = x.split(x.shape[1] // 2, dim=1)
+            return [pieces[0], pieces[1]]
+        case "sum_of_parts":
+            return [x.view(x.shape[0], 2, x.shape[1] // 2, x.shape[2], x.shape[3]).sum(1)]
+        case "stacked_sum":
+            return [torch.stack(operands).sum(0)]
+        case "add_in_place":
+            total = x.clone()
+            total += operands[1]
+            return [total]
+        case "less_mean":
+            return [x - x.mean(1, keepdim=True)]
+        case "softmax":
+            return [x.softmax(1)]
+        case "pad_channels":
+            return [F.pad(x, (0, 0, 0, 0, 0, number))]
+        case "flip":
+            return [x.flip(1)]
+        case "every_other":
+            return [x[:, ::2]]
+        case "repeat":
+            return [x.repeat(1, 2, 1, 1)]
+        case "unshuffle":
+            return [F.pixel_unshuffle(x, 2)]
+        case "largest_channel":
+            return [x.amax(1, keepdim=True)]
+    raise ValueError(operation)
+
+
 class RandomNetwork(nn.Module):
     """The network that some steps describe; its outputs are one linear head for each of the last unused values.
 
@@ -74,126 +252,50 @@ class RandomNetwork(nn.Module):
     def _plan(self, step: Step) -> None:
         latest = len(self.shapes) - 1
         operand = latest - step.first % latest if step.first < IMAGES and latest else 0
-        channels, side = self.shapes[operand]
-        width, name, number = WIDTHS[step.size % len(WIDTHS)], step.operation, f"m{len(self.calls)}"
-        operands: tuple[int, ...] = (operand,)
-        settings: tuple[int, ...] = ()
-        shapes = [(channels, side)]
-        module: nn.Module | None = None
-        match name:
-            case "conv":
-                kernel = (3, 1)[step.second % 2]
-                module = nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=bool(step.second // 2 % 2))
-                shapes = [(width, side)]
-            case "batch_norm":
-                module = nn.BatchNorm2d(channels, eps=0.01)
-            case "prelu":
-                module = nn.PReLU(channels)
-            case "group_norm":
-                module = nn.GroupNorm(1, channels)
-            case "depthwise":
-                times = 1 + step.second % 2
-                if channels < 2 or channels * times > MOST_CHANNELS:
-                    return
-                module = nn.Conv2d(channels, channels * times, 3, padding=1, groups=channels, bias=False)
-                shapes = [(channels * times, side)]
-            case "grouped":
-                groups, width = (2, 3)[step.second % 2], (2, 3, 4, 5)[step.size % 4]
-                if channels % groups or channels == groups:
-                    return
-                module = nn.Conv2d(channels, groups * width, 3, padding=1, groups=groups)
-                shapes = [(groups * width, side)]
-            case "transposed":
-                if side * 2 > LARGEST:
-                    return
-                module = nn.ConvTranspose2d(channels, width, 2, stride=2)
-                shapes = [(width, side * 2)]
-            case "gate":
-                module = nn.Sequential(nn.Conv2d(channels, width, 1), nn.ReLU(), nn.Conv2d(width, channels, 1))
-            case "strided":
-                if side % 2:
-                    return
-                module = nn.Conv2d(channels, width, 3, stride=2, padding=1)
-                shapes = [(width, side // 2)]
-            case "linear":
-                module = nn.Linear(channels, width)
-                shapes = [(width, side)]
-            case "functional_norm":
-                module = nn.BatchNorm2d(channels, eps=0.01)
-            case "mask":
-                module = nn.Conv2d(channels, 1, 1)
-            case "squash":
-                module = nn.LayerNorm(channels)
-            case "split" | "sum_of_parts":
-                if channels % 2 or channels == 2:
-                    return
-                shapes = [(channels // 2, side)] * (2 if name == "split" else 1)
-            case "pad_channels":
-                settings = (1 + step.size % 3,)
-                shapes = [(channels + settings[0], side)]
-            case "every_other":
-                shapes = [((channels + 1) // 2, side)]
-            case "repeat":
-                if channels * 2 > MOST_CHANNELS:
-                    return
-                shapes = [(channels * 2, side)]
-            case "unshuffle":
-                if side % 2 or channels * 4 > MOST_CHANNELS:
-                    return
-                shapes = [(channels * 4, side // 2)]
-            case "largest_channel":
-                shapes = [(1, side)]
-            case "add" | "cat" | "stacked_sum" | "add_in_place":
-                fits = [
-                    i
-                    for i, shape in enumerate(self.shapes)
-                    if shape[1] == side and (name == "cat" or (shape[0] == channels and i != operand))
-                ]
-                if not fits:
-                    return
-                other = fits[-1 - step.second % len(fits)]
-                operands = (operand, other)
-                total = channels + self.shapes[other][0]
-                if name == "cat" and total > MOST_CHANNELS:
-                    return
-                shapes = [(total if name == "cat" else channels, side)]
-            case "chunk" | "shuffle":
-                settings = ((2, 3)[step.second % 2],)
-                if channels % settings[0] or channels == settings[0]:
-                    return
-                if name == "chunk":
-                    shapes = [(channels // settings[0], side)] * settings[0]
-            case "first_channels":
-                settings = (1 + step.size % channels,)
-                shapes = [(settings[0], side)]
-            case "max_pool":
-                if side % 2:
-                    return
-                shapes = [(channels, side // 2)]
-            case "upsample":
-                if side * 2 > LARGEST:
-                    return
-                shapes = [(channels, side * 2)]
-            case "pixel_shuffle":
-                if channels % 4 or side * 2 > LARGEST:
-                    return
-                shapes = [(channels // 4, side * 2)]
-            case "average":
-                shapes = [(channels, 1)]
-            case "again":
-                earlier = [c for c in self.calls if c.module and self.shapes[c.operands[0]] == (channels, side)]
-                if not earlier:
-                    return
-                again = earlier[step.second % len(earlier)]
-                name, number, settings = again.operation, again.module, again.settings
-                shapes = [self.shapes[i] for i in again.results]
-        if module is not None:
-            self.add_module(number, module)
+        if step.operation in JOINS:
+            plan = self._join(step, operand)
+        elif step.operation == "again":
+            plan = self._again(step, operand)
+        else:
+            fit = layer if step.operation in LAYERS else rearrangement
+            plan = fit(step, *self.shapes[operand])
+        if plan is None:
+            return
+        number = plan.again.module if plan.again is not None else f"m{len(self.calls)}"
+        if plan.module is not None:
+            self.add_module(number, plan.module)
         first = len(self.shapes)
-        self.shapes += shapes
-        has_module = module is not None or step.operation == "again"
-        results = tuple(range(first, first + len(shapes)))
-        self.calls.append(Call(name, operands, results, number if has_module else "", settings))
+        self.shapes += plan.shapes
+        results = tuple(range(first, first + len(plan.shapes)))
+        has_module = plan.module is not None or plan.again is not None
+        name = plan.again.operation if plan.again is not None else step.operation
+        operands = plan.operands or (operand,)
+        self.calls.append(Call(name, operands, results, number if has_module else "", plan.settings))
+
+    def _join(self, step: Step, operand: int) -> Plan | None:
+        """An operation on two values of equal height, and of equal channels if it adds them."""
+        channels, side = self.shapes[operand]
+        concatenates = step.operation == "cat"
+        partners = [
+            i
+            for i, shape in enumerate(self.shapes)
+            if shape[1] == side and (concatenates or (shape[0] == channels and i != operand))
+        ]
+        if not partners:
+            return None
+        other = partners[-1 - step.second % len(partners)]
+        total = channels + self.shapes[other][0]
+        if concatenates and total > MOST_CHANNELS:
+            return None
+        return Plan([(total if concatenates else channels, side)], operands=(operand, other))
+
+    def _again(self, step: Step, operand: int) -> Plan | None:
+        """An earlier module once more, on a value of the shape that it had then."""
+        earlier = [c for c in self.calls if c.module and self.shapes[c.operands[0]] == self.shapes[operand]]
+        if not earlier:
+            return None
+        call = earlier[step.second % len(earlier)]
+        return Plan([self.shapes[i] for i in call.results], settings=call.settings, again=call)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(N, 3, 4, 4) to a list of (N, 2)."""
@@ -208,71 +310,23 @@ class RandomNetwork(nn.Module):
         return [head(row) for head, row in zip(self.heads, rows, strict=True)]
 
     def _run(self, call: Call, operands: list[Tensor]) -> list[Tensor]:
+        if not call.module:
+            return rearranged(call.operation, operands, *call.settings)
         x = operands[0]
+        module: Any = self.get_submodule(call.module)
         match call.operation:
             case "gate":
-                return [x * torch.sigmoid(self.get_submodule(call.module)(F.adaptive_avg_pool2d(x, 1)))]
-            case "relu":
-                return [F.relu(x)]
-            case "add":
-                return [x + operands[1]]
-            case "cat":
-                return [torch.cat(operands, dim=1)]
-            case "chunk":
-                pieces = x.chunk(call.settings[0], dim=1)
-                return [pieces[i] for i in range(call.settings[0])]
-            case "shuffle":
-                n, c, h, w = x.shape
-                groups = call.settings[0]
-                return [x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)]
-            case "first_channels":
-                return [x[:, : call.settings[0]]]
-            case "max_pool":
-                return [F.max_pool2d(x, 2)]
-            case "upsample":
-                return [F.interpolate(x, scale_factor=2)]
-            case "pixel_shuffle":
-                return [F.pixel_shuffle(x, 2)]
-            case "average":
-                return [x.flatten(2).mean(2)[:, :, None, None]]
-            case "split":
-                pieces = x.split(x.shape[1] // 2, dim=1)
-                return [pieces[0], pieces[1]]
-            case "sum_of_parts":
-                return [x.view(x.shape[0], 2, x.shape[1] // 2, x.shape[2], x.shape[3]).sum(1)]
+                return [x * torch.sigmoid(module(F.adaptive_avg_pool2d(x, 1)))]
             case "linear":
-                return [self.get_submodule(call.module)(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
+                return [module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
             case "squash":
-                return [self.get_submodule(call.module)(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
-            case "stacked_sum":
-                return [torch.stack(operands).sum(0)]
-            case "add_in_place":
-                total = x.clone()
-                total += operands[1]
-                return [total]
+                return [module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
             case "functional_norm":
-                norm: Any = self.get_submodule(call.module)
-                statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
-                return [F.batch_norm(x, *statistics, training=norm.training, eps=0.01)]
+                statistics = module.running_mean, module.running_var, module.weight, module.bias
+                return [F.batch_norm(x, *statistics, training=module.training, eps=0.01)]
             case "mask":
-                return [x * torch.sigmoid(self.get_submodule(call.module)(x))]
-            case "less_mean":
-                return [x - x.mean(1, keepdim=True)]
-            case "softmax":
-                return [x.softmax(1)]
-            case "pad_channels":
-                return [F.pad(x, (0, 0, 0, 0, 0, call.settings[0]))]
-            case "flip":
-                return [x.flip(1)]
-            case "every_other":
-                return [x[:, ::2]]
-            case "repeat":
-                return [x.repeat(1, 2, 1, 1)]
-            case "unshuffle":
-                return [F.pixel_unshuffle(x, 2)]
-            case "largest_channel":
-                return [x.amax(1, keepdim=True)]
-        return [self.get_submodule(call.module)(x)]
+                return [x * torch.sigmoid(module(x))]
+        return [module(x)]
 
     def __repr__(self) -> str:
         """The program."""

@@ -165,7 +165,7 @@ def _roof(options: argparse.Namespace) -> int:
         print(f"recorded in {session.folder / 'roof.csv'}")
     else:
         device = harness.find_device(options.device)
-        peaks = roof.measure(device, options.quick)
+        peaks = roof.measure(device, quick=options.quick)
     print(f"{rows.device_name(device)}: {roof.in_words(peaks)}")
     print(f"V100 by its data sheet, for projections: {roof.in_words(roof.V100)}")
     return 0

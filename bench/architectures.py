@@ -55,13 +55,13 @@ def _command(options: argparse.Namespace) -> int:
     if unknown:
         raise InputError(f"there is no network {unknown[0]}; there are {', '.join(ZOO)}")
     try:
-        found = {name: look_at(name) for name in options.names or ZOO}
+        rows = {name: look_at(name) for name in options.names or ZOO}
     except ImportError as error:
         raise InputError(f"this needs torchvision and timm ({error}); make test installs them") from error
     if options.names:
-        print("\n".join(table(found)))
+        print("\n".join(table(rows)))
         return 0
-    write_atomically(options.out, page(found).encode())
+    write_atomically(options.out, page(rows).encode())
     print(options.out)
     return 0
 
@@ -139,8 +139,8 @@ def prunable_share(graph: ChannelGraph, model: nn.Module, x: Tensor) -> float:
 
 def frozen_share(graph: ChannelGraph, space: int) -> float:
     """Share of a space's channels that stay whatever their weights."""
-    found = graph.spaces[space]
-    owners = [space] * found.size if found.members is None else found.members[:, 0].tolist()
+    entry = graph.spaces[space]
+    owners = [space] * entry.size if entry.members is None else entry.members[:, 0].tolist()
     return sum(graph.spaces[owner].frozen is not None for owner in owners) / max(len(owners), 1)
 
 
@@ -179,5 +179,5 @@ def comparison() -> Iterable[str]:
     yield from (f"| {name} | {text} |" for name, text in crosscheck.CLASSES.items())
     yield from ("", "| network | differences |", "| --- | --- |")
     for name in ZOO:
-        found = ", ".join(sorted(crosscheck.DIFFERENCES.get(name, ()))) or "none"
-        yield f"| {name.replace('timm:', 'timm ')} | {found} |"
+        differences = ", ".join(sorted(crosscheck.DIFFERENCES.get(name, ()))) or "none"
+        yield f"| {name.replace('timm:', 'timm ')} | {differences} |"

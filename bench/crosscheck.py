@@ -68,45 +68,45 @@ def compare(model: nn.Module, x: Tensor) -> dict[str, list[str]]:
     model.eval()
     graph = trace_channels(model, (x,))
     try:
-        theirs = Theirs(graph, model, x)
+        other = TorchPruning(graph, model, x)
     except Exception as error:
         return {"fails": [f"{type(error).__name__}: {error}"]}
-    ours = our_places(graph)
-    found: dict[str, list[str]] = defaultdict(list)
+    places = our_places(graph)
+    differences: dict[str, list[str]] = defaultdict(list)
     for layer in graph.layers.values():
         channels = channels_of(graph, layer.output)
         for index in sorted({0, len(channels) - 1}):
             space = graph.spaces[channels[index][0]]
             if not space.is_output:
-                kind = "frozen" if space.frozen else _difference(ours[channels[index]], theirs, layer.name, index)
+                kind = "frozen" if space.frozen else _difference(places[channels[index]], other, layer.name, index)
                 if kind:
-                    found[kind].append(f"{layer.name}[{index}]")
-    return dict(found)
+                    differences[kind].append(f"{layer.name}[{index}]")
+    return dict(differences)
 
 
-def _difference(mine: set[Place], theirs: "Theirs", layer: str, index: int) -> str:
+def _difference(ours: set[Place], other: "TorchPruning", layer: str, index: int) -> str:
     """The class of the difference; nothing where there is none."""
-    if layer not in theirs.seen:
+    if layer not in other.seen:
         return "training only"
-    other = theirs.places(layer, index)
-    if mine == other:
+    others = other.places(layer, index)
+    if ours == others:
         return ""
-    if {place for place in mine if place.layer in theirs.seen} == other:
+    if {place for place in ours if place.layer in other.seen} == others:
         return "training only"
-    if other < mine and any(place.layer in theirs.multiplied for place in mine):
+    if others < ours and any(place.layer in other.multiplied for place in ours):
         return "multiplier"
-    if not any(place.layer in theirs.grouped for place in mine):
+    if not any(place.layer in other.grouped for place in ours):
         return "indices"
-    together = set[Place]().union(*(theirs.places(p.layer, p.channel) for p in mine if p.side == "out"))
-    return "groups" if together == mine else "indices"
+    together = set[Place]().union(*(other.places(p.layer, p.channel) for p in ours if p.side == "out"))
+    return "groups" if together == ours else "indices"
 
 
 def channels_of(graph: ChannelGraph, space: int) -> list[tuple[int, int]]:
     """The channels of a space, each by the name that it has wherever it appears."""
-    found = graph.spaces[space]
-    if found.members is None:
-        return [(space, i) for i in range(found.size)]
-    return [(n, i) for n, i in found.members.tolist()]
+    entry = graph.spaces[space]
+    if entry.members is None:
+        return [(space, i) for i in range(entry.size)]
+    return [(n, i) for n, i in entry.members.tolist()]
 
 
 def our_places(graph: ChannelGraph) -> dict[tuple[int, int], set[Place]]:
@@ -126,7 +126,7 @@ def our_places(graph: ChannelGraph) -> dict[tuple[int, int], set[Place]]:
     return places
 
 
-class Theirs:
+class TorchPruning:
     """Torch-Pruning's dependency graph of a model, asked in our words.
 
     Attributes:
@@ -156,13 +156,13 @@ class Theirs:
         self.seen = {self.names.get(id(module), "") for module in self.dependencies.module2node}
 
     def places(self, layer: str, index: int) -> set[Place]:
-        """What goes with one output channel of a layer: places in layers that we know, or that have parameters."""
+        """The places that are pruned with one output channel of a layer: in layers that we know, or with parameters."""
         if (layer, index) in self.asked:
             return self.asked[layer, index]
         module = self.model.get_submodule(layer)
         linear = isinstance(module, nn.Linear)
         function = self.library.prune_linear_out_channels if linear else self.library.prune_conv_out_channels
-        found: set[Place] = set()
+        group: set[Place] = set()
         for dependency, indices in self.dependencies.get_pruning_group(module, function, [index]):
             target = dependency.target.module
             name = self.names.get(id(target))
@@ -170,9 +170,9 @@ class Theirs:
                 name = self.dependencies._param_to_name[target].rpartition(".")[0]  # its module's
             elif name is None or (name not in self.known and not any(True for _ in target.parameters())):
                 continue  # an operation without parameters
-            found |= {Place(name, self._side(dependency), i) for i in indices}
-        self.asked[layer, index] = found
-        return found
+            group |= {Place(name, self._side(dependency), i) for i in indices}
+        self.asked[layer, index] = group
+        return group
 
     def _side(self, dependency: Any) -> str:
         target = dependency.target.module

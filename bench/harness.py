@@ -33,9 +33,9 @@ class Settings:
     out: Path | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Session:
-    """A run of some suites: where it measures, what it found.
+    """A run of some suites: the device and settings that it measures with, and its results.
 
     Attributes:
         dtype: of activations; `dtype_name` is its short name.
@@ -128,7 +128,7 @@ def open_session(settings: Settings) -> Session:
         profile=profile,
         only=settings.only,
         folder=folder,
-        roof=roof.measure(device, settings.quick),
+        roof=roof.measure(device, quick=settings.quick),
         environment=rows.environment(device),
     )
 
@@ -170,6 +170,7 @@ def measure(
     providers: Mapping[str, Provider],
     references: Sequence[Tensor] | Mapping[str, Sequence[Tensor]],
     baseline: str,
+    *,
     what: Mapping[str, Any],
     model_bytes: float = 0,
     flops: float = 0,
@@ -197,13 +198,10 @@ def measure(
     """
     by_provider = references if isinstance(references, Mapping) else dict.fromkeys(providers, references)
     checks = {name: timing.check(provider.outputs(), by_provider[name]) for name, provider in providers.items()}
-    allowed = checks[baseline]
-    if granted is not None:
-        allowed = timing.Check(max(allowed.error, granted.error), max(allowed.outliers, granted.outliers))
-    passed = {name: providers[name] for name in _passing(session, checks, allowed, baseline, what)}
+    passed = {name: providers[name] for name in _passing(session, checks, baseline, what, granted)}
     if not passed:
         return {}
-    milliseconds, rounds = (300.0 if large else 15.0, 3)
+    milliseconds, rounds = 300.0 if large else 15.0, 3
     if session.quick:
         milliseconds, rounds = (2.0, 1 if large else 2)
     runs = {name: provider.run for name, provider in passed.items()}
@@ -229,11 +227,14 @@ def measure(
 def _passing(
     session: Session,
     checks: Mapping[str, timing.Check],
-    allowed: timing.Check,
     baseline: str,
     what: Mapping[str, Any],
+    granted: timing.Check | None,
 ) -> list[str]:
     """Names of the providers whose error is allowed; the others are reported, now and at the session's end."""
+    allowed = checks[baseline]
+    if granted is not None:
+        allowed = timing.Check(max(allowed.error, granted.error), max(allowed.outliers, granted.outliers))
     passing = []
     for name, check in checks.items():
         if check.passes(allowed, DTYPES[str(what["dtype"])]):
@@ -245,7 +246,7 @@ def _passing(
 
 
 def _row(session: Session, name: str, provider: Provider, t: timing.Timing, what: Mapping[str, Any]) -> dict[str, Any]:
-    """What a provider did, its time, launches and memory; the session remembers the median for the verdict."""
+    """The row of a provider: its time, launches and memory; the session keeps the median for the verdict."""
     part = provider.what.get("part", "all")
     layer = str(what["layer"]) if part == "all" else f"{what['layer']} {part}"
     session.p50[layer, name, str(what["direction"])] = t.p50

@@ -34,7 +34,7 @@ from prunetrain_kernels.ops import launch
 
 @dataclass(frozen=True)
 class Promise:
-    """What a kernel must reach on `since` and later: bytes of its widest load and of its widest store; tensor cores."""
+    """Limits that a kernel has to reach on `since` and later: bytes of its widest load and store; tensor cores."""
 
     load: int = 0
     store: int = 0
@@ -306,7 +306,7 @@ class Report:
 
 
 def faults(row: Row, promise: Promise = Promise()) -> Iterator[str]:  # frozen
-    """What no kernel of this package may do, and what this one promised to do."""
+    """Sentences about what a kernel does that no kernel of this package may do, and about promises that it breaks."""
     where = f"{row.kernel} ({row.case}, sm_{row.arch})"
     if row.spill_stores or row.spill_loads:
         yield f"{where} spills {row.spill_stores} bytes (reads {row.spill_loads} back)"
@@ -357,7 +357,7 @@ def report(cases: Sequence[Case], arch: int) -> Report:
 
 
 def _attempt(run: Callable[[], object]) -> str:
-    """What went wrong, in one line; nothing if nothing did."""
+    """Calls `run` and returns its error in one line, or "" if there is none."""
     try:
         run()
     except Exception as error:  # whatever it is, the other cases are still worth a report
@@ -376,7 +376,7 @@ class Reuse:
 
 
 def reuse_faults(scenarios: Iterable[Reuse], arch: int) -> list[str]:
-    """In words, every scenario in which a later call compiled something; also one whose first call compiles nothing."""
+    """Sentences about the scenarios in which a later call compiles something, or the first call compiles nothing."""
     texts: list[str] = []
     for scenario in scenarios:
         with offline(arch):

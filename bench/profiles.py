@@ -10,6 +10,7 @@ Synthetic profiles draw channels at random (seed 0). In a space that several lay
 LIVE_OF_UNION of the kept channels live, which is what gating could leave out.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -175,7 +176,7 @@ def masks(profile: Profile, model: nn.Module, graph: ChannelGraph, image: int | 
         channels = among.nonzero()[:, 0]
         count = max(1, round(part * len(channels)))
         chosen = channels[torch.randperm(len(channels), generator=generator)[:count]]
-        return torch.zeros_like(among).index_fill_(0, chosen, True)
+        return torch.zeros_like(among).index_fill_(0, chosen, value=True)
 
     every = [torch.ones(space.size, dtype=torch.bool) for space in graph.spaces]
     kept = [
@@ -274,14 +275,14 @@ class ConvShape:
 
 def conv_shapes(model: nn.Module, image: int, in_channels: int = 3) -> list[ConvShape]:
     """Every convolution of a model in the order of its forward pass, for square images."""
-    found: list[ConvShape] = []
+    shapes: list[ConvShape] = []
 
     def note(name: str) -> Any:
         def hook(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             k, c, r, s = module.weight.shape
             stride, padding = module.stride[0], module.padding[0]
             assert isinstance(padding, int)
-            found.append(
+            shapes.append(
                 ConvShape(
                     name, c, k, r, s, stride, padding, *map(int, output.shape[2:]), *map(int, inputs[0].shape[2:])
                 )
@@ -296,7 +297,7 @@ def conv_shapes(model: nn.Module, image: int, in_channels: int = 3) -> list[Conv
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -319,19 +320,19 @@ def prune(profile: Profile, image: int | None = None, round_to: int = 1, seed: i
         round_to: keep a few more channels so that counts are multiples of this.
     """
     torch.manual_seed(seed)
-    model, original = (build(profile.network, profile.classes) for _ in range(2))
-    original.load_state_dict(model.state_dict())
+    model = build(profile.network, profile.classes)
+    original = copy.deepcopy(model)
     example = (torch.zeros(2, 3, max(32, min(image or profile.image, 64)), max(32, min(image or profile.image, 64))),)
     graph = trace_channels(model, example)
-    found = masks(profile, model, graph, image)
+    channels = masks(profile, model, graph, image)
     with torch.no_grad():
         for name, layer in graph.layers.items():
             weight = model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            weight[~found.kept[layer.output]] = 0
-            columns = ~found.kept[layer.input].repeat_interleave(layer.block)
+            weight[~channels.kept[layer.output]] = 0
+            columns = ~channels.kept[layer.input].repeat_interleave(layer.block)
             weight[:, columns] = 0
-            if name in found.removed:
+            if name in channels.removed:
                 weight.zero_()
     reconfigure(model, None, graph.keep(model, threshold=0.0, round_to=round_to))
-    return Pruned(model, original, found)
+    return Pruned(model, original, channels)

@@ -76,10 +76,9 @@ def page(results: Path, beside: Path) -> str:
     folders = sorted(p for p in results.iterdir() if p.is_dir() and p.name not in ("paper", "offline", "logs"))
     tables = {folder: _tables(folder) for folder in folders}
     devices = [(_device_name(by_suite), by_suite) for by_suite in tables.values() if by_suite]
-    parts = [TITLE, *_opening(results / "paper" / "medium"), HEAD]
-    first = summary.lines(devices, results)
-    if first:
-        parts += ["## Summary\n", "\n".join(first) + "\n"]
+    sentences = summary.lines(devices, results)
+    parts = [TITLE, *(["## Summary\n", "\n".join(sentences) + "\n"] if sentences else [])]
+    parts += [*_opening(results / "paper" / "medium"), HEAD]
     for folder, by_suite in tables.items():
         parts += _device(folder, by_suite, beside)
     parts += _trainings(results / "paper", beside)
@@ -89,7 +88,7 @@ def page(results: Path, beside: Path) -> str:
 
 
 def _opening(folder: Path) -> Iterable[str]:
-    """What PruneTrain saves, and its price: the medium scale's main table."""
+    """The main table of the medium scale: what PruneTrain saves, and what accuracy it costs."""
     yield "## CIFAR-10, medium scale\n"
     path = folder / "claim.md"
     if not path.exists():

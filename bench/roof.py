@@ -21,13 +21,13 @@ __all__ = [
 ]
 
 
-def measure(device: torch.device, quick: bool = False) -> Roof:
+def measure(device: torch.device, *, quick: bool = False) -> Roof:
     """The device's peaks, from the 20th percentile of the time of a few seconds of work; less of it if quick."""
     return measure_roof(device, quick=quick, fastest=_fastest)
 
 
 def _fastest(run: Callable[[], object], device: torch.device, milliseconds: float) -> float:
-    return side_by_side({"it": run}, device, milliseconds=milliseconds, rounds=5)["it"].p20
+    return side_by_side({"work": run}, device, milliseconds=milliseconds, rounds=5)["work"].p20
 
 
 def in_words(roof: Roof) -> str:

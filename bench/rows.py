@@ -54,17 +54,26 @@ PARTS, SIZES = ("all", "conv", "reshape"), ("full", "quick")
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends rows to a CSV file, which is whole at every moment; missing values stay empty.
+    """Appends rows of results to a CSV file; missing values stay empty.
+
+    Raises:
+        InputError: a key that is no column, a file with other columns, or one that cannot be written.
+    """
+    append_as(COLUMNS, path, rows)
+
+
+def append_as(columns: Sequence[str], path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends rows of some columns to a CSV file, which is whole at every moment; floats have six digits.
 
     Raises:
         InputError: a key that is no column, a file with other columns, or one that cannot be written.
     """
     for row in rows:
-        unknown = sorted(set(row) - set(COLUMNS))
+        unknown = sorted(set(row) - set(columns))
         if unknown:
-            raise InputError(f"results have no column {', '.join(unknown)}; there are {', '.join(COLUMNS)}")
+            raise InputError(f"results have no column {', '.join(unknown)}; there are {', '.join(columns)}")
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = path.read_bytes() if path.exists() else b""
@@ -72,7 +81,7 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     if not before:
         writer.writeheader()
-    elif before.split(b"\n", 1)[0].decode(errors="replace") != ",".join(COLUMNS):
+    elif before.split(b"\n", 1)[0].decode(errors="replace") != ",".join(columns):
         raise InputError(f"{path} has other columns than these results; move it away or name another folder with --out")
     writer.writerows({key: _rounded(value) for key, value in row.items()} for row in rows)
     write_atomically(path, before + text.getvalue().encode())
@@ -83,9 +92,9 @@ def _rounded(value: Any) -> Any:
 
 
 def faults(row: Mapping[str, str]) -> list[str]:
-    """What is wrong with a row of a results file, as csv.DictReader gives it; empty if nothing is."""
-    found = [f"no {column}" for column in COLUMNS if row.get(column) is None]
-    found += [f"{column} is empty" for column in ALWAYS if row.get(column) == ""]
+    """The faults of a row of a results file, as csv.DictReader gives it, in words; an empty list for a sound row."""
+    texts = [f"no {column}" for column in COLUMNS if row.get(column) is None]
+    texts += [f"{column} is empty" for column in ALWAYS if row.get(column) == ""]
     numbers = {}
     for column in COLUMNS:
         cell = row.get(column) or ""
@@ -93,19 +102,19 @@ def faults(row: Mapping[str, str]) -> list[str]:
             try:
                 numbers[column] = float(cell)
             except ValueError:
-                found.append(f"{column} is no number: {cell}")
-    found += [f"{column} is not finite and >= 0: {row[column]}" for column, value in numbers.items()
+                texts.append(f"{column} is no number: {cell}")
+    texts += [f"{column} is not finite and >= 0: {row[column]}" for column, value in numbers.items()
               if column != "eta" and not 0 <= value < float("inf")]  # fmt: skip
     p20, p50, p80 = (numbers.get(f"{p}_us") for p in ("p20", "p50", "p80"))
     if p20 is not None and p50 is not None and p80 is not None and not 0 < p20 <= p50 <= p80:
-        found.append(f"percentiles are not ordered: {p20}, {p50}, {p80}")
+        texts.append(f"percentiles are not ordered: {p20}, {p50}, {p80}")
     if row.get("mode") != "model" and p50 is None:
-        found.append("timed, but without p50_us")
+        texts.append("timed, but without p50_us")
     if row.get("part") not in PARTS:
-        found.append(f"part is {row.get('part')}, not one of {', '.join(PARTS)}")
+        texts.append(f"part is {row.get('part')}, not one of {', '.join(PARTS)}")
     if row.get("size") not in SIZES:
-        found.append(f"size is {row.get('size')}, not one of {', '.join(SIZES)}")
-    return found
+        texts.append(f"size is {row.get('size')}, not one of {', '.join(SIZES)}")
+    return texts
 
 
 def read(path: Path) -> "pd.DataFrame":
@@ -118,20 +127,20 @@ def read(path: Path) -> "pd.DataFrame":
 
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            found = list(csv.reader(file))
+            lines = list(csv.reader(file))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is damaged: {error}") from error
-    if not found or tuple(found[0]) != COLUMNS:
+    if not lines or tuple(lines[0]) != COLUMNS:
         raise InputError(f"{path} is no file of results: its first line does not name the columns of bench/rows.py")
-    for number, cells in enumerate(found[1:], start=2):
+    for number, cells in enumerate(lines[1:], start=2):
         if len(cells) != len(COLUMNS):
             raise InputError(f"{path} is damaged: line {number} has {len(cells)} cells, not {len(COLUMNS)}")
         wrong = faults(dict(zip(COLUMNS, cells, strict=True)))
         if wrong:
             raise InputError(f"{path} is damaged: line {number}: {wrong[0]}")
-    table = pd.DataFrame(found[1:], columns=list(COLUMNS), dtype=object)
+    table = pd.DataFrame(lines[1:], columns=list(COLUMNS), dtype=object)
     for column in COLUMNS:
         if column not in TEXT:
             table[column] = pd.to_numeric(table[column].replace("", float("nan")))
@@ -147,7 +156,7 @@ def newest(table: "pd.DataFrame", besides: Iterable[str] = ()) -> "pd.DataFrame"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The columns of ENVIRONMENT; what cannot be found out is empty."""
+    """The columns of ENVIRONMENT; one whose value is not known is empty."""
     cuda = device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

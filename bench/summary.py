@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def lines(devices: "Sequence[tuple[str, Mapping[str, pd.DataFrame]]]", results: Path) -> list[str]:
-    """Markdown bullets; quick rows, which say nothing about speed, have none.
+    """Markdown bullets; quick rows, which say nothing about speed, have none, and small trainings beside larger ones.
 
     Args:
         devices: the name of each and its tables by suite, each thing in them once.
@@ -24,9 +24,10 @@ def lines(devices: "Sequence[tuple[str, Mapping[str, pd.DataFrame]]]", results: 
         for suite, summarise in SENTENCES.items()
         if suite in tables and set(tables[suite]["size"]) != {"quick"} and (sentence := summarise(tables[suite]))
     ]
-    bullets += [f"* **trainings**, {scale} scale: {text}"
-                for scale, name in (("full", "tab1"), ("medium", "claim"), ("small", "tab1"))
-                if (text := _trainings(results / "paper" / scale / f"{name}.csv"))]  # fmt: skip
+    trainings = [f"* **trainings**, {scale} scale: {text}"
+                 for scale, name in (("full", "tab1"), ("medium", "claim"), ("small", "tab1"))
+                 if (text := _trainings(results / "paper" / scale / f"{name}.csv"))]  # fmt: skip
+    bullets += [bullet for bullet in trainings if "small scale" not in bullet] or trainings  # small: plumbing only
     bullets += [f"* **gating, by count**: {text}" for text in (_costs(results / "offline/gating.csv"),) if text]
     bullets += [f"* **kernels**: {text}" for text in (_kernels(results / "offline/kernels.csv"),) if text]
     return bullets
@@ -168,11 +169,13 @@ def _trainings(path: Path) -> str:
              "proximal-target": "proximal to a target"}  # fmt: skip
     pruned = table[table["method"].isin(list(names))].dropna(subset=["inference_flops_ratio", "accuracy_delta"])
     texts = []
-    for method, own in pruned.groupby("method", sort=False):
-        flops, points = own["inference_flops_ratio"], own["accuracy_delta"]
+    for method, runs in pruned.groupby("method", sort=False):
+        flops, points = (
+            " to ".join(dict.fromkeys(format(value, form) for value in (runs[column].min(), runs[column].max())))
+            for column, form in (("inference_flops_ratio", ".0%"), ("accuracy_delta", "+.1f"))
+        )
         texts.append(
-            f"{names[str(method)]} keeps {flops.min():.0%} to {flops.max():.0%} of the inference FLOPs, at "
-            f"{points.min():+.1f} to {points.max():+.1f} points of accuracy against dense"
+            f"{names[str(method)]} keeps {flops} of the inference FLOPs, at {points} points of accuracy against dense"
         )
     plumbing = "; plumbing only: after a few short epochs all networks are half trained"
     return f"{'; '.join(texts)}{plumbing * ('small' in set(table['scale']))}." if texts else ""

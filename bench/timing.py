@@ -31,6 +31,7 @@ def side_by_side(
     device: torch.device,
     milliseconds: float = 20,
     rounds: int = 3,
+    *,
     one_pool: bool = False,
 ) -> dict[str, Timing]:
     """Times every provider for about `milliseconds` in each of several rounds, one after the other within a round, so
@@ -41,7 +42,7 @@ def side_by_side(
     activations of a training step are there once, not once per provider: for providers that keep nothing they allocate.
     """
     if device.type == "cuda":
-        return _on_cuda(providers, milliseconds, rounds, one_pool)
+        return _on_cuda(providers, milliseconds, rounds, one_pool=one_pool)
     samples: dict[str, list[float]] = {name: [] for name in providers}
     timers = {
         name: torch.utils.benchmark.Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
@@ -55,7 +56,7 @@ def side_by_side(
 
 
 def _on_cuda(
-    providers: Mapping[str, Callable[[], object]], milliseconds: float, rounds: int, one_pool: bool
+    providers: Mapping[str, Callable[[], object]], milliseconds: float, rounds: int, *, one_pool: bool
 ) -> dict[str, Timing]:
     from triton.testing import do_bench
 
@@ -148,7 +149,7 @@ class Check:
     outliers: float
 
     def passes(self, baseline: "Check", dtype: torch.dtype) -> bool:
-        """At most twice PyTorch's own error, or the rounding of the dtype; NaN fails."""
+        """Whether the error is at most twice PyTorch's own, or within the rounding of the dtype; NaN fails."""
         return self.error <= max(2 * baseline.error, FLOOR[dtype]) and self.outliers <= max(2 * baseline.outliers, 1e-6)
 
 

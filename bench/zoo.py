@@ -86,10 +86,10 @@ def _vision_class(path: str, *arguments: Any, **options: Any) -> Callable[[], nn
     return build
 
 
-def _thin_head(build: Callable[[], nn.Module], width: int = 48) -> Callable[[], nn.Module]:
+def _narrow_head(build: Callable[[], nn.Module], width: int = 48) -> Callable[[], nn.Module]:
     """AlexNet and VGG with hidden linear layers of `width` instead of 4096 features."""
 
-    def thin() -> Any:
+    def narrow() -> Any:
         with torch.device("meta"):
             model: Any = build()
         linear = [name for name, m in model.classifier.named_modules() if isinstance(m, nn.Linear)]
@@ -104,7 +104,7 @@ def _thin_head(build: Callable[[], nn.Module], width: int = 48) -> Callable[[], 
                 reset()
         return model
 
-    return thin
+    return narrow
 
 
 # -- timm --------------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class UNet(nn.Module):
     With `any_size` maps are padded where halving has rounded, so the forward branches on sizes.
     """
 
-    def __init__(self, classes: int = 4, width: int = 16, depth: int = 3, any_size: bool = False) -> None:
+    def __init__(self, classes: int = 4, width: int = 16, depth: int = 3, *, any_size: bool = False) -> None:
         super().__init__()
         self.any_size = any_size
         widths = [width * 2**i for i in range(depth + 1)]
@@ -213,7 +213,7 @@ class Generator(nn.Module):
         for i, (before, after) in enumerate(itertools.pairwise(widths)):
             stride, padding = (1, 0) if i == 0 else (2, 1)
             layers += [nn.ConvTranspose2d(before, after, 4, stride, padding, bias=False)]
-            layers += [nn.BatchNorm2d(after), nn.ReLU(True)]
+            layers += [nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False), nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def _unit(inputs: int, outputs: int, kernel: int = 1, stride: int = 1) -> nn.Seq
 class _CrossStage(nn.Module):
     """Half of the channels goes through residual blocks, and what each of them gives is kept."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, residual: bool = True) -> None:
+    def __init__(self, inputs: int, outputs: int, blocks: int, *, residual: bool = True) -> None:
         super().__init__()
         half = outputs // 2
         self.first, self.last = _unit(inputs, outputs), _unit((2 + blocks) * half, outputs)
@@ -300,7 +300,7 @@ class Detector(nn.Module):
         return [torch.cat([box(x), name(x)], 1) for x, box, name in heads]
 
 
-def _own(make: Callable[..., nn.Module], **options: Any) -> Callable[[], nn.Module]:
+def _of_class(make: Callable[..., nn.Module], **options: Any) -> Callable[[], nn.Module]:
     return lambda: make(**options)
 
 
@@ -321,7 +321,7 @@ def _small_segmentation(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         backbone = _dilated_backbone()
         home = getattr(import_torchvision().models.segmentation, name)
-        model: nn.Module = getattr(home, f"_{name}_resnet")(backbone, 5, True)
+        model: nn.Module = getattr(home, f"_{name}_resnet")(backbone, 5, aux=True)
         return model
 
     return build
@@ -346,7 +346,7 @@ def _small_vgg() -> Any:
 
 
 ZOO: dict[str, Architecture] = {
-    "alexnet": Architecture("torchvision", _vision("alexnet"), 64, _thin_head(_vision("alexnet"))),
+    "alexnet": Architecture("torchvision", _vision("alexnet"), 64, _narrow_head(_vision("alexnet"))),
     "vgg11_bn": Architecture("torchvision", _vision("vgg11_bn"), 32, _small_vgg),
     "resnet18": Architecture("torchvision", _vision("resnet18")),
     "resnet50": Architecture(
@@ -405,13 +405,15 @@ ZOO: dict[str, Architecture] = {
     "lraspp_mobilenet_v3_large": Architecture(
         "torchvision", _vision("lraspp_mobilenet_v3_large", weights_backbone=None, num_classes=21)
     ),
-    "unet": Architecture("own", _own(UNet), 16, _own(UNet, width=8)),
+    "unet": Architecture("own", _of_class(UNet), 16, _of_class(UNet, width=8)),
     "unet_any_size": Architecture(
-        "own", _own(UNet, any_size=True), 18, _own(UNet, width=8, any_size=True), page_size=220
+        "own", _of_class(UNet, any_size=True), 18, _of_class(UNet, width=8, any_size=True), page_size=220
     ),
-    "dcgan_generator": Architecture("own", _own(Generator), 1, _own(Generator, width=8), channels=100, page_size=1),
-    "espcn": Architecture("own", _own(ESPCN), 12, channels=1),
-    "detector": Architecture("own", _own(Detector), 32, _own(Detector, classes=5, width=8, bins=2)),
+    "dcgan_generator": Architecture(
+        "own", _of_class(Generator), 1, _of_class(Generator, width=8), channels=100, page_size=1
+    ),
+    "espcn": Architecture("own", _of_class(ESPCN), 12, channels=1),
+    "detector": Architecture("own", _of_class(Detector), 32, _of_class(Detector, classes=5, width=8, bins=2)),
     "timm:resnetv2_50": Architecture(
         "timm", _timm("resnetv2_50"), 32, _timm("resnetv2_50", layers=_ONE_EACH, channels=(64, 128, 256, 512))
     ),

@@ -73,12 +73,12 @@ def draw_all(names: Sequence[str], results: Path, out: Path) -> int:
     with common.styled():
         for name in names:
             module = FIGURES[name]
-            found = [folder for folder in folders if any((folder / file).exists() for file in module.FILES)]
-            if name in MEDIUM_FIRST and results / "paper" / "medium" in found:
-                found = [folder for folder in found if folder != results / "paper" / "small"]
-            if not found:
+            with_rows = [folder for folder in folders if any((folder / file).exists() for file in module.FILES)]
+            if name in MEDIUM_FIRST and results / "paper" / "medium" in with_rows:
+                with_rows = [folder for folder in with_rows if folder != results / "paper" / "small"]
+            if not with_rows:
                 print(f"{name:<11}skipped: no {' or '.join(module.FILES)} in a folder of {results}")
-            for folder in found:
+            for folder in with_rows:
                 if not _draw_folder(name, module.figures, folder, out):
                     code = 2
     return code

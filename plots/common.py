@@ -5,7 +5,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ class Drawing:
     drawn: "Drawn | None"
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read(
@@ -141,13 +141,28 @@ def full_before_quick(rows: "pd.DataFrame", within: Sequence[str]) -> "pd.DataFr
     return rows[full | ~has_full]
 
 
+def a_figure_per_batch(path: Path, stem: str, draw: "Callable[[pd.DataFrame], Drawn | None]") -> list[Drawing]:
+    """A figure for each dtype and batch of a suite's file, full rows before quick ones; one without rows for none.
+
+    Raises:
+        InputError: as `read`.
+    """
+    rows = read_suite(path)
+    rows = full_before_quick(rows, ["dtype"]) if len(rows) else rows
+    drawings = [
+        Drawing(f"{stem}-{dtype}-n{n:g}", draw(batch_rows))
+        for (dtype, n), batch_rows in rows.groupby(["dtype", "n"], dropna=False, sort=True)
+    ]
+    return drawings or [Drawing(stem, None)]
+
+
 def newest(rows: "pd.DataFrame", key: Sequence[str]) -> "pd.DataFrame":
     """The last measured row of those equal in the columns `key`, in the order of their first appearance."""
     ordered = rows.sort_values("date", kind="stable").drop_duplicates(list(key), keep="last")
     return ordered.sort_index()
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# -- names -------------------------------------------------------------------------------------------------------------
 
 
 def network_name(name: str) -> str:
@@ -166,10 +181,10 @@ def dataset_name(name: str) -> str:
 
 def subject(rows: "pd.DataFrame") -> str:
     """ "ResNet-32 and VGG-11 on CIFAR-10"; datasets are told apart where there are several."""
-    found: dict[str, list[str]] = {}
+    networks_by_dataset: dict[str, list[str]] = {}
     for network, dataset in rows[["network", "dataset"]].drop_duplicates().itertuples(index=False):
-        found.setdefault(dataset_name(dataset), []).append(network_name(network))
-    return "; ".join(f"{listed(networks)} on {dataset}" for dataset, networks in found.items())
+        networks_by_dataset.setdefault(dataset_name(dataset), []).append(network_name(network))
+    return "; ".join(f"{listed(networks)} on {dataset}" for dataset, networks in networks_by_dataset.items())
 
 
 def listed(words: Sequence[str]) -> str:
@@ -178,7 +193,7 @@ def listed(words: Sequence[str]) -> str:
 
 
 def aim(ratio: float, target: float) -> str:
-    """What sets how much a run prunes: its penalty ratio, or the share of the inference FLOPs to end with."""
+    """The aim of a run in words: its penalty ratio, or the share of the inference FLOPs to end with."""
     if not math.isnan(target):
         return f"to {percent(target)}"
     return "" if math.isnan(ratio) else f"ratio {ratio:g}"
@@ -251,17 +266,17 @@ def percent(share: float, digits: int = 0) -> str:
 
 
 def si_unit(largest: float, unit: str) -> tuple[float, str]:
-    """What to divide by, and the unit that then holds: (1e9, "GB") for 3e10 and "B"."""
+    """A divisor, and the unit of the quotient: (1e9, "GB") for 3e10 and "B"."""
     power = min(max(int(math.log10(largest) // 3), 0), 4) if largest > 0 else 0
     return 1000.0**power, ("", "k", "M", "G", "T")[power] + unit
 
 
 def time_unit(largest_us: float) -> tuple[float, str]:
-    """What to divide microseconds by, and the unit that then holds."""
+    """A divisor of microseconds, and the unit of the quotient."""
     return (1.0, "µs") if largest_us < 1e3 else (1e3, "ms") if largest_us < 1e6 else (1e6, "s")
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------------
+# -- drawing -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -302,7 +317,7 @@ def provider_looks(providers: Iterable[str]) -> dict[str, dict[str, Any]]:
     return looks(sorted(dict.fromkeys(providers), key=lambda name: (not name.startswith("ours"), name)))
 
 
-def provider_legend(figure: "Figure", providers: Mapping[str, Mapping[str, Any]], lines: bool = True) -> None:
+def provider_legend(figure: "Figure", providers: Mapping[str, Mapping[str, Any]], *, lines: bool = True) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -316,7 +331,7 @@ def line_look(look: Mapping[str, Any]) -> dict[str, Any]:
     return {name: look[name] for name in ("color", "linestyle")}
 
 
-def paper_level(ax: "Axes", y: float, text: str, above: bool = True) -> None:
+def paper_level(ax: "Axes", y: float, text: str, *, above: bool = True) -> None:
     """The paper's value as a dashed grey line across, its source written at the right end."""
     ax.axhline(y, **PAPER_LINE)
     ax.annotate(
@@ -378,7 +393,7 @@ def provenance(rows: "pd.DataFrame", verb: str = "Measured") -> str:
 
 
 def training_note(rows: "pd.DataFrame") -> str:
-    """Where and when runs were trained, and what a small or medium scale is."""
+    """A sentence on where and when runs were trained, and on what a small or medium scale is."""
     epochs = sorted({int(value) for value in rows["epochs"].dropna()})
     length = f" ({listed([str(value) for value in epochs])} epochs)" if epochs else ""
     notes = {
@@ -390,7 +405,7 @@ def training_note(rows: "pd.DataFrame") -> str:
 
 
 def measuring_note(rows: "pd.DataFrame") -> str:
-    """Where and when rows of a suite were measured, in which modes, with which masks, and whether quick."""
+    """A sentence on where, when and in which modes rows of a suite were measured, with which masks, and if quick."""
     computed = (rows["mode"] == "model").all()
     notes = [provenance(rows, "Computed" if computed else "Measured")]
     modes = [mode for mode in dict.fromkeys(rows["mode"]) if mode not in ("", "model")]

@@ -34,8 +34,9 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     spreads = []
     for ax, (network, dataset) in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
         here = (rows["network"] == network) & (rows["dataset"] == dataset)
-        for interval, own in pruned[here.reindex(pruned.index)].groupby("interval"):
-            means = own.groupby("ratio")[["inference_mflops", "accuracy"]].mean().sort_index()
+        runs = pruned[here.reindex(pruned.index)]
+        for interval, interval_runs in runs.groupby("interval"):
+            means = interval_runs.groupby("ratio")[["inference_mflops", "accuracy"]].mean().sort_index()
             ax.plot(means["inference_mflops"], means["accuracy"], markersize=4.5, **looks[interval])
         dense = rows[here & (rows["method"] == "dense")]
         ax.plot(dense["inference_mflops"], dense["accuracy"], "k^", markersize=7)
@@ -43,12 +44,8 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
         ax.set(xlabel="inference, MFLOPs per image", ylabel="validation accuracy, %")
         ax.margins(0.1)
         ax.grid()
-        own = (
-            pruned[here.reindex(pruned.index)]
-            .groupby(["ratio", "interval"])[["accuracy", "inference_flops_ratio"]]
-            .mean()
-        )
-        spread = own.groupby("ratio").agg(lambda values: values.max() - values.min()).max()
+        means = runs.groupby(["ratio", "interval"])[["accuracy", "inference_flops_ratio"]].mean()
+        spread = means.groupby("ratio").agg(lambda values: values.max() - values.min()).max()
         spreads.append(
             f"{common.network_name(network)} {spread['accuracy']:.1f} points of accuracy and "
             f"{100 * spread['inference_flops_ratio']:.1f} points of inference FLOPs"

@@ -38,19 +38,19 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     *over_epochs, saving = figure.subplots(1, 3)
     for ax, (column, name) in zip(over_epochs, PANELS, strict=True):
         for run in labels:
-            own = rows[(rows["run"] == run) & (rows["gpus"] == gpus)].sort_values("epoch")
+            curve = rows[(rows["run"] == run) & (rows["gpus"] == gpus)].sort_values("epoch")
             look = looks["dense" if run in dense else run]
-            ax.plot(own["epoch"], 100 * own[column], drawstyle="steps-mid", **common.line_look(look))
+            ax.plot(curve["epoch"], 100 * curve[column], drawstyle="steps-mid", **common.line_look(look))
         ax.set(title=f"Sent {name}", xlabel="epoch", ylabel="bytes, % of dense")
         ax.set_ylim(0, max(105, 105 * rows[column].max()))
         ax.grid(axis="y")
         common.whole_epochs(ax)
     savings = {}
     for run, label in labels.items():
-        own = rows[rows["run"] == run].groupby("gpus")["average_saving"].mean()
-        savings[label] = own.mean()
+        by_gpus = rows[rows["run"] == run].groupby("gpus")["average_saving"].mean()
+        savings[label] = by_gpus.mean()
         if run not in dense:
-            saving.plot(own.index, 100 * own, markersize=4, **looks[run])
+            saving.plot(by_gpus.index, 100 * by_gpus, markersize=4, **looks[run])
     counts = sorted(rows["gpus"].unique())
     saving.set_xscale("log", base=2)
     saving.set_xticks(counts, [f"{count:g}" for count in counts])

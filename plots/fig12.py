@@ -34,23 +34,25 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     figure = common.new_figure(1.75 * len(labels) + 0.45)
     texts = []
     for ax, (run, label) in zip(figure.subplots(len(labels), 1, squeeze=False)[:, 0], labels.items(), strict=True):
-        own = rows[rows["run"] == run].sort_values("index")
-        ax.bar(own["index"], 100 * own["channel_density"], 0.86, color=CHANNELS, edgecolor="#6F93B0", linewidth=0.4)
-        ax.bar(own["index"], 100 * own["weight_density"], 0.5, color=WEIGHTS)
+        layers = rows[rows["run"] == run].sort_values("index")
+        ax.bar(
+            layers["index"], 100 * layers["channel_density"], 0.86, color=CHANNELS, edgecolor="#6F93B0", linewidth=0.4
+        )
+        ax.bar(layers["index"], 100 * layers["weight_density"], 0.5, color=WEIGHTS)
         ax.axhline(100 * paper.CHANNEL_DENSITY, **{**common.PAPER_LINE, "zorder": 3})
         ax.set(ylim=(0, 105), ylabel="% of dense")
-        ax.set_xlim(own["index"].min() - 0.8, own["index"].max() + 0.8)
+        ax.set_xlim(layers["index"].min() - 0.8, layers["index"].max() + 0.8)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(axis="y")
-        network = common.network_name(own["network"].iloc[0])
+        network = common.network_name(layers["network"].iloc[0])
         ax.set_title(
             common.plain(label if network in label or rows["network"].nunique() == 1 else f"{network}, {label}")
         )
-        within = 1 - (own["weight_density"] / own["channel_density"]).where(own["channel_density"] > 0).mean()
-        gone = int((own["channel_density"] == 0).sum())
+        within = 1 - (layers["weight_density"] / layers["channel_density"]).where(layers["channel_density"] > 0).mean()
+        gone = int((layers["channel_density"] == 0).sum())
         texts.append(
-            f"{label}: channels {common.percent(own['channel_density'].mean())}, {common.percent(within)} of the "
-            f"weights inside them near zero" + (f", {gone} of {len(own)} layers gone" if gone else "")
+            f"{label}: channels {common.percent(layers['channel_density'].mean())}, {common.percent(within)} of the "
+            f"weights inside them near zero" + (f", {gone} of {len(layers)} layers gone" if gone else "")
         )
     ax.set_xlabel("index of the convolution")
     handles = [

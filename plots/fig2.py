@@ -43,10 +43,10 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     figure = common.new_figure(2.35 * len(subjects) + 0.45)
     grid = figure.subplots(len(subjects), 3, squeeze=False)
     for axes, (network, dataset) in zip(grid, subjects, strict=True):
-        own = rows[(rows["network"] == network) & (rows["dataset"] == dataset)]
-        _draw_flops(axes[0], own[own["panel"] == "a"], looks)
-        _draw_phases(axes[1], own[own["panel"] == "b"], series)
-        _draw_once(axes[2], own[own["panel"] == "c"], looks)
+        network_rows = rows[(rows["network"] == network) & (rows["dataset"] == dataset)]
+        _draw_flops(axes[0], network_rows[network_rows["panel"] == "a"], looks)
+        _draw_phases(axes[1], network_rows[network_rows["panel"] == "b"], series)
+        _draw_once(axes[2], network_rows[network_rows["panel"] == "c"], looks)
         if len(subjects) > 1:
             axes[0].set_title(f"(a) {common.network_name(network)}, {common.dataset_name(dataset)}")
     lines = [Line2D([], [], **common.line_look(look), label=label) for label, look in looks.items()]
@@ -113,12 +113,12 @@ def _draw_phases(ax: "Axes", rows: "pd.DataFrame", series: list[str]) -> None:
 
 
 def _draw_once(ax: "Axes", rows: "pd.DataFrame", looks: dict[Any, Any]) -> None:
-    for label, own in rows.groupby("series"):
+    for label, series_rows in rows.groupby("series"):
         look = looks[label]
-        for _, run in own[own["label"] != "run"].groupby("run", sort=False):
+        for _, run in series_rows[series_rows["label"] != "run"].groupby("run", sort=False):
             run = run.sort_values("x")
             ax.plot(run["x"], run["y"], **common.line_look(look))
-        really = own[own["label"] == "run"]
+        really = series_rows[series_rows["label"] == "run"]
         ax.plot(really["x"], really["y"], "o", color=look["color"], markerfacecolor="white", markersize=4.5, zorder=4)
     ax.axhline(1, color="black", linewidth=0.7)
     ax.axhline(paper.ONCE_OVERHEAD, **common.PAPER_LINE)

@@ -44,18 +44,18 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     if rows.empty:
         return None
     rows, series = common.with_series(rows)
-    there = [policy for policy in POLICIES if policy in set(rows["policy"])]
+    policies = [policy for policy in POLICIES if policy in set(rows["policy"])]
     subjects = list(rows[["network", "dataset"]].drop_duplicates().itertuples(index=False))
     figure = common.new_figure(4.8)
     grid = figure.subplots(3, len(subjects), squeeze=False, sharex="col", height_ratios=(3, 3, 2))
     extras: dict[str, list[float]] = {ENDS: [], EVERYWHERE: []}
     for axes, (network, dataset) in zip(grid.T, subjects, strict=True):
-        own = rows[(rows["network"] == network) & (rows["dataset"] == dataset)]
-        labels = [label for label in series if label in set(own["series"])]
+        network_rows = rows[(rows["network"] == network) & (rows["dataset"] == dataset)]
+        labels = [label for label in series if label in set(network_rows["series"])]
         for ax, (column, name) in zip(axes, PANELS.items(), strict=False):
-            _draw_bars(ax, _by_policy(own, column, labels), there)
+            _draw_bars(ax, _by_policy(network_rows, column, labels), policies)
             ax.set_ylabel(f"{name},\nFLOPs, % of dense" if ax in grid[:, 0] else "")
-        extra = {policy: _extra(own, policy, labels) for policy in extras if policy in there}
+        extra = {policy: _extra(network_rows, policy, labels) for policy in extras if policy in policies}
         for policy, values in extra.items():
             extras[policy] += [value for value in values if value == value]
         _draw_difference(axes[2], extra)
@@ -65,7 +65,7 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     for ax in grid[2]:
         ax.set_ylim(min(0, 1.1 * min(every, default=0)), 1.25 * max(*every, 100 * paper.UNION_EXTRA[1]))
     grid[2, 0].set_ylabel("union − gating,\npoints")
-    handles: list[Any] = [Patch(facecolor=POLICIES[policy], label=NAMES[policy]) for policy in there]
+    handles: list[Any] = [Patch(facecolor=POLICIES[policy], label=NAMES[policy]) for policy in policies]
     handles += [
         Line2D([], [], **LINES[policy], label=f"union − {policy}{' everywhere' * (policy == EVERYWHERE)}")
         for policy, values in extras.items()
@@ -78,8 +78,8 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
         f"FLOPs left under channel union and channel gating, {common.subject(rows)}, as the paper's Fig. 6. Gating is "
         "computed from the same final weights, each layer's own live channels: at branch ends the first convolution of "
         "a residual path selects its inputs and the last one places its outputs, as in the paper; everywhere, the "
-        f"convolutions inside a path do so too. Below: inference FLOPs that union needs more, {_found(extras)}; the "
-        "paper finds 1 to 6 % (section 4.2, grey band, read as points of the normalised FLOPs). "
+        f"convolutions inside a path do so too. Below: inference FLOPs that union needs more, {_in_words(extras)}; "
+        "the paper finds 1 to 6 % (section 4.2, grey band, read as points of the normalised FLOPs). "
         f"{common.training_note(rows)}",
     )
 
@@ -91,7 +91,7 @@ LINES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _found(extras: dict[str, list[float]]) -> str:
+def _in_words(extras: dict[str, list[float]]) -> str:
     texts = []
     for policy, where in ((ENDS, "at branch ends"), (EVERYWHERE, "everywhere")):
         values = extras[policy]
@@ -109,7 +109,7 @@ def _by_policy(rows: "pd.DataFrame", column: str, series: list[str]) -> "pd.Data
 
 
 def _extra(rows: "pd.DataFrame", policy: str, series: list[str]) -> list[float]:
-    """What union needs more than a policy, of dense, by series; NaN where either is missing."""
+    """The FLOPs that union needs beyond a policy's, of dense, by series; NaN where either is missing."""
     shares = _by_policy(rows, "inference_flops_ratio", series).reindex(columns=list(POLICIES))
     return [float(value) for value in shares["union"] - shares[policy]]
 

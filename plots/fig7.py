@@ -25,12 +25,7 @@ BAR_WIDTH = 0.27
 
 
 def figures(folder: Path) -> list[common.Drawing]:
-    rows = common.read_suite(folder / FILES[0])
-    rows = common.full_before_quick(rows, ["dtype"]) if len(rows) else rows
-    drawings = []
-    for (dtype, n), own in rows.groupby(["dtype", "n"], dropna=False, sort=True):
-        drawings.append(common.Drawing(f"fig7-{folder.name}-{dtype}-n{n:g}", draw(own)))
-    return drawings or [common.Drawing(f"fig7-{folder.name}", None)]
+    return common.a_figure_per_batch(folder / FILES[0], f"fig7-{folder.name}", draw)
 
 
 def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
@@ -91,8 +86,10 @@ def _draw_direction(ax: "Axes", rows: "pd.DataFrame", blocks: list[str], divisor
     )  # fmt: skip
     ticks, letters = [], []
     for index, provider in enumerate(shown):
-        own = rows[rows["provider"] == provider]
-        times, roofs = (own.pivot(index="layer", columns="part", values=name) for name in ("p50_us", "roof_us"))
+        provider_rows = rows[rows["provider"] == provider]
+        times, roofs = (
+            provider_rows.pivot(index="layer", columns="part", values=name) for name in ("p50_us", "roof_us")
+        )
         letter, colour = BARS[provider]
         x = [place[block] + BAR_WIDTH * (index - (len(shown) - 1) / 2) for block in times.index]
         below = 0 * times.iloc[:, 0].fillna(0)
@@ -140,8 +137,8 @@ def _means(totals: "pd.Series[float]") -> str:
 
 def short(layer: str) -> str:
     """ "layer1.0.conv3" -> "1.0": stage and block."""
-    found = re.fullmatch(r"layer(\d+)\.(\d+)\.conv\d+", layer)
-    return f"{found[1]}.{found[2]}" if found else common.plain(layer)
+    match = re.fullmatch(r"layer(\d+)\.(\d+)\.conv\d+", layer)
+    return f"{match[1]}.{match[2]}" if match else common.plain(layer)
 
 
 def natural(text: str) -> list[tuple[int, int | str]]:

@@ -51,9 +51,9 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     for axes, dataset in zip(grid, datasets, strict=True):
         for ax, (column, name) in zip(axes, PANELS, strict=True):
             for network in networks:
-                own = rows[(rows["dataset"] == dataset) & (rows["network"] == network)]
-                _draw_network(ax, own, column, looks[network])
-                marked |= _mark_paper(ax, own, column, looks[network])
+                network_rows = rows[(rows["dataset"] == dataset) & (rows["network"] == network)]
+                _draw_network(ax, network_rows, column, looks[network])
+                marked |= _mark_paper(ax, network_rows, column, looks[network])
             ax.set_xlabel(name)
             ax.grid()
             ax.margins(0.08)
@@ -76,8 +76,8 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
         figure,
         f"Accuracy against cost by pruning strength, {common.subject(rows)}, as the paper's Fig. 8; "
         f"{_ratios(rows)}; triangles are the dense networks. SSL starts from the trained dense network: its training "
-        f"costs more than dense training, and is not shown.{_seeds(rows)}{_ends(rows)} {_paper_says(rows, marked)}"
-        f"{common.training_note(rows)}",
+        f"costs more than dense training, and is not shown.{_seeds(rows)}{_ends(rows)} "
+        f"{_paper_says(rows, marked=marked)}{common.training_note(rows)}",
     )
 
 
@@ -97,12 +97,12 @@ PAPER_MARK: dict[str, Any] = {
 
 def _draw_network(ax: "Axes", rows: "pd.DataFrame", column: str, look: dict[str, Any]) -> None:
     for method, marks in MARKS.items():
-        own = rows[rows["method"] == method].dropna(subset=[column])
-        if own.empty or (method == "ssl" and column != "inference_mflops"):
+        method_rows = rows[rows["method"] == method].dropna(subset=[column])
+        if method_rows.empty or (method == "ssl" and column != "inference_mflops"):
             continue
-        means = own.groupby(["ratio", "target"], dropna=False)[[column, "accuracy"]].mean().sort_index()
-        if len(own) > len(means):  # several seeds: each beside their mean
-            ax.plot(own[column], own["accuracy"], ".", color=look["color"], markersize=3, alpha=0.6)
+        means = method_rows.groupby(["ratio", "target"], dropna=False)[[column, "accuracy"]].mean().sort_index()
+        if len(method_rows) > len(means):  # several seeds: each beside their mean
+            ax.plot(method_rows[column], method_rows["accuracy"], ".", color=look["color"], markersize=3, alpha=0.6)
         ax.plot(
             means[column],
             means["accuracy"],
@@ -118,10 +118,10 @@ def _mark_paper(ax: "Axes", rows: "pd.DataFrame", column: str, look: dict[str, A
     """Tab. 1's point, at the paper's share of this dense network's FLOPs: only where the setting is the paper's."""
     dense = rows.loc[rows["method"] == "dense", column].mean()
     key = (str(rows["dataset"].iloc[0]), str(rows["network"].iloc[0])) if len(rows) else ("", "")
-    found = paper.outcome(*key)
-    if found is None or math.isnan(dense) or set(rows["scale"]) != {"full"} or column == "bn_gb":
+    outcome = paper.outcome(*key)
+    if outcome is None or math.isnan(dense) or set(rows["scale"]) != {"full"} or column == "bn_gb":
         return False
-    share = found.inference_flops if column == "inference_mflops" else found.train_flops
+    share = outcome.inference_flops if column == "inference_mflops" else outcome.train_flops
     mark = {**PAPER_MARK, "markeredgecolor": look["color"]}
     ax.plot(share * dense, paper.accuracy(*key), **mark)
     return True
@@ -144,9 +144,10 @@ def _ends(rows: "pd.DataFrame") -> str:
     """The cheapest PruneTrain run of each network, with the proximal step or without, in words."""
     texts = []
     ours = rows[rows["method"].isin([name for name in METHODS if name not in ("dense", "ssl")])]
-    for (network, dataset), own in ours.groupby(["network", "dataset"], sort=False):
-        row = own.loc[own["train_flops_ratio"].idxmin()] if own["train_flops_ratio"].notna().any() else None
-        if row is not None:
+    for (network, dataset), network_rows in ours.groupby(["network", "dataset"], sort=False):
+        flops = network_rows["train_flops_ratio"]
+        if flops.notna().any():
+            row = network_rows.loc[flops.idxmin()]
             texts.append(
                 f"{common.network_name(network)} on {common.dataset_name(dataset)} {_how(row)}: training "
                 f"FLOPs {common.percent(row['train_flops_ratio'])}, BN bytes {common.percent(row['bn_bytes_ratio'])} "
@@ -161,7 +162,7 @@ def _how(row: Any) -> str:
     return f"{'at ' * aim.startswith('ratio')}{aim}{proximal}"
 
 
-def _paper_says(rows: "pd.DataFrame", marked: bool) -> str:
+def _paper_says(rows: "pd.DataFrame", *, marked: bool) -> str:
     text = ""
     if marked:
         text += "Paper's points: Tab. 1's shares of FLOPs, of this dense network's; accuracy as in Tab. 1. "

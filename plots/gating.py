@@ -24,12 +24,7 @@ PANELS = {"first convolutions, which read the stage's channels": ".conv1", "last
 
 
 def figures(folder: Path) -> list[common.Drawing]:
-    rows = common.read_suite(folder / FILES[0])
-    rows = common.full_before_quick(rows, ["dtype"]) if len(rows) else rows
-    drawings = []
-    for (dtype, n), own in rows.groupby(["dtype", "n"], dropna=False, sort=True):
-        drawings.append(common.Drawing(f"gating-{folder.name}-{dtype}-n{n:g}", draw(own)))
-    return drawings or [common.Drawing(f"gating-{folder.name}", None)]
+    return common.a_figure_per_batch(folder / FILES[0], f"gating-{folder.name}", draw)
 
 
 def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
@@ -50,13 +45,13 @@ def draw(rows: "pd.DataFrame") -> "common.Drawn | None":
     axes = figure.subplots(len(PANELS), 1, squeeze=False)[:, 0]
     shown: dict[str, Any] = {}
     for ax, (title, ending) in zip(axes, PANELS.items(), strict=True):
-        first = [layer.endswith(".conv1") for layer in ratios.index]
-        own = ratios[[at if ending else not at for at in first]]
-        blocks = sorted(own.index, key=natural)
+        are_first = [layer.endswith(".conv1") for layer in ratios.index]
+        panel_ratios = ratios[[is_first if ending else not is_first for is_first in are_first]]
+        blocks = sorted(panel_ratios.index, key=natural)
         ax.axhline(1.0, color="#0072B2", linewidth=1.2, zorder=1)
         for provider, (mark, colour) in LOOKS.items():
-            if provider in own:
-                values = own[provider].reindex(blocks)
+            if provider in panel_ratios:
+                values = panel_ratios[provider].reindex(blocks)
                 (line,) = ax.plot(
                     range(len(blocks)), values, mark, color=colour, markersize=6 if mark != "x" else 7,
                     markeredgecolor="black" if mark != "x" else colour, markeredgewidth=0.4 if mark != "x" else 1.6,

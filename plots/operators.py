@@ -78,12 +78,12 @@ def _at_least_decades(low: float, high: float, factor: float = 30) -> tuple[floa
 def _draw_suite(ax: "Axes", rows: "pd.DataFrame", looks: dict[str, dict[str, Any]]) -> None:
     from matplotlib.ticker import NullFormatter
 
-    for (provider, direction), own in rows.groupby(["provider", "direction"], sort=False):
+    for (provider, direction), points in rows.groupby(["provider", "direction"], sort=False):
         look = looks[str(provider)]
-        below = (own["p50_us"] - own["p20_us"]).clip(lower=0).fillna(0)
-        above = (own["p80_us"] - own["p50_us"]).clip(lower=0).fillna(0)
+        below = (points["p50_us"] - points["p20_us"]).clip(lower=0).fillna(0)
+        above = (points["p80_us"] - points["p50_us"]).clip(lower=0).fillna(0)
         ax.errorbar(
-            own["roof_us"], own["p50_us"], yerr=[below, above], linestyle="", marker=look["marker"], markersize=4,
+            points["roof_us"], points["p50_us"], yerr=[below, above], linestyle="", marker=look["marker"], markersize=4,
             color=look["color"], markerfacecolor="white" if direction == "backward" else look["color"],
             markeredgewidth=0.8, elinewidth=0.7, alpha=0.9, label=f"{provider}, {direction}",
         )  # fmt: skip

@@ -116,7 +116,7 @@ def _etas(kind: str) -> str:
 
 
 def _draw_paper(ax: "Axes", network: str) -> None:
-    """Where a step would lie with the paper's eta: a line from (100, 100) to no FLOPs at all, and Tab. 1's points."""
+    """Draws where a step would lie with the paper's eta: a line from (100, 100) to 0 FLOPs, and Tab. 1 as points."""
     kind = _kind(network)
     eta = sum(paper.TAB1[key].eta for key in ETAS[kind]) / len(ETAS[kind])
     ax.plot([0, 100], [100 * (1 - eta), 100], **common.PAPER_LINE, gid="paper")

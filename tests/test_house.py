@@ -1,11 +1,13 @@
 """The house as docs/design.md states it: imports go down its floors, files import in no circle, nothing is hidden.
 
-The checker reads import statements, those inside functions and under TYPE_CHECKING included; it runs nothing.
+The checkers read the source and run nothing: import statements, those inside functions and under TYPE_CHECKING
+included; and the lengths of files, classes and functions.
 """
 
 import ast
 import re
 import textwrap
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,17 +56,25 @@ def sources(root: Path) -> dict[str, Path]:
 def imports(root: Path) -> list[Import]:
     """All imports of one file of the project by another, wherever in the file they stand."""
     modules = sources(root)
-    edges = []
+    statements = []
     for module, path in modules.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        hidden = {id(node) for guard in ast.walk(tree) if _is_guard(guard) for node in ast.walk(guard)}
-        for node in ast.walk(tree):
+        hidden = {id(node) for guard in _statements(tree) if _is_guard(guard) for node in _statements(guard)}
+        for node in _statements(tree):
             for name in _names(node, module if path.name == "__init__.py" else module.rpartition(".")[0]):
                 imported = name if name in modules else name.rpartition(".")[0]  # a module, or something in one
                 if imported in modules and imported != module:
                     files = (modules[each].relative_to(root).as_posix() for each in (module, imported))
-                    edges.append(Import(*files, getattr(node, "lineno", 0), id(node) in hidden))
-    return edges
+                    statements.append(Import(*files, getattr(node, "lineno", 0), id(node) in hidden))
+    return statements
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Every statement inside a node; expressions, of which there are many more, are not looked into."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield child
+            yield from _statements(child)
 
 
 def _is_guard(node: ast.AST) -> bool:
@@ -82,10 +92,10 @@ def _names(node: ast.AST, package: str) -> Iterator[str]:
         yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def upward(edges: list[Import], floor: Mapping[str, int]) -> list[str]:
+def upward(statements: list[Import], floor: Mapping[str, int]) -> list[str]:
     """Imports of a room that does not lie on a lower floor, in words."""
     faults = []
-    for each in edges:
+    for each in statements:
         rooms = [room_of(file) for file in (each.importer, each.imported)]
         below, above = (floor.get(room) for room in rooms[::-1])
         if rooms[0] != rooms[1] and (below is None or above is None or below >= above):
@@ -93,9 +103,12 @@ def upward(edges: list[Import], floor: Mapping[str, int]) -> list[str]:
     return faults
 
 
-def circles(edges: list[Import]) -> list[frozenset[str]]:
+def circles(statements: list[Import]) -> list[frozenset[str]]:
     """Largest sets of files in which each imports all the others, directly or through others."""
-    reach = {file: {each.imported for each in edges if each.importer == file} for file in {i.importer for i in edges}}
+    reach = {
+        file: {each.imported for each in statements if each.importer == file}
+        for file in {i.importer for i in statements}
+    }
     changed = True
     while changed:
         changed = False
@@ -105,6 +118,30 @@ def circles(edges: list[Import]) -> list[frozenset[str]]:
             reach[file] = seen | more
     rings = {frozenset(b for b in reach[a] if a in reach.get(b, ())) for a in reach if a in reach[a]}
     return sorted(rings, key=sorted)
+
+
+# Longest that a file, a class and a function may be, in lines.
+FILE_LINES, CLASS_LINES, FUNCTION_LINES = 700, 250, 60
+# Operators with their kernels stand in one file each, so that a kernel can be read beside its reference.
+LONG_FILES = {"prunetrain_kernels/ops/batch_norm_act.py", "prunetrain_kernels/ops/conv2d.py"}
+# Functions that do nothing but add options to a parser: as long as the options are many.
+OPTION_TABLES = {"prunetrain_kernels/cli.py: _add_train"}
+
+
+def too_long(text: str, file: str) -> list[str]:
+    """A file itself, and its classes and functions, of more lines than they may have, decorators not counted.
+
+    Args:
+        text: the file's source.
+        file: its name, with which every entry begins: "a.py", or "a.py: function".
+    """
+    names = [file] if len(text.splitlines()) > FILE_LINES else []
+    for node in _statements(ast.parse(text)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            limit = CLASS_LINES if isinstance(node, ast.ClassDef) else FUNCTION_LINES
+            if node.end_lineno is not None and node.end_lineno - node.lineno + 1 > limit:
+                names.append(f"{file}: {node.name}")
+    return names
 
 
 def attributes_of_flow(text: str) -> list[str]:
@@ -119,7 +156,7 @@ def attributes_of_flow(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def edges() -> list[Import]:
+def project_imports() -> list[Import]:
     return imports(ROOT)
 
 
@@ -133,17 +170,17 @@ def test_every_room_has_a_floor(floor: dict[str, int]) -> None:
     assert rooms - set(floor) == set(), "rooms that the table of docs/design.md, section 3, does not name"
 
 
-def test_imports_go_down(edges: list[Import], floor: dict[str, int]) -> None:
-    assert len(edges) > 500
-    assert upward(edges, floor) == []
+def test_imports_go_down(project_imports: list[Import], floor: dict[str, int]) -> None:
+    assert len(project_imports) > 500
+    assert upward(project_imports, floor) == []
 
 
-def test_no_circle_of_files(edges: list[Import]) -> None:
-    assert [sorted(ring) for ring in circles(edges)] == []
+def test_no_circle_of_files(project_imports: list[Import]) -> None:
+    assert [sorted(ring) for ring in circles(project_imports)] == []
 
 
-def test_no_import_is_hidden_from_those_who_run_the_code(edges: list[Import]) -> None:
-    assert [f"{i.importer}, line {i.line}, imports {i.imported}" for i in edges if i.hidden] == []
+def test_no_import_is_hidden_from_those_who_run_the_code(project_imports: list[Import]) -> None:
+    assert [f"{i.importer}, line {i.line}, imports {i.imported}" for i in project_imports if i.hidden] == []
 
 
 def test_rules_touch_a_flow_only_through_its_methods() -> None:
@@ -152,6 +189,21 @@ def test_rules_touch_a_flow_only_through_its_methods() -> None:
     assert {"functions.py", "shapes.py", "layers.py", "rules.py", "batch_norm.py", "branches.py"} <= names
     rules_of = {path: path.read_text(encoding="utf-8") for path in files if path.name != "walk.py"}
     assert {path.name: reached for path, text in rules_of.items() if (reached := attributes_of_flow(text))} == {}
+
+
+def test_files_classes_and_functions_are_short() -> None:
+    paths = [path for folder in (PACKAGE, *OUTSIDE, "tests") for path in (ROOT / folder).rglob("*.py")]
+    files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    long = {name for file, text in files.items() for name in too_long(text, file)}
+    assert long == LONG_FILES | OPTION_TABLES, "split what is too long; take from the lists what no longer is"
+
+
+def test_flags_are_keywords_by_ruffs_rules() -> None:
+    """Ruff looks for positional booleans everywhere but in the files that pyproject.toml names."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
+    assert "FBT" in settings["select"]
+    exempt = [name for name, rules in settings["per-file-ignores"].items() if "FBT" in rules]
+    assert not [name for name in exempt if name.startswith(OUTSIDE)]
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------
@@ -258,16 +310,16 @@ def planted(root: Path, more: Mapping[str, str] | None = None) -> list[Import]:
 
 
 def test_a_sound_project_has_no_faults(tmp_path: Path) -> None:
-    edges = planted(tmp_path)
-    assert {(i.importer, i.imported) for i in edges} == {
+    statements = planted(tmp_path)
+    assert {(i.importer, i.imported) for i in statements} == {
         ("prunetrain_kernels/train/__init__.py", "prunetrain_kernels/train/loop.py"),
         ("prunetrain_kernels/train/loop.py", "prunetrain_kernels/errors.py"),
         ("prunetrain_kernels/nn/fuse.py", "prunetrain_kernels/errors.py"),
         ("bench/rows.py", "prunetrain_kernels/train/loop.py"),
     }
-    assert upward(edges, floors(HOUSE)) == []
-    assert circles(edges) == []
-    assert not any(each.hidden for each in edges)
+    assert upward(statements, floors(HOUSE)) == []
+    assert circles(statements) == []
+    assert not any(each.hidden for each in statements)
 
 
 @pytest.mark.parametrize(
@@ -281,26 +333,26 @@ def test_a_sound_project_has_no_faults(tmp_path: Path) -> None:
     ],
 )
 def test_a_planted_upward_import_is_a_fault(text: str, tmp_path: Path) -> None:
-    edges = planted(tmp_path, {"prunetrain_kernels/errors.py": text})
-    assert [fault.split(",")[0] for fault in upward(edges, floors(HOUSE))] == ["prunetrain_kernels/errors.py"]
+    statements = planted(tmp_path, {"prunetrain_kernels/errors.py": text})
+    assert [fault.split(",")[0] for fault in upward(statements, floors(HOUSE))] == ["prunetrain_kernels/errors.py"]
 
 
 def test_a_room_of_the_same_floor_and_one_without_a_floor_are_faults(tmp_path: Path) -> None:
-    edges = planted(
+    statements = planted(
         tmp_path,
         {
             "prunetrain_kernels/nn/fuse.py": "from prunetrain_kernels.train import loop\n",
             "prunetrain_kernels/attic.py": "from prunetrain_kernels import errors\n",
         },
     )
-    faults = upward(edges, floors(HOUSE))
+    faults = upward(statements, floors(HOUSE))
     assert [fault.split(",")[0] for fault in faults] == ["prunetrain_kernels/attic.py", "prunetrain_kernels/nn/fuse.py"]
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_planted_circle_is_a_fault(late: bool, tmp_path: Path) -> None:
     text = "from bench.suites import cases\n"
-    edges = planted(
+    statements = planted(
         tmp_path,
         {
             "bench/suites/kernels.py": f"def run():\n    {text}" if late else text,
@@ -308,14 +360,14 @@ def test_a_planted_circle_is_a_fault(late: bool, tmp_path: Path) -> None:
             "bench/suites/shapes.py": "from bench.suites.kernels import run\n",
         },
     )
-    assert circles(edges) == [frozenset(f"bench/suites/{name}.py" for name in ("kernels", "cases", "shapes"))]
+    assert circles(statements) == [frozenset(f"bench/suites/{name}.py" for name in ("kernels", "cases", "shapes"))]
 
 
 @pytest.mark.parametrize("guard", ["TYPE_CHECKING", "typing.TYPE_CHECKING", "not TYPE_CHECKING", "TYPE_CHECKING or x"])
 def test_a_planted_hidden_import_is_a_fault(guard: str, tmp_path: Path) -> None:
     text = f"if {guard}:\n    import pandas\n    from prunetrain_kernels.train.loop import run\n"
-    edges = planted(tmp_path, {"bench/rows.py": text})
-    assert [(i.imported, i.hidden) for i in edges if i.importer == "bench/rows.py"] == [
+    statements = planted(tmp_path, {"bench/rows.py": text})
+    assert [(i.imported, i.hidden) for i in statements if i.importer == "bench/rows.py"] == [
         ("prunetrain_kernels/train/loop.py", True)
     ]
 
@@ -326,6 +378,23 @@ def test_a_planted_rule_that_reaches_into_a_flow_is_a_fault(line: str) -> None:
         f"def rule(flow: Flow, node, name, module):\n    {line}\n    return flow.passes(node) and other(flow, node)\n"
     )
     assert len(attributes_of_flow(text)) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind"),
+    [(FILE_LINES, "file"), (CLASS_LINES, "class"), (FUNCTION_LINES, "function"), (FUNCTION_LINES, "method")],
+)
+def test_a_planted_long_file_class_or_function_is_a_fault(lines: int, kind: str) -> None:
+    def planted_text(count: int) -> str:
+        if kind == "file":
+            return "x = 1\n" * count
+        head = "class Long:" if kind == "class" else "async def long():" if kind == "function" else "def long(self):"
+        body = head + "\n" + "    x = 1\n" * (count - 1)
+        return "class Outer:\n" + textwrap.indent(body, "    ") if kind == "method" else "@decorator\n" + body
+
+    name = {"file": "a.py", "class": "a.py: Long"}.get(kind, "a.py: long")
+    assert too_long(planted_text(lines), "a.py") == []
+    assert too_long(planted_text(lines + 1), "a.py") == [name]
 
 
 def test_a_hidden_import_closes_a_circle_too(tmp_path: Path) -> None:

@@ -58,9 +58,11 @@ def test_a_wheel_carries_the_library(source: Path, tmp_path: Path) -> None:
     (built,) = tmp_path.glob("*.whl")
     assert built.name.startswith(f"prunetrain_kernels-{prunetrain_kernels.__version__}-cp311-abi3-")  # 3.11 and later
     assert "prunetrain_kernels/_cpu.abi3.so" in zipfile.ZipFile(built).namelist()
-    found = use(built, tmp_path / "elsewhere")
-    assert found.stdout.split() == [str(tmp_path / "elsewhere/prunetrain_kernels/__init__.py"), "True"], found.stderr
-    assert "native" not in found.stderr
+    process = use(built, tmp_path / "elsewhere")
+    assert process.stdout.split() == [str(tmp_path / "elsewhere/prunetrain_kernels/__init__.py"), "True"], (
+        process.stderr
+    )
+    assert "native" not in process.stderr
 
 
 def test_without_a_compiler_it_installs_and_works(source: Path, tmp_path: Path) -> None:
@@ -69,9 +71,9 @@ def test_without_a_compiler_it_installs_and_works(source: Path, tmp_path: Path) 
     assert "installing without the native CPU library" in done.stdout + done.stderr
     (built,) = tmp_path.glob("*.whl")
     assert not [name for name in zipfile.ZipFile(built).namelist() if name.endswith(".so")]
-    found = use(built, tmp_path / "elsewhere")
-    assert found.stdout.split()[1] == "False"
-    assert found.stderr.count("the package was installed without it") == 1
+    process = use(built, tmp_path / "elsewhere")
+    assert process.stdout.split()[1] == "False"
+    assert process.stderr.count("the package was installed without it") == 1
 
 
 def test_the_library_can_be_insisted_on(source: Path, tmp_path: Path) -> None:
@@ -95,9 +97,9 @@ def test_versions_that_were_tried_give_no_warning(version: str) -> None:
 
 @pytest.mark.parametrize("version", NEWER)
 def test_a_newer_version_gives_one_that_names_both(version: str) -> None:
-    with pytest.warns(UntriedVersionWarning) as given:
+    with pytest.warns(UntriedVersionWarning) as caught:
         warn_if_untried("0.2.0", version)
-    (text,) = [str(warning.message) for warning in given]
+    (text,) = [str(warning.message) for warning in caught]
     assert text.startswith("prunetrain_kernels 0.2.0 ")
     assert f"PyTorch {version} is newer" in text
     assert ".".join(map(str, NEWEST_TRIED)) in text
@@ -148,9 +150,11 @@ def test_no_version_of_pytorch_is_too_new_to_install() -> None:
 
 def make(*arguments: str) -> list[str]:
     """The commands that make would run, the installation included; told nothing by a make that runs these tests."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "TORCH"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "TORCH"))
+    }
     command = ["make", "--always-make", "--dry-run", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -172,9 +176,9 @@ def test_make_test_with_another_pytorch(version: str, tmp_path: Path) -> None:
     subprocess.run(f"{pins} > {made}", shell=True, cwd=ROOT, check=True)
     before, after = ((ROOT / "constraints.txt").read_text().splitlines(), made.read_text().splitlines())
     assert {"torch==2.13.0", "triton==3.7.1"} <= set(before)
-    own = ("torch==", "triton==", "torchvision==")
-    assert [line for line in after if line.startswith(own)] == [f"torch=={version}"]
-    assert [line for line in after if not line.startswith(own)] == [b for b in before if not b.startswith(own)]
+    chosen = ("torch==", "triton==", "torchvision==")
+    assert [line for line in after if line.startswith(chosen)] == [f"torch=={version}"]
+    assert [line for line in after if not line.startswith(chosen)] == [b for b in before if not b.startswith(chosen)]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")

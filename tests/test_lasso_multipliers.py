@@ -55,8 +55,8 @@ def test_penalty_and_gradients_are_the_formulas(coefficients: dict[str, float]) 
     by_tensor = gradients(model)
     assert {n for n, g in by_autograd.items() if g is not None} == {f"{name}.weight" for name in left_in}
     for name in COUNTED:
-        for found in (by_autograd, added, by_tensor):
-            gradient = found[f"{name}.weight"]
+        for computed in (by_autograd, added, by_tensor):
+            gradient = computed[f"{name}.weight"]
             if multipliers[name]:
                 torch.testing.assert_close(gradient, getattr(twin, name).weight.grad, rtol=1e-12, atol=1e-14)
             else:
@@ -103,14 +103,14 @@ def test_the_longest_name_wins() -> None:
         "layer3": 2.0, "layer3.0": 3.0, "layer3.0.conv1": 0.5, "": 0.25, "layer1": 0.0, "layer1.2.conv2": 1.0,
     }  # fmt: skip
     table = GroupLasso(resnet20(), (torch.zeros(1, 3, 8, 8),), coefficients=coefficients).groups()
-    found = {group.layer: group.multiplier for group in table}
+    multipliers = {group.layer: group.multiplier for group in table}
     names = [name for name, m in resnet20().named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    assert found.keys() == {n for n in names if not n.startswith("layer1") or n == "layer1.2.conv2"}
-    assert found["layer3.0.conv1"] == 0.5
-    assert found["layer3.0.conv2"] == 3.0
-    assert {m for n, m in found.items() if n.startswith(("layer3.1.", "layer3.2."))} == {2.0}
-    assert found["layer1.2.conv2"] == 1.0
-    assert {m for n, m in found.items() if not n.startswith(("layer1", "layer3"))} == {0.25}
+    assert multipliers.keys() == {n for n in names if not n.startswith("layer1") or n == "layer1.2.conv2"}
+    assert multipliers["layer3.0.conv1"] == 0.5
+    assert multipliers["layer3.0.conv2"] == 3.0
+    assert {m for n, m in multipliers.items() if n.startswith(("layer3.1.", "layer3.2."))} == {2.0}
+    assert multipliers["layer1.2.conv2"] == 1.0
+    assert {m for n, m in multipliers.items() if not n.startswith(("layer1", "layer3"))} == {0.25}
 
 
 def test_a_name_is_no_beginning_of_another() -> None:
@@ -321,8 +321,8 @@ def test_the_nearest_may_be_a_module() -> None:
 
 
 def test_what_was_given_may_change() -> None:
-    given = dict(MIXED)
-    lasso = GroupLasso(net(), X, coefficients=given)
-    given["conv1"] = 7.0
+    coefficients = dict(MIXED)
+    lasso = GroupLasso(net(), X, coefficients=coefficients)
+    coefficients["conv1"] = 7.0
     lasso.coefficients["conv1"] = 8.0
     assert lasso.coefficients["conv1"] == 3.0

@@ -127,7 +127,7 @@ def _paper(options: argparse.Namespace) -> int:
 
 
 def _plan(trainings: list[Training], options: argparse.Namespace) -> list[Job]:
-    """What is to be trained: not what is committed, unless anew."""
+    """The trainings that are to be run: committed ones are left out, unless --overwrite asks for them again."""
     from bench.paper import committed
 
     data = runner.parse_data(options.data)
@@ -187,7 +187,7 @@ def _time_steps(trainings: list[Training], options: argparse.Namespace) -> None:
     if not there:
         where = options.out / options.scale
         raise InputError(f"no pruned run of these is committed in {where}: there is nothing to time.")
-    load = steps.load_of_an_idle_machine(options.even_if_busy)
+    load = steps.load_of_an_idle_machine(even_if_busy=options.even_if_busy)
     for training in there:
         run = read_run(committed.folder_of(options.out, training))
         lines = steps.measure(training.path, run, options.device, load)
@@ -197,7 +197,7 @@ def _time_steps(trainings: list[Training], options: argparse.Namespace) -> None:
 
 
 def _chosen(trainings: list[Training], data: dict[str, str], only: str) -> list[Training]:
-    """Those that have data and hold `only` in their path, and what they start from."""
+    """The trainings that have data and hold `only` in their path, and the ones that these start from."""
     unlike = sorted({t.dataset for t in trainings} - set(data))
     with_data = [t for t in trainings if t.dataset in data]
     if not with_data:
@@ -229,12 +229,18 @@ def _tabulate(names: list[str], options: argparse.Namespace) -> None:
         folder_of = partial(committed.folder_of, options.out)
         times = steps.read(options.out / options.scale / steps.FILE)
     for name in names:
-        found = results.collect(
-            name, options.scale, options.seeds, options.runs, options.train_options, folder_of, times
+        collected = results.collect(
+            name,
+            options.scale,
+            options.seeds,
+            options.runs,
+            extra=options.train_options,
+            folder_of=folder_of,
+            steps=times,
         )
-        text = tables.write(found, options.out)
+        text = tables.write(collected, options.out)
         if text is None:
-            _say(f"\n{name}: nothing is finished, so no table is written. {tables.missing(found)}")
+            _say(f"\n{name}: nothing is finished, so no table is written. {tables.missing(collected)}")
             continue
         path = options.out / options.scale / name
         _say(f"\n{text}\nwritten: {path}.csv, {path}.md")

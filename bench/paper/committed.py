@@ -34,7 +34,7 @@ IMAGES = {"train": 50_000, "val": 10_000}  # all of CIFAR-10
 
 
 def folder_of(out: Path, training: Training) -> Path:
-    """Where a run is committed."""
+    """The folder in which a run is committed."""
     return out / training.scale / training.name
 
 
@@ -68,15 +68,15 @@ def matching(folder: Path, trainings: Sequence[Training]) -> Training:
     recorded = recorded_options(folder)
     if recorded is None:
         raise InputError(f"{folder} is no run folder: it has no config.json; name what `prunetrain train` wrote.")
-    found = {training.path: differences(recorded, wanted(training)) for training in trainings}
+    differing = {training.path: differences(recorded, wanted(training)) for training in trainings}
     for training in trainings:
         if (recorded.get("start_from") is None) != (training.start is None):
-            found[training.path].append(f"--start-from {recorded.get('start_from')}")
-    nearest = min(trainings, key=lambda training: len(found[training.path]))
-    if found[nearest.path]:
+            differing[training.path].append(f"--start-from {recorded.get('start_from')}")
+    nearest = min(trainings, key=lambda training: len(differing[training.path]))
+    if differing[nearest.path]:
         raise InputError(
             f"{folder} is none of the {nearest.scale} scale's trainings; {nearest.name} comes nearest, but the run has "
-            f"{'; '.join(found[nearest.path])}."
+            f"{'; '.join(differing[nearest.path])}."
         )
     return nearest
 

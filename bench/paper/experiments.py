@@ -123,7 +123,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """The name of the training's folder."""
         kind = "dense" if self.ratio is None else f"ratio-{self.ratio:g}"
         if self.target is not None:
             kind = f"target-{self.target:g}"
@@ -131,7 +131,7 @@ class Training:
 
     @property
     def path(self) -> str:
-        """Its folder below --runs."""
+        """The training's folder, relative to --runs."""
         return f"{self.scale}/{self.dataset}/{self.name}"
 
     @property
@@ -169,10 +169,10 @@ def _options(scale: str, dataset: str, network: str) -> dict[str, Any]:
         return {"model": network, **MEDIUM, "epochs": epochs, "interval": interval}
     options = SMALL if scale == "small" else FULL_IMAGENET if dataset == "imagenet" else FULL_CIFAR
     model = "imagenet_resnet50" if dataset == "imagenet" else network
-    own: dict[str, Any] = {}
+    of_network: dict[str, Any] = {}
     if scale == "small":
-        own = {"epochs": SMALL_VGG_EPOCHS} if network.startswith("vgg") else {"image_size": SMALL_SIDE}
-    return {"model": model, **options, **own}
+        of_network = {"epochs": SMALL_VGG_EPOCHS} if network.startswith("vgg") else {"image_size": SMALL_SIDE}
+    return {"model": model, **options, **of_network}
 
 
 def dense(scale: str, dataset: str, network: str, seed: int) -> Training:
@@ -437,7 +437,7 @@ def trainings_of(names: Iterable[str], scale: str, seeds: int) -> list[Training]
         raise InputError(f"--scale must be one of {', '.join(SCALES)}, not {scale!r}.")
     if seeds < 1:
         raise InputError(f"--seeds must be at least 1, not {seeds}.")
-    found: dict[str, Training] = {}
+    by_path: dict[str, Training] = {}
     for seed in range(seeds):
         for name in names:
             if name not in EXPERIMENTS:
@@ -447,5 +447,5 @@ def trainings_of(names: Iterable[str], scale: str, seeds: int) -> list[Training]
             for training in EXPERIMENTS[name].trainings(scale, seed):
                 for one in (training.start, training):
                     if one is not None:
-                        found.setdefault(one.path, one)
-    return list(found.values())
+                        by_path.setdefault(one.path, one)
+    return list(by_path.values())

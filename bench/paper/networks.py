@@ -29,7 +29,7 @@ CIFAR_SIDE = 32
 
 @dataclass(frozen=True)
 class Density:
-    """What is left of one convolution, as shares of the dense one.
+    """The part of one convolution that is left, as shares of the dense one.
 
     `channels`: input times output channels that remain; `weights`: those that remain and are not near zero.
     """
@@ -81,8 +81,8 @@ def gating_flops(
     model: nn.Module,
     example_inputs: tuple[Tensor, ...],
     threshold: float,
-    relative: bool = False,
     *,
+    relative: bool = False,
     where: str = EVERYWHERE,
 ) -> Flops:
     """FLOPs per image of the network that channel gating makes of `model` (design section 4, paper Fig. 6).
@@ -154,17 +154,20 @@ def gating_counts(run: Run) -> dict[str, dict[str, float]] | None:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged; restore it, or adopt the run again.") from error
     dense, final, example = final_network(run)
-    sparse = run.config["threshold"], run.config.get("relative", False)
+    threshold, relative = run.config["threshold"], run.config.get("relative", False)
     counted = {
         "dense": count_flops(dense, example),
         "union": count_flops(final, example),
-        **{where: gating_flops(final, example, *sparse, where=where) for where in (BRANCH_ENDS, EVERYWHERE)},
+        **{
+            where: gating_flops(final, example, threshold, relative=relative, where=where)
+            for where in (BRANCH_ENDS, EVERYWHERE)
+        },
     }
     return {policy: {"inference": f.inference, "training": f.training} for policy, f in counted.items()}
 
 
 def densities(run: Run) -> list[Density]:
-    """What is left of every convolution of the dense network, in its order (paper Fig. 12); 0 for removed ones.
+    """The density of every convolution of the dense network, in its order (paper Fig. 12); 0 for removed ones.
 
     A weight is near zero when it is below the run's threshold in absolute value (with --relative: times the layer's
     largest weight). Both shares are of the dense layer, so `weights` is at most `channels`, and their quotient is the
@@ -173,16 +176,16 @@ def densities(run: Run) -> list[Density]:
     dense, final, _ = final_network(run)
     threshold, relative = run.config["threshold"], run.config.get("relative", False)
     remaining = dict(final.named_modules())
-    found = []
+    shares = []
     for name, module in dense.named_modules():
         if not isinstance(module, nn.Conv2d):
             continue
         weight = getattr(remaining.get(name), "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 4:
-            found.append(Density(name, 0.0, 0.0))
+            shares.append(Density(name, 0.0, 0.0))
             continue
         size = weight.detach().abs()
         limit = threshold * float(size.max()) if relative else threshold
         total = module.weight.numel()
-        found.append(Density(name, weight.numel() / total, int((size >= limit).sum()) / total))
-    return found
+        shares.append(Density(name, weight.numel() / total, int((size >= limit).sum()) / total))
+    return shares

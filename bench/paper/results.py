@@ -84,14 +84,14 @@ class Result:
         return f"{config.get('processor') or 'CPU'}, {threads} thread{'s' * (threads != 1)}"
 
     def ran_like(self, other: "Result") -> bool:
-        """On the same device, as far as both runs recorded it: their times compare."""
+        """Whether both runs were on the same device, as far as they recorded it: only then are times compared."""
         one, two = self.run.config, other.run.config
         names = ["device_name", *(["threads_used", "processor"] if one.get("device_name") == "CPU" else [])]
         return all(one.get(name, two.get(name)) == two.get(name, one.get(name)) for name in names)
 
 
 @dataclass(frozen=True)
-class Found:
+class Collected:
     """The finished trainings of an experiment, and a reason for each that is not there.
 
     `steps`: the measured steps of trained shapes, by the training's path.
@@ -105,9 +105,9 @@ class Found:
 
     def dense(self, result: Result) -> Result | None:
         """The dense run of the same network, data and seed."""
-        return self.at(result.training.dense_path)
+        return self.by_path(result.training.dense_path)
 
-    def at(self, path: str) -> Result | None:
+    def by_path(self, path: str) -> Result | None:
         return next((result for result in self.results if result.training.path == path), None)
 
 
@@ -116,10 +116,11 @@ def collect(
     scale: str,
     seeds: int,
     runs: Path,
+    *,
     extra: str = "",
     folder_of: Callable[[Training], Path] | None = None,
     steps: Mapping[str, StepTimes] | None = None,
-) -> Found:
+) -> Collected:
     """Reads the finished runs of an experiment.
 
     Args:
@@ -149,7 +150,7 @@ def collect(
         else:
             run = read_run(folder)
             results.append(Result(training, run, date_of(run)))
-    return Found(EXPERIMENTS[name], scale, results, missing, steps or {})
+    return Collected(EXPERIMENTS[name], scale, results, missing, steps or {})
 
 
 def date_of(run: Run) -> str:
@@ -165,18 +166,20 @@ def date_of(run: Run) -> str:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(found: Found) -> list[Row]:
+def rows_of(collected: Collected) -> list[Row]:
     """The rows of the experiment's CSV."""
-    make = _ROWS[found.experiment.name]
-    rows = [{**_run_columns(found, result), **row} for result in found.results for row in make(found, result)]
-    return rows + (_amc(found) if found.experiment.name == "tab3" and rows else [])
+    make = _ROWS[collected.experiment.name]
+    rows = [
+        {**_run_columns(collected, result), **row} for result in collected.results for row in make(collected, result)
+    ]
+    return rows + (_amc(collected) if collected.experiment.name == "tab3" and rows else [])
 
 
-def _run_columns(found: Found, result: Result) -> Row:
+def _run_columns(collected: Collected, result: Result) -> Row:
     training = result.training
     return {
-        "experiment": found.experiment.name,
-        "scale": found.scale,
+        "experiment": collected.experiment.name,
+        "scale": collected.scale,
         "run": f"{training.dataset}/{training.name}",
         "network": training.network,
         "dataset": training.dataset,
@@ -195,8 +198,8 @@ def _accuracy(result: Result) -> float:
     return 100 * summary_value(result.run, "val_accuracy")
 
 
-def _accuracy_delta(found: Found, result: Result) -> float:
-    dense = found.dense(result)
+def _accuracy_delta(collected: Collected, result: Result) -> float:
+    dense = collected.dense(result)
     return math.nan if dense is None else _accuracy(result) - _accuracy(dense)
 
 
@@ -205,9 +208,9 @@ def _seconds(result: Result) -> dict[str, float]:
     return {name: sum_of(result.run, name) for name in names}
 
 
-def _time_ratio(found: Found, result: Result) -> float:
+def _time_ratio(collected: Collected, result: Result) -> float:
     """Training, lasso and reconfiguration over the dense run's; NaN where that ran elsewhere."""
-    dense = found.dense(result)
+    dense = collected.dense(result)
     if dense is None or not dense.ran_like(result):
         return math.nan
     return sum(_seconds(result).values()) / sum(_seconds(dense).values())
@@ -217,13 +220,13 @@ def _summary(result: Result, *names: str) -> Row:
     return {name: summary_value(result.run, name) for name in names}
 
 
-def _claim(found: Found, result: Result) -> list[Row]:
+def _claim(collected: Collected, result: Result) -> list[Row]:
     row = {
         "accuracy": _accuracy(result),
-        "accuracy_delta": _accuracy_delta(found, result),
+        "accuracy_delta": _accuracy_delta(collected, result),
         **_summary(result, "train_flops_ratio", "inference_flops_ratio"),
     }
-    times = found.steps.get(result.training.path)
+    times = collected.steps.get(result.training.path)
     if times is not None:
         row |= {
             "dense_step_seconds": times.dense,
@@ -236,12 +239,12 @@ def _claim(found: Found, result: Result) -> list[Row]:
     return [row]
 
 
-def _tab1(found: Found, result: Result) -> list[Row]:
-    training, time = result.training, _time_ratio(found, result)
+def _tab1(collected: Collected, result: Result) -> list[Row]:
+    training, time = result.training, _time_ratio(collected, result)
     costs = _summary(result, "train_flops_ratio", "inference_flops_ratio", "bn_bytes_ratio", "comm_bytes_ratio")
     row = {
         "accuracy": _accuracy(result),
-        "accuracy_delta": _accuracy_delta(found, result),
+        "accuracy_delta": _accuracy_delta(collected, result),
         "time_ratio": time,
         "eta": eta(time, costs["train_flops_ratio"]),
         **costs,
@@ -259,12 +262,12 @@ def _tab1(found: Found, result: Result) -> list[Row]:
     return [row]
 
 
-def _tab3(found: Found, result: Result) -> list[Row]:
+def _tab3(collected: Collected, result: Result) -> list[Row]:
     last = result.run.channels
     last = last[(last["reconfiguration"] == last["reconfiguration"].max()) & (last["kind"] == "conv")]
     row = {
         "accuracy": _accuracy(result),
-        "accuracy_delta": _accuracy_delta(found, result),
+        "accuracy_delta": _accuracy_delta(collected, result),
         "removed_layers": int(last["removed"].sum()),
         "layers": len(last),
         **_summary(result, "inference_flops_ratio"),
@@ -280,12 +283,12 @@ def _tab3(found: Found, result: Result) -> list[Row]:
     return [row]
 
 
-def _amc(found: Found) -> list[Row]:
+def _amc(collected: Collected) -> list[Row]:
     paper = numbers.TAB3_AMC
     return [
         {
             "experiment": "tab3",
-            "scale": found.scale,
+            "scale": collected.scale,
             "network": "resnet56",
             "dataset": "cifar10",
             "method": "AMC (quoted)",
@@ -297,19 +300,19 @@ def _amc(found: Found) -> list[Row]:
     ]
 
 
-def _tab4(found: Found, result: Result) -> list[Row]:
+def _tab4(collected: Collected, result: Result) -> list[Row]:
     training = result.training
     sizes = (result.run.summary or {}).get("batch_sizes") or [result.run.config["batch"]]
     row = {
         "accuracy": _accuracy(result),
-        "accuracy_delta": _accuracy_delta(found, result),
-        "time_reduction": 1 - _time_ratio(found, result),
+        "accuracy_delta": _accuracy_delta(collected, result),
+        "time_reduction": 1 - _time_ratio(collected, result),
         "batch_first": sizes[0],
         "batch_last": sizes[-1],
         "steps": int(column_of(result.run, "steps").sum()),
         **_summary(result, "inference_flops_ratio", "train_flops_ratio"),
     }
-    paper = paper_tab4(found.scale, training.dataset, training.method)
+    paper = paper_tab4(collected.scale, training.dataset, training.method)
     if paper is not None:
         row |= {
             "paper_time_reduction": paper.time_reduction,
@@ -335,11 +338,11 @@ def _left_after(run: Run) -> np.ndarray:
     return left
 
 
-def _fig2(found: Found, result: Result) -> list[Row]:
+def _fig2(collected: Collected, result: Result) -> list[Row]:
     run = result.run
     if result.training.method == "once":
         usual = next(
-            (other for other in found.results if other.training.path == _without_suffix(result.training)), None
+            (other for other in collected.results if other.training.path == _without_suffix(result.training)), None
         )
         flops = math.nan if usual is None else summary_value(usual.run, "train_flops")
         return [
@@ -372,10 +375,10 @@ def _without_suffix(training: Training) -> str:
     return training.path.removesuffix(training.suffix)
 
 
-def _fig4(found: Found, result: Result) -> list[Row]:
+def _fig4(collected: Collected, result: Result) -> list[Row]:
     run = result.run
     rows: list[Row] = []
-    usual = run.config["interval"] if found.scale == "medium" else None  # every epoch would be megabytes
+    usual = run.config["interval"] if collected.scale == "medium" else None  # every epoch would be megabytes
     for layer in path_in_the_middle(run):
         for epoch, sizes in zip(run.slice_epochs.tolist(), run.slices[layer], strict=True):
             if usual is not None and epoch % usual:
@@ -400,9 +403,9 @@ def path_in_the_middle(run: Run) -> list[str]:
         return list(run.slices)
     blocks: dict[str, list[str]] = {}
     for layer in run.slices:
-        found = re.fullmatch(r"(layer\d+\.\d+)\.conv\d+", layer)
-        if found:
-            blocks.setdefault(found[1], []).append(layer)
+        match = re.fullmatch(r"(layer\d+\.\d+)\.conv\d+", layer)
+        if match:
+            blocks.setdefault(match[1], []).append(layer)
     convolutions = [name for name in run.slices if run.slices[name].shape[1]]
     if not blocks:
         middle = max(0, len(convolutions) // 2 - 1)
@@ -415,7 +418,7 @@ def path_in_the_middle(run: Run) -> list[str]:
     return layers[:SHOWN_LAYERS]
 
 
-def _fig6(found: Found, result: Result) -> list[Row]:
+def _fig6(collected: Collected, result: Result) -> list[Row]:
     counts = gating_counts(result.run)
     if counts is None:
         return []
@@ -429,12 +432,12 @@ def _fig6(found: Found, result: Result) -> list[Row]:
     ]
 
 
-def _fig8(found: Found, result: Result) -> list[Row]:
+def _fig8(collected: Collected, result: Result) -> list[Row]:
     run = result.run
     flops, traffic = summary_value(run, "train_flops"), _batch_norm_bytes(run)
     ratios = _summary(result, "train_flops_ratio", "bn_bytes_ratio")
     if result.training.method == "ssl":  # it had to be trained densely first
-        dense = found.dense(result)
+        dense = collected.dense(result)
         flops += math.nan if dense is None else summary_value(dense.run, "train_flops")
         traffic += math.nan if dense is None else _batch_norm_bytes(dense.run)
         ratios = {name: ratio + 1 for name, ratio in ratios.items()}
@@ -453,7 +456,7 @@ def _batch_norm_bytes(run: Run) -> float:
     return float((column_of(run, "bn_bytes") * column_of(run, "steps")).sum())
 
 
-def _fig9(found: Found, result: Result) -> list[Row]:
+def _fig9(collected: Collected, result: Result) -> list[Row]:
     run = result.run
     memory = column_of(run, "memory_bytes")
     # the budget is by default what the dense network needs
@@ -471,7 +474,7 @@ def _fig9(found: Found, result: Result) -> list[Row]:
     ]
 
 
-def _fig10(found: Found, result: Result) -> list[Row]:
+def _fig10(collected: Collected, result: Result) -> list[Row]:
     interval = math.nan if result.training.method == "dense" else result.run.config["interval"]
     return [
         {
@@ -483,7 +486,7 @@ def _fig10(found: Found, result: Result) -> list[Row]:
     ]
 
 
-def _fig11(found: Found, result: Result) -> list[Row]:
+def _fig11(collected: Collected, result: Result) -> list[Row]:
     run = result.run
     gradients, steps = column_of(run, "gradient_bytes"), column_of(run, "steps")
     rows: list[Row] = []
@@ -504,14 +507,14 @@ def _fig11(found: Found, result: Result) -> list[Row]:
     return rows
 
 
-def _fig12(found: Found, result: Result) -> list[Row]:
+def _fig12(collected: Collected, result: Result) -> list[Row]:
     return [
         {"index": index, "layer": d.layer, "channel_density": d.channels, "weight_density": d.weights}
         for index, d in enumerate(densities(result.run), start=1)
     ]
 
 
-_ROWS: dict[str, Callable[[Found, Result], list[Row]]] = {
+_ROWS: dict[str, Callable[[Collected, Result], list[Row]]] = {
     "claim": _claim, "tab1": _tab1, "tab3": _tab3, "tab4": _tab4, "fig2": _fig2, "fig4": _fig4, "fig6": _fig6,
     "fig8": _fig8, "fig9": _fig9, "fig10": _fig10, "fig11": _fig11, "fig12": _fig12,
 }  # fmt: skip

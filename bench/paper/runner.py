@@ -66,25 +66,25 @@ class Job:
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def parse_data(given: Sequence[str]) -> dict[str, str]:
+def parse_data(words: Sequence[str]) -> dict[str, str]:
     """{data set: what --data of `prunetrain train` takes} from [NAME=]PATH; NAME is guessed from the path's last part.
 
     Raises:
         InputError: a name that is unknown, cannot be guessed or comes twice, or a path that is not there.
     """
-    found: dict[str, str] = {}
-    for text in given:
+    paths: dict[str, str] = {}
+    for text in words:
         name, equals, path = text.partition("=")
         if not equals:
             name, path = _guess(text), text
         if name not in DATASETS:
             raise InputError(f"--data {text}: {name!r} must be one of {', '.join(DATASETS)}.")
-        if name in found:
-            raise InputError(f"--data {text}: {name} is given twice, {found[name]} before; give it once.")
+        if name in paths:
+            raise InputError(f"--data {text}: {name} is given twice, {paths[name]} before; give it once.")
         if not re.match(r"[a-z0-9]+:", path) and path != "digits" and not Path(path).expanduser().exists():
             raise InputError(f"--data {text}: there is no {path}.")
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def _guess(path: str) -> str:
@@ -120,9 +120,9 @@ def arguments(config: TrainConfig) -> list[str]:
 
 
 def configuration(
-    training: Training, runs: Path, data: str, device: str = "auto", threads: int | None = None, extra: str = ""
+    training: Training, runs: Path, data: str, *, device: str = "auto", threads: int | None = None, extra: str = ""
 ) -> TrainConfig:
-    """What `prunetrain train` is to be run with; `extra` are further options of it, which win over the training's own.
+    """The options of `prunetrain train` for a training; `extra` are further ones, which win over the training's own.
 
     Raises:
         InputError: `extra` has quotes that do not close.
@@ -162,13 +162,13 @@ def recorded_options(folder: Path) -> dict[str, Any] | None:
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Options in which a run is not what is wanted, as sentences' parts such as "--lr 0.2, not 0.1"."""
     ignored = IGNORED + (PRUNING if recorded.get("dense") and wanted.get("dense", True) else ())
-    found = []
+    texts = []
     for name, value in json.loads(json.dumps(dict(wanted))).items():
         before = recorded.get(name)
         if name in ignored or before == value or (name == "data" and _same_data(str(before), str(value))):
             continue
-        found.append(f"--{name.replace('_', '-')} {before}, not {value}")
-    return found
+        texts.append(f"--{name.replace('_', '-')} {before}, not {value}")
+    return texts
 
 
 # -- planning ----------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def plan(
     extra: str = "",
     overwrite: bool = False,
 ) -> list[Job]:
-    """What is to be done for each training, in order; a training that starts from another comes after it.
+    """The jobs of some trainings, in order; a training that starts from another one comes after it.
 
     Raises:
         InputError: a folder holds a run with other options and `overwrite` is not set, or an option is bad.
@@ -192,7 +192,7 @@ def plan(
     jobs: list[Job] = []
     anew: set[str] = set()
     for training in trainings:
-        config = configuration(training, runs, data[training.dataset], device, threads, extra)
+        config = configuration(training, runs, data[training.dataset], device=device, threads=threads, extra=extra)
         folder = Path(config.out)
         try:
             recorded = recorded_options(folder)

@@ -15,7 +15,6 @@ dense: the lasso's time is inside ours.
 import copy
 import csv
 import dataclasses
-import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from bench import profiles, rows, timing
 from prunetrain_kernels.cost import count_flops
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.files import reason, write_atomically
+from prunetrain_kernels.files import reason
 from prunetrain_kernels.models.init import initialize
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig
@@ -109,25 +108,15 @@ def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Appends rows to the file, which is whole at every moment.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it has other columns, or cannot be written.
     """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {reason(error)}.") from error
-    if not before:
-        writer.writeheader()
-    writer.writerows({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()} for line in lines)
-    write_atomically(path, before + text.getvalue().encode())
+    rows.append_as(COLUMNS, path, lines)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def load_of_an_idle_machine(even_if_busy: bool = False) -> float:
+def load_of_an_idle_machine(*, even_if_busy: bool = False) -> float:
     """Processes that wanted a CPU in the last minute.
 
     Raises:
@@ -154,7 +143,7 @@ def measure(name: str, run: Run, device: str, load: float, rounds: int = ROUNDS)
         InputError: channels.csv is not there or not of the network that the summary counted.
     """
     config = _config(run, device)
-    where = setup.prepare_process(config)
+    torch_device = setup.prepare_process(config)
     profile = profiles.parse(str(run.directory / "channels.csv"))
     shapes = profiles.prune(profile)
     image = torch.zeros(2, 3, profile.image, profile.image)
@@ -168,14 +157,16 @@ def measure(name: str, run: Run, device: str, load: float, rounds: int = ROUNDS)
             f"says {recorded}; restore both."
         )
     without = dataclasses.replace(config, dense=True, proximal=False)
-    data = _images(config.batch, profile, where)
+    data = _images(config.batch, profile, torch_device)
     made = {
-        "dense": _step(shapes.dense, without, data, where),
-        "pruned": _step(shapes.model, without, data, where),
-        "ours": _step(shapes.model, config, data, where),
+        "dense": _step(shapes.dense, without, data, torch_device),
+        "pruned": _step(shapes.model, without, data, torch_device),
+        "ours": _step(shapes.model, config, data, torch_device),
     }
-    timings = timing.side_by_side({k: step for k, (step, _) in made.items()}, where, MILLISECONDS, rounds, True)
-    environment = rows.environment(where)
+    timings = timing.side_by_side(
+        {k: step for k, (step, _) in made.items()}, torch_device, MILLISECONDS, rounds, one_pool=True
+    )
+    environment = rows.environment(torch_device)
     return [
         {
             "run": name, "provider": provider, "p20_s": t.p20 / 1e6, "p50_s": t.p50 / 1e6, "p80_s": t.p80 / 1e6,

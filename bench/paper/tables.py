@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.paper import experiments, numbers, results
 from bench.paper.networks import CIFAR_SIDE
-from bench.paper.results import GPUS, Found, Result, Row, csv_text, paper_tab4, rows_of
+from bench.paper.results import GPUS, Collected, Result, Row, csv_text, paper_tab4, rows_of
 from bench.paper.runner import IGNORED, PRUNING
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.files import reason, write_atomically
@@ -281,12 +281,12 @@ def _form_fig4(rows: Sequence[Row]) -> str:
     lines = []
     layers = dict.fromkeys((row["run"], row["layer"]) for row in rows)
     for run, layer in layers:
-        own = [row for row in rows if row["run"] == run and row["layer"] == layer]
-        epochs = sorted({row["epoch"] for row in own})
-        sizes = np.full((len(epochs), 1 + max(row["channel"] for row in own)), np.nan)
-        for row in own:
+        layer_rows = [row for row in rows if row["run"] == run and row["layer"] == layer]
+        epochs = sorted({row["epoch"] for row in layer_rows})
+        sizes = np.full((len(epochs), 1 + max(row["channel"] for row in layer_rows)), np.nan)
+        for row in layer_rows:
             sizes[epochs.index(row["epoch"]), row["channel"]] = row["max_abs"]
-        limits = {row["epoch"]: row["threshold"] for row in own}
+        limits = {row["epoch"]: row["threshold"] for row in layer_rows}
         thresholds = np.array([limits[epoch] for epoch in epochs])[:, None]
         below = np.maximum.accumulate(np.nan_to_num(sizes, nan=math.inf) < thresholds, axis=0)
         live = np.nan_to_num(sizes, nan=-1) >= thresholds
@@ -318,9 +318,9 @@ def _form_fig6(rows: Sequence[Row]) -> str:
         cells = []
         for column in ("inference_flops_ratio", "train_flops_ratio_final"):
             by_policy = {p: [r for r in group if r["policy"] == p] for p in results.POLICIES}
-            means = {p: statistics.fmean(r[column] for r in own) for p, own in by_policy.items()}
-            for policy, own in by_policy.items():
-                cells.append(_cell(own, column, as_percent))
+            means = {p: statistics.fmean(r[column] for r in policy_rows) for p, policy_rows in by_policy.items()}
+            for policy, policy_rows in by_policy.items():
+                cells.append(_cell(policy_rows, column, as_percent))
                 if policy != "union":
                     cells[-1] += f" ({100 * (means['union'] - means[policy]):.1f})"
         lines.append([*_who(group), *cells])
@@ -353,14 +353,14 @@ def _form_fig8(rows: Sequence[Row]) -> str:
 def _form_fig9(rows: Sequence[Row]) -> str:
     lines = []
     for run in dict.fromkeys(row["run"] for row in rows):
-        own = [row for row in rows if row["run"] == run]
-        changes = [row for before, row in itertools.pairwise(own) if row["batch"] != before["batch"]]
-        batches = ", ".join([f"{own[0]['batch']}", *[f"{r['batch']} in epoch {r['epoch']}" for r in changes]])
+        run_rows = [row for row in rows if row["run"] == run]
+        changes = [row for before, row in itertools.pairwise(run_rows) if row["batch"] != before["batch"]]
+        batches = ", ".join([f"{run_rows[0]['batch']}", *[f"{r['batch']} in epoch {r['epoch']}" for r in changes]])
         lines.append(
             [
                 run,
-                f"{own[0]['memory_bytes'] / 2**20:,.1f}",
-                f"{own[-1]['memory_bytes'] / 2**20:,.1f} ({as_percent(own[-1]['memory_ratio'])})",
+                f"{run_rows[0]['memory_bytes'] / 2**20:,.1f}",
+                f"{run_rows[-1]['memory_bytes'] / 2**20:,.1f} ({as_percent(run_rows[-1]['memory_ratio'])})",
                 batches,
             ]
         )
@@ -401,12 +401,12 @@ def _form_fig11(rows: Sequence[Row]) -> str:
 def _form_fig12(rows: Sequence[Row]) -> str:
     lines = []
     for run in dict.fromkeys(row["run"] for row in rows):
-        own = [row for row in rows if row["run"] == run]
-        channels, weights = (statistics.fmean(r[c] for r in own) for c in ("channel_density", "weight_density"))
-        inside = [r["weight_density"] / r["channel_density"] for r in own if r["channel_density"] > 0]
-        gone = sum(r["channel_density"] == 0 for r in own)
+        run_rows = [row for row in rows if row["run"] == run]
+        channels, weights = (statistics.fmean(r[c] for r in run_rows) for c in ("channel_density", "weight_density"))
+        inside = [r["weight_density"] / r["channel_density"] for r in run_rows if r["channel_density"] > 0]
+        gone = sum(r["channel_density"] == 0 for r in run_rows)
         mean = as_percent(statistics.fmean(inside)) if inside else "–"
-        lines.append([run, str(len(own)), str(gone), as_percent(channels), as_percent(weights), mean])
+        lines.append([run, str(len(run_rows)), str(gone), as_percent(channels), as_percent(weights), mean])
     header = ("Run", "Convolutions", "removed", "Channel density", "Weight density", "Weights left inside channels")
     note = (
         "Means over layers. Channel density: input x output channels that remain; weight density: weights at or above "
@@ -422,8 +422,8 @@ _FORMS: dict[str, Callable[[Sequence[Row]], str]] = {
 }  # fmt: skip
 
 
-def _caption(found: Found) -> list[str]:
-    finished = found.results
+def _caption(collected: Collected) -> list[str]:
+    finished = collected.results
     dates = sorted({result.date for result in finished})
     seeds = sorted({result.training.seed for result in finished})
     versions = sorted({str(result.run.config.get("torch")) for result in finished})
@@ -433,27 +433,27 @@ def _caption(found: Found) -> list[str]:
         f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
         + ("; ± is the sample standard deviation over seeds." if len(seeds) > 1 else ".")
     ]
-    lines.append(_SCALE_NOTES[found.scale](found))
-    if found.steps and found.experiment.name == "claim":
-        lines.append(_steps_note(found))
+    lines.append(_SCALE_NOTES[collected.scale](collected))
+    if collected.steps and collected.experiment.name == "claim":
+        lines.append(_steps_note(collected))
     further = sorted({text for result in finished for text in _further_options(result)})
     if further:
         lines.append(f"Further options: {', '.join(further)}.")
-    if found.experiment.name in numbers.FIGURES:
-        lines.append(numbers.FIGURES[found.experiment.name])
+    if collected.experiment.name in numbers.FIGURES:
+        lines.append(numbers.FIGURES[collected.experiment.name])
     return lines
 
 
-def _small(found: Found) -> str:
-    small = {name: found.results[0].run.config.get(name, value) for name, value in experiments.SMALL.items()}
-    epochs = sorted({int(result.run.config["epochs"]) for result in found.results})
+def _small(collected: Collected) -> str:
+    small = {name: collected.results[0].run.config.get(name, value) for name, value in experiments.SMALL.items()}
+    epochs = sorted({int(result.run.config["epochs"]) for result in collected.results})
     steps = [f"{count * (small['limit_train'] // small['batch']):,}" for count in epochs]
     error = 100 * math.sqrt(0.25 / small["limit_val"])
-    sides = sorted({result.run.config.get("image_size") or CIFAR_SIDE for result in found.results})
+    sides = sorted({result.run.config.get("image_size") or CIFAR_SIDE for result in collected.results})
     pixels = " or ".join(f"{side} x {side}" for side in sides)
     vgg = " (VGG: 32 x 32 pixels and the fewer epochs)" if len(epochs) > 1 else ""
     return (
-        f"Small scale: {found.experiment.differs}. {small['limit_train']:,} training and {small['limit_val']:,} "
+        f"Small scale: {collected.experiment.differs}. {small['limit_train']:,} training and {small['limit_val']:,} "
         f"validation images of {pixels} pixels, {' or '.join(map(str, epochs))} epochs, {' or '.join(steps)} steps "
         f"of {small['batch']} images{vgg}, lr {small['lr']:g}, threshold {small['threshold']:g}; the paper has all "
         "50,000 images of 32 x 32 pixels, 182 epochs, batch 128, lr 0.1, threshold 1e-4. It shows that every mechanism "
@@ -464,9 +464,9 @@ def _small(found: Found) -> str:
     )
 
 
-def _medium(found: Found) -> str:
+def _medium(collected: Collected) -> str:
     lengths = {}
-    for result in found.results:
+    for result in collected.results:
         lengths[result.training.network] = f"{result.training.network} {result.run.config['epochs']} epochs"
     return (
         f"Medium scale: all of CIFAR-10, and the paper's batch 128, lr 0.1 and threshold 1e-4; "
@@ -474,7 +474,7 @@ def _medium(found: Found) -> str:
     )
 
 
-def _full(found: Found) -> str:
+def _full(collected: Collected) -> str:
     return (
         "Full scale: the paper's settings, on one device; bench/paper/experiments.py gives the reason for every "
         "setting that its text leaves open."
@@ -488,9 +488,9 @@ PLUMBING = (
 )
 
 
-def _steps_note(found: Found) -> str:
-    paths = {result.training.path for result in found.results}
-    times = [step for path, step in found.steps.items() if path in paths]
+def _steps_note(collected: Collected) -> str:
+    paths = {result.training.path for result in collected.results}
+    times = [step for path, step in collected.steps.items() if path in paths]
     if not times:
         return "Steps have not been timed yet: python -m bench paper claim --scale medium --time-steps."
     where = sorted({f"{t.device}, {t.threads} thread{'s' * (t.threads != '1')}, torch {t.torch}" for t in times})
@@ -503,48 +503,48 @@ def _further_options(result: Result) -> list[str]:
     training, config = result.training, result.run.config
     skipped = {*IGNORED, "data", "device", *(PRUNING if training.method == "dense" else ())}
     usual = {f.name: f.default for f in fields(TrainConfig)} | training.options
-    found = []
+    options = []
     for name, value in usual.items():
-        mine = config.get(name, value)
-        as_lists = [list(each) if isinstance(each, tuple) else each for each in (mine, value)]
+        recorded = config.get(name, value)
+        as_lists = [list(each) if isinstance(each, tuple) else each for each in (recorded, value)]
         if name not in skipped and as_lists[0] != as_lists[1]:
-            found.append(f"--{name.replace('_', '-')}" + ("" if mine is True else f" {mine}"))
-    return found
+            options.append(f"--{name.replace('_', '-')}" + ("" if recorded is True else f" {recorded}"))
+    return options
 
 
-def markdown(found: Found, rows: Sequence[Row]) -> str:
+def markdown(collected: Collected, rows: Sequence[Row]) -> str:
     """The experiment's table, with its caption and what is missing."""
-    experiment = found.experiment
-    parts = [f"# {experiment.place}: {experiment.what} ({found.scale} scale)"]
-    parts += [PLUMBING] if found.scale == "small" else []
+    experiment = collected.experiment
+    parts = [f"# {experiment.place}: {experiment.what} ({collected.scale} scale)"]
+    parts += [PLUMBING] if collected.scale == "small" else []
     parts.append(_FORMS[experiment.name](rows))
-    parts += _caption(found)
-    if found.missing:
-        parts.append(missing(found))
+    parts += _caption(collected)
+    if collected.missing:
+        parts.append(missing(collected))
     return "\n\n".join(parts) + "\n"
 
 
-def missing(found: Found) -> str:
+def missing(collected: Collected) -> str:
     """One line that names what is not there."""
-    total = len(found.missing) + len(found.results)
+    total = len(collected.missing) + len(collected.results)
     reasons: dict[str, list[str]] = {}
-    for path, why in found.missing.items():
+    for path, why in collected.missing.items():
         reasons.setdefault(why, []).append(path.split("/", 1)[1])
     names = "; ".join(f"{', '.join(paths)} ({why})" for why, paths in reasons.items())
-    return f"Missing: {len(found.missing)} of {total} trainings: {names}."
+    return f"Missing: {len(collected.missing)} of {total} trainings: {names}."
 
 
-def write(found: Found, out: Path) -> str | None:
+def write(collected: Collected, out: Path) -> str | None:
     """Writes OUT/SCALE/EXPERIMENT.csv and .md from what is finished, and returns the latter; None if nothing is.
 
     Raises:
         InputError: a damaged run, or files that cannot be written.
     """
-    rows = rows_of(found)
+    rows = rows_of(collected)
     if not rows:
         return None
-    name, folder = found.experiment.name, out / found.scale
-    text = markdown(found, rows)
+    name, folder = collected.experiment.name, out / collected.scale
+    text = markdown(collected, rows)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

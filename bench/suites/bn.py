@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,10 @@ class Layer:
     def name(self) -> str:
         return f"{self.follows} {self.full}x{self.side}x{self.side}"
 
+    @property
+    def has_relu(self) -> bool:
+        return self.follows.endswith("ReLU")
+
 
 def layers(model: nn.Module, image: int = 224, dense: nn.Module | None = None) -> list[Layer]:
     """A ResNet's distinct batch norms, the largest share of the bytes first."""
@@ -95,22 +100,23 @@ def layer_bytes(elements: int, size: int, follows: str, direction: str) -> float
 
 
 def eager_batch_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *, relu: bool
 ) -> Tensor:
     """Batch norm and what follows it, as models/resnet.py writes them."""
-    y = F.batch_norm(x, mean, var, weight, bias, True)
+    y = F.batch_norm(x, mean, var, weight, bias, training=True)
     if residual is not None:
         y = residual + y
     return F.relu(y) if relu else y
 
 
 def our_batch_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *, relu: bool
 ) -> Tensor:
     return batch_norm_act(x, mean, var, weight, bias, training=True, residual=residual, relu=relu)
 
 
 def run(session: Session) -> None:
+    """Counts the bytes that pruning saves, then measures all layers, dense and with the profile's channels."""
     savings(session)
     profile = session.profile
     pruned = profiles.prune(profile)
@@ -213,22 +219,21 @@ def _arguments(
     def activation() -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
-    relu, adds = layer.follows.endswith("ReLU"), "add" in layer.follows
     x, dy = activation() * 2 + 1, activation()
-    residual = activation().requires_grad_() if adds else None
+    residual = activation().requires_grad_() if "add" in layer.follows else None
     x.requires_grad_()
     weight = torch.rand(layer.channels, device=device).add_(0.5).requires_grad_()
     bias = torch.randn(layer.channels, device=device).requires_grad_()
     mean, var = torch.zeros(layer.channels, device=device), torch.ones(layer.channels, device=device)
     inputs = [x, weight, bias] + ([residual] if residual is not None else [])
-    return (x, mean, var, weight, bias, residual, relu), inputs, dy
+    return (x, mean, var, weight, bias, residual), inputs, dy
 
 
 def _measure(session: Session, layer: Layer, label: str, names: Sequence[str], images: int) -> None:
     functions = {EAGER: eager_batch_norm, OURS: our_batch_norm}
     if COMPILED in names:
         functions[COMPILED] = compiled(session, eager_batch_norm)
-    measure_layer(session, "bn", layer, label, {name: functions[name] for name in names}, images)
+    measure_layer(session, "bn", layer, label, functions={name: functions[name] for name in names}, images=images)
 
 
 def measure_layer(
@@ -236,12 +241,13 @@ def measure_layer(
     suite: str,
     layer: Layer,
     label: str,
+    *,
     functions: Mapping[str, Callable[..., Tensor]],
     images: int,
     more: Mapping[str, Any] | None = None,
 ) -> None:
     """One layer, forward and backward, by each of some functions as `eager_batch_norm`; `more` are further columns."""
-    (x, mean, var, weight, bias, residual, relu), inputs, dy = _arguments(layer, images, session.dtype, session.device)
+    (x, mean, var, weight, bias, residual), inputs, dy = _arguments(layer, images, session.dtype, session.device)
     what = {
         "layer": layer.name, "count": layer.count, "dtype": session.dtype_name, "layout": "channels_last", "n": images,
         "h": layer.side, "w": layer.side, "c_full": layer.full, "c_live": layer.channels, "mask_profile": label,
@@ -250,16 +256,18 @@ def measure_layer(
     forward: dict[str, Provider] = {}
     backward: dict[str, Provider] = {}
     for name, function in functions.items():
-        arguments = (x, mean.clone(), var.clone(), weight, bias, residual, relu)
-        forward[name], backward[name] = both_directions(function, arguments, inputs, dy, session.device)
+        arguments = (x, mean.clone(), var.clone(), weight, bias, residual)
+        forward[name], backward[name] = both_directions(
+            partial(function, relu=layer.has_relu), arguments, inputs, dy, session.device
+        )
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     zeros = torch.zeros(layer.channels, device=session.device, dtype=torch.float64)
     added = wide[3] if residual is not None else None
-    y = eager_batch_norm(wide[0], zeros, zeros + 1, wide[1], wide[2], added, relu)
+    y = eager_batch_norm(wide[0], zeros, zeros + 1, wide[1], wide[2], added, relu=layer.has_relu)
     references = torch.autograd.grad(y, wide, dy.double())
     for providers, expected, direction in ((forward, [y.detach()], "forward"), (backward, references, "backward")):
         size = layer_bytes(x.numel(), session.dtype.itemsize, layer.follows, direction)
-        measure(session, suite, providers, expected, EAGER, {**what, "direction": direction}, size)
+        measure(session, suite, providers, expected, EAGER, what={**what, "direction": direction}, model_bytes=size)
 
 
 # -- hardware counters -------------------------------------------------------------------------------------------------
@@ -304,7 +312,7 @@ def main() -> int:
     layer = Layer(options.channels, options.side, options.follows, 1, options.channels)
     device = torch.device("cuda")
     arguments, inputs, dy = _arguments(layer, options.images, DTYPES[options.dtype], device)
-    function = {EAGER: eager_batch_norm, OURS: our_batch_norm}[options.provider]
+    function = partial({EAGER: eager_batch_norm, OURS: our_batch_norm}[options.provider], relu=layer.has_relu)
     forward, backward = both_directions(function, arguments, inputs, dy, device)
     chosen = forward if options.direction == "forward" else backward
     backward.outputs()

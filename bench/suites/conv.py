@@ -21,6 +21,7 @@ DENSE = "dense"
 
 
 def run(session: Session) -> None:
+    """Measures every distinct layer: dense, pruned, and pruned to multiples of ROUND_TO."""
     profile = session.profile
     image = 32 if session.quick else profile.image
     pruned = profiles.prune(profile)
@@ -99,7 +100,7 @@ def _measure(session: Session, name: str, shapes: dict[str, ConvShape | None], c
     what = {"layer": name, "count": count, "dtype": session.dtype_name, "layout": "channels_last"}
     for direction, providers in directions.items():
         measure(
-            session, "conv", providers, references[direction], DENSE, {**what, "direction": direction},
+            session, "conv", providers, references[direction], DENSE, what={**what, "direction": direction},
             compare=lambda p50: {
                 label: against_dense(sizes[label].flops(1) / full.flops(1), p50[label] / p50[DENSE])
                 for label in p50

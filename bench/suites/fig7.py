@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import profiles
 from bench.harness import Provider, Session, against_dense, attempt, both_directions, measure
 from bench.profiles import ConvShape
+from bench.suites.blocks import Layer, layers
 from bench.suites.conv import columns_of, tensors
-from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_scatter
 from prunetrain_kernels.ops.conv2d import conv2d, triton_serves
 
@@ -32,58 +32,13 @@ DENSE, UNION = "dense", "union"
 NAIVE, FUSED, TRITON = "gating (index_copy)", "gating (fused)", "gating (triton)"
 
 
-@dataclass(frozen=True)
-class Block:
-    """The last convolution of a block: dense, with the stage's kept channels (union), with its own live ones (gating).
-
-    `index`: positions of the live channels among the kept ones, [live] int64.
-    """
-
-    dense: ConvShape
-    union: ConvShape
-    gated: ConvShape
-    index: Tensor
-
-
-def blocks(profile: profiles.Profile, image: int) -> list[Block]:
-    """Blocks whose last convolution is still there, from the first to the last.
+def blocks(profile: profiles.Profile, image: int) -> list[Layer]:
+    """The last convolution of each block that is still there, from the first block to the last.
 
     Raises:
         InputError: the profile's network has no residual blocks.
     """
-    from prunetrain_kernels.graph import trace_channels
-    from prunetrain_kernels.models import build
-
-    model = build(profile.network, profile.classes)
-    graph = trace_channels(model, (torch.zeros(2, 3, 32, 32),))
-    masks = profiles.masks(profile, model, graph, image)
-    last = [name for name in graph.layers if _is_last(model, name)]
-    if not last:
-        raise InputError(f"{profile.network} has no residual blocks; fig7 takes a ResNet's profile")
-    shapes = {shape.name: shape for shape in profiles.conv_shapes(model, image)}
-    blocks_left = []
-    for name in last:
-        if name in masks.removed:
-            continue
-        layer = graph.layers[name]
-        kept_in, kept_out = masks.kept[layer.input], masks.kept[layer.output]
-        live_in, live_out = masks.live[name]
-        full = shapes[name]
-        blocks_left.append(
-            Block(
-                full,
-                replace(full, c=int(kept_in.sum()), k=int(kept_out.sum())),
-                replace(full, c=int(live_in.sum()), k=int(live_out.sum())),
-                live_out[kept_out].nonzero()[:, 0],
-            )
-        )
-    return blocks_left
-
-
-def _is_last(model: nn.Module, name: str) -> bool:
-    block, _, conv = name.rpartition(".")
-    names = {n for n, m in model.get_submodule(block).named_children() if isinstance(m, nn.Conv2d)} if block else set()
-    return conv.startswith("conv") and name.startswith("layer") and conv == max(names)
+    return [layer for layer in layers(profile, image) if layer.residual]
 
 
 def run(session: Session) -> None:
@@ -119,10 +74,10 @@ class Work:
     elements: float
 
 
-def _work(session: Session, block: Block) -> dict[tuple[str, str], Work]:
-    """What is timed of a block, by provider and part."""
-    images, device, live = session.images(32), session.device, block.gated
-    place, index = block.index.to(device), ChannelIndex(block.index, block.union.k, device)
+def _work(session: Session, block: Layer) -> dict[tuple[str, str], Work]:
+    """The functions that are timed of a block, by provider and part."""
+    images, device, live = session.images(32), session.device, block.live
+    place, index = block.outputs.to(device), ChannelIndex(block.outputs, block.union.k, device)
     stride, padding = block.dense.stride, block.dense.padding
 
     def conv(x: Tensor, weight: Tensor) -> Tensor:
@@ -167,8 +122,8 @@ def _work(session: Session, block: Block) -> dict[tuple[str, str], Work]:
     return work
 
 
-def _measure(session: Session, block: Block) -> None:
-    """Both directions of one block, providers and parts beside each other."""
+def _measure(session: Session, block: Layer) -> None:
+    """Measures both directions of one block, all providers and parts side by side."""
     images, size = session.images(32), session.dtype.itemsize
     providers: dict[str, dict[str, Provider]] = {"forward": {}, "backward": {}}
     references: dict[str, dict[str, list[Tensor]]] = {"forward": {}, "backward": {}}
@@ -191,7 +146,7 @@ def _measure(session: Session, block: Block) -> None:
                 model_bytes=(1 if part == "reshape" else times) * work.elements * size,
             )  # fmt: skip
     baseline = f"{DENSE} conv"
-    whole = {f"{UNION} conv": block.union} | {f"{provider} all": block.gated for provider in (NAIVE, FUSED, TRITON)}
+    whole = {f"{UNION} conv": block.union} | {f"{provider} all": block.live for provider in (NAIVE, FUSED, TRITON)}
 
     def compare(p50: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         dense = block.dense.flops(1)
@@ -204,6 +159,6 @@ def _measure(session: Session, block: Block) -> None:
     what = {"layer": block.dense.name, "dtype": session.dtype_name, "layout": "channels_last"}
     for direction, chosen in providers.items():
         measure(
-            session, "fig7", chosen, references[direction], baseline, {**what, "direction": direction},
+            session, "fig7", chosen, references[direction], baseline, what={**what, "direction": direction},
             compare=compare, shown=(baseline, *whole),
         )  # fmt: skip

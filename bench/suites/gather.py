@@ -84,4 +84,6 @@ def _measure(session: Session, width: int, side: int) -> None:
             provider: Provider(function, lambda function=function: [function()])  # type: ignore[misc]
             for provider, function in functions.items()
         }
-        measure(session, "gather", providers, [reference], EAGER, what, elements * session.dtype.itemsize)
+        measure(
+            session, "gather", providers, [reference], EAGER, what=what, model_bytes=elements * session.dtype.itemsize
+        )

@@ -31,10 +31,10 @@ from bench import profiles, rows
 from bench.harness import Provider, Session, against_dense, as_time, attempt, measure, prepared
 from bench.profiles import ConvShape
 from bench.roof import DTYPES, V100
+from bench.suites.blocks import Layer, layers
 from bench.suites.conv import columns_of
 from bench.timing import check
 from prunetrain_kernels.cost.convolution import Convolution, Form, RoofCost, flops, traffic
-from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.gating import choose_form
 from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
 from prunetrain_kernels.ops.channel_index import ChannelIndex
@@ -45,65 +45,6 @@ SELECTED, EXPANDED, TRITON, RUN = "gating (selected)", "gating (expanded)", "gat
 AUTO, NO_INDEX = "auto", "no index"
 SUMMED = ("model_bytes", "flops", "v100_projection_us")
 BACKEND = {SELECTED: "naive", EXPANDED: "expanded", TRITON: "triton", RUN: "triton"}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One convolution: dense, under union, its own live channels, and their places among those that are kept.
-
-    `residual`: whether a sum follows its batch norm. `inputs`, `outputs`: [live] int64.
-    """
-
-    dense: ConvShape
-    union: ConvShape
-    live: ConvShape
-    inputs: Tensor
-    outputs: Tensor
-    residual: bool
-
-    def convolution(self, images: int, itemsize: int) -> Convolution:
-        """The layer as the package's cost model sees it, behind a batch norm that can place channels."""
-        s = self.union
-        return Convolution(
-            images, (s.h_in, s.w_in), (s.h, s.w), (s.r, s.s), (s.stride, s.stride), (s.padding, s.padding), (1, 1),
-            s.c, self.live.c, s.k, self.live.k, itemsize, places=True,
-        )  # fmt: skip
-
-
-def layers(profile: profiles.Profile, image: int) -> list[Layer]:
-    """First and last convolutions of the blocks that are still there, in the network's order.
-
-    Raises:
-        InputError: the profile's network has no residual blocks.
-    """
-    from prunetrain_kernels.graph import trace_channels
-    from prunetrain_kernels.models import build
-
-    model = build(profile.network, profile.classes)
-    graph = trace_channels(model, (torch.zeros(2, 3, 32, 32),))
-    masks = profiles.masks(profile, model, graph, image)
-    shapes = {shape.name: shape for shape in profiles.conv_shapes(model, image)}
-    convolutions = []
-    for name, full in shapes.items():
-        block, _, conv = name.rpartition(".")
-        last = max((n.rpartition(".")[2] for n in shapes if n.startswith(f"{block}.conv")), default="")
-        if not block.startswith("layer") or conv not in ("conv1", last) or name in masks.removed:
-            continue
-        layer, (live_in, live_out) = graph.layers[name], masks.live[name]
-        kept_in, kept_out = masks.kept[layer.input], masks.kept[layer.output]
-        convolutions.append(
-            Layer(
-                full,
-                replace(full, c=int(kept_in.sum()), k=int(kept_out.sum())),
-                replace(full, c=int(live_in.sum()), k=int(live_out.sum())),
-                live_in[kept_in].nonzero()[:, 0],
-                live_out[kept_out].nonzero()[:, 0],
-                conv == last,
-            )
-        )
-    if not convolutions:
-        raise InputError(f"{profile.network} has no residual blocks; gating takes a ResNet's profile")
-    return convolutions
 
 
 def count(profile: profiles.Profile, images: int, dtype: str) -> list[dict[str, Any]]:
@@ -122,7 +63,7 @@ def count(profile: profiles.Profile, images: int, dtype: str) -> list[dict[str, 
         ways[NAIVE] = (replace(conv, places=False), replace(gated, backend="naive"))
         for provider, (placed, form) in ways.items():
             form = form if form.gated else Form()
-            size, work = bytes_of_step(placed, form, layer.residual), 3 * flops(placed, form)
+            size, work = bytes_of_step(placed, form, residual=layer.residual), 3 * flops(placed, form)
             lines.append(
                 {
                     **common, "layer": layer.dense.name, "provider": provider,
@@ -158,7 +99,7 @@ def run(session: Session) -> None:
             attempt(session, layer.dense.name, lambda layer=layer: _measure(session, layer))  # type: ignore[misc]
 
 
-def bytes_of_step(conv: Convolution, form: Form, residual: bool) -> float:
+def bytes_of_step(conv: Convolution, form: Form, *, residual: bool) -> float:
     """Bytes that the convolution and what follows it move: `traffic`, and what every form moves of the batch norm's
     output, which is written and its gradient read twice; a residual is read, and its gradient written."""
     output = conv.batch * conv.map_out[0] * conv.map_out[1] * conv.out_full * conv.itemsize
@@ -175,7 +116,7 @@ def _gated(conv: Convolution) -> Form:
 
 @dataclass(frozen=True)
 class Indices:
-    """Which channels of a layer's input and of its output are live; also as ranges, which reconfiguration orders."""
+    """The live channels of a layer's input and output; also as ranges, which reconfiguration puts them into."""
 
     scattered: tuple[ChannelIndex, ChannelIndex]
     ranges: tuple[ChannelIndex, ChannelIndex]
@@ -221,9 +162,9 @@ class Piece:
         )  # fmt: skip
 
     def eager(self, y: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, *, relu: bool = True) -> Tensor:
-        """What follows the convolution, by PyTorch: batch norm, the residual's sum if the layer has one, ReLU."""
+        """The operators behind the convolution, by PyTorch: batch norm, the residual's sum if there is one, ReLU."""
         wide = gamma.to(y.dtype) if y.dtype == torch.float64 else gamma
-        y = F.batch_norm(y, None, None, wide, beta.to(wide.dtype), True)
+        y = F.batch_norm(y, None, None, wide, beta.to(wide.dtype), training=True)
         y = y + residual if self.layer.residual else y
         return F.relu(y) if relu else y
 
@@ -292,7 +233,7 @@ def _measure(session: Session, layer: Layer) -> None:
 
     # the pruned layer is another than the dense one, and so is PyTorch's error in it
     granted = check(providers[UNION_EAGER].outputs(), references[UNION_EAGER])
-    measure(session, "gating", providers, references, DENSE, what, compare=compare, granted=granted)
+    measure(session, "gating", providers, references, DENSE, what=what, compare=compare, granted=granted)
     if piece.gated.gated:
         _convolutions(piece, what)
 
@@ -355,7 +296,7 @@ def _chosen(piece: Piece, ways: Mapping[str, Way], offered: Sequence[str]) -> st
 
 
 def _providers(piece: Piece, ways: Mapping[str, Way]) -> tuple[dict[str, Provider], dict[str, list[Tensor]]]:
-    """What is timed for each way, and its results in float64. Ways of equal shapes share their tensors."""
+    """A provider for each way, and the results in float64. Ways of equal shapes share their tensors."""
     layer, conv = piece.layer, piece.conv
     before_pruning = replace(
         conv, in_full=layer.dense.c, out_full=layer.dense.k, in_live=layer.dense.c, out_live=layer.dense.k
@@ -377,7 +318,7 @@ def _providers(piece: Piece, ways: Mapping[str, Way]) -> tuple[dict[str, Provide
                 **columns_of(way.shape, conv.batch, layer.dense.c),
             },
             flops=3 * flops(cost, form),
-            model_bytes=bytes_of_step(cost, form, layer.residual),
+            model_bytes=bytes_of_step(cost, form, residual=layer.residual),
         )  # fmt: skip
     return providers, references
 
@@ -437,7 +378,7 @@ def _convolutions(piece: Piece, what: Mapping[str, Any]) -> None:
             what={"part": "conv", "mask_profile": session.profile.label, **columns},
             flops=3 * flops(counted, form), model_bytes=traffic(counted, form).kernels,
         )  # fmt: skip
-    measure(session, "gating", providers, references, NO_INDEX, what)
+    measure(session, "gating", providers, references, NO_INDEX, what=what)
 
 
 def _dy(function: Callable[..., Tensor], tensors: list[Tensor], *, kink: bool = False) -> Tensor:

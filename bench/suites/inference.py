@@ -150,7 +150,7 @@ def _measure(
 
         timings = measure(
             session, "inference", providers, [reference], EAGER,
-            {
+            what={
                 "layer": case.network, "direction": f"inference of {batch}", "dtype": name, "n": batch,
                 "layout": "channels_last" if on_gpu else "contiguous", "h": case.image, "w": case.image,
                 "mask_profile": profile.label,

@@ -198,14 +198,14 @@ def _batch_norm(
         r = _activation(full, dtype, layout, offset, derive=True) if residual else None
         count = channels if padded else width
         mean, var = torch.zeros(count), torch.ones(count)
-        given = (torch.zeros(width), torch.ones(width)) if statistics else None
+        moments = (torch.zeros(width), torch.ones(width)) if statistics else None
         weight, bias = (
             (None, None)
             if parameters is None
             else (torch.zeros(count, dtype=parameters, requires_grad=True) for _ in range(2))
         )
         options: dict[str, Any] = {"training": training, "residual": r, "relu": relu}
-        y = batch_norm_act(x, mean, var, weight, bias, **options, scatter=scatter, statistics=given)
+        y = batch_norm_act(x, mean, var, weight, bias, **options, scatter=scatter, statistics=moments)
         y.backward(_activation(full, dtype, layout, offset))
 
     return run

@@ -21,6 +21,7 @@ VALUE_BYTES, BOTH_BYTES = 4, 16
 
 
 def run(session: Session) -> None:
+    """Measures the value, and the value with its gradient, over all weights."""
     torch.manual_seed(0)
     model, graph = network(session)
     count = sum(p.numel() for p in GroupLasso(model, (), graph=graph).weights()[0])
@@ -48,10 +49,18 @@ def run(session: Session) -> None:
     weights = wide.weights()[0]
     value = plain_penalty(*wide.weights(), wide.eps)
     gradients = torch.autograd.grad(COEFFICIENT * value, weights)
-    measure(session, "lasso", values, [value.detach()], EAGER, {**what, "direction": "value"}, VALUE_BYTES * count)
     measure(
-        session, "lasso", both, [value.detach(), *gradients], EAGER, {**what, "direction": "value+gradient"},
-        BOTH_BYTES * count,
+        session,
+        "lasso",
+        values,
+        [value.detach()],
+        EAGER,
+        what={**what, "direction": "value"},
+        model_bytes=VALUE_BYTES * count,
+    )
+    measure(
+        session, "lasso", both, [value.detach(), *gradients], EAGER, what={**what, "direction": "value+gradient"},
+        model_bytes=BOTH_BYTES * count,
     )  # fmt: skip
 
 
@@ -82,7 +91,7 @@ def _ours(session: Session, lasso: GroupLasso, weights: Sequence[Tensor]) -> Pro
 
 
 def _value_and_gradients(session: Session, step: Callable[[], Any], weights: Sequence[Tensor]) -> list[Tensor]:
-    """What one step returns and adds to gradients of zero."""
+    """The value that one step returns, and the gradients that it adds to zeros."""
     with prepared(session.device):
         value = step().detach().clone()
         gradients = [weight.grad.clone() for weight in weights if weight.grad is not None]

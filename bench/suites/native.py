@@ -85,18 +85,18 @@ def _update(session: Session, name: str, threads: int) -> None:
     gradients = [torch.randn_like(p) for p in model.parameters()]
     count = sum(p.numel() for p in model.parameters())
 
-    def ours(regularized: bool) -> Provider:
+    def ours(*, regularized: bool) -> Provider:
         return sgd.update(model, graph, gradients, SGD, {}, regularized=regularized)
 
-    def torchs(options: dict[str, Any], by_autograd: bool = False) -> Provider:
+    def torchs(options: dict[str, Any], *, by_autograd: bool = False) -> Provider:
         return sgd.update(model, graph, gradients, torch.optim.SGD, options, by_autograd=by_autograd)
 
     providers = {
         FOREACH: torchs({"foreach": True}),
         FUSED: torchs({"fused": True}),
-        PLAIN: ours(False),
-        NATIVE: ours(True),
-        REFERENCE: without_native(ours(True)),
+        PLAIN: ours(regularized=False),
+        NATIVE: ours(regularized=True),
+        REFERENCE: without_native(ours(regularized=True)),
         AUTOGRAD: torchs({"foreach": True}, by_autograd=True),
     }
     expected = {lasso: sgd.reference_update(model, graph, gradients, lasso=lasso) for lasso in (True, False)}
@@ -105,7 +105,9 @@ def _update(session: Session, name: str, threads: int) -> None:
         "layer": f"{name} update", "dtype": "fp32", "layout": "contiguous", "n": count, "mask_profile": "dense",
         "threads": threads, "direction": "step",
     }  # fmt: skip
-    timings = measure(session, "native", providers, references, AUTOGRAD, what, sgd.BYTES_PER_PARAMETER * count)
+    timings = measure(
+        session, "native", providers, references, AUTOGRAD, what=what, model_bytes=sgd.BYTES_PER_PARAMETER * count
+    )
     if NATIVE in timings:
         p50 = {kind: t.p50 for kind, t in timings.items()}
         ratios = ", ".join(f"{kind} {p50[kind] / p50[NATIVE]:.2f}" for kind in p50 if kind != NATIVE)
@@ -124,7 +126,7 @@ def _layers(session: Session, threads: int) -> None:
                 session,
                 layer.name,
                 lambda layer=layer, n=images: bn.measure_layer(  # type: ignore[misc]
-                    session, "native", layer, "dense", functions, n, {"threads": threads}
+                    session, "native", layer, "dense", functions=functions, images=n, more={"threads": threads}
                 ),
             )
             p50 = {kind: sum(session.p50.get((layer.name, kind, d), 0.0) for d in bn.DIRECTIONS) for kind in functions}
@@ -153,13 +155,13 @@ def _step(session: Session, threads: int) -> None:
         NATIVE: task.provider(session, step.OURS),
         REFERENCE: without_native(task.provider(session, step.OURS)),
     }
-    references = {kind: reference.outputs(kind != step.NO_LASSO) for kind in providers}
+    references = {kind: reference.outputs(lasso=kind != step.NO_LASSO) for kind in providers}
     what = {
         "layer": "resnet32 step", "direction": "step", "dtype": "fp32", "layout": "contiguous", "n": network.images,
         "h": 32, "w": 32, "mask_profile": "dense", "threads": threads,
     }  # fmt: skip
     timings = measure(
-        session, "native", providers, references, EAGER, what, large=True, granted=step.GRANTED
+        session, "native", providers, references, EAGER, what=what, large=True, granted=step.GRANTED
     )  # fmt: skip
     if step.NO_LASSO in timings:
         base = timings[step.NO_LASSO].p50

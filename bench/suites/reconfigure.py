@@ -128,7 +128,7 @@ def _sgd(model: nn.Module) -> torch.optim.SGD:
 
 # -- reconfigured by each provider -------------------------------------------------------------------------------------
 
-Reconfigure = Callable[[Training], Training]  # what is timed; the result may be what was given, changed in place
+Reconfigure = Callable[[Training], Training]  # the timed function; it may change its argument in place and return it
 
 
 def by_ours(job: Training) -> Training:
@@ -142,6 +142,7 @@ def by_prunetrain(prunetrain: PruneTrain, job: Training) -> Training:
 
 
 def by_rebuilding(job: Training) -> Training:
+    """A new network of the widths that are left, with copies of the surviving tensors, and a new optimizer."""
     keep = job.graph.keep(job.model, THRESHOLD)
     assert not keep.removed  # no branch of these networks is dead
     with torch.device("meta"):  # the old widths are not to be paid for
@@ -198,7 +199,7 @@ def by_torch_pruning(tp: Any, job: Training) -> Training:
     for space, kept in zip(keep.graph.spaces, keep.channels, strict=True):
         if len(kept) == space.size or not space.producers:
             continue
-        dead = torch.ones(space.size, dtype=torch.bool).index_fill_(0, kept, False).nonzero()[:, 0].tolist()
+        dead = torch.ones(space.size, dtype=torch.bool).index_fill_(0, kept, value=False).nonzero()[:, 0].tolist()
         layer = job.model.get_submodule(space.producers[0])
         prune = tp.prune_conv_out_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_out_channels
         dependencies.get_pruning_group(layer, prune, idxs=dead).prune()
@@ -214,7 +215,7 @@ def torch_pruning() -> Any:
 
 
 def prepared_by(kind: str, job: Training, tp: Any) -> Reconfigure:
-    """What a provider does with a training; what it needs only once per training is made here, outside of the time."""
+    """The function of a provider that is timed; what it needs once per training is made here, outside of the time."""
     if kind == WHOLE:
         prunetrain = PruneTrain(
             job.model, job.optimizer, job.graph.example_inputs, penalty_ratio=0, threshold=THRESHOLD
@@ -290,7 +291,7 @@ def _measure(session: Session, network: Network) -> None:
 
 
 def compare(
-    done: Training, wide: Training, keep: Keep, x: Tensor, expected: Tensor, momentum: bool
+    done: Training, wide: Training, keep: Keep, x: Tensor, expected: Tensor, *, momentum: bool
 ) -> timing.Check | None:
     """Outputs, and momentum if it is to survive, against the network before; None if there are other parameters."""
     results, references = [_outputs(done.model, x)], [expected]

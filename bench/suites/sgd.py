@@ -30,6 +30,7 @@ FOREACH, FUSED, NATIVE = "torch foreach", "torch fused", "CUDA C++"
 
 
 def run(session: Session) -> None:
+    """Measures an update without the lasso and one with it."""
     torch.manual_seed(0)
     model, graph = network(session)
     gradients = [torch.randn_like(p) for p in model.parameters()]
@@ -51,8 +52,8 @@ def run(session: Session) -> None:
     for providers, direction in ((plain, "SGD"), (inside, "SGD+lasso")):
         reference = reference_update(model, graph, gradients, lasso=direction != "SGD")
         baseline = next(name for name in providers if name.startswith(FOREACH))
-        measure(session, "sgd", providers, reference, baseline, {**what, "direction": direction},
-                BYTES_PER_PARAMETER * count)  # fmt: skip
+        measure(session, "sgd", providers, reference, baseline, what={**what, "direction": direction},
+                model_bytes=BYTES_PER_PARAMETER * count)  # fmt: skip
 
 
 def network(session: Session) -> tuple[nn.Module, Any]:
@@ -126,7 +127,7 @@ def _calling(operator: Callable[..., None]) -> Iterator[None]:
 
 
 def reference_update(model: nn.Module, graph: Any, gradients: Sequence[Tensor], *, lasso: bool) -> list[Tensor]:
-    """What the parameters move in STEPS_CHECKED steps, in float64, from the formulas alone."""
+    """The change of the parameters in STEPS_CHECKED steps, in float64, from the formulas alone."""
     model = copy.deepcopy(model).double()
     regularizer = GroupLasso(model, (), graph=graph)
     parameters = list(model.parameters())

@@ -169,7 +169,8 @@ def _measure(
         "h": network.image, "w": network.image, "mask_profile": label,
     }  # fmt: skip
     timings = measure(
-        session, "step", providers, references, EAGER, what, moved + updated, work, compare=compare, large=True,
+        session, "step", providers, references, EAGER, what=what, model_bytes=moved + updated, flops=work,
+        compare=compare, large=True,
         granted=GRANTED,
     )  # fmt: skip
     if timings and not is_dense:
@@ -239,6 +240,7 @@ class Reference:
 
     @staticmethod
     def of(model: nn.Module, graph: ChannelGraph, data: Data) -> "Reference":
+        """The reference of a step of `model` on `data`."""
         wide = copy.deepcopy(model).double().train()
         logits = wide(data.images.double())
         F.cross_entropy(logits, data.classes).backward()  # type: ignore[no-untyped-call]
@@ -255,10 +257,10 @@ class Reference:
         }
         return Reference(data, logits.detach(), moves, coefficient)
 
-    def outputs(self, lasso: bool) -> list[Tensor]:
-        return [self.logits, self.in_units(self.moves[lasso], lasso)]
+    def outputs(self, *, lasso: bool) -> list[Tensor]:
+        return [self.logits, self.in_units(self.moves[lasso], lasso=lasso)]
 
-    def in_units(self, moves: Mapping[str, Tensor], lasso: bool) -> Tensor:
+    def in_units(self, moves: Mapping[str, Tensor], *, lasso: bool) -> Tensor:
         """All checked parameters in one, each in units of its own RMS, so that they weigh the same."""
         scales = {n: max(float(move.square().mean().sqrt()), 1e-30) for n, move in self.moves[lasso].items()}
         return torch.cat([moves[n].double().flatten() / scale for n, scale in scales.items()])
@@ -266,7 +268,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Task:
-    """What every provider has to do, each on a copy of the model."""
+    """The training step that every provider computes, each on a copy of the model."""
 
     model: nn.Module
     graph: ChannelGraph
@@ -275,6 +277,7 @@ class Task:
     dtype: torch.dtype
 
     def provider(self, session: Session, kind: str) -> Provider:
+        """The step by one of EAGER, COMPILED, OURS, UNFUSED, NO_LASSO."""
         model = copy.deepcopy(self.model).train()
         parameters = dict(model.named_parameters())
         lasso = GroupLasso(model, (), graph=self.graph)
@@ -309,7 +312,7 @@ class Task:
             moves = {name: (start[name] - p.detach()) / LR for name, p in parameters.items()}
             for group in optimizer.param_groups:
                 group["lr"] = TIMED_LR
-            return [logits, self.reference.in_units(moves, kind != NO_LASSO)]
+            return [logits, self.reference.in_units(moves, lasso=kind != NO_LASSO)]
 
         return Provider(lambda: step(self.data), outputs)
 

@@ -1,7 +1,7 @@
 """The command `python -m bench`, the rows it writes, and that a wrong provider is refused."""
 
-import csv
 import dataclasses
+import functools
 import math
 import os
 import subprocess
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_kit import CPU, rows_of, tiny_session
 
 from bench import counters, harness, profiles, rows, targets, timing
 from bench.__main__ import main
@@ -27,7 +28,6 @@ from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.loop import train
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 
 
 def test_list_names_the_suites(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,11 +98,6 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_gpu_script_goes_through_its_steps_without_a_gpu(visit: Path) -> None:
     said = (visit / "said").read_text()
     for step in ("DONE t2", "DONE optimizers", "DONE roof", "DONE sgd-lasso-bn", "SKIPPED memcheck", "all steps done"):
@@ -124,23 +119,23 @@ def test_every_step_of_the_gpu_script_is_a_suite_or_a_test() -> None:
 
 def test_operator_suites_write_rows_that_hold_the_schema(visit: Path) -> None:
     for suite in ("sgd", "lasso", "bn", "gather", "roof"):
-        found = rows_of(visit / f"{suite}.csv")
-        assert tuple(found[0]) == rows.COLUMNS
-        assert [fault for row in found for fault in rows.faults(row)] == []
-        assert {row["suite"] for row in found} == {suite}
-        assert {row["size"] for row in found} == {"quick"}
-        assert all(float(row["ratio_to_roof"]) > 0 for row in found if row["mode"] == timing.CPU)
+        written = rows_of(visit / f"{suite}.csv")
+        assert tuple(written[0]) == rows.COLUMNS
+        assert [fault for row in written for fault in rows.faults(row)] == []
+        assert {row["suite"] for row in written} == {suite}
+        assert {row["size"] for row in written} == {"quick"}
+        assert all(float(row["ratio_to_roof"]) > 0 for row in written if row["mode"] == timing.CPU)
 
 
 def test_bn_measures_every_layer_and_their_sum(visit: Path) -> None:
-    found = [row for row in rows_of(visit / "bn.csv") if row["mask_profile"] == "dense" and row["mode"] != "model"]
-    single = [row for row in found if row["layer"] != bn.ALL]
+    written = [row for row in rows_of(visit / "bn.csv") if row["mask_profile"] == "dense" and row["mode"] != "model"]
+    single = [row for row in written if row["layer"] != bn.ALL]
     assert len({row["layer"] for row in single}) == 16
     # two images of one pixel have two values per channel: their gradients all but cancel, in any implementation
     assert all(0 <= float(row["error"]) < (1e-2 if "1x1" in row["layer"] else 1e-4) for row in single)
     for provider in ("ours", "eager"):
         total = sum(float(r["p50_us"]) * int(r["count"]) for r in single if is_of(r, provider, "forward"))
-        whole = next(r for r in found if r["layer"] == bn.ALL and is_of(r, provider, "forward"))
+        whole = next(r for r in written if r["layer"] == bn.ALL and is_of(r, provider, "forward"))
         assert total == pytest.approx(float(whole["p50_us"]), rel=1e-3)
 
 
@@ -154,9 +149,9 @@ def test_bn_shows_the_papers_three_savings_by_model(visit: Path) -> None:
 
 
 def test_the_gather_suite_measures_all_widths(visit: Path) -> None:
-    found = rows_of(visit / "gather.csv")
-    assert len({row["layer"] for row in found}) == 12
-    assert {(row["c_full"], row["c_live"]) for row in found} >= {("256", "128"), ("2048", "1024")}
+    written = rows_of(visit / "gather.csv")
+    assert len({row["layer"] for row in written}) == 12
+    assert {(row["c_full"], row["c_live"]) for row in written} >= {("256", "128"), ("2048", "1024")}
 
 
 def is_of(row: dict[str, str], provider: str, direction: str) -> bool:
@@ -164,47 +159,38 @@ def is_of(row: dict[str, str], provider: str, direction: str) -> bool:
 
 
 def test_all_of_resnet50s_batch_norms_are_measured() -> None:
-    found = bn.layers(build("imagenet_resnet50", 1000))
-    assert sum(layer.count for layer in found) == 53
-    assert sum(layer.count for layer in found if layer.follows == "BN+add+ReLU") == 16
-    assert sum(layer.count for layer in found if layer.follows == "BN") == 4
-    elements = sum(layer.count * layer.channels * layer.side**2 for layer in found)
+    norms = bn.layers(build("imagenet_resnet50", 1000))
+    assert sum(layer.count for layer in norms) == 53
+    assert sum(layer.count for layer in norms if layer.follows == "BN+add+ReLU") == 16
+    assert sum(layer.count for layer in norms if layer.follows == "BN") == 4
+    elements = sum(layer.count * layer.channels * layer.side**2 for layer in norms)
     assert elements == 11_113_984  # per image: what the network's convolutions put out
     # design section 7: 12.0 ms at 4.3 TB/s for batch 256 in fp16
     size = sum(
         layer.count * bn.layer_bytes(256 * layer.channels * layer.side**2, 2, layer.follows, direction)
-        for layer in found
+        for layer in norms
         for direction in ("forward", "backward")
     )
     assert size / 4.3e12 == pytest.approx(12.0e-3, rel=0.05)
 
 
-ROOF = Roof(1.0, {"fp16": 1.0, "fp32": 1.0}, 1.0)
-
-
-def session(folder: Path, profile: str = "paper", dtype: torch.dtype = torch.float32) -> harness.Session:
-    return harness.Session(
-        CPU, dtype, None, True, False, profiles.parse(profile), "", folder, ROOF, rows.environment(CPU)
-    )
-
-
 def test_a_provider_with_a_wrong_result_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong(x, mean, var, weight, bias, residual, relu):  # type: ignore[no-untyped-def]
-        y = bn.eager_batch_norm(x, mean, var, weight, bias, residual, relu)
+    def wrong(*arguments, relu):  # type: ignore[no-untyped-def]
+        y = bn.eager_batch_norm(*arguments, relu=relu)
         return y + F.pad(torch.ones(1, 1, 1, 1), (0, 0, 0, 0, 0, y.shape[1] - 1)).to(y)  # one channel is off
 
     monkeypatch.setattr(bn, "our_batch_norm", wrong)
-    run = session(tmp_path)
+    session = tiny_session(tmp_path)
     two = [bn.Layer(256, 8, "BN+add+ReLU", 3, 256), bn.Layer(64, 8, "BN+ReLU", 2, 64)]
-    bn.all_of(run, two, "dense", ["eager", "ours"], {})
-    assert "BN+add+ReLU 256x8x8 forward by ours: wrong result" in run.refused
-    found = rows_of(tmp_path / "bn.csv")
-    assert not any(is_of(row, "ours", "forward") for row in found)  # neither layers nor their sum
-    assert any(row["layer"] == bn.ALL and is_of(row, "eager", "forward") for row in found)
+    bn.all_of(session, two, "dense", ["eager", "ours"], {})
+    assert "BN+add+ReLU 256x8x8 forward by ours: wrong result" in session.refused
+    written = rows_of(tmp_path / "bn.csv")
+    assert not any(is_of(row, "ours", "forward") for row in written)  # neither layers nor their sum
+    assert any(row["layer"] == bn.ALL and is_of(row, "eager", "forward") for row in written)
     assert "ours has no sum" in capsys.readouterr().out
-    assert "REFUSED BN+add+ReLU" in targets.verdict(run)
+    assert "REFUSED BN+add+ReLU" in targets.verdict(session)
 
 
 def test_a_piece_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,14 +198,14 @@ def test_a_piece_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, mon
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(gather, "channel_gather", failing)
-    run = session(tmp_path)
-    gather.run(run)
-    assert run.refused == [f"{w} channels: RuntimeError no such kernel" for w in (256, 512, 1024, 2048)]
+    session = tiny_session(tmp_path)
+    gather.run(session)
+    assert session.refused == [f"{w} channels: RuntimeError no such kernel" for w in (256, 512, 1024, 2048)]
 
 
 def test_verdict_says_met_and_missed(tmp_path: Path) -> None:
-    run = session(tmp_path)
-    run.p50 = {
+    session = tiny_session(tmp_path)
+    session.p50 = {
         ("all parameters", "ours", "SGD"): 100.0,
         ("all parameters", "ours", "SGD+lasso"): 104.0,
         ("floor", "model", "SGD"): 80.0,
@@ -230,7 +216,7 @@ def test_verdict_says_met_and_missed(tmp_path: Path) -> None:
         ("all layers", "eager", "backward"): 1500.0,
         ("bytes", "model", "both"): 1.9e6,  # 0.95 of a copy at 1 GB/s
     }
-    assert [" ".join(str(target).split("= ")[-1].split()[1:]) for target in targets.targets(run)] == [
+    assert [" ".join(str(target).split("= ")[-1].split()[1:]) for target in targets.targets(session)] == [
         "met",
         "missed by 4.0%",
         "missed by 5.8%",
@@ -242,30 +228,30 @@ def test_verdict_says_met_and_missed(tmp_path: Path) -> None:
 
 
 def test_a_verdict_without_measurements_is_empty(tmp_path: Path) -> None:
-    run = session(tmp_path)
-    run.quick = False
-    assert targets.verdict(run) == ""
+    session = tiny_session(tmp_path)
+    session.quick = False
+    assert targets.verdict(session) == ""
 
 
 # -- convolutions, fig. 7, communication -------------------------------------------------------------------------------
 
 
 def test_fig7_measures_every_block_both_ways(tmp_path: Path) -> None:
-    run = session(tmp_path)
-    run.only = "layer4"
-    fig7.run(run)
-    assert run.refused == []
-    found = rows_of(tmp_path / "fig7.csv")
-    assert [fault for row in found for fault in rows.faults(row)] == []
-    assert {row["layer"] for row in found} == {f"layer4.{i}.conv3" for i in range(3)}
-    ways = {(row["provider"], row["part"]) for row in found}
+    session = tiny_session(tmp_path)
+    session.only = "layer4"
+    fig7.run(session)
+    assert session.refused == []
+    written = rows_of(tmp_path / "fig7.csv")
+    assert [fault for row in written for fault in rows.faults(row)] == []
+    assert {row["layer"] for row in written} == {f"layer4.{i}.conv3" for i in range(3)}
+    ways = {(row["provider"], row["part"]) for row in written}
     assert ways == {("dense", "conv"), ("union", "conv")} | {
         (way, part) for way in (fig7.NAIVE, fig7.FUSED) for part in ("conv", "reshape", "all")
     }
     for direction in ("forward", "backward"):
         by = {
             (r["provider"], r["part"]): r
-            for r in found
+            for r in written
             if r["layer"] == "layer4.0.conv3" and r["direction"] == direction
         }
         dense, union, live = by["dense", "conv"], by["union", "conv"], by[fig7.FUSED, "conv"]
@@ -276,15 +262,15 @@ def test_fig7_measures_every_block_both_ways(tmp_path: Path) -> None:
 
 
 def test_gating_measures_first_and_last_convolutions_in_every_form(tmp_path: Path) -> None:
-    run = session(tmp_path)
-    run.only = "layer4.1"
-    gating.run(run)
-    assert run.refused == []
-    found = rows_of(tmp_path / "gating.csv")
-    assert [fault for row in found for fault in rows.faults(row)] == []
-    assert {row["layer"] for row in found} == {"layer4.1.conv1", "layer4.1.conv3"}
+    session = tiny_session(tmp_path)
+    session.only = "layer4.1"
+    gating.run(session)
+    assert session.refused == []
+    written = rows_of(tmp_path / "gating.csv")
+    assert [fault for row in written for fault in rows.faults(row)] == []
+    assert {row["layer"] for row in written} == {"layer4.1.conv1", "layer4.1.conv3"}
     for layer, forms in (("layer4.1.conv1", {gating.SELECTED, gating.EXPANDED}), ("layer4.1.conv3", {gating.EXPANDED})):
-        whole = {r["provider"]: r for r in found if r["layer"] == layer and r["part"] == "all"}
+        whole = {r["provider"]: r for r in written if r["layer"] == layer and r["part"] == "all"}
         assert set(whole) == forms | {gating.DENSE, gating.UNION, gating.UNION_EAGER, gating.NAIVE, gating.AUTO}
         flops = {name: float(row["flops"]) for name, row in whole.items()}
         assert flops[gating.NAIVE] < flops[gating.UNION] < flops[gating.DENSE]
@@ -293,10 +279,10 @@ def test_gating_measures_first_and_last_convolutions_in_every_form(tmp_path: Pat
         assert float(whole[gating.UNION]["flops_ratio"]) == pytest.approx(
             flops[gating.UNION] / flops[gating.DENSE], 1e-4
         )
-    alone = {(r["layer"], r["provider"]) for r in found if r["part"] == "conv"}
+    alone = {(r["layer"], r["provider"]) for r in written if r["part"] == "conv"}
     assert ("layer4.1.conv1", gating.NO_INDEX) in alone
     assert ("layer4.1.conv1", gating.EXPANDED) in alone
-    assert "auto / better of union and gating" in targets.verdict(run)
+    assert "auto / better of union and gating" in targets.verdict(session)
 
 
 def test_gating_refuses_channels_in_the_wrong_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,21 +292,21 @@ def test_gating_refuses_channels_in_the_wrong_places(tmp_path: Path, monkeypatch
         return true(*arguments, **options).roll(1, 1)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gating, "batch_norm_act", shifted)
-    run = session(tmp_path)
-    run.only = "layer4.2.conv3"
-    gating.run(run)
-    assert len(run.refused) >= 2
-    found = {row["provider"] for row in rows_of(tmp_path / "gating.csv") if row["part"] == "all"}
-    assert found == {gating.DENSE, gating.UNION_EAGER, gating.NAIVE}
+    session = tiny_session(tmp_path)
+    session.only = "layer4.2.conv3"
+    gating.run(session)
+    assert len(session.refused) >= 2
+    written = {row["provider"] for row in rows_of(tmp_path / "gating.csv") if row["part"] == "all"}
+    assert written == {gating.DENSE, gating.UNION_EAGER, gating.NAIVE}
 
 
 def test_costs_are_counted_without_running_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gating.csv"
     assert main(["costs", "--batch", "8", "--profile", "uniform:0.5", "--out", str(path)]) == 0
-    found = rows_of(path)
-    assert [fault for row in found for fault in rows.faults(row)] == []
-    assert f"{len(found)} rows" in capsys.readouterr().out
-    one = {r["provider"]: r for r in found if r["layer"] == "layer1.1.conv3"}
+    written = rows_of(path)
+    assert [fault for row in written for fault in rows.faults(row)] == []
+    assert f"{len(written)} rows" in capsys.readouterr().out
+    one = {r["provider"]: r for r in written if r["layer"] == "layer1.1.conv3"}
     # 1x1, 56 x 56 pixels, 8 images: 32 channels in (half of 64), 128 kept and 0.9 of them live out
     live = round(0.9 * 128)
     assert int(one[gating.UNION]["flops"]) == 3 * 2 * 8 * 56 * 56 * 32 * 128
@@ -338,51 +324,61 @@ def test_fig7_refuses_a_scatter_to_the_wrong_channels(tmp_path: Path, monkeypatc
         return channel_index.channel_scatter(y, index).roll(1, 1)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fig7, "channel_scatter", shifted)
-    run = session(tmp_path)
-    run.only = "layer4.2"
-    fig7.run(run)
-    assert len(run.refused) == 4  # forward and backward, alone and behind the convolution
-    found = rows_of(tmp_path / "fig7.csv")
-    assert not any(row["provider"] == fig7.FUSED and row["part"] == "all" for row in found)
-    assert any(row["provider"] == fig7.NAIVE and row["part"] == "all" for row in found)
+    session = tiny_session(tmp_path)
+    session.only = "layer4.2"
+    fig7.run(session)
+    assert len(session.refused) == 4  # forward and backward, alone and behind the convolution
+    written = rows_of(tmp_path / "fig7.csv")
+    assert not any(row["provider"] == fig7.FUSED and row["part"] == "all" for row in written)
+    assert any(row["provider"] == fig7.NAIVE and row["part"] == "all" for row in written)
 
 
 def test_fig7_has_a_block_for_each_last_convolution() -> None:
-    found = fig7.blocks(profiles.parse("uniform:0.5"), 224)
-    assert len(found) == 16
-    assert [block.dense.k for block in found] == [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3
-    assert all(block.union.k == block.dense.k // 2 for block in found)
-    assert all(len(block.index) == block.gated.k == round(profiles.LIVE_OF_UNION * block.union.k) for block in found)
+    blocks = fig7.blocks(profiles.parse("uniform:0.5"), 224)
+    assert len(blocks) == 16
+    assert [block.dense.k for block in blocks] == [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3
+    assert all(block.union.k == block.dense.k // 2 for block in blocks)
+    assert all(len(block.outputs) == block.live.k == round(profiles.LIVE_OF_UNION * block.union.k) for block in blocks)
     assert all(
-        block.dense.h == side for block, side in zip(found, [56] * 3 + [28] * 4 + [14] * 6 + [7] * 3, strict=True)
+        block.dense.h == side for block, side in zip(blocks, [56] * 3 + [28] * 4 + [14] * 6 + [7] * 3, strict=True)
     )
     with pytest.raises(InputError, match="no residual blocks"):
         fig7.blocks(profiles.Profile("dense", "vgg11", 32, 10, share=1.0), 32)
 
 
 def test_conv_compares_every_distinct_layer_with_its_dense_self(tmp_path: Path) -> None:
-    run = session(tmp_path, "uniform:0.5")
-    run.only = "layer3"
-    conv.run(run)
-    assert run.refused == []
-    found = rows_of(tmp_path / "conv.csv")
-    assert [fault for row in found for fault in rows.faults(row)] == []
-    assert {row["provider"] for row in found} == {"eager"}
-    assert sum(int(r["count"]) for r in found if r["mask_profile"] == "dense" and r["direction"] == "forward") == 19
-    halves = [row for row in found if row["mask_profile"] == "uniform:0.5 (synthetic)"]
+    session = tiny_session(tmp_path, "uniform:0.5")
+    session.only = "layer3"
+    conv.run(session)
+    assert session.refused == []
+    written = rows_of(tmp_path / "conv.csv")
+    assert [fault for row in written for fault in rows.faults(row)] == []
+    assert {row["provider"] for row in written} == {"eager"}
+    assert sum(int(r["count"]) for r in written if r["mask_profile"] == "dense" and r["direction"] == "forward") == 19
+    halves = [row for row in written if row["mask_profile"] == "uniform:0.5 (synthetic)"]
     assert all(float(row["flops_ratio"]) == pytest.approx(0.25, abs=0.01) for row in halves)
     backward = next(row for row in halves if row["direction"] == "backward")
     shape = [float(backward[column]) for column in ("n", "h", "w", "c_live", "k", "r", "s")]
     assert float(backward["flops"]) == pytest.approx(4 * math.prod(shape), rel=1e-5)
 
 
-def test_comm_falls_with_the_gradients_for_every_number_of_gpus(tmp_path: Path) -> None:
-    run = session(tmp_path)
-    comm.run(run)
-    found = rows_of(tmp_path / "comm.csv")
-    assert [fault for row in found for fault in rows.faults(row)] == []
-    assert {int(row["n"]) for row in found} == set(comm.GPUS)
-    sent = {(r["mask_profile"], int(r["n"]), r["provider"]): int(r["model_bytes"]) for r in found}
+@functools.cache
+def paper_network(ratio: str) -> profiles.Pruned:
+    """ImageNet ResNet-50 as it is left by a paper profile; nobody changes it."""
+    return profiles.prune(profiles.parse(f"paper:{ratio}"))
+
+
+def test_comm_falls_with_the_gradients_for_every_number_of_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = {profiles.parse(f"paper:{ratio}"): paper_network(ratio) for ratio in profiles.PAPER_INFERENCE_FLOPS}
+    monkeypatch.setattr(profiles, "prune", networks.__getitem__)
+    session = tiny_session(tmp_path)
+    comm.run(session)
+    written = rows_of(tmp_path / "comm.csv")
+    assert [fault for row in written for fault in rows.faults(row)] == []
+    assert {int(row["n"]) for row in written} == set(comm.GPUS)
+    sent = {(r["mask_profile"], int(r["n"]), r["provider"]): int(r["model_bytes"]) for r in written}
     shares = {
         sent["paper:0.25 (synthetic)", n, p] / sent["dense", n, p]
         for n in comm.GPUS
@@ -390,7 +386,7 @@ def test_comm_falls_with_the_gradients_for_every_number_of_gpus(tmp_path: Path) 
     }
     assert max(shares) - min(shares) < 1e-6  # the same saving at all scales, as the paper says
     assert 0.4 < min(shares) < 0.6
-    assert all(row["p50_us"] == "" and row["mode"] == "model" for row in found)
+    assert all(row["p50_us"] == "" and row["mode"] == "model" for row in written)
 
 
 # -- profiles ----------------------------------------------------------------------------------------------------------
@@ -398,10 +394,10 @@ def test_comm_falls_with_the_gradients_for_every_number_of_gpus(tmp_path: Path) 
 
 @pytest.mark.parametrize(("ratio", "left"), [("0.25", 0.47), ("0.2", 0.56), ("0.1", 0.88)])
 def test_a_paper_profile_leaves_the_papers_flops(ratio: str, left: float) -> None:
-    pruned = profiles.prune(profiles.parse(f"paper:{ratio}"))
+    pruned = paper_network(ratio)
     example = (torch.zeros(1, 3, 224, 224),)
-    found = count_flops(pruned.model, example).inference / count_flops(pruned.dense, example).inference
-    assert found == pytest.approx(left, abs=0.01)
+    share = count_flops(pruned.model, example).inference / count_flops(pruned.dense, example).inference
+    assert share == pytest.approx(left, abs=0.01)
 
 
 def test_rounding_keeps_multiples_and_layers_fit() -> None:
@@ -430,9 +426,9 @@ def test_a_runs_profile_is_what_it_kept(tmp_path: Path) -> None:
             )
     with pytest.raises(InputError, match="not of a vgg11"):
         profiles.for_network(profile, "vgg11", 32, 10)
-    run = session(tmp_path / "out")
-    run.profile = profile
-    comm.run(run)
+    session = tiny_session(tmp_path / "out")
+    session.profile = profile
+    comm.run(session)
     assert {row["layer"] for row in rows_of(tmp_path / "out/comm.csv")} == {"epoch 1", "epoch 2"}
 
 
@@ -566,10 +562,9 @@ def test_rows_are_appended_and_foreign_files_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     rows.append(path, [{"suite": "x", "p50_us": 1.23456789}])
     rows.append(path, [{"suite": "y"}])
-    with path.open(newline="") as file:
-        found = list(csv.DictReader(file))
-    assert [row["suite"] for row in found] == ["x", "y"]
-    assert found[0]["p50_us"] == "1.23457"
+    written = rows_of(path)
+    assert [row["suite"] for row in written] == ["x", "y"]
+    assert written[0]["p50_us"] == "1.23457"
     with pytest.raises(InputError, match="no column speed"):
         rows.append(path, [{"speed": 1}])
     path.write_text("a,b\n1,2\n")
@@ -594,11 +589,11 @@ def test_checks_see_rounding_outliers_and_nan() -> None:
 
 def test_slower_is_slower() -> None:
     calls = {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.004)}
-    found = timing.side_by_side(calls, CPU, milliseconds=8, rounds=3)
-    assert found["long"].p50 > 2 * found["short"].p50
-    assert found["long"].p50 > 4000
-    assert found["long"].mode == timing.CPU
-    assert found["long"].samples == 3
+    timings = timing.side_by_side(calls, CPU, milliseconds=8, rounds=3)
+    assert timings["long"].p50 > 2 * timings["short"].p50
+    assert timings["long"].p50 > 4000
+    assert timings["long"].mode == timing.CPU
+    assert timings["long"].samples == 3
 
 
 def test_settings_are_the_commands_options() -> None:
@@ -611,7 +606,7 @@ def test_settings_are_the_commands_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("info", "found"),
+    ("info", "expected"),
     [
         ("flags\t\t: sse avx2 avx512f avx512_bf16\nmodel name\t: AMD EPYC\n", "avx512-bf16"),
         ("flags\t\t: avx2 avx512f avx512_bf16 amx_bf16\nmodel name\t: AMD EPYC\n", "amx"),
@@ -621,13 +616,13 @@ def test_settings_are_the_commands_options() -> None:
     ],
 )
 def test_cpus_of_one_name_are_told_apart_by_their_instructions(
-    info: str, found: str, monkeypatch: pytest.MonkeyPatch
+    info: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda path, *_, **__: info)
-    assert machine.instructions() == found
+    assert machine.instructions() == expected
     folder = rows.results_folder(torch.device("cpu"))
-    assert folder == Path("bench/results") / "-".join(filter(None, ("amd-epyc", found)))
-    assert rows.device_name(torch.device("cpu")) == ", ".join(filter(None, ("AMD EPYC", found)))
+    assert folder == Path("bench/results") / "-".join(filter(None, ("amd-epyc", expected)))
+    assert rows.device_name(torch.device("cpu")) == ", ".join(filter(None, ("AMD EPYC", expected)))
 
 
 # -- docs/results.md ---------------------------------------------------------------------------------------------------

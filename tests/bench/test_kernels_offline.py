@@ -63,8 +63,8 @@ def toys() -> dict[str, object]:
     """The report over kernels that have the faults it looks for, and over sound ones."""
     run = compiling(str(Path(__file__).with_name("toys.py")), "80")
     assert run.returncode == 0, run.stderr
-    found: dict[str, object] = json.loads(run.stdout)
-    return found
+    report: dict[str, object] = json.loads(run.stdout)
+    return report
 
 
 def test_the_report_finds_what_it_looks_for(toys: dict[str, object]) -> None:

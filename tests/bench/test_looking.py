@@ -1,24 +1,16 @@
 """Commands of `python -m bench` that only look write into no committed file; docs/results.md begins with a summary."""
 
-import csv
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
+from bench_kit import CPU, rows_of, tiny_session
 
-from bench import harness, profiles, rows
+from bench import rows
 from bench.__main__ import main
-from bench.roof import Roof
 from bench.suites import kernels
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def contents(*folders: str) -> dict[Path, tuple[int, int]]:
@@ -81,19 +73,7 @@ def test_where_the_suite_kernels_writes(
     asked: list[Path | None] = []
     monkeypatch.setattr(kernels, "command", lambda chosen, out, only: asked.append(out) or 0)
     where = rows.results_folder(CPU) if folder.endswith("DEVICE") else Path(folder)
-    run = harness.Session(
-        CPU,
-        torch.float32,
-        None,
-        quick,
-        False,
-        profiles.parse("dense"),
-        only,
-        where,
-        Roof(1.0, {}),
-        rows.environment(CPU),
-    )
-    kernels.run(run)
+    kernels.run(tiny_session(where, "dense", quick=quick, only=only))
     assert asked == [written and Path(written)]
 
 
@@ -127,7 +107,9 @@ def test_the_page_begins_with_a_summary_and_folds_long_tables(tmp_path: Path) ->
     assert main(arguments) == 0
     assert main([*arguments, "--check"]) == 0
     text = page.read_text()
-    summary, tables = text.split("## Summary\n")[1].split("\n## ", 1)
+    before, rest = text.split("## Summary\n")
+    assert "## " not in before
+    summary, tables = rest.split("\n## ", 1)
     assert f"* **native** on {rows.device_name(CPU)}: the CPU library is 2.0 times as fast" in summary
     assert "(1.0 to 3.0; median of 3 pieces of work)" in summary
     assert "(eta, medians of 2 rows): ours 0.75." in summary

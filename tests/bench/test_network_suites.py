@@ -1,41 +1,34 @@
 """The suites step, inference, reconfigure and memory on tiny networks: what they write, and what they refuse."""
 
-import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bench_kit import rows_of, tiny_session
 from torch import nn
 
-from bench import profiles, roof, rows, timing
+from bench import profiles, rows, timing
 from bench.harness import EAGER, OURS, Session
 from bench.suites import inference, memory, reconfigure, step
 from prunetrain_kernels.cost import MemoryModel
 from prunetrain_kernels.graph import trace_channels
-from prunetrain_kernels.models import build
+from prunetrain_kernels.models import MODELS, build
+from prunetrain_kernels.models.resnet import BasicBlock, CifarResNet
 from prunetrain_kernels.optim import SGD
 
-CPU = torch.device("cpu")
-ROOF = roof.Roof(10.0, {"fp32": 0.05}, 1.0)
-TINY = "resnet20"
+TINY = "resnet14"  # two blocks in each of three stages; no network of the package is as small
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.set_flush_denormal(False)  # PruneTrain's constructor switches it on
+def _tiny_network() -> Iterator[None]:
+    def resnet14(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+        return CifarResNet(BasicBlock, 2, num_classes, in_channels)
 
-
-def session(folder: Path, profile: str = "paper") -> Session:
-    return Session(
-        device=CPU, dtype=torch.float32, batch=None, quick=True, compile=False, profile=profiles.parse(profile),
-        only="", folder=folder, roof=ROOF, environment=rows.environment(CPU),
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, TINY, resnet14)
+        yield
 
 
 def tiny_steps(patch: pytest.MonkeyPatch) -> None:
@@ -64,22 +57,20 @@ SUITES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Any]] = {
 
 
 def ran(name: str, folder: Path) -> tuple[Session, list[dict[str, str]]]:
-    made = session(folder)
-    SUITES[name][1].run(made)
-    path = folder / f"{name}.csv"
-    with path.open(newline="") as file:
-        return made, list(csv.DictReader(file))
+    session = tiny_session(folder)
+    SUITES[name][1].run(session)
+    return session, rows_of(folder / f"{name}.csv")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Session, list[dict[str, str]]]]:
     """Session and rows of each suite."""
-    found = {}
+    by_suite = {}
     with pytest.MonkeyPatch.context() as patch:
         for name, (make_tiny, _) in SUITES.items():
             make_tiny(patch)
-            found[name] = ran(name, tmp_path_factory.mktemp(name))
-    return found
+            by_suite[name] = ran(name, tmp_path_factory.mktemp(name))
+    return by_suite
 
 
 Results = dict[str, tuple[Session, list[dict[str, str]]]]
@@ -87,10 +78,10 @@ Results = dict[str, tuple[Session, list[dict[str, str]]]]
 
 @pytest.mark.parametrize("name", SUITES)
 def test_rows_are_sound_and_nothing_is_refused(name: str, results: Results) -> None:
-    made, found = results[name]
-    assert made.refused == []
-    assert made.written == len(found) > 0
-    for row in found:
+    session, written = results[name]
+    assert session.refused == []
+    assert session.written == len(written) > 0
+    for row in written:
         assert rows.faults(row) == []
         assert row["suite"] == name
         assert row["layer"] == TINY
@@ -98,24 +89,24 @@ def test_rows_are_sound_and_nothing_is_refused(name: str, results: Results) -> N
         assert row["mask_profile"]
 
 
-def values(found: list[dict[str, str]], **wanted: str) -> list[dict[str, str]]:
-    return [row for row in found if all(row[key] == value for key, value in wanted.items())]
+def values(written: list[dict[str, str]], **wanted: str) -> list[dict[str, str]]:
+    return [row for row in written if all(row[key] == value for key, value in wanted.items())]
 
 
 def test_step_has_every_provider_and_shape(results: Results) -> None:
-    found = results["step"][1]
+    written = results["step"][1]
     labels = ("dense", "uniform:0.6 (synthetic)", "uniform:0.6 (synthetic) rounded to 8")
-    assert {(row["mask_profile"], row["provider"]) for row in found} == {
+    assert {(row["mask_profile"], row["provider"]) for row in written} == {
         *((label, provider) for label in labels for provider in (EAGER, OURS)),
         ("dense", step.NO_LASSO),
     }
-    assert all(row["mode"] == timing.CPU and row["n"] == "16" for row in found)
+    assert all(row["mode"] == timing.CPU and row["n"] == "16" for row in written)
 
 
 def test_step_compares_with_the_dense_step_of_the_same_provider(results: Results) -> None:
-    found = results["step"][1]
-    for row in found:
-        dense = values(found, mask_profile="dense", provider=row["provider"])[0]
+    written = results["step"][1]
+    for row in written:
+        dense = values(written, mask_profile="dense", provider=row["provider"])[0]
         assert float(row["time_ratio"]) == pytest.approx(float(row["p50_us"]) / float(dense["p50_us"]), rel=1e-4)
         assert float(row["flops_ratio"]) == pytest.approx(float(row["flops"]) / float(dense["flops"]), rel=1e-4)
         if row["mask_profile"] != "dense":
@@ -134,18 +125,18 @@ def test_the_floor_of_a_step_is_a_sum(results: Results) -> None:
 
 
 def test_full_runs_take_the_papers_shapes(tmp_path: Path) -> None:
-    made = session(tmp_path)
-    made.quick = False
-    networks = step.networks(made)
+    session = tiny_session(tmp_path)
+    session.quick = False
+    networks = step.networks(session)
     assert [n.name for n in networks] == ["imagenet_resnet50", "resnet32", "resnet50", "vgg11", "vgg13"]
-    labels = [(p.label, r) for p, r in step.shapes(made, networks[0])]
+    labels = [(p.label, r) for p, r in step.shapes(session, networks[0])]
     uniform = [(f"uniform:{share} (synthetic)", r) for share in (0.8, 0.6, 0.4) for r in (1, 8)]
     own = [("paper:0.25 (synthetic)", 1), ("paper:0.25 (synthetic)", 8)]
     assert labels == [("dense", 1), *own, *uniform]  # its own first: a long run may be cut off
-    assert len(step.shapes(made, networks[1])) == 7
-    ratios = [row for _, row in inference.cases(made)[0].pruned]
+    assert len(step.shapes(session, networks[1])) == 7
+    ratios = [row for _, row in inference.cases(session)[0].pruned]
     assert ratios == ["paper:0.25", "paper:0.2", "paper:0.1"]
-    assert [case.network for case in inference.cases(made)[1:]] == list(inference.CIFAR100_FLOPS)
+    assert [case.network for case in inference.cases(session)[1:]] == list(inference.CIFAR100_FLOPS)
 
 
 class WithoutLasso(SGD):
@@ -158,9 +149,11 @@ class WithoutLasso(SGD):
 def test_a_step_without_its_lasso_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_steps(monkeypatch)
     monkeypatch.setattr(step, "SGD", WithoutLasso)
-    made, found = ran("step", tmp_path)
-    assert made.refused == [f"{TINY} step by ours: wrong result"] * 3
-    assert {row["provider"] for row in found} == {EAGER, step.NO_LASSO}
+    shapes = step.shapes
+    monkeypatch.setattr(step, "shapes", lambda session, network: shapes(session, network)[:2])  # dense, one pruned
+    session, written = ran("step", tmp_path)
+    assert session.refused == [f"{TINY} step by ours: wrong result"] * 2
+    assert {row["provider"] for row in written} == {EAGER, step.NO_LASSO}
 
 
 def test_a_shape_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,21 +166,21 @@ def test_a_shape_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, mon
             raise torch.OutOfMemoryError("no memory for this")
 
     monkeypatch.setattr(step, "fuse", failing)
-    made, found = ran("step", tmp_path)
-    assert made.refused == [f"{TINY} uniform:0.6 (synthetic): OutOfMemoryError no memory for this"]
-    assert {row["mask_profile"] for row in found} == {"dense", "uniform:0.6 (synthetic) rounded to 8"}
+    session, written = ran("step", tmp_path)
+    assert session.refused == [f"{TINY} uniform:0.6 (synthetic): OutOfMemoryError no memory for this"]
+    assert {row["mask_profile"] for row in written} == {"dense", "uniform:0.6 (synthetic) rounded to 8"}
 
 
 def test_inference_by_batch_and_provider(results: Results) -> None:
-    found = results["inference"][1]
-    assert {(row["mask_profile"], row["provider"], row["direction"], row["n"]) for row in found} == {
+    written = results["inference"][1]
+    assert {(row["mask_profile"], row["provider"], row["direction"], row["n"]) for row in written} == {
         (label, provider, "inference of 10", "10")
         for label in ("dense", "40% FLOPs (synthetic)")
         for provider in (EAGER, inference.FOLDED)
     }
-    for row in values(found, mask_profile="40% FLOPs (synthetic)"):
+    for row in values(written, mask_profile="40% FLOPs (synthetic)"):
         assert float(row["flops_ratio"]) == pytest.approx(0.4, abs=0.03)
-        dense = values(found, mask_profile="dense", provider=row["provider"])[0]
+        dense = values(written, mask_profile="dense", provider=row["provider"])[0]
         assert float(row["time_ratio"]) == pytest.approx(float(row["p50_us"]) / float(dense["p50_us"]), rel=1e-4)
 
 
@@ -201,18 +194,16 @@ def test_inference_computes_in_bf16_where_it_is_asked_to(tmp_path: Path, monkeyp
         return right(model, x)
 
     monkeypatch.setattr(inference, "_provider", watched)
-    made = session(tmp_path)
-    made.dtype = torch.bfloat16
-    inference.run(made)
-    assert made.refused == []
+    session = tiny_session(tmp_path)
+    session.dtype = torch.bfloat16
+    inference.run(session)
+    assert session.refused == []
     assert seen == {torch.bfloat16}
-    with (tmp_path / "inference.csv").open(newline="") as file:
-        assert {row["dtype"] for row in csv.DictReader(file)} == {"bf16"}
-    made.dtype = torch.float16
-    inference.run(made)
-    assert made.refused == ["inference: a CPU only emulates fp16; use --dtype bf16 or fp32"]
-    with (tmp_path / "inference.csv").open(newline="") as file:
-        assert {row["dtype"] for row in csv.DictReader(file)} == {"bf16"}
+    assert {row["dtype"] for row in rows_of(tmp_path / "inference.csv")} == {"bf16"}
+    session.dtype = torch.float16
+    inference.run(session)
+    assert session.refused == ["inference: a CPU only emulates fp16; use --dtype bf16 or fp32"]
+    assert {row["dtype"] for row in rows_of(tmp_path / "inference.csv")} == {"bf16"}
 
 
 def test_folding_leaves_no_batch_norm_and_the_same_function() -> None:
@@ -235,16 +226,15 @@ def test_a_real_run_with_removed_layers_is_measured(tmp_path: Path) -> None:
         outputs, inputs = model.get_submodule(name).weight.shape[:2]  # type: ignore[union-attr,index]
         gone = name.startswith("layer1.1.")
         run[name] = (0, 0, True) if gone else (inputs, outputs, False)
-    made = session(tmp_path)
-    made.profile = profiles.Profile("a run", TINY, 16, 10, run=run)
-    made.only = TINY
-    inference.run(made)
-    step._measure(made, step.Network(TINY, 16, 10, 16), made.profile, 1, "a run", step.Dense())
-    assert made.refused == []
-    with (tmp_path / "inference.csv").open(newline="") as file:
-        shares = {row["mask_profile"]: float(row["flops_ratio"]) for row in csv.DictReader(file)}
+    session = tiny_session(tmp_path)
+    session.profile = profiles.Profile("a run", TINY, 16, 10, run=run)
+    session.only = TINY
+    inference.run(session)
+    step._measure(session, step.Network(TINY, 16, 10, 16), session.profile, 1, "a run", step.Dense())
+    assert session.refused == []
+    shares = {row["mask_profile"]: float(row["flops_ratio"]) for row in rows_of(tmp_path / "inference.csv")}
     assert shares["dense"] == 1
-    assert 0.8 < shares["a run"] < 0.95  # two of 19 layers are gone
+    assert 0.8 < shares["a run"] < 0.95  # two of 13 layers are gone
 
 
 def test_a_wrong_fold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +248,9 @@ def test_a_wrong_fold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return program
 
     monkeypatch.setattr(inference, "folded", wrong)
-    made, found = ran("inference", tmp_path)
-    assert made.refused == [f"{TINY} inference of 10 by {inference.FOLDED}: wrong result"] * 2
-    assert {row["provider"] for row in found} == {EAGER}
+    session, written = ran("inference", tmp_path)
+    assert session.refused == [f"{TINY} inference of 10 by {inference.FOLDED}: wrong result"] * 2
+    assert {row["provider"] for row in written} == {EAGER}
 
 
 def test_the_papers_speedups_are_those_of_its_cells() -> None:
@@ -270,11 +260,11 @@ def test_the_papers_speedups_are_those_of_its_cells() -> None:
 
 
 def test_reconfigurations_are_timed_one_by_one(results: Results) -> None:
-    found = results["reconfigure"][1]
-    providers = [row["provider"] for row in found]
+    written = results["reconfigure"][1]
+    providers = [row["provider"] for row in written]
     assert providers[:3] == [OURS, reconfigure.WHOLE, reconfigure.REBUILT]
     assert set(providers[3:]) <= {reconfigure.TORCH_PRUNING}
-    for row in found:
+    for row in written:
         assert row["mode"] == timing.CALLS
         assert int(row["samples"]) == reconfigure.QUICK_CALLS
         assert float(row["error"]) < 1e-12
@@ -311,8 +301,8 @@ def test_a_wrong_rebuild_is_refused(what: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(reconfigure, "QUICK_CALLS", 1)
     right = reconfigure.by_rebuilding
 
-    def wrong(given: reconfigure.Training) -> reconfigure.Training:
-        done = right(given)
+    def wrong(job: reconfigure.Training) -> reconfigure.Training:
+        done = right(job)
         if what == "momentum":
             done.momentum()["layer1.0.conv1.weight"].zero_()
         else:
@@ -320,25 +310,25 @@ def test_a_wrong_rebuild_is_refused(what: str, tmp_path: Path, monkeypatch: pyte
         return done
 
     monkeypatch.setattr(reconfigure, "by_rebuilding", wrong)
-    made, found = ran("reconfigure", tmp_path)
-    assert made.refused == [f"{TINY} reconfigure by rebuild: wrong result"]
-    assert reconfigure.REBUILT not in {row["provider"] for row in found}
-    assert OURS in {row["provider"] for row in found}
+    session, written = ran("reconfigure", tmp_path)
+    assert session.refused == [f"{TINY} reconfigure by rebuild: wrong result"]
+    assert reconfigure.REBUILT not in {row["provider"] for row in written}
+    assert OURS in {row["provider"] for row in written}
 
 
 def test_memory_shrinks_and_makes_room(results: Results) -> None:
-    found = results["memory"][1]
-    assert {row["mode"] for row in found} == {"model"}
-    assert {row["provider"] for row in found} == {memory.MODEL}
-    steps = {row["mask_profile"]: row for row in values(found, direction=memory.STEP)}
+    written = results["memory"][1]
+    assert {row["mode"] for row in written} == {"model"}
+    assert {row["provider"] for row in written} == {memory.MODEL}
+    steps = {row["mask_profile"]: row for row in values(written, direction=memory.STEP)}
     assert list(steps) == ["dense", "uniform:0.6 (synthetic)"]
     dense, pruned = (float(row["peak_memory"]) for row in steps.values())
     assert 0.5 < pruned / dense < 0.75  # activations shrink with the channels, not with their square
     assert 0.3 < float(steps["uniform:0.6 (synthetic)"]["flops_ratio"]) < 0.5
-    fits = values(found, direction=memory.FITS_DENSE)
+    fits = values(written, direction=memory.FITS_DENSE)
     assert [row["n"] for row in fits] == ["64", "96"]
     assert all(float(row["peak_memory"]) <= dense for row in fits)
-    assert all(float(row["peak_memory"]) <= memory.CARD for row in values(found, direction=memory.FITS_CARD))
+    assert all(float(row["peak_memory"]) <= memory.CARD for row in values(written, direction=memory.FITS_CARD))
 
 
 def test_the_largest_batch_fits_and_the_next_does_not() -> None:

@@ -1,6 +1,5 @@
 """`python -m bench paper`: what it trains, skips, resumes and refuses, and the numbers in its tables."""
 
-import argparse
 import csv
 import fcntl
 import json
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench_kit import paper, rows_of
 
-from bench.paper import add_command, experiments, numbers, results, runner, tables
+from bench.paper import experiments, numbers, results, runner, tables
 from bench.paper.experiments import EXPERIMENTS, Training, names_at, trainings_of
 from bench.paper.networks import densities, final_network
 from prunetrain_kernels.cli import train_config
@@ -43,14 +43,6 @@ def images_of_the_datas_size() -> Any:
         yield
 
 
-def paper(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers(required=True))
-    options = parser.parse_args(["paper", *words])
-    code: int = options.run(options)
-    return code
-
-
 # -- the list of trainings ---------------------------------------------------------------------------------------------
 
 
@@ -70,7 +62,7 @@ def test_one_folder_is_one_training_whoever_asks_for_it(scale: str) -> None:
 @pytest.mark.parametrize("scale", experiments.SCALES)
 def test_every_training_is_one_that_the_command_line_takes(scale: str) -> None:
     for training in trainings_of(names_at(scale), scale, seeds=1):
-        config = runner.configuration(training, Path("runs"), "digits", "cpu", 1)
+        config = runner.configuration(training, Path("runs"), "digits", device="cpu", threads=1)
         config.check()
         assert train_config(runner.arguments(config)) == config
         assert {name: getattr(config, name) for name in training.options} == training.options
@@ -129,25 +121,25 @@ def test_data_are_named_or_guessed(tmp_path: Path) -> None:
     }
     assert runner.parse_data([f"imagenet={tmp_path}/mine"]) == {"imagenet": f"{tmp_path}/mine"}
     assert runner.parse_data([f"{tmp_path}/ILSVRC2012"]) == {"imagenet": f"{tmp_path}/ILSVRC2012"}
-    for given, says in (
+    for words, says in (
         ([f"{tmp_path}/mine"], f"as in cifar10={tmp_path}/mine"),
         ([f"mnist={tmp_path}/mine"], "'mnist' must be one of"),
         (["cifar10=/nowhere/at/all"], "there is no /nowhere/at/all"),
         ([f"{tmp_path}/cifar10", f"cifar10={tmp_path}/mine"], "given twice"),
     ):
         with pytest.raises(InputError, match=says):
-            runner.parse_data(given)
+            runner.parse_data(words)
 
 
 # -- what is to be done ------------------------------------------------------------------------------------------------
 
 
 def some(*methods: str, scale: str = "small") -> list[Training]:
-    found = [t for t in trainings_of(["fig8"], scale, 1) if t.method in methods and t.network == "resnet20"]
-    return [t for i, t in enumerate(found) if t.method not in [u.method for u in found[:i]]]
+    trainings = [t for t in trainings_of(["fig8"], scale, 1) if t.method in methods and t.network == "resnet20"]
+    return [t for i, t in enumerate(trainings) if t.method not in [u.method for u in trainings[:i]]]
 
 
-def pretend(training: Training, runs: Path, finished: bool = True, **changes: Any) -> Path:
+def pretend(training: Training, runs: Path, *, finished: bool = True, **changes: Any) -> Path:
     """A run folder as far as planning looks at it."""
     config = asdict(runner.configuration(training, runs, DATA)) | changes
     folder = runs / training.path
@@ -349,7 +341,7 @@ def test_trains_skips_and_tabulates(tmp_path: Path, capsys: pytest.CaptureFixtur
     config = read_run(tmp_path / "runs" / ssl).config
     assert config["start_from"] == str(tmp_path / "runs" / dense)
     assert config["threads"] == 1
-    table = list(csv.DictReader((tmp_path / "out/small/fig8.csv").open()))
+    table = rows_of(tmp_path / "out/small/fig8.csv")
     assert [row["method"] for row in table] == ["dense", "ssl"]
     assert float(table[1]["train_flops_ratio"]) == 2
     assert "--relative" in (tmp_path / "out/small/fig8.md").read_text()
@@ -411,7 +403,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("paper")
     for training in every_method():
-        config = runner.configuration(training, folder, DATA, "cpu", 1, SHORT)
+        config = runner.configuration(training, folder, DATA, device="cpu", threads=1, extra=SHORT)
         if training.method == "ssl":
             config.interval = config.epochs
         train(config, progress=False)
@@ -430,10 +422,10 @@ def every_method() -> list[Training]:
     ]
 
 
-def found_in(runs: Path, name: str, *methods: str) -> results.Found:
+def collected_in(runs: Path, name: str, *methods: str) -> results.Collected:
     chosen = [training for training in every_method() if training.method in methods]
     read = [results.Result(training, read_run(runs / training.path), "2020-02-02") for training in chosen]
-    return results.Found(EXPERIMENTS[name], "small", read, {})
+    return results.Collected(EXPERIMENTS[name], "small", read, {})
 
 
 METHODS_OF = {
@@ -461,8 +453,8 @@ def test_something_was_pruned(runs: Path) -> None:
 
 @pytest.mark.parametrize("name", METHODS_OF)
 def test_every_table_is_written_from_real_runs(runs: Path, tmp_path: Path, name: str) -> None:
-    found = found_in(runs, name, *METHODS_OF[name])
-    text = tables.write(found, tmp_path)
+    collected = collected_in(runs, name, *METHODS_OF[name])
+    text = tables.write(collected, tmp_path)
     assert text is not None
     assert (tmp_path / "small" / f"{name}.md").read_text() == text
     table = list(csv.reader((tmp_path / "small" / f"{name}.csv").open(newline="")))
@@ -483,14 +475,14 @@ def test_every_table_is_written_from_real_runs(runs: Path, tmp_path: Path, name:
 
 
 def test_tables_do_not_come_from_nothing(tmp_path: Path) -> None:
-    found = results.collect("tab1", "small", 1, tmp_path)
-    assert tables.write(found, tmp_path / "out") is None
+    collected = results.collect("tab1", "small", 1, tmp_path)
+    assert tables.write(collected, tmp_path / "out") is None
     assert not (tmp_path / "out").exists()
-    assert set(found.missing.values()) == {"not trained"}
+    assert set(collected.missing.values()) == {"not trained"}
 
 
 def rows_by_method(runs: Path, name: str) -> dict[str, list[dict[str, Any]]]:
-    rows = results.rows_of(found_in(runs, name, *METHODS_OF[name]))
+    rows = results.rows_of(collected_in(runs, name, *METHODS_OF[name]))
     return {method: [row for row in rows if row["method"] == method] for method in METHODS_OF[name]}
 
 
@@ -535,13 +527,13 @@ def test_gating_is_below_union_and_union_is_what_the_run_ended_with(runs: Path) 
 
 def test_densities_agree_with_the_channels_and_the_weights(runs: Path) -> None:
     run = read_run(runs / every_method()[1].path)
-    found = densities(run)
+    shares = densities(run)
     last = run.channels[run.channels.reconfiguration == run.channels.reconfiguration.max()]
     last = last[last.kind == "conv"]
-    assert [density.layer for density in found] == list(last.layer)
+    assert [density.layer for density in shares] == list(last.layer)
     by_layer = {row.layer: row for row in last.itertuples()}
     weights = read_checkpoint(run.directory / "checkpoint.pt")["model"]
-    for density in found:
+    for density in shares:
         row = by_layer[density.layer]
         kept = 0 if row.removed else row.in_kept * row.out_kept / (row.in_total * row.out_total)
         assert density.channels == pytest.approx(kept)
@@ -550,7 +542,7 @@ def test_densities_agree_with_the_channels_and_the_weights(runs: Path) -> None:
             size = weights[f"{density.layer}.weight"].abs()
             alive = (size >= run.config["threshold"] * size.max()).double().mean().item()
             assert density.weights == pytest.approx(kept * alive)
-    assert any(0 < density.weights < density.channels < 1 for density in found)
+    assert any(0 < density.weights < density.channels < 1 for density in shares)
 
 
 def test_a_checkpoint_that_is_not_the_summarys_is_refused(runs: Path, tmp_path: Path) -> None:
@@ -616,7 +608,7 @@ def test_fig2_by_hand(tmp_path: Path) -> None:
     plain = ("small", "cifar10", "resnet20", 0.5)
     usual = invented(tmp_path, experiments.prunetrain(*plain, 0), [100, 80, 50, 50, 40, 40, 20], [10] * 6)
     once = invented(tmp_path, experiments.once(*plain, 3, 0), [100, 100, 100, 60, 60, 60, 60], [10] * 6)
-    rows = results.rows_of(results.Found(EXPERIMENTS["fig2"], "small", [usual, once], {}))
+    rows = results.rows_of(results.Collected(EXPERIMENTS["fig2"], "small", [usual, once], {}))
     panels = {panel: [(row["x"], row["y"]) for row in rows if row["panel"] == panel] for panel in "abc"}
     assert panels["a"] == [(1, 1), (2, 0.8), (3, 0.5), (4, 0.5), (5, 0.4), (6, 0.4)]
     # after 2 epochs 50 of 100 are left, after 4 epochs 40, at the end 20: of 80 pruned in all
@@ -625,17 +617,19 @@ def test_fig2_by_hand(tmp_path: Path) -> None:
     assert panels["c"][:5] == [(x, pytest.approx(total / 3.6)) for x, total in enumerate(sums, start=1)]
     assert panels["c"][5] == (3, pytest.approx(480 / 360))
     assert [row["label"] for row in rows if row["panel"] == "c"] == ["computed"] * 5 + ["run"]
-    assert "+11.1% at epoch 2" in tables.markdown(results.Found(EXPERIMENTS["fig2"], "small", [usual, once], {}), rows)
+    assert "+11.1% at epoch 2" in tables.markdown(
+        results.Collected(EXPERIMENTS["fig2"], "small", [usual, once], {}), rows
+    )
 
 
 def test_fig9_and_fig11_by_hand(tmp_path: Path) -> None:
     training = experiments.adjusted("small", "cifar10", "resnet20", 0.5, 0)
     grown = invented(tmp_path, training, [100, 100, 50, 50, 25, 25, 25], [10, 10, 20, 20, 40, 40])
-    rows = results.rows_of(results.Found(EXPERIMENTS["fig9"], "small", [grown], {}))
+    rows = results.rows_of(results.Collected(EXPERIMENTS["fig9"], "small", [grown], {}))
     assert [(row["batch"], row["memory_bytes"]) for row in rows[1:4]] == [(10, 10000), (20, 10000), (20, 10000)]
     assert {row["memory_ratio"] for row in rows} == {1}
     assert {row["budget"] for row in rows} == {10000}
-    rows = results.rows_of(results.Found(EXPERIMENTS["fig11"], "small", [grown], {}))
+    rows = results.rows_of(results.Collected(EXPERIMENTS["fig11"], "small", [grown], {}))
     assert sorted({row["gpus"] for row in rows}) == [16, 32, 64, 128, 256]
     one = [row for row in rows if row["gpus"] == 128]
     assert [row["bytes_per_iteration_ratio"] for row in one] == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.25])
@@ -649,20 +643,20 @@ def test_tab4_by_hand(tmp_path: Path) -> None:
     whole = dict.fromkeys(ratios, 1)
     dense = invented(tmp_path, experiments.dense(*plain, 0), [100] * 7, [10] * 6, **whole)
     grown = invented(tmp_path, experiments.adjusted(*plain, 0.5, 0), [100] * 3 + [25] * 4, [10] * 3 + [20], **ratios)
-    found = results.Found(EXPERIMENTS["tab4"], "small", [dense, grown], {})
-    row = results.rows_of(found)[1]
+    collected = results.Collected(EXPERIMENTS["tab4"], "small", [dense, grown], {})
+    row = results.rows_of(collected)[1]
     assert row["time_reduction"] == pytest.approx(1 - 4 / 6)  # it logged four epochs
     assert (row["batch_first"], row["batch_last"], row["steps"]) == (10, 20, 350)
     assert (row["paper_time_reduction"], row["paper_accuracy_delta"]) == (0.43, -0.4)
-    assert "| Adjusted |" in tables.markdown(found, results.rows_of(found))
+    assert "| Adjusted |" in tables.markdown(collected, results.rows_of(collected))
 
 
 def test_several_seeds_are_a_mean_and_a_deviation(tmp_path: Path) -> None:
-    found = []
+    runs = []
     for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
         training = experiments.prunetrain("small", "cifar10", "resnet20", 0.5, seed)
-        found.append(invented(tmp_path, training, [100] * 7, [10] * 6, val_accuracy=accuracy, inference_flops=2e6))
-    whole = results.Found(EXPERIMENTS["fig10"], "small", found, {})
+        runs.append(invented(tmp_path, training, [100] * 7, [10] * 6, val_accuracy=accuracy, inference_flops=2e6))
+    whole = results.Collected(EXPERIMENTS["fig10"], "small", runs, {})
     rows = results.rows_of(whole)
     assert [row["seed"] for row in rows] == [0, 1, 2]
     text = tables.markdown(whole, rows)

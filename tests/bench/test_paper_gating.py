@@ -41,11 +41,11 @@ def test_gating_flops_of_a_hand_made_network() -> None:
         model.b.weight[7:] = 0  # 7 of 8 outputs live
         model.fc.weight[:2] = 0  # an output of the network
     gated = {"stem": 3 * 5, "a": 6 * 4 * 9, "b": 3 * 7 * 9, "last": 8 * 4}
-    found = gating_flops(model, example, 1e-4)
-    assert found.inference == pixels * sum(gated.values()) + 2 * 4 * 5
+    counted = gating_flops(model, example, 1e-4)
+    assert counted.inference == pixels * sum(gated.values()) + 2 * 4 * 5
     saved = {name: pixels * (by_hand[name] - gated[name]) for name in gated}
-    assert found.training == dense.training - 2 * saved["stem"] - 3 * (saved["a"] + saved["b"])
-    assert gating_flops(model, example, 1e-6).inference > found.inference  # 1e-5 is live there
+    assert counted.training == dense.training - 2 * saved["stem"] - 3 * (saved["a"] + saved["b"])
+    assert gating_flops(model, example, 1e-6).inference > counted.inference  # 1e-5 is live there
     # the paper's: gates where the branch leaves the sum and where it comes back; inside union keeps 4 channels
     ends = {"stem": 3 * 8, "a": 6 * 4 * 9, "b": 4 * 7 * 9, "last": 8 * 4}
     at_ends = gating_flops(model, example, 1e-4, where=BRANCH_ENDS)

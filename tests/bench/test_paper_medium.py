@@ -1,19 +1,17 @@
 """The medium scale: its trainings, the runs that are committed, the steps that are timed, the table and the page."""
 
-import argparse
-import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from bench_kit import paper, rows_of
 
-from bench.paper import add_command, command, committed, experiments, networks, results, runner, steps, tables
+from bench.paper import command, committed, experiments, networks, results, runner, steps, tables
 from bench.paper.experiments import EXPERIMENTS, Training, names_at, trainings_of
 from bench.results import page
 from prunetrain_kernels.errors import InputError
@@ -22,23 +20,6 @@ from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.run_log import RunLog, read_run
 
 NO_RUN = "No run at medium scale is committed yet; the command is"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.set_flush_denormal(False)
-
-
-def paper(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers(required=True))
-    options = parser.parse_args(["paper", *words])
-    code: int = options.run(options)
-    return code
 
 
 def claimed(seeds: int = 1) -> dict[str, Training]:
@@ -90,18 +71,19 @@ def fabricated(folder: Path, training: Training, accuracy: float = 0.9, left: fl
 
 
 def test_the_main_table_is_of_three_networks_by_five_ways() -> None:
-    found = claimed()
-    assert len(found) == 15
-    target = found["vgg11-target-0.35-seed-0-proximal"]
+    trainings = claimed()
+    assert len(trainings) == 15
+    target = trainings["vgg11-target-0.35-seed-0-proximal"]
     assert (target.method, target.ratio, target.target) == ("proximal-target", None, 0.35)
     assert (target.options["target_flops"], target.options["proximal"]) == (0.35, True)
     assert "penalty_ratio" not in target.options
-    plain = found["resnet32-ratio-0.25-seed-0"].options
+    plain = trainings["resnet32-ratio-0.25-seed-0"].options
     assert (plain["epochs"], plain["interval"], plain["batch"], plain["lr"]) == (60, 3, 128, 0.1)
     assert (plain["threshold"], plain["weight_decay"]) == (1e-4, 5e-4)
     assert (plain["amp"], plain["fuse"], plain["channels_last"]) == ("bf16", True, True)
-    assert (found["vgg11-dense-seed-0"].options["epochs"], found["vgg11-dense-seed-0"].options["dense"]) == (30, True)
-    assert all("limit_train" not in t.options for t in found.values())
+    dense = trainings["vgg11-dense-seed-0"].options
+    assert (dense["epochs"], dense["dense"]) == (30, True)
+    assert all("limit_train" not in t.options for t in trainings.values())
 
 
 def test_further_runs_are_of_one_seed() -> None:
@@ -285,7 +267,7 @@ def test_the_table_of_some_runs_by_hand(tmp_path: Path) -> None:
     assert (quoted["Val. acc."], quoted["Train. FLOPs"], quoted["eta"]) == ("91.8%", "47.0%", "0.36")
     assert "Missing: 24 of 30 trainings" in text
     assert "Steps were timed on Some CPU, 1 thread" in text
-    table = list(csv.DictReader((out / "medium/claim.csv").open()))
+    table = rows_of(out / "medium/claim.csv")
     assert [row["eta"] for row in table if row["run"] == "cifar10/resnet32-ratio-0.25-seed-0"] == ["0.5"]
     assert [row["target"] for row in table if row["method"] == "target"] == ["0.5"]
 
@@ -307,7 +289,7 @@ def test_every_figure_is_of_what_is_there(tmp_path: Path, name: str) -> None:
                 json.dumps({policy: {"inference": c, "training": 3 * c} for policy, c in counts.items()})
             )
         assert paper(name, "--scale", "medium", "--seeds", "1", "--out", str(out), "--tabulate") == 0
-        table = list(csv.DictReader((out / "medium" / f"{name}.csv").open()))
+        table = rows_of(out / "medium" / f"{name}.csv")
         assert {row["run"].split("/")[1] for row in table} == {training.name for training in several}
     text = (out / "medium" / f"{name}.md").read_text()
     assert "nan" not in text
@@ -325,8 +307,8 @@ def test_fig6_leaves_out_a_run_without_weights(tmp_path: Path) -> None:
     training = claimed()["resnet20-ratio-0.25-seed-0"]
     run = read_run(fabricated(tmp_path / "run", training))
     assert networks.gating_counts(run) is None
-    found = results.Found(EXPERIMENTS["fig6"], "medium", [results.Result(training, run, "2026-12-01")], {})
-    assert results.rows_of(found) == []
+    collected = results.Collected(EXPERIMENTS["fig6"], "medium", [results.Result(training, run, "2026-12-01")], {})
+    assert results.rows_of(collected) == []
     (run.directory / networks.COUNTS).write_text("{}")
     with pytest.raises(InputError, match=r"gating\.json is damaged"):
         networks.gating_counts(run)

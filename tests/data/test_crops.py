@@ -51,29 +51,29 @@ def torchvision_box(width: int, height: int, rng: random.Random) -> tuple[int, i
 @pytest.mark.parametrize("shape", [(375, 500), (500, 333), (300, 300), (40, 300), (1, 1), (1, 7), (2, 3), (900, 4)])
 def test_parts_are_drawn_as_torchvision_draws_them(shape: tuple[int, int]) -> None:
     height, width = shape
-    found = boxes(height, width)
+    drawn = boxes(height, width)
     rng = random.Random(1)
-    expected = np.array([torchvision_box(width, height, rng) for _ in range(len(found))])
-    assert (found[:, :2] >= 0).all()
-    assert (found[:, 2:] > found[:, :2]).all()
-    assert (found[:, 2] <= width).all()
-    assert (found[:, 3] <= height).all()
+    expected = np.array([torchvision_box(width, height, rng) for _ in range(len(drawn))])
+    assert (drawn[:, :2] >= 0).all()
+    assert (drawn[:, 2:] > drawn[:, :2]).all()
+    assert (drawn[:, 2] <= width).all()
+    assert (drawn[:, 3] <= height).all()
     for measure in (
         lambda b: (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) / (width * height),  # area
         lambda b: np.log((b[:, 2] - b[:, 0]) / (b[:, 3] - b[:, 1])),  # aspect
         lambda b: (b[:, 0] + b[:, 2]) / width,  # place
         lambda b: (b[:, 1] + b[:, 3]) / height,
     ):
-        ours, theirs = measure(found), measure(expected)
+        ours, torchvisions = measure(drawn), measure(expected)
         # largest distance of the two distribution functions: 0.035 is passed in one of 20 draws, 0.06 in one of 10^5
-        grid = np.unique(np.concatenate([ours, theirs]))
-        share = [np.searchsorted(np.sort(each), grid, side="right") / len(each) for each in (ours, theirs)]
+        grid = np.unique(np.concatenate([ours, torchvisions]))
+        share = [np.searchsorted(np.sort(each), grid, side="right") / len(each) for each in (ours, torchvisions)]
         assert np.abs(share[0] - share[1]).max() < 0.06
 
 
 def test_areas_and_aspects_lie_in_their_ranges_and_fill_them() -> None:
-    found = boxes(600, 600)
-    widths, heights = found[:, 2] - found[:, 0], found[:, 3] - found[:, 1]
+    drawn = boxes(600, 600)
+    widths, heights = drawn[:, 2] - drawn[:, 0], drawn[:, 3] - drawn[:, 1]
     area, aspect = widths * heights / 600**2, widths / heights
     assert 0.079 < area.min() < 0.09
     assert 0.97 < area.max() <= 1

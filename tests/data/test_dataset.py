@@ -44,15 +44,15 @@ def find_window(image: np.ndarray, result: np.ndarray, data: ImageData) -> tuple
     p = data.padding
     padded = normalised(np.pad(image, ((0, 0), (p, p), (p, p))), data)
     height, width = result.shape[1:]
-    found = [
+    windows = [
         (top, left, flipped)
         for top in range(padded.shape[1] - height + 1)
         for left in range(padded.shape[2] - width + 1)
         for flipped, cut in ((False, result), (True, result[..., ::-1]))
         if np.allclose(padded[:, top : top + height, left : left + width], cut, atol=1e-5)
     ]
-    assert len(found) == 1
-    return found[0]
+    assert len(windows) == 1
+    return windows[0]
 
 
 @pytest.mark.parametrize("crop", [None, 5])

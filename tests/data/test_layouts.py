@@ -216,8 +216,8 @@ def test_a_cached_decoding_is_not_that_of_a_former_file(tmp_path: Path) -> None:
             rewrite(file, lambda file=file, i=i: Image.fromarray(255 - noise(5, 5, 3, seed=i)).save(file))
     data = load(str(tmp_path / "tree"), cache=tmp_path / "cache")
     expected = nchw(255 - np.stack([noise(5, 5, 3, seed=i) for i in range(6)])).unique(dim=0)
-    found = torch.cat([data.train_images, data.val_images]).unique(dim=0)
-    assert torch.equal(found, expected)
+    images = torch.cat([data.train_images, data.val_images]).unique(dim=0)
+    assert torch.equal(images, expected)
 
 
 def test_a_cached_decoding_is_not_that_of_a_former_parquet_file(tmp_path: Path) -> None:

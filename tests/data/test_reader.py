@@ -467,8 +467,8 @@ def test_the_record_holds_names_and_sizes_however_few_the_files(folder: Path, tm
         other = jpeg(Image.fromarray(noise(21, 32, 3, seed=5)), quality=30)
         assert len(other) < len(before)
         file.write_bytes(other + bytes(len(before) - len(other)))  # of the same size
-        found = difference_of_data(first, record_of(read(root)))
-        assert found is not None
-        assert found.startswith(f"the {called} images have other pixels")
+        difference = difference_of_data(first, record_of(read(root)))
+        assert difference is not None
+        assert difference.startswith(f"the {called} images have other pixels")
         file.write_bytes(before)
     assert difference_of_data(first, record_of(read(root))) is None

@@ -55,9 +55,9 @@ def test_the_first_difference_that_explains_the_others_is_named() -> None:
         ({"mean": (0.1, 0.2, 0.3)}, "and is 0.1, 0.2, 0.3"),
         ({"std": data.std[:2]}, "the std of the training images was"),
     ):
-        found = changed(**changes)
-        assert (found is None) == (says is None), changes
-        assert says is None or says in str(found), found
+        difference = changed(**changes)
+        assert (difference is None) == (says is None), changes
+        assert says is None or says in str(difference), difference
 
 
 def tree(root: Path, count: int = 6) -> None:

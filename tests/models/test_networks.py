@@ -86,12 +86,12 @@ def torchvision_resnet50_shapes() -> dict[str, tuple[int, ...]]:
     channels = 64
     for stage, (width, blocks) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)], start=1):
         for block in range(blocks):
-            at = f"layer{stage}.{block}"
-            conv_bn(f"{at}.conv1", f"{at}.bn1", width, channels, 1)
-            conv_bn(f"{at}.conv2", f"{at}.bn2", width, width, 3)
-            conv_bn(f"{at}.conv3", f"{at}.bn3", 4 * width, width, 1)
+            name = f"layer{stage}.{block}"
+            conv_bn(f"{name}.conv1", f"{name}.bn1", width, channels, 1)
+            conv_bn(f"{name}.conv2", f"{name}.bn2", width, width, 3)
+            conv_bn(f"{name}.conv3", f"{name}.bn3", 4 * width, width, 1)
             if block == 0:
-                conv_bn(f"{at}.downsample.0", f"{at}.downsample.1", 4 * width, channels, 1)
+                conv_bn(f"{name}.downsample.0", f"{name}.downsample.1", 4 * width, channels, 1)
             channels = 4 * width
     return shapes | {"fc.weight": (1000, 2048), "fc.bias": (1000,)}
 

@@ -1,8 +1,6 @@
 """Figures of the medium scale: series by method and aim, and which scale is drawn."""
 
-import csv
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,10 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 
-import matplotlib
+from plots_kit import texts_of, write
 
 from plots import __main__ as command
-from plots import common, fig2, fig4, fig6, fig8, fig10, fig11
+from plots import fig2, fig4, fig6, fig8, fig10, fig11
 
 AIMS: dict[str, tuple[str, float | str, float | str]] = {
     "PruneTrain, ratio 0.25": ("prunetrain", 0.25, ""),
@@ -22,12 +20,6 @@ AIMS: dict[str, tuple[str, float | str, float | str]] = {
     "proximal, ratio 0.25": ("proximal", 0.25, ""),
     "proximal, to 50 %": ("proximal-target", "", 0.5),
 }
-
-
-@pytest.fixture(autouse=True)
-def _style() -> Iterator[None]:
-    with common.styled():
-        yield
 
 
 def run(
@@ -70,16 +62,16 @@ def fig6_rows() -> list[dict[str, Any]]:
 
 
 def fig8_rows() -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for network, seed in itertools.product(("resnet20", "resnet32"), (0, 1)):
         for n, base in enumerate([run("dense", "", "", network, seed), *runs(network, seed)]):
             share = 1 - n / 10
-            found.append(
+            rows.append(
                 {**base, "accuracy": 91 - n + seed, "inference_mflops": 80 * share, "train_tflops": 700 * share,
                  "train_flops_ratio": share, "bn_gb": 90 * share, "bn_bytes_ratio": share}
             )  # fmt: skip
     extra = {"accuracy": 90, "inference_mflops": 30, "train_tflops": 1400, "train_flops_ratio": 2, "bn_gb": 180}
-    return [*found, {**run("ssl", 0.25, ""), **extra, "bn_bytes_ratio": 2}]
+    return [*rows, {**run("ssl", 0.25, ""), **extra, "bn_bytes_ratio": 2}]
 
 
 def fig10_rows() -> list[dict[str, Any]]:
@@ -106,16 +98,6 @@ ROWS = {
 }  # fmt: skip
 
 
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    rows = list(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
 def drawn(tmp_path: Path, name: str) -> tuple[Any, str]:
     module, rows = ROWS[name]
     path = write(tmp_path / f"paper/medium/{name}.csv", rows())
@@ -124,10 +106,6 @@ def drawn(tmp_path: Path, name: str) -> tuple[Any, str]:
     assert drawing.drawn is not None
     figure, caption = drawing.drawn
     return figure, caption
-
-
-def texts_of(part: Any) -> list[str]:
-    return [text.get_text() for text in part.findobj(matplotlib.text.Text) if text.get_text()]
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -112,8 +112,10 @@ class _Synchronized(torch.autograd.Function):
         dims = [d for d in range(x.dim()) if d != 1]
         wide = torch.promote_types(x.dtype, torch.float32)
         values = math.prod(x.shape[d] for d in dims)
-        no_values = x.new_zeros((2, x.shape[1]), dtype=wide)
-        var, mean = torch.var_mean(x.to(wide), dims, correction=0) if values else no_values
+        if values:
+            var, mean = torch.var_mean(x.to(wide), dims, correction=0)
+        else:
+            var, mean = x.new_zeros((2, x.shape[1]), dtype=wide)
         mean, var, count = _merged_over_ranks(mean, var, values, group)
         if count == 1:
             raise ValueError(

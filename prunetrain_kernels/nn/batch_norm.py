@@ -82,7 +82,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         momentum = self._momentum()
         if conv is not None and scatter is not None:
             raise InputError("this batch norm places a gated convolution's channels already; leave scatter out.")
-        weight, bias = self.weight, self.bias
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
         separate: Tensor | None = None
         if residual is not None and scatter is None:
             weight, bias, residual, separate = self._addends(input, residual)

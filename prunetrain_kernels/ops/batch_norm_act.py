@@ -1030,8 +1030,8 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
         )  # fmt: skip
     dweight = sum_dy_xhat.to(weight.dtype) if of_weight else None
     dbias = sum_dy.to(bias.dtype) if of_bias else None
-    dresidual = (dresidual if ctx.relu else dy) if of_residual else None
-    return dx if of_x else None, None, None, dweight, dbias, dresidual, *(None,) * 7
+    of_addend = (dresidual if ctx.relu else dy) if of_residual else None
+    return dx if of_x else None, None, None, dweight, dbias, of_addend, *(None,) * 7
 
 
 _batch_norm_act.register_autograd(_backward, setup_context=_save)
@@ -1189,7 +1189,10 @@ def batch_norm_act_by_maps(
     if not training:
         y, *_ = act(x, running_mean, running_var, *options)
         return y
-    mean, var = (None, None) if statistics is None else statistics
+    mean: Any = None
+    var: Any = None
+    if statistics is not None:
+        mean, var = statistics
     returns_statistics = _returns_statistics(mean, of_batch=True, padded=padded)
     y, *returned, _ = act(x, mean, var, *options)
     if running_mean is not None and running_var is not None:

@@ -296,7 +296,7 @@ def reduction(m: Matrix, like: Tensor) -> tuple[int, tuple[int], Tensor]:
     return rows, (tiles_across(m) * chunks,), slots
 
 
-def fold(kernel: Any, channels: int, slots: Sequence[Tensor], placement: Placement, *arguments: Any) -> None:
+def fold(kernel: Any, channels: int, slots: Sequence[Tensor] | Tensor, placement: Placement, *arguments: Any) -> None:
     """Launches a kernel that folds two results' slots over `channels` outputs; `arguments` follow the map."""
     launch(
         kernel, (-(-channels // FOLD_CHANNELS),), *slots, placement.map, *arguments,
@@ -306,7 +306,7 @@ def fold(kernel: Any, channels: int, slots: Sequence[Tensor], placement: Placeme
 
 
 def fold_statistics(
-    slots: Sequence[Tensor], mean: Tensor, var: Tensor, counts: Sequence[int], parts: int,
+    slots: Sequence[Tensor] | Tensor, mean: Tensor, var: Tensor, counts: Sequence[int], parts: int,
     placement: Placement = IN_ORDER,
 ) -> None:  # fmt: skip
     """Mean and biased variance of each channel from the means and M2 of columns and chunks of rows, written to `mean`

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from plots import common, fig2, fig4, fig6, fig7, fig8, fig9, fig10, fig11, fig12, gating, operators, step
+from plots import claim, common, fig2, fig4, fig6, fig7, fig8, fig9, fig10, fig11, fig12, gating, operators, step
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.files import reason
 
 FIGURES: dict[str, ModuleType] = {
-    "fig2": fig2, "fig4": fig4, "fig6": fig6, "fig7": fig7, "fig8": fig8, "fig9": fig9, "fig10": fig10, "fig11": fig11,
-    "fig12": fig12, "gating": gating, "operators": operators, "step": step,
+    "claim": claim, "fig2": fig2, "fig4": fig4, "fig6": fig6, "fig7": fig7, "fig8": fig8, "fig9": fig9, "fig10": fig10,
+    "fig11": fig11, "fig12": fig12, "gating": gating, "operators": operators, "step": step,
 }  # fmt: skip
 
 

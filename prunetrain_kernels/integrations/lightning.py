@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.prune.shape import describe_shape, restore_shape
 from prunetrain_kernels.prune.slices import set_data
+from prunetrain_kernels.train.attach import before_update
 from prunetrain_kernels.train.original import OriginalChannels
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.prunetrain import PruneTrain
@@ -115,7 +116,7 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
             prunetrain.load_state_dict(saved["prunetrain"])
         # counted with another Trainer; this one begins at 0
         self._epochs_before = max(0.0, prunetrain.epochs - trainer.current_epoch)
-        self._hooks = [optimizer.register_step_pre_hook(self._add_lasso) for optimizer in optimizers]
+        self._hooks = [optimizer.register_step_pre_hook(before_update(self._add_lasso)) for optimizer in optimizers]
         return prunetrain
 
     def _examples(self, module: Any, batch: Any) -> tuple[Tensor, ...]:
@@ -141,23 +142,12 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
             wide = torch.promote_types(loss.dtype, torch.float32)
             self._first_loss = loss.detach().to(wide) * (trainer.accumulate_grad_batches / scale)
 
-    def _add_lasso(self, optimizer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Adds the lasso's gradient before the optimizer's step. Lightning runs backward and clips inside the closure
-        that it gives to the step, but with a gradient scaler before it; both ways the lasso comes last."""
-        closure = args[1] if len(args) > 1 else options.get("closure")
-
-        def with_lasso() -> Any:
-            result = closure() if closure is not None else None
-            if self.prunetrain is not None and self._first_loss is not None:
-                several = len(self.prunetrain.optimizers) > 1
-                self.prunetrain.add_gradient_(self._first_loss, optimizer if several else None)
-            return result
-
-        if closure is None:
-            with_lasso()
-            return None
-        rest = {name: value for name, value in options.items() if name != "closure"}
-        return (args[0], with_lasso, *args[2:]), rest
+    def _add_lasso(self, optimizer: Any) -> None:
+        """Lightning runs backward and clips inside the closure that it gives to the step, but with a gradient scaler
+        before the step; both ways the lasso comes last."""
+        if self.prunetrain is not None and self._first_loss is not None:
+            several = len(self.prunetrain.optimizers) > 1
+            self.prunetrain.add_gradient_(self._first_loss, optimizer if several else None)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Reconfigures where it is due; before ModelCheckpoint's turn, which comes last."""

@@ -7,6 +7,7 @@ lambda * R(W); in any other step no weight is.
 from torch import Tensor
 from torch.optim import Optimizer
 
+from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.optimizer_holdings import params_of
 from prunetrain_kernels.regularizer import one_number, penalty_coefficient
@@ -18,6 +19,7 @@ def regularized(state: PruningState, loss: Tensor) -> Tensor:
 
     Where the optimizer adds the lasso inside its update, R(W) enters as a value, without a gradient.
     """
+    refuse_twice(state)
     note_step(state)
     inside = state.lasso_optimizer
     if inside is not None:
@@ -42,6 +44,15 @@ def add_gradient_(state: PruningState, loss: Tensor, optimizer: Optimizer | None
     elif state.active:
         coefficient = _coefficient(state, loss)
         state.penalty_before = _add_to_gradients(state, coefficient, optimizer)
+
+
+def refuse_twice(state: PruningState) -> None:
+    """Raises InputError where hooks of the optimizer add the lasso already (`attach`)."""
+    if state.attachment is not None:
+        raise InputError(
+            "this PruneTrain is attached to its optimizer, which adds the lasso before each update: leave "
+            "regularize and add_gradient_ out, or call remove() on what attach() returned."
+        )
 
 
 def hand_over(state: PruningState, optimizer: SGD, loss: Tensor) -> None:

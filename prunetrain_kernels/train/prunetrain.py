@@ -28,11 +28,12 @@ from prunetrain_kernels.prune.also import copies_of, unwrapped
 from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE
 from prunetrain_kernels.prune.optimizers import as_list, check_at_construction
 from prunetrain_kernels.train import lasso_step
+from prunetrain_kernels.train.attach import Attachment
 from prunetrain_kernels.train.forecast import Course
 from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
 from prunetrain_kernels.train.present import Limits, fuse_all, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
-from prunetrain_kernels.train.prunetrain_checks import check_arguments, check_names, check_parts
+from prunetrain_kernels.train.prunetrain_checks import check_arguments, check_coefficient, check_names, check_parts
 from prunetrain_kernels.train.reconfiguration import carry_out
 from prunetrain_kernels.train.saved_state import load_state, state_dict_of
 from prunetrain_kernels.train.state import Parts, PruningState, multiples
@@ -94,6 +95,8 @@ class PruneTrain(PruningState):
         target_by: the share of the epochs by which the target is to be met.
         exclude: names of layers, or of modules around some, whose channels all stay, and that have no lasso.
         min_channels: as for `restricted`: no layer keeps fewer channels.
+        coefficient: lambda itself, for pretrained networks, whose first loss is no guide: a slice of norm n takes about
+            n * (1 - momentum) / (lr * lambda) steps to vanish. A target begins with it.
         coefficients: multiples of lambda for some layers, by name, as for `GroupLasso`; 0 leaves one without a lasso.
 
     Attributes:
@@ -147,13 +150,15 @@ class PruneTrain(PruningState):
         exclude: Sequence[str] = (),
         min_channels: int = 1,
         coefficients: Mapping[str, float] | None = None,
+        coefficient: float | None = None,
     ) -> None:
         wanted = target_of(target, target_training, epochs, target_by)
         interval = interval_of(interval, None if wanted is None else wanted.epochs)
         check_arguments(penalty_ratio, interval, amp, zeroing_tolerance, steers=wanted is not None)
+        check_coefficient(coefficient, penalty_ratio)
         names = {"exclude": exclude, "coefficients": coefficients or {}}
         super().__init__(_parts_of(model, optimizer, also, names), optimizer, scheduler)
-        self.penalty_ratio, self.interval = penalty_ratio, interval
+        self.penalty_ratio, self.interval, self.coefficient = penalty_ratio, interval, coefficient
         self.threshold, self.relative, self.policy = threshold, relative, policy
         self.cost, self.round_to = cost, round_to
         self.zeroing_tolerance, self.keep_momentum = zeroing_tolerance, keep_momentum
@@ -171,7 +176,7 @@ class PruneTrain(PruningState):
         self.course = Course.counting(self.optimizers, self.lasso, epochs) if penalty_ratio else None
         self.steering = None if wanted is None else Steering.towards(wanted, self.present, self.model, int(round_to))
         settings = (penalty_ratio, interval, threshold, relative, policy, round_to, zeroing_tolerance, keep_momentum)
-        more = (epochs, wanted, limits, sorted(self.lasso.coefficients.items()))
+        more = (epochs, wanted, limits, coefficient, sorted(self.lasso.coefficients.items()))
         self.ranks.agree("the network and PruneTrain's arguments", settings, more, sorted(self.dense_layers.items()))
         self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
         self._start_batch()
@@ -198,7 +203,23 @@ class PruneTrain(PruningState):
         Where the lasso is inside the optimizer's update, only sees to it that the update has it; nothing needs to be
         unscaled for its sake then. Of several optimizers that step at different times, give the one that is about to:
         the gradient is then added to the weights that it holds."""
+        lasso_step.refuse_twice(self)
         lasso_step.add_gradient_(self, loss, optimizer)
+
+    def attach(self, first_loss: float | None = None) -> Attachment:
+        """Has the optimizer add the lasso in a hook right before each update, in place of `regularize`: for trainers
+        that clip and step inside one of their calls. Returns what takes the hooks away: `remove()`, or `with`.
+
+        Args:
+            first_loss: the loss that the training begins with, which sets lambda (Eq. 3), such as log(classes); not
+                needed with `coefficient`, nor after a resume.
+
+        Raises:
+            InputError: attached already, nothing to set lambda from, or an optimizer without hooks; at the first step,
+                a gradient scaler that leaves unscaling to the optimizer (`fused=True`).
+        """
+        self.attachment = Attachment(self, first_loss)
+        return self.attachment
 
     def set_coefficient(self, loss: Tensor, penalty: Tensor) -> float:
         """lambda, set once, from the mean of all ranks' losses; waits for the device, and the ranks, that once."""

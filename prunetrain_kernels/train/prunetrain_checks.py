@@ -1,6 +1,7 @@
 """What PruneTrain refuses at construction: arguments out of range, parts that cannot be followed, unknown names."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +28,17 @@ def check_arguments(penalty_ratio: float, interval: float, amp: Any, zeroing_tol
     if amp not in (None, torch.float16, torch.bfloat16):
         raise InputError(f"amp must be torch.bfloat16, torch.float16 or None, not {amp!r}.")
     check_tolerance(zeroing_tolerance)
+
+
+def check_coefficient(coefficient: Any, penalty_ratio: float) -> None:
+    """Raises InputError for a lambda that is no positive number, or that contradicts `penalty_ratio=0`."""
+    if coefficient is None:
+        return
+    number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
+    if not (number and 0 < coefficient < math.inf):
+        raise InputError(f"coefficient (lambda) must be a positive number, such as 2e-4, not {coefficient!r}.")
+    if not penalty_ratio:
+        raise InputError("penalty_ratio=0 means no lasso, but coefficient gives a lambda; leave one of them out.")
 
 
 def check_parts(model: nn.Module) -> None:

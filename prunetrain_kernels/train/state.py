@@ -76,6 +76,7 @@ class PruningState:
         steering: lambda's way to a target, or None.
         penalty_before: R(W) in the last step whose lasso was not inside the update, without a graph; None before.
         compilations: counts what `torch.compile` has compiled since the last reconfiguration.
+        attachment: the `Attachment` whose hooks add the lasso, or None where the loop does.
         warned_of_layout: whether the user knows that channels_last has become unsafe.
     """
 
@@ -107,6 +108,11 @@ class PruningState:
         self.penalty_before: Tensor | None = None
         self.compilations = Compilations()
         self.warned_of_layout = False
+        self.attachment: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hooks, which are the original's: a copy is attached by itself."""
+        return {**vars(self), "attachment": None}
 
     # -- the network ----------------------------------------------------------------------------------------------
 

@@ -202,6 +202,13 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="share of the lasso in the first loss, which sets lambda (paper: 0.1 to 0.25)",
     )
     add(
+        "--coefficient",
+        type=float,
+        metavar="LAMBDA",
+        help="lambda itself, in place of --penalty-ratio: for --start-from and pretrained networks, whose first loss "
+        "is no guide",
+    )
+    add(
         "--target-flops",
         type=float,
         metavar="SHARE",

@@ -49,6 +49,7 @@ class TrainConfig:
     ema: float | None = None
     dense: bool = False
     penalty_ratio: float = 0.25
+    coefficient: float | None = None
     interval: float | None = None
     target_flops: float | None = None
     target_train_flops: float | None = None
@@ -117,6 +118,7 @@ class TrainConfig:
             ("ema", self.ema is None or 0 <= self.ema < 1, "be from 0 up to, but not including, 1"),
             ("decay-at", all(0 < d <= 1 for d in self.decay_at), "be shares of the epochs, between 0 and 1"),
             ("penalty-ratio", 0 <= self.penalty_ratio < 1, "be from 0 up to, but not including, 1"),
+            ("coefficient", self.coefficient is None or 0 < self.coefficient < math.inf, "be a positive number"),
             ("interval", 0 < (self.interval or 0) < math.inf, "be a positive number of epochs"),
             *(
                 (name, value is None or 0 < value < 1, "be a share of the dense network's, between 0 and 1")
@@ -172,6 +174,9 @@ class TrainConfig:
         target = "target-flops" if self.target_flops is not None else "target-train-flops"
         if self.has_target and self.dense:
             raise InputError(f"--dense prunes nothing, so it cannot go with --{target}; choose one.")
+        if self.coefficient is not None and (self.dense or not self.penalty_ratio):
+            other = "--dense" if self.dense else "--penalty-ratio 0"
+            raise InputError(f"--coefficient is a lambda, but with {other} there is no lasso; leave one of them out.")
         if self.has_target and not self.penalty_ratio:
             raise InputError(f"--{target} needs a lasso to begin with: a --penalty-ratio above 0.")
         if self.has_target and self.reconfigure_once is not None:

@@ -40,6 +40,8 @@ def _label(run: Run) -> str:
         parts.append(f"target {on_one_line(config['target_flops'])}")
     elif config.get("target_train_flops") is not None:
         parts.append(f"target {on_one_line(config['target_train_flops'])} of training")
+    elif config.get("coefficient") is not None:
+        parts.append(f"lambda {on_one_line(config['coefficient'])}")
     elif config.get("penalty_ratio") is not None:
         parts.append(f"ratio {on_one_line(config['penalty_ratio'])}")
     if config.get("proximal") and not is_dense(run):

@@ -280,6 +280,7 @@ def pruning_options(config: TrainConfig) -> dict[str, Any]:
     """Those arguments of PruneTrain that are options of the configuration."""
     return {
         "penalty_ratio": 0 if config.dense else config.penalty_ratio,
+        "coefficient": config.coefficient,
         "interval": config.interval,
         "threshold": config.threshold,
         "relative": config.relative,

@@ -497,7 +497,8 @@ def test_command_line(tmp_path_factory: pytest.TempPathFactory) -> None:
 PUBLIC = (pk, ops, fused, optim, cost, graph, models, data, prune)
 # What is not called here: exceptions, what needs a GPU, and what others return.
 NOT_RUN = {
-    "measure_step_memory_cuda", "imagenet_resnet50", "resnet20", "resnet32", "resnet50", "resnet56", "vgg11", "vgg13",
+    "measure_step_memory_cuda", "imagenet_resnet50", "resnet20", "resnet32", "resnet50", "resnet56", "vgg7", "vgg11",
+    "vgg13",
     # numbers and words, no tensors
     "UNKNOWN", "Unknown", "autocast_around", "batches_near", "is_unknown", "known_or_none", "or_unknown", "reasons",
     "share", "share_text",

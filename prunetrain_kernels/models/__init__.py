@@ -1,8 +1,8 @@
-"""The paper's networks, and a way to name anybody's."""
+"""The paper's networks, a small one for small images, and a way to name anybody's."""
 
 from prunetrain_kernels.models.registry import MODELS, build
 from prunetrain_kernels.models.resnet import imagenet_resnet50, resnet20, resnet32, resnet50, resnet56
-from prunetrain_kernels.models.vgg import vgg11, vgg13
+from prunetrain_kernels.models.vgg import vgg7, vgg11, vgg13
 
 __all__ = [
     "MODELS",
@@ -12,6 +12,7 @@ __all__ = [
     "resnet32",
     "resnet50",
     "resnet56",
+    "vgg7",
     "vgg11",
     "vgg13",
 ]

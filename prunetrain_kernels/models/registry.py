@@ -11,13 +11,14 @@ from torch import nn
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.models.missing_operators import with_torchvision
 from prunetrain_kernels.models.resnet import imagenet_resnet50, resnet20, resnet32, resnet50, resnet56
-from prunetrain_kernels.models.vgg import vgg11, vgg13
+from prunetrain_kernels.models.vgg import vgg7, vgg11, vgg13
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet50": resnet50,
     "resnet56": resnet56,
+    "vgg7": vgg7,
     "vgg11": vgg11,
     "vgg13": vgg13,
     "imagenet_resnet50": imagenet_resnet50,

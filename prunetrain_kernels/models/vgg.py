@@ -1,4 +1,4 @@
-"""VGG-11 and VGG-13 with batch norm for CIFAR: convolutions all the way, one linear layer."""
+"""VGGs with batch norm for small images: convolutions all the way, one linear layer."""
 
 import torch
 from torch import Tensor, nn
@@ -7,17 +7,16 @@ from prunetrain_kernels.models.init import initialize
 
 
 class CifarVGG(nn.Module):
-    """3x3 convolutions, each with batch norm and ReLU; max pooling after each of five stages; one linear layer.
+    """3x3 convolutions, each with batch norm and ReLU; max pooling after each stage; one linear layer.
 
-    Maps images (N, in_channels, H, W) to logits (N, num_classes). Five poolings halve the image five times: H and W
-    must be at least `minimum_input_size` (the command line checks it, because forward stays traceable). At 32 x 32 the
-    last feature map is 1 x 1; a larger one is averaged.
+    Maps images (N, in_channels, H, W) to logits (N, num_classes). Each pooling halves the image: H and W must be at
+    least `minimum_input_size`, 32 for five stages (the command line checks it, because forward stays traceable). There
+    the last feature map is 1 x 1; a larger one is averaged.
     """
-
-    minimum_input_size = 32
 
     def __init__(self, stages: tuple[tuple[int, ...], ...], num_classes: int, in_channels: int) -> None:
         super().__init__()
+        self.minimum_input_size = 2 ** len(stages)
         layers: list[nn.Module] = []
         channels = in_channels
         for widths in stages:
@@ -33,6 +32,12 @@ class CifarVGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
+def vgg7(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+    """A small VGG for images from 8 x 8 on (not in the paper): 39 million multiply-adds at 32 x 32. Maps
+    (N, in_channels, H, W) to logits."""
+    return CifarVGG(((32, 32), (64, 64), (128, 128)), num_classes, in_channels)
 
 
 def vgg11(num_classes: int = 10, in_channels: int = 3) -> nn.Module:

@@ -21,6 +21,7 @@ from prunetrain_kernels.models import build
     [
         ("resnet20", 22, 2 + 3 + 9),
         ("resnet50", 1 + 3 * (8 * 3 + 1) + 1, 2 + 4 + 2 * 24),
+        ("vgg7", 7, 8),
         ("vgg11", 9, 10),
         ("vgg13", 11, 12),
     ],

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunetrain_kernels.models import MODELS, build, imagenet_resnet50, resnet20, resnet50, vgg11
+from prunetrain_kernels.models import MODELS, build, imagenet_resnet50, resnet20, resnet50, vgg7, vgg11
 
 # multiply-adds of one image in closed form, by formulas that share nothing with the networks' code
 
@@ -29,6 +29,7 @@ def vgg_multiply_adds(stages: list[list[int]], classes: int) -> int:
     return total + channels * classes
 
 
+VGG7 = [[32, 32], [64, 64], [128, 128]]
 VGG11 = [[64], [128], [256, 256], [512, 512], [512, 512]]
 VGG13 = [[64, 64], [128, 128], [256, 256], [512, 512], [512, 512]]
 
@@ -47,6 +48,7 @@ def measured_multiply_adds(name: str, size: int, classes: int) -> int:
         ("resnet20", basic_resnet_multiply_adds(3, 10)),
         ("resnet32", basic_resnet_multiply_adds(5, 10)),
         ("resnet56", basic_resnet_multiply_adds(9, 10)),
+        ("vgg7", vgg_multiply_adds(VGG7, 10)),
         ("vgg11", vgg_multiply_adds(VGG11, 10)),
         ("vgg13", vgg_multiply_adds(VGG13, 10)),
     ],
@@ -156,13 +158,13 @@ def test_resnets_accept_any_size(channels: int, size: int) -> None:
 
 
 def test_vgg_says_what_size_it_needs() -> None:
-    model = vgg11().eval()
-    smallest = model.minimum_input_size
-    assert smallest == 32
-    assert model(torch.randn(1, 3, smallest, smallest)).shape == (1, 10)
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
-    with pytest.raises(RuntimeError):
-        model(torch.randn(1, 3, smallest - 1, smallest - 1))
+    for network, smallest in ((vgg11, 32), (vgg7, 8)):
+        model = network().eval()
+        assert model.minimum_input_size == smallest
+        assert model(torch.randn(1, 3, smallest, smallest)).shape == (1, 10)
+        assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+        with pytest.raises(RuntimeError):
+            model(torch.randn(1, 3, smallest - 1, smallest - 1))
     assert resnet20().minimum_input_size == 1
 
 

@@ -16,6 +16,7 @@ PAPER = {
     "resnet20": (16, 4),
     "resnet32": (16, 4),
     "resnet50": (8, 4),
+    "vgg7": (16, 4),
     "vgg11": (32, 3),
     "vgg13": (32, 3),
     "imagenet_resnet50": (64, 2),

@@ -100,7 +100,7 @@ def test_a_block_that_raises_fails_with_the_line_of_its_page() -> None:
     with pytest.raises(AttributeError, match="missing") as raised:
         run(text, "page.md")
     last = raised.traceback[-1]
-    assert (str(last.path.name), last.lineno + 1) == ("page.md", 11)
+    assert (Path(last.path).name, last.lineno + 1) == ("page.md", 11)
 
 
 def test_blocks_share_names_and_a_fence_of_another_kind_is_no_block() -> None:

@@ -3,8 +3,8 @@
 Process `i` of `n` runs every n-th test (`--shard i/n`), in the order of the command line: what matters most comes
 first in all of them. `--finished FILE` notes each test as it begins and ends. Tests that have ended are left out when
 the same command is run again, and so is one on which a process has died twice; the exit code is 1 if any test noted
-there has failed. On a GPU that answers no longer after a failed test, every later test would fail too: the process ends at once
-with code `DEAD`, to be started again for the rest.
+there has failed. On a GPU that answers no longer after a failed test, every later test would fail too: the process ends
+at once with code `DEAD`, to be started again for the rest.
 """
 
 import os

@@ -6,9 +6,9 @@
     python bench/visit.py end [NAME...]                 prints the summary; exit code 1 unless all but those are done
 
 The folder $VISIT holds `logs/` (everything a step printed), `rows/` (CSV files of the suites), `steps/` (a JSON file
-and notes for each step) and `visit.txt`, the summary. After each step, and every `RENEWED` seconds within one, all of it is
-packed into $OUT/visit.tgz, which is replaced in one move: whatever ends the visit, the last archive is whole. ($OUT has
-one more file, the summary.) Nothing here imports PyTorch, so that a broken one cannot take the bookkeeping along.
+and notes for each step) and `visit.txt`, the summary. After each step, and every `RENEWED` seconds within one, all of
+it is packed into $OUT/visit.tgz, which is replaced in one move: whatever ends the visit, the last archive is whole. The
+summary lies beside it. Nothing here imports PyTorch, so that a broken one cannot take the bookkeeping along.
 
 In the environment: VISIT, OUT, VISIT_ENDS (seconds since 1970, after which nothing may run), STEPS (only these steps,
 run even if they have ended), SCALE (multiplies all limits).
@@ -162,15 +162,18 @@ class Visit:
         if before is not None and before.result in ENDED and name not in self.only:
             print(f"visit: {name} has ended before: {before.result}", flush=True)
             return before
-        notes = self.folder / "steps" / name
-        if name in self.only:
-            shutil.rmtree(notes, ignore_errors=True)
-        notes.mkdir(exist_ok=True)
         limit, begun = limit * self.scale, time.time()
         given = min(limit, self.left)
         if given < min(limit, LEAST):
             step = Step(name, SKIPPED, limit=limit, why="no time left", order=begun)
+            if before is not None:  # what it came to in an earlier call remains what is known
+                print(f"visit: {step.line}", flush=True)
+                return step
         else:
+            notes = self.folder / "steps" / name
+            if name in self.only:
+                shutil.rmtree(notes, ignore_errors=True)
+            notes.mkdir(exist_ok=True)
             print(f"visit: {name}, at most {given:.0f} s", flush=True)
             step = self._run(Step(name, DONE, limit=given, order=begun), items, command)
         self.note(step)

@@ -1,7 +1,7 @@
 """The host sources against PyTorch's headers: those that are installed, and the oldest that the package is for.
 
-`PRUNETRAIN_OLDEST_HEADERS` names the `include` folder of a PyTorch 2.11 (`make headers` fetches one). What compiles with
-the newest alone is found nowhere else, because the part of csrc/cuda/bindings.cpp for GPUs is built where nvcc is.
+`PRUNETRAIN_OLDEST_HEADERS` names the `include` folder of a PyTorch 2.11 (`make headers` fetches one). What compiles
+with the newest alone is found nowhere else, because the part of csrc/cuda/bindings.cpp for GPUs is built where nvcc is.
 """
 
 import importlib.util

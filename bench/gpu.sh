@@ -58,7 +58,7 @@ tests() { # tests NAME SECONDS WORKERS ARGUMENTS...: pytest, a share of the test
   shift 3
   ITEMS=$(shards "$workers") step "$name" "$seconds" bash -c 'shard=$1; shift; exec "$@" --shard "$shard" \
     --finished "$VISIT/steps/'"$name"'/${shard%/*}.txt"' shard {} \
-    "$PYTHON" -m pytest -p bench.shards -p no:cacheprovider -q -ra --tb=long "$@"
+    env OMP_NUM_THREADS=2 "$PYTHON" -m pytest -p bench.shards -p no:cacheprovider -q -ra --tb=long "$@"
 }
 
 if [ $PLAN = 0 ]; then

@@ -49,9 +49,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _kernels_reach_the_device(device: torch.device) -> Iterator[None]:
+def _kernels_reach_the_device() -> Iterator[None]:
     """On a GPU: one kernel is launched there before the tests, and some by the tests themselves, in every worker."""
-    if device.type == "cpu":
+    if DEVICE == "cpu":
         yield
         return
     from bench import launches
@@ -60,8 +60,8 @@ def _kernels_reach_the_device(device: torch.device) -> Iterator[None]:
     assert torch.cuda.is_available(), "PRUNETRAIN_TEST_DEVICE=cuda, but this PyTorch has no CUDA device to use"
     assert not INTERPRETABLE, "kernels are interpreted in this process; they would not run on the GPU"
     with launches.counted() as counts:
-        x = torch.arange(6.0, device=device).reshape(1, 6, 1, 1)
-        part = channel_gather(x, ChannelIndex([4, 1], 6, device))
+        x = torch.arange(6.0, device=DEVICE).reshape(1, 6, 1, 1)
+        part = channel_gather(x, ChannelIndex([4, 1], 6, DEVICE))
         assert part.flatten().tolist() == [4.0, 1.0]
         assert sum(counts.values()) == 1, "channel_gather computed without launching its kernel on the GPU"
         counts.clear()

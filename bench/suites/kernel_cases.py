@@ -21,12 +21,19 @@ from prunetrain_kernels.regularizer import GroupLasso
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
+FAMILIES = ("lasso", "sgd", "bn", "index", "conv")
 LOADS, STORES, BOTH = Promise(load=16), Promise(store=16), Promise(load=16, store=16)
 
 
 def cases() -> list[Case]:
     """Every operator in every dtype and layout, with every combination of flags that makes another kernel."""
-    return [*_lasso_cases(), *_sgd_cases(), *_batch_norm_cases(), *_channel_index_cases(), *_convolution_cases()]
+    return [case for family in FAMILIES for case in cases_of(family)]
+
+
+def cases_of(family: str) -> Iterator[Case]:
+    """The cases of one of FAMILIES, one by one: each makes its tensors as it is asked for, on the default device."""
+    makers = (_lasso_cases, _sgd_cases, _batch_norm_cases, _channel_index_cases, _convolution_cases)
+    return dict(zip(FAMILIES, makers, strict=True))[family]()
 
 
 def reuse() -> list[Reuse]:

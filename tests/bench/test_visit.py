@@ -13,7 +13,6 @@ from bench_kit import CPU, rows_of, tiny_session
 
 from bench import harness, shards, smoke, sticky, visit
 from bench.suites import blocks
-from bench.suites.kernel_cases import cases
 from bench.visit import CUT, DIED, DONE, FAILED, SKIPPED, Visit
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +95,45 @@ def test_the_steps_of_gpu_sh_fit_into_its_time() -> None:
     assert order[:5] == ["smoke", "sgd-lasso-bn", "step", "t2", "cuda-graphs"]
 
 
+def test_the_script_hands_every_step_its_device_and_its_limit(tmp_path: Path) -> None:
+    """Where Python is replaced by a script that keeps the books and names all else that it would run."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\nif [ "$1" = bench/visit.py ]; then exec {sys.executable} "$@"; fi\n'
+        'if [ "$1" = - ]; then echo 90 >&2; exit 0; fi\n'
+        'echo "RUN $* on $PRUNETRAIN_TEST_DEVICE interpreted: $TRITON_INTERPRET"\n'
+        'if [[ "$*" = *"run step"* ]]; then exit 70; fi\n'
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "VISIT": str(tmp_path / "visit"), "OUT": str(tmp_path / "out")}
+    environment |= {"TRITON_INTERPRET": "1", "STEPS": ""}
+
+    def call(**more: str) -> tuple[int, dict[str, str]]:
+        run = subprocess.run(
+            ["bash", "bench/gpu.sh"], cwd=ROOT, env=environment | more, stdout=subprocess.DEVNULL, check=False
+        )
+        lines = (tmp_path / "out/visit.txt").read_text().splitlines()
+        return run.returncode, {words[0]: words[1] for words in map(str.split, lines)}
+
+    code, results = call(SECONDS_IN_ALL="9000")
+    assert code == 1
+    assert results.pop("step") == "died"
+    results.pop("cuda-cpp", None)  # where nvcc is
+    assert len(results) == 8
+    assert set(results.values()) == {"done"}
+    logs = tmp_path / "visit/logs"
+    assert sorted(path.name for path in logs.glob("smoke*")) == sorted(f"smoke-{f}.log" for f in smoke.FAMILIES)
+    assert len(list(logs.glob("t2-*.log"))) == 8
+    for log in logs.glob("[cft]*.log"):
+        assert "--device cuda" in log.read_text() or "on cuda interpreted: \n" in log.read_text()
+    before = (logs / "sgd-lasso-bn.log").read_text()
+    code, results = call(SECONDS_IN_ALL="3")  # a second call, too late for anything
+    assert code == 1
+    assert results["step"] == "died"
+    assert results["t2"] == "done"
+    assert (logs / "sgd-lasso-bn.log").read_text() == before
+
+
 # -- processes that lose the GPU ---------------------------------------------------------------------------------------
 
 
@@ -167,8 +205,8 @@ def test_tests_for_a_gpu_do_not_pass_without_one(workers: tuple[str, ...]) -> No
 
 
 def test_smoke_cases_are_cases() -> None:
-    every = cases()
-    assert all(smoke.of_family(family, every) for family in smoke.FAMILIES)
+    for family, names in smoke.FAMILIES.items():
+        assert [case.name for case in smoke.of_family(family)] == list(names)
 
 
 def test_few_layers_are_those_of_distinct_shapes(tmp_path: Path) -> None:

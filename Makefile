@@ -5,6 +5,7 @@
 #   make test TORCH=2.14.1  the tests with another PyTorch, in an environment of its own (.venv-2.14.1)
 #   make bench   all benchmark suites, tiny, on the GPU or CPU that is there (bench/README.md has the real ones)
 #   make sanitize  the native library's tests with AddressSanitizer and UndefinedBehaviorSanitizer
+#   make headers   fetches PyTorch 2.11's headers (80 MB), against which tests/test_headers.py then compiles
 #   make zoo     the slow half of the zoo: more networks, thousands of random ones; writes docs/architectures.md
 #   make plots   all figures from the committed results, and docs/results.md; once per release
 #   make lint    format, lint and types alone
@@ -27,7 +28,7 @@ DEMO_OPTIONS := --model vgg7 --data digits --image-size 24 --epochs 28 --batch 3
 DEMO_PRUNING := --target-flops 0.35 --target-by 0.15 --penalty-ratio 0.6 --proximal
 
 .DEFAULT_GOAL := help
-.PHONY: help check demo test lint bench sanitize zoo plots clean
+.PHONY: help check demo test lint bench sanitize headers zoo plots clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -79,6 +80,16 @@ check: $(VENV)/installed-dev
 test: $(VENV)/installed-zoo $(if $(TORCH),,lint)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 	$(MAKE) sanitize
+
+# The oldest PyTorch's headers, from its smallest wheel (80 MB; headers are the same for every system).
+OLDEST := build/torch-2.11
+headers: $(OLDEST)/torch/include
+$(OLDEST)/torch/include: | $(VENV)/installed-dev
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+	  --platform macosx_11_0_arm64 --platform macosx_14_0_arm64 --dest $(OLDEST) torch==2.11.0
+	$(BIN)/python -c 'import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); \
+	  z.extractall(sys.argv[2], [n for n in z.namelist() if n.startswith("torch/include/")])' $(OLDEST)/*.whl $(OLDEST)
+	rm $(OLDEST)/*.whl
 
 zoo: $(VENV)/installed-zoo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow tests/zoo

@@ -99,6 +99,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--compile", action=argparse.BooleanOptionalAction, help="time torch.compile too (default: on cuda only)"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name holds this")
+    parser.add_argument(
+        "--few",
+        action="store_true",
+        help="fig7, gating: of layers of one dense shape only the first; step: ResNet-50 and -32, dense and one pruned",
+    )
+    parser.add_argument(
+        "--counters", action=argparse.BooleanOptionalAction, default=True, help="bn: count bytes by hardware, with ncu"
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

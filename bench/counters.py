@@ -42,6 +42,7 @@ def dram_bytes(module: str, arguments: Sequence[str]) -> int:
     if ncu is None:
         raise NoCounters("there is no ncu on PATH; it comes with the CUDA toolkit")
     command = [ncu, "--csv", "--metrics", ",".join(METRICS), "--profile-from-start", "off", "--target-processes", "all"]
+    command += ["--clock-control", "none"]  # bytes do not depend on clocks, and a lent GPU's are to be left as they are
     try:
         done = subprocess.run(
             [*command, sys.executable, "-m", module, *arguments],

@@ -1,142 +1,109 @@
 #!/usr/bin/env bash
-# One visit to a GPU machine: everything worth having in at most 9 minutes.
+# One visit to a GPU machine: what is worth having, most valuable first, in 7 minutes.
 #
-#   bench/gpu.sh                              on a GPU; results in bench/results/DEVICE (QUICK=1: in runs/bench)
-#   OUT=/tmp/out bench/gpu.sh                 results elsewhere
-#   STEPS="fig7 bn" bench/gpu.sh              only these steps, for a second visit
-#   DEVICE=cpu QUICK=1 bench/gpu.sh           a dry run through all steps, without a GPU
+#   OUT=/tmp/out bench/gpu.sh                 on a GPU; brings back $OUT/visit.tgz and $OUT/visit.txt, the summary
+#   OUT=/tmp/out bench/gpu.sh                 once more: goes on with what has not come to its end
+#   STEPS="bn-compile conv-gather" bench/gpu.sh   these steps only, also where they have ended before (after a repair)
+#   SECONDS_IN_ALL=540 bench/gpu.sh           more time than 420 s, for steps that were cut off
+#   bench/gpu.sh --plan                       names the steps and their seconds; runs nothing
+#   bench/gpu.sh --rehearse                   all of it on a CPU: tiny shapes, and kernels that are called but not run
 #
-# Needs nothing but Python with torch, triton, numpy, pandas, pytest: no network, nothing installed, no virtual
-# environment (PYTHON names another interpreter). Steps, in order of value; a step that fails or runs out of time is
-# reported, and the next one goes on:
-#
-#   cuda-cpp     builds csrc/cuda, where nvcc is
-#   t2           the operators' tests on the device (tier T2), bitwise and CUDA-graph tests included
-#   optimizers   200 steps of ResNet-20 against torch.optim.SGD, through two reconfigurations
-#   cuda-graphs  `prunetrain train --cuda-graphs` against the same runs without, through reconfigurations
-#   roof         what the device can do
-#   sgd-lasso-bn gating-32 fig7-32 step gating-256 fig7-256 conv gather inference reconfigure memory-comm step-compile
-#                suites: python -m bench run ...; torch.compile of whole steps comes last, a minute per shape
-#   memcheck racecheck   compute-sanitizer on a few small tests, where that tool is there
-#
-# Everything is written as it goes, a row file is whole at every moment: a visit that is cut off leaves what it has.
-# Exit code 1 if any step failed.
+# Needs Python (PYTHON names another) with torch, triton, numpy, pandas, pytest: no network, nothing installed. A step is a
+# process of its own with seconds of its own: one that fails, hangs or loses the GPU costs itself only. Everything is in
+# $VISIT (runs/visit, kept between calls), from which the archive is renewed after each step and every 30 s: see visit.py.
+# bench/README.md says what each step is for and what is lost with it. Exit code 1 unless all steps are done.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-DEVICE=${DEVICE:-cuda}
-QUICK=${QUICK:-0}
-PYTHON=${PYTHON:-python3}
-SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}
-STEPS=${STEPS:-}
-RESULTS=()  # without OUT the suites write to bench/results/DEVICE, which is where committed results belong
-if [ "$QUICK" = 1 ]; then OUT=${OUT:-runs/bench}; fi  # tiny sizes only show that the steps work
-if [ -n "${OUT:-}" ]; then
-  mkdir -p "$OUT" || { echo "gpu.sh: cannot write to OUT=$OUT; name another folder" >&2; exit 2; }
-  OUT=$(cd "$OUT" && pwd)
-  RESULTS=(--out "$OUT")
-else
-  OUT=$PWD/bench/results
-fi
-LOGS=$OUT/logs
-mkdir -p "$LOGS" || { echo "gpu.sh: cannot write to $LOGS; name another folder with OUT" >&2; exit 2; }
-LOG=$LOGS/gpu.log
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/prunetrain-triton}  # a home folder may be read-only
-unset TRITON_INTERPRET  # the tests set it themselves where they need it
-
-case $DEVICE in cpu | cuda) ;; *) echo "gpu.sh: DEVICE is cpu or cuda, not $DEVICE" >&2; exit 2 ;; esac
-VERSIONS=$("$PYTHON" -c '
-import sys
-try:
-    import numpy, pandas, pytest, torch, triton
-except ImportError as error:
-    sys.exit(f"gpu.sh: {sys.executable}: {error}; set PYTHON to one that has torch, triton, numpy, pandas, pytest")
-if sys.argv[1] == "cuda" and not torch.cuda.is_available():
-    sys.exit("gpu.sh: this PyTorch sees no CUDA device; DEVICE=cpu QUICK=1 makes a dry run")
-print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda, "triton", triton.__version__)
-for i in range(torch.cuda.device_count() if sys.argv[1] == "cuda" else 0):
-    print(torch.cuda.get_device_name(i))' "$DEVICE") || exit 2
-
-say() { echo "[$SECONDS s] $*" | tee -a "$LOG"; }
-
-FAILED=0
-# step NAME LIMIT COMMAND...: at most LIMIT seconds, and never beyond the visit's end. SIGINT first, so that Python
-# still prints how far it came.
-step() {
-  local name=$1 limit=$2 left=$((SECONDS_IN_ALL - SECONDS)) code
-  shift 2
-  if [ -n "$STEPS" ] && [[ " $STEPS " != *" $name "* ]]; then return; fi
-  if [ "$left" -lt 15 ]; then say "SKIPPED $name: no time left"; FAILED=1; return; fi
-  if [ "$limit" -gt "$left" ]; then limit=$left; fi
-  say "BEGIN $name (at most $limit s): $*"
-  timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG" "$LOGS/$name.log"
-  code=${PIPESTATUS[0]}
-  case $code in
-    0) say "DONE $name" ;;
-    124 | 137) say "OUT OF TIME $name"; FAILED=1 ;;
-    *) say "FAILED $name: exit code $code"; FAILED=1 ;;
+PLAN=0 REHEARSE=0
+for word in "$@"; do
+  case $word in
+    --plan) PLAN=1 ;;
+    --rehearse) REHEARSE=1 ;;
+    *) echo "gpu.sh: options are --plan and --rehearse, not $word" >&2; exit 2 ;;
   esac
-}
+done
 
-: >"$LOG"
-{
-  date -u
-  git rev-parse HEAD 2>/dev/null || echo "no git here"
-  echo "$VERSIONS"
-  if [ "$DEVICE" = cuda ]; then nvidia-smi 2>/dev/null | head -15; fi
-} 2>&1 | tee -a "$LOG"
-
-TESTS=(tests/ops)
-OPTIMIZERS=(tests/optim -k "200 or kernels")
-SETTINGS=(--device "$DEVICE")
-LARGE=(--batch 256)
-if [ "$QUICK" = 1 ]; then
-  TESTS=(tests/ops/test_on_gpu.py)
-  OPTIMIZERS=(tests/optim -k scheduler)
-  SETTINGS+=(--quick)
-  LARGE=(--batch 4)
+PYTHON=${PYTHON:-python3}
+SECONDS_IN_ALL=${SECONDS_IN_ALL:-420}
+WORKERS=8 SHARES=${SHARES:-$(nproc)}
+DEVICE=cuda SIZES=() ONE_NETWORK=() ONE_STAGE=() COMPILE=(--compile) FAMILIES="lasso sgd bn gated index conv" COMPILED=""
+FIRST="tests/ops/test_conv2d.py tests/ops/test_on_gpu.py tests/ops/test_cuda_native.py tests/ops/test_batch_norm_gated.py"
+TESTS="$FIRST $(ls tests/ops/test_*.py tests/optim/test_*.py | grep -vxF "${FIRST// /$'\n'}" | xargs)"
+if [ $REHEARSE = 1 ]; then  # a CPU is slow, and other work may run on it: every limit is 20 times as long
+  export VISIT=${VISIT:-runs/rehearsal} SCALE=20
+  SECONDS_IN_ALL=9000 WORKERS=2 SHARES=1 DEVICE=cpu SIZES=(--quick) ONE_NETWORK=(--only resnet32) ONE_STAGE=(--only layer4) COMPILE=(--no-compile)
+  FAMILIES="lasso,sgd,bn,gated,index,conv" COMPILED="channel_gather fp16 NHWC" TESTS=tests/ops/test_on_gpu.py
 fi
-SETTINGS+=("${RESULTS[@]}")
-bench() { # bench NAME LIMIT ARGUMENTS...: a step of `python -m bench`
-  local name=$1 limit=$2
+export VISIT=${VISIT:-runs/visit}
+export OUT=${OUT:-$VISIT-out} STEPS=${STEPS:-} VISIT_ENDS=$(($(date +%s) + SECONDS_IN_ALL))
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PRUNETRAIN_TEST_DEVICE=$DEVICE
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/prunetrain-triton}  # a home folder may be read-only
+unset TRITON_INTERPRET
+
+shards() { for ((i = 0; i < $1; i++)); do echo -n "$i/$1 "; done; }
+# step NAME SECONDS COMMAND...    with ITEMS set: one process for each of them, in place of {}, side by side
+step() {
+  if [ $PLAN = 1 ]; then echo "$1 $2"; return; fi
+  "$PYTHON" bench/visit.py step --for "${ITEMS:-}" "$@"
+}
+# suites NAME SECONDS ARGUMENTS...: `python -m bench run`, rows to the visit's folder
+suites() {
+  local name=$1 seconds=$2
   shift 2
-  step "$name" "$limit" "$PYTHON" -m bench "$@" "${SETTINGS[@]}"
+  step "$name" "$seconds" "$PYTHON" -m bench run "$@" --device $DEVICE "${SIZES[@]}" --out "$VISIT/rows"
+}
+tests() { # tests NAME SECONDS WORKERS ARGUMENTS...: pytest, a share of the tests for each worker
+  local name=$1 seconds=$2 workers=$3
+  shift 3
+  ITEMS=$(shards "$workers") step "$name" "$seconds" bash -c 'shard=$1; shift; exec "$@" --shard "$shard" \
+    --finished "$VISIT/steps/'"$name"'/${shard%/*}.txt"' shard {} \
+    env OMP_NUM_THREADS=2 "$PYTHON" -m pytest -p bench.shards -p no:cacheprovider -q -ra --tb=long "$@"
 }
 
-find "$LOGS" -name '*.log' ! -name gpu.log -delete
-if [ "$DEVICE" = cuda ] && command -v nvcc >/dev/null; then  # a provider beside Triton; the suites do without it too
-  step cuda-cpp 90 "$PYTHON" csrc/cuda/build.py
-else
-  say "SKIPPED cuda-cpp: the CUDA C++ operators need nvcc and a GPU"
-fi
-step t2 200 "$PYTHON" -m pytest -m t0 --device "$DEVICE" -q -ra -p no:cacheprovider "${TESTS[@]}"
-step optimizers 60 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprovider "${OPTIMIZERS[@]}"
-step cuda-graphs 90 "$PYTHON" -m pytest --device "$DEVICE" -q -ra -p no:cacheprovider tests/train/test_cuda_graphs.py
-bench roof 30 roof --record
-bench sgd-lasso-bn 150 run sgd lasso bn
-bench gating-32 60 run gating
-bench fig7-32 60 run fig7
-bench step 120 run step --no-compile
-bench gating-256 60 run gating "${LARGE[@]}"
-bench fig7-256 60 run fig7 "${LARGE[@]}"
-bench conv 60 run conv
-bench gather 30 run gather
-bench inference 60 run inference --no-compile
-bench reconfigure 40 run reconfigure
-bench memory-comm 40 run memory comm
-bench step-compile 120 run step --only resnet32 --compile
-
-SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)
-if [ "$DEVICE" = cuda ] && [ -n "$SANITIZER" ]; then
-  # without PyTorch's caching allocator every tensor is a block of its own, and what lies beside it is out of bounds
-  for tool in memcheck racecheck; do
-    step $tool 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool $tool --error-exitcode 3 \
-      "$PYTHON" -m pytest -m t0 --device cuda -q -p no:cacheprovider -k sanitized tests/ops/test_on_gpu.py
-  done
-else
-  say "SKIPPED memcheck, racecheck: compute-sanitizer works on CUDA and comes with the CUDA toolkit"
+if [ $PLAN = 0 ]; then
+  "$PYTHON" bench/visit.py begin || { echo "gpu.sh: cannot write to $VISIT or $OUT; name others" >&2; exit 2; }
+  ARCH=$("$PYTHON" - "$DEVICE" 2>&1 >"$VISIT/logs/environment.log" <<'CHECK'
+import sys
+import numpy, pandas, pytest, torch, triton
+print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda, "triton", triton.__version__)
+if sys.argv[1] == "cuda":
+    print(torch.cuda.get_device_name())
+    print("%d%d" % torch.cuda.get_device_capability(), file=sys.stderr)
+else:
+    print(90, file=sys.stderr)
+CHECK
+  ) || { echo "gpu.sh: $ARCH; PYTHON must have torch, triton, numpy, pandas, pytest, and a GPU" >&2; exit 2; }
+  { date -u; git rev-parse HEAD; nvidia-smi; } >>"$VISIT/logs/environment.log" 2>&1
 fi
 
-say "$([ $FAILED = 0 ] && echo "all steps done" || echo "some steps failed, see above"); logs in $LOGS"
-exit $FAILED
+# (0) beside the others: kernels into Triton's cache, and the CUDA C++ operators where nvcc is
+ITEMS=$(shards "$SHARES") step compile 120 \
+  nice "$PYTHON" -m bench.smoke compile {} --arch "${ARCH:-90}" --only "$COMPILED" &
+if [ $DEVICE = cuda ] && command -v nvcc >/dev/null; then
+  step cuda-cpp 120 nice "$PYTHON" csrc/cuda/build.py --arch "${ARCH:-90}" &
+fi
+# (1) every kernel once
+ITEMS=$FAMILIES step smoke 45 env CUDA_LAUNCH_BLOCKING=1 "$PYTHON" -m bench.smoke run {} --device $DEVICE
+# (2) the operators' times
+suites sgd-lasso-bn 70 sgd lasso bn --no-compile --no-counters
+# (3) whole steps
+suites step 55 step --few --no-compile "${ONE_NETWORK[@]}"
+# (4) values on the device, what has never run first
+tests t2 85 $WORKERS -m t0 $TESTS
+# (5) captured trainings
+tests cuda-graphs 30 1 tests/train/test_cuda_graphs.py -k "captured_run or skipped_step"
+# (6) gating
+suites fig7-gating 50 fig7 gating --few --no-compile "${ONE_STAGE[@]}"
+# (7) what is slow to measure
+suites bn-compile 40 bn "${COMPILE[@]}"
+suites conv-gather 30 conv gather --no-compile
+EXPECTED=()
+if [ $REHEARSE = 1 ]; then  # what can go wrong: a process that is killed, and one that neither ends nor listens
+  EXPECTED=(dies hangs)
+  step dies 1 bash -c 'kill -9 $$'
+  step hangs 0.1 bash -c 'trap "" INT; while true; do sleep 1; done'
+fi
+wait
+if [ $PLAN = 1 ]; then exit; fi
+"$PYTHON" bench/visit.py end "${EXPECTED[@]}"

@@ -1,5 +1,7 @@
 """How every suite measures: providers side by side, each checked against float64 first, rows written as they come."""
 
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import profiles, roof, rows, timing
+from bench import profiles, roof, rows, sticky, timing
 from bench.roof import DTYPES
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops import launch
@@ -30,6 +32,8 @@ class Settings:
     compile: bool | None = None
     profile: str = "paper"
     only: str = ""
+    few: bool = False
+    counters: bool = True
     out: Path | None = None
 
 
@@ -44,6 +48,8 @@ class Session:
         compile: time torch.compile too.
         profile: which channels are live.
         only: measure only layers whose name holds this.
+        few: of blocks whose dense layers have one shape, measure the first; of networks, the dense and one pruned.
+        counters: count bytes by hardware counters too.
         folder: where the CSV files are.
         p50: microseconds by (layer, provider, direction), and what a suite wants to remember for the verdict.
         refused: providers with a wrong result and pieces that failed.
@@ -59,6 +65,8 @@ class Session:
     folder: Path
     roof: roof.Roof
     environment: dict[str, Any]
+    few: bool = False
+    counters: bool = True
     p50: dict[tuple[str, str, str], float] = field(default_factory=dict)
     modes: set[str] = field(default_factory=set)
     refused: list[str] = field(default_factory=list)
@@ -127,6 +135,8 @@ def open_session(settings: Settings) -> Session:
         compile=device.type == "cuda" if settings.compile is None else settings.compile,
         profile=profile,
         only=settings.only,
+        few=settings.few,
+        counters=settings.counters,
         folder=folder,
         roof=roof.measure(device, quick=settings.quick),
         environment=rows.environment(device),
@@ -298,7 +308,11 @@ def of_roof(row: Mapping[str, Any]) -> str:
 
 
 def attempt(session: Session, what: str, run: Callable[[], object]) -> None:
-    """Runs one piece; what goes wrong in it is reported, at the end too, and the other pieces go on."""
+    """Runs one piece; what goes wrong in it is reported, at the end too, and the other pieces go on.
+
+    Where the GPU no longer answers nothing can go on, and nothing may be asked of it again: the process ends at once,
+    with exit code `sticky.DEAD`. Rows are written as they are measured, so that none is lost.
+    """
     try:
         run()
     except InputError:
@@ -307,7 +321,13 @@ def attempt(session: Session, what: str, run: Callable[[], object]) -> None:
         lines = str(error).strip().splitlines() or [""]
         session.refused.append(f"{what}: {type(error).__name__} {lines[0]}")
         print(f"  FAILED {session.refused[-1]}", flush=True)
-        traceback.print_exc(limit=-4)
+        traceback.print_exc()
+        if not sticky.answers():
+            for text in (*session.refused, "the GPU answers no longer; this process ends"):
+                print(f"bench: {text}")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(sticky.DEAD)
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
 

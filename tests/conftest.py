@@ -1,24 +1,29 @@
 """Test tiers (T0: operators against float64; T1: kernels compiled offline; the rest), and where kernels run.
 
-`pytest -m t0` runs the kernels on CPU tensors in Triton's interpreter, `pytest -m t0 --device cuda` on a GPU (tier T2).
+`pytest -m t0` runs the kernels on CPU tensors in Triton's interpreter, `PRUNETRAIN_TEST_DEVICE=cuda pytest -m t0` on a
+GPU (tier T2). That is a variable and no option because workers (`pytest -n`) inherit it before they import anything.
+There the run fails if its tests passed without a kernel having been launched on the GPU.
+
 In a module that says `T0_BACKENDS = (...)` each T0 test runs once for each: "kernels" (the interpreter), "native"
 (csrc/cpu) and "reference" (plain PyTorch); but one marked `kernels_only`. Tests without a tier's mark see operators as
 a user without a GPU does: in the native library if it is built.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 
 import pytest
 
-if not any(a == "--device=cuda" or a == "cuda" for a in sys.argv):
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+# before anything imports triton
+os.environ["TRITON_INTERPRET"] = "1" if os.environ.get("PRUNETRAIN_TEST_DEVICE", "cpu") == "cpu" else "0"
 
 import torch
 
 from prunetrain_kernels.ops import launch, native
 
+DEVICE = os.environ.get("PRUNETRAIN_TEST_DEVICE", "cpu")
+if DEVICE not in ("cpu", "cuda"):
+    raise pytest.UsageError(f"PRUNETRAIN_TEST_DEVICE is cpu or cuda, not {DEVICE}")
 INTERPRETABLE = launch.INTERPRET
 if INTERPRETABLE:
     import triton
@@ -30,21 +35,42 @@ if INTERPRETABLE:
     launch.INTERPRET = False  # but in T0 tests: a module's fixtures, set up before `_tier`, take the references too
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where T0 tests run kernels")
-
-
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where T0 tests run the kernels."""
+    return torch.device(DEVICE)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backends = getattr(metafunc.module, "T0_BACKENDS", ())
     kernels_only = metafunc.definition.get_closest_marker("kernels_only") is not None
-    on_cpu = metafunc.config.getoption("--device") == "cpu"
-    if backends and on_cpu and not kernels_only and metafunc.definition.get_closest_marker("t0") is not None:
+    if backends and DEVICE == "cpu" and not kernels_only and metafunc.definition.get_closest_marker("t0") is not None:
         metafunc.parametrize("path", backends, indirect=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_reach_the_device() -> Iterator[None]:
+    """On a GPU: one kernel is launched there before the tests, and some by the tests themselves, in every worker."""
+    if DEVICE == "cpu":
+        yield
+        return
+    from bench import launches
+    from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_gather
+
+    assert torch.cuda.is_available(), "PRUNETRAIN_TEST_DEVICE=cuda, but this PyTorch has no CUDA device to use"
+    assert not INTERPRETABLE, "kernels are interpreted in this process; they would not run on the GPU"
+    with launches.counted() as counts:
+        x = torch.arange(6.0, device=DEVICE).reshape(1, 6, 1, 1)
+        part = channel_gather(x, ChannelIndex([4, 1], 6, DEVICE))
+        assert part.flatten().tolist() == [4.0, 1.0]
+        assert sum(counts.values()) == 1, "channel_gather computed without launching its kernel on the GPU"
+        counts.clear()
+        yield
+    assert counts or len(_T0_TESTS) < FEW, f"{len(_T0_TESTS)} T0 tests have run, and no kernel was launched on the GPU"
+
+
+FEW = 20  # tests of which none need launch a kernel: those of what operators refuse
+_T0_TESTS: list[str] = []  # that this process has run
 
 
 @pytest.fixture
@@ -65,6 +91,7 @@ def _tier(request: pytest.FixtureRequest, path: str, monkeypatch: pytest.MonkeyP
     if request.node.get_closest_marker("t0") is None:
         yield
         return
+    _T0_TESTS.append(request.node.nodeid)
     monkeypatch.setattr(launch, "INTERPRET", INTERPRETABLE and path == "kernels")
     monkeypatch.setattr(native, "ENABLED", path == "native")
     if path == "native" and native.problem() is not None:

@@ -67,3 +67,11 @@ def layers(profile: profiles.Profile, image: int) -> list[Layer]:
     if not convolutions:
         raise InputError(f"{profile.network} has no residual blocks; take a ResNet's profile")
     return convolutions
+
+
+def distinct(chosen: list[Layer]) -> list[Layer]:
+    """Of layers whose dense convolutions have one shape the first: 12 of ResNet-50's 32, or 4 of its 16 last ones."""
+    first: dict[ConvShape, Layer] = {}
+    for layer in chosen:
+        first.setdefault(replace(layer.dense, name=""), layer)
+    return list(first.values())

@@ -124,7 +124,7 @@ def run(session: Session) -> None:
     dense = layers(pruned.dense, image)
     dense_sums = all_of(session, dense, "dense", [EAGER, OURS] + [COMPILED] * session.compile, {})
     all_of(session, layers(pruned.model, image, pruned.dense), profile.label, [EAGER, OURS], dense_sums)
-    if session.device.type == "cuda":
+    if session.device.type == "cuda" and session.counters:
         attempt(session, "hardware counters", lambda: count(session, dense[:COUNTED]))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from bench import profiles
 from bench.harness import Provider, Session, against_dense, attempt, both_directions, measure
 from bench.profiles import ConvShape
-from bench.suites.blocks import Layer, layers
+from bench.suites.blocks import Layer, distinct, layers
 from bench.suites.conv import columns_of, tensors
 from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_scatter
 from prunetrain_kernels.ops.conv2d import conv2d, triton_serves
@@ -43,7 +43,8 @@ def blocks(profile: profiles.Profile, image: int) -> list[Layer]:
 
 def run(session: Session) -> None:
     image = 32 if session.quick else session.profile.image
-    for block in blocks(session.profile, image):
+    chosen = blocks(session.profile, image)
+    for block in distinct(chosen) if session.few else chosen:
         if session.wants(block.dense.name):
             attempt(session, block.dense.name, lambda block=block: _measure(session, block))  # type: ignore[misc]
 

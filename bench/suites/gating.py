@@ -31,7 +31,7 @@ from bench import profiles, rows
 from bench.harness import Provider, Session, against_dense, as_time, attempt, measure, prepared
 from bench.profiles import ConvShape
 from bench.roof import DTYPES, V100
-from bench.suites.blocks import Layer, layers
+from bench.suites.blocks import Layer, distinct, layers
 from bench.suites.conv import columns_of
 from bench.timing import check
 from prunetrain_kernels.cost.convolution import Convolution, Form, RoofCost, flops, traffic
@@ -94,7 +94,8 @@ def sums(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def run(session: Session) -> None:
     image = 32 if session.quick else session.profile.image
-    for layer in layers(session.profile, image):
+    chosen = layers(session.profile, image)
+    for layer in distinct(chosen) if session.few else chosen:
         if session.wants(layer.dense.name):
             attempt(session, layer.dense.name, lambda layer=layer: _measure(session, layer))  # type: ignore[misc]
 

@@ -21,12 +21,19 @@ from prunetrain_kernels.regularizer import GroupLasso
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
+FAMILIES = ("lasso", "sgd", "bn", "index", "conv")
 LOADS, STORES, BOTH = Promise(load=16), Promise(store=16), Promise(load=16, store=16)
 
 
 def cases() -> list[Case]:
     """Every operator in every dtype and layout, with every combination of flags that makes another kernel."""
-    return [*_lasso_cases(), *_sgd_cases(), *_batch_norm_cases(), *_channel_index_cases(), *_convolution_cases()]
+    return [case for family in FAMILIES for case in cases_of(family)]
+
+
+def cases_of(family: str) -> Iterator[Case]:
+    """The cases of one of FAMILIES, one by one: each makes its tensors as it is asked for, on the default device."""
+    makers = (_lasso_cases, _sgd_cases, _batch_norm_cases, _channel_index_cases, _convolution_cases)
+    return dict(zip(FAMILIES, makers, strict=True))[family]()
 
 
 def reuse() -> list[Reuse]:
@@ -45,6 +52,11 @@ def _activation(
     numel = torch.Size(shape).numel()
     strides = torch.empty(shape, device="meta").contiguous(memory_format=LAYOUTS[layout]).stride()
     return torch.zeros(numel + offset, dtype=dtype)[offset:].as_strided(shape, strides).requires_grad_(derive)
+
+
+def _index(live: Sequence[int], channels: int) -> ChannelIndex:
+    """Live channels where the other tensors are made: on the default device."""
+    return ChannelIndex(live, channels, torch.get_default_device())
 
 
 # -- group lasso, SGD --------------------------------------------------------------------------------------------------
@@ -190,7 +202,7 @@ def _batch_norm(
 ) -> Callable[[], None]:
     """Forward and backward; x has the `live` channels, `padded` for parameters of all, None for no affine ones."""
     width = channels if live is None else len(live)
-    scatter = None if live is None else ChannelIndex(live, channels)
+    scatter = None if live is None else _index(live, channels)
 
     def run() -> None:
         x = _activation((batch, width, side, side), dtype, layout, offset, derive=True)
@@ -315,7 +327,7 @@ def _channel_index_calls(
     channels: int, live: int, dtype: torch.dtype, layout: str, batch: int = 4, side: int = 14, offset: int = 0
 ) -> dict[str, Callable[[], object]]:
     """The three operators; gather and scatter are each other's backward, and the sum's is a gather."""
-    index = ChannelIndex(range(live), channels)
+    index = _index(range(live), channels)
 
     def full() -> Tensor:
         return _activation((batch, channels, side, side), dtype, layout, offset, derive=True)
@@ -383,8 +395,7 @@ def _convolution(
     """Forward and both gradients, `inputs` of the first and `outputs` of the second number of channels being live."""
     live = [full if some is None else len(some) for full, some in zip(channels, (inputs, outputs), strict=True)]
     index = [
-        None if some is None else ChannelIndex(some, full)
-        for full, some in zip(channels, (inputs, outputs), strict=True)
+        None if some is None else _index(some, full) for full, some in zip(channels, (inputs, outputs), strict=True)
     ]
 
     def run() -> None:

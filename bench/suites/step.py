@@ -50,6 +50,7 @@ from prunetrain_kernels.regularizer import GroupLasso
 NO_LASSO = "eager, no lasso"
 UNFUSED = "ours, not fused"
 SHARES = (0.8, 0.6, 0.4)
+FEW = 2  # networks that --few keeps: ResNet-50 and ResNet-32
 ROUND_TO = 8
 LARGE = ("imagenet_resnet50", "vgg11")  # slow enough for --quick to leave out their rounded shapes
 BYTES_PER_PARAMETER = 20  # read p, g, b; write p, b (design section 5)
@@ -92,11 +93,13 @@ def shapes(session: Session, network: Network) -> list[tuple[profiles.Profile, i
         chosen.insert(0, of_session)
     rounds = (1,) if session.quick and network.name in LARGE else (1, ROUND_TO)
     dense = profiles.dense(network.name, network.image, network.classes)
+    if session.few:  # the session's profile where it is of this network, else the middle share
+        return [(dense, 1), (chosen[0 if len(chosen) != len(SHARES) else 1], 1)]
     return [(dense, 1), *((profile, round_to) for profile in chosen for round_to in rounds)]
 
 
 def run(session: Session) -> None:
-    for network in networks(session):
+    for network in networks(session)[: FEW if session.few else None]:
         if not session.wants(network.name):
             continue
         dense = Dense()

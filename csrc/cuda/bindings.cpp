@@ -60,7 +60,7 @@ void launch_beside(const Tensor& tensor, const char* what, Launch launch) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch was built without CUDA");
   const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   const char* error = launch(stream);
 #endif
   STD_TORCH_CHECK(error == nullptr, what, " could not be launched: ", error ? error : "");

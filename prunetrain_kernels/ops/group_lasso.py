@@ -54,6 +54,7 @@ from prunetrain_kernels.ops.tables import (
     bits,
     by_dtype,
     channels_of,
+    handed_out,
     is_dense,
     is_vector,
     pointer_to,
@@ -467,7 +468,7 @@ def _write_gradient(
 def counted(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], like: Tensor) -> Tensor:
     """Factors of flat norms `like`: 1 for each that enters the penalty, 0 for the others."""
     key = tuple((*channels_of(w, b), u) for w, b, u in zip(weights, blocks, used, strict=True))
-    return _counted(key, like.dtype, like.device)
+    return handed_out(_counted(key, like.dtype, like.device), like.device)
 
 
 @lru_cache(maxsize=64)
@@ -691,7 +692,7 @@ def coefficient_tensor(coefficient: float | Tensor, like: Tensor) -> Tensor:
     """A coefficient as a scalar tensor of the device and dtype of `like`; numbers are uploaded once."""
     if isinstance(coefficient, Tensor):
         return coefficient.detach().to(like.device, like.dtype)
-    return _number(float(coefficient), like.dtype, like.device)
+    return handed_out(_number(float(coefficient), like.dtype, like.device), like.device)
 
 
 @lru_cache(maxsize=64)

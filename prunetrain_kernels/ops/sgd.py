@@ -66,6 +66,7 @@ from prunetrain_kernels.ops.tables import (
     by_dtype,
     channels_of,
     flat_tile,
+    handed_out,
     is_dense,
     is_vector,
     pointer_to,
@@ -336,15 +337,23 @@ def settings_of(hyperparameters: Sequence[Hyperparameters]) -> tuple[tuple[float
     return tuple((m, 1 - d, w, float(n), -1.0 if x else 1.0) for m, d, w, n, x in hyperparameters)
 
 
-@lru_cache(maxsize=64)
 def settings_tensor(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`settings_of` the groups as a tensor (groups, SETTINGS); uploaded once."""
+    return handed_out(_settings_tensor(values, dtype, device), device)
+
+
+@lru_cache(maxsize=64)
+def _settings_tensor(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
 
-@lru_cache(maxsize=64)
 def flags_tensor(values: tuple[bool, ...], device: torch.device) -> Tensor:
     """Flags as an int32 tensor; uploaded once."""
+    return handed_out(_flags_tensor(values, device), device)
+
+
+@lru_cache(maxsize=64)
+def _flags_tensor(values: tuple[bool, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 
 
@@ -566,6 +575,7 @@ def sgd_update_(
     if plan is None:
         _update_by_reference(parameters, lasso, learning_rates, hyperparameters, scaling)
         return
+    handed_out(plan, parameters.params[0].device if parameters.params else torch.device("cpu"))
     grads = [in_layout_of(p, g) for p, g in zip(parameters.params, parameters.grads, strict=True)]
     settings = settings_of(hyperparameters)
     for part in plan.parts:

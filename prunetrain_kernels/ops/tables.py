@@ -10,10 +10,11 @@ any shape is compiled in. A tile is processed in steps of a few rows, so that re
 A tensor whose rows all begin at multiples of 16 elements and bytes is read in vectors; others element by element.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -94,13 +95,52 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (last is not None and tensor.is_contiguous(memory_format=last))
 
 
-@lru_cache(maxsize=64)
+# -- who holds on to tables --------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+_owners: list[list[Any]] = []  # of the captures under way
+_of_captures: list[Any] = []  # for captures without an owner
+
+
+@contextmanager
+def owned_by(owner: list[Any]) -> Iterator[None]:
+    """Appends to `owner` every table that is handed out inside, by whichever thread.
+
+    A captured CUDA graph reads tables at their addresses, while the caches here forget them after some others. Who
+    captures keeps `owner` as long as the graph. Tables of a capture that has no owner, such as a user's
+    `torch.cuda.graph`, are kept until the process ends.
+    """
+    _owners.append(owner)
+    try:
+        yield
+    finally:
+        _owners.remove(owner)
+
+
+def handed_out(table: T, device: torch.device) -> T:
+    """The table, kept by the owner of the capture that is under way, if there is one."""
+    if _owners:
+        for owner in _owners:
+            owner.append(table)
+    elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _of_captures.append(table)
+    return table
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
 def table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
     """The tables of a list of tensors; made once for each combination of shapes.
 
     Raises:
         ValueError: a weight has 2^25 columns or more.
     """
+    return handed_out(_table_of(tiles, device), device)
+
+
+@lru_cache(maxsize=64)
+def _table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
     rows: list[list[int]] = []
     tile_tensor: list[int] = []
     fold_tensor: list[int] = []
@@ -137,15 +177,19 @@ def table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
 
 
 @lru_cache(maxsize=64)
-def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+def _addresses(pointers: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The addresses on the device, and on the host: a graph that records the copy reads them there in each replay."""
     host = torch.tensor(pointers, dtype=torch.int64, device="cpu")
-    # from pinned memory the copy does not wait, and a CUDA graph may record it
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if device.type != "cuda":
+        return host, host
+    pinned = host.pin_memory()  # from there the copy does not wait, and a CUDA graph may record it
+    return pinned.to(device, non_blocking=True), pinned
 
 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
     """The addresses of tensors, int64 on their device; 0 for one without elements. Uploaded only when they change."""
-    return _addresses(tuple(t.data_ptr() for t in tensors), tensors[0].device)
+    device = tensors[0].device
+    return handed_out(_addresses(tuple(t.data_ptr() for t in tensors), device), device)[0]
 
 
 def slice_tiles(

@@ -275,6 +275,13 @@ class SGD(torch.optim.SGD):
         """
         self._norms = None
 
+    def lacks_buffers(self) -> bool:
+        """Whether the next step would begin a momentum buffer. Under gradient scaling it then waits for the device, to
+        know whether it is skipped; it cannot be captured."""
+        groups = [group for group in self.param_groups if group["momentum"] != 0]
+        trained = [p for group in groups for p in group["params"] if p.grad is not None]
+        return any(self.state.get(p, {}).get("momentum_buffer") is None for p in trained)
+
     def replayed(self) -> None:
         """Records that a CUDA graph which has captured `step` was replayed; to be called after every replay, because
         PyTorch does not record that the parameters have changed."""

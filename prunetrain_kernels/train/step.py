@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops.tables import owned_by
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.train.prunetrain import PruneTrain
@@ -137,9 +138,10 @@ class Step:
 class CapturedStep:
     """The same update as one CUDA graph.
 
-    The first steps of a shape run as they are, on a stream of their own; then one is captured, and replayed from then
-    on. A batch of another size, such as an epoch's last, runs as it is. New settings of the optimizer, or of the lasso,
-    capture anew; learning rates do not: they are tensors on the device, which the graph reads.
+    The first steps of a shape run as they are, on a stream of their own, and more of them while gradient scaling skips
+    them, until all momentum buffers are there; then one is captured, and replayed from then on. A batch of another
+    size, such as an epoch's last, runs as it is. New settings of the optimizer, or of the lasso, capture anew; learning
+    rates do not: they are tensors on the device, which the graph reads.
 
     Args:
         step: what to capture; its optimizer must be `prunetrain_kernels.optim.SGD`, which waits for nothing.
@@ -150,6 +152,7 @@ class CapturedStep:
 
     step: Step
     graph: Any = None
+    tables: list[Any] = field(default_factory=list)  # whose addresses `graph` holds
     captured: Any = None  # the shape and settings that `graph` is of
     seen: Any = None  # those of the last step, and how many in a row had them
     in_a_row: int = 0
@@ -184,15 +187,18 @@ class CapturedStep:
     def reset(self) -> None:
         """Drops the graph and the gradients that it writes, which are of no use once the network has changed."""
         self.graph = self.captured = self.seen = self.outputs = None
+        self.tables = []
         self.in_a_row = 0
         self.step.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, images: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
         """Makes the update as `Step` does; what it returns is overwritten by the next step."""
+        optimizer = self.step.optimizer
+        assert isinstance(optimizer, SGD)
         now = self._settings(images, whole)
         self.in_a_row = self.in_a_row + 1 if now == self.seen else 1
         self.seen = now
-        if now != self.captured and self.in_a_row <= WARM_UP:
+        if now != self.captured and (self.in_a_row <= WARM_UP or optimizer.lacks_buffers()):
             outputs = self._as_it_is(images, labels, whole)
             self.seen = self._settings(images, whole)  # the very first step sets lambda
             return outputs
@@ -202,8 +208,7 @@ class CapturedStep:
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
-        assert isinstance(self.step.optimizer, SGD)
-        self.step.optimizer.replayed()
+        optimizer.replayed()
         assert self.outputs is not None
         return self.outputs
 
@@ -231,9 +236,10 @@ class CapturedStep:
         self.graph = None  # its memory first
         self.images, self.labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
+        tables: list[Any] = []
         try:
             # thread_local: loaders' threads may allocate memory meanwhile
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with owned_by(tables), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.step(self.images, self.labels, whole)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -242,4 +248,4 @@ class CapturedStep:
                 f"this network's step cannot be captured as a CUDA graph ({first_line(error)}); "
                 "leave --cuda-graphs out, or have its forward ask the device for no values."
             ) from error
-        self.graph = graph
+        self.graph, self.tables = graph, tables

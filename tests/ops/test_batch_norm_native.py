@@ -20,7 +20,7 @@ LAYOUTS = ("contiguous", "channels_last")
 @pytest.fixture(autouse=True)
 def _of_the_cpu(device: torch.device) -> None:
     if device.type != "cpu":
-        pytest.skip("the native library runs on a CPU; --device cuda tests the kernels")
+        pytest.skip("the native library runs on a CPU; PRUNETRAIN_TEST_DEVICE=cuda tests the kernels")
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -193,7 +193,7 @@ KERNELS = ["_forward_kernel", "_input_gradient_kernel", "_weight_gradient_kernel
 
 def in_the_interpreter_without_bf16(backend: str | None, dtype: torch.dtype, device: torch.device) -> None:
     if backend == "triton" and dtype == torch.bfloat16 and device.type == "cpu":
-        pytest.skip("Triton's interpreter computes bf16 wrongly; --device cuda runs this")
+        pytest.skip("Triton's interpreter computes bf16 wrongly; PRUNETRAIN_TEST_DEVICE=cuda runs this")
 
 
 def assert_close(given: Inputs, case: Case, found: Found) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels against float64: on a GPU with --device cuda, else the same sources run on the CPU.
+"""The CUDA C++ kernels against float64: on a GPU (PRUNETRAIN_TEST_DEVICE=cuda), else built for the CPU.
 
 On the CPU csrc/cuda/on_host.h runs every thread of a block as a fiber: values and index maths are proved, as are the
 bindings; races and speed are not.

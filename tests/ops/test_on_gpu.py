@@ -26,7 +26,7 @@ LARGE = 2**31 + 2**20  # elements
 @pytest.fixture(autouse=True)
 def _needs_a_gpu(device: torch.device) -> None:
     if device.type != "cuda":
-        pytest.skip("shows what only a GPU can: run with --device cuda")
+        pytest.skip("shows what only a GPU can: run with PRUNETRAIN_TEST_DEVICE=cuda")
 
 
 def activation(

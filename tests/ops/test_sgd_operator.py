@@ -1,5 +1,7 @@
 """The SGD kernel against float64: momentum and its kin, the lasso inside, the norms that it leaves, skipped steps."""
 
+import gc
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +11,7 @@ from exact import assert_as_exact, error, gradient, largest, sides
 from fences import fenced, layout
 from torch import Tensor
 
+from prunetrain_kernels.ops import tables
 from prunetrain_kernels.ops.sgd import Hyperparameters, LassoState, Parameters, Scaling, flat, sgd_, sgd_update_
 
 pytestmark = pytest.mark.t0
@@ -277,3 +280,22 @@ def test_bad_input_is_refused(device: torch.device) -> None:
         with pytest.raises(ValueError, match=message):
             case.step(True)
         assert all(torch.equal(a, b) for a, b in zip(before, case.params, strict=True))
+
+
+def test_a_capture_owns_the_tables_handed_out_to_it() -> None:
+    """A captured graph reads them at their addresses, long after other shapes have pushed them out of the caches."""
+    owner: list[Any] = []
+    weights = [torch.zeros(8, 4) for _ in range(200)]
+
+    def handed_out(i: int) -> list[Any]:
+        table = tables.table_of((tables.flat_tile(torch.zeros(i + 1)),), torch.device("cpu"))
+        return [weakref.ref(t) for t in (table.tensors, tables.addresses([weights[i]]))]
+
+    with tables.owned_by(owner):
+        owned = handed_out(0)
+    others = [handed_out(i) for i in range(1, 200)]
+    assert all(ref() is not None for ref in owned)
+    assert all(ref() is None for ref in others[0])  # the caches do forget
+    owner.clear()
+    gc.collect()
+    assert all(ref() is None for ref in owned)

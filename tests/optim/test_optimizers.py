@@ -240,8 +240,9 @@ def apart(a: nn.Module, b: nn.Module) -> float:
 def test_60_steps_through_two_reconfigurations(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lasso inside the update, and in the loss; same seed, fp32: equal bit for bit on a CPU.
 
-    Elsewhere (`--device cuda` runs the kernels), and with fused batch norms, to rounding: 60 steps of training blow a
-    rounding error up a thousandfold, so the yardstick is PyTorch's own run from weights that were nudged by one.
+    Elsewhere (`PRUNETRAIN_TEST_DEVICE=cuda` runs the kernels), and with fused batch norms, to rounding: 60 steps of
+    training blow a rounding error up a thousandfold, so the yardstick is PyTorch's own run from weights that were
+    nudged by one.
     """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

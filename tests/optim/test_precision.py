@@ -197,7 +197,7 @@ def test_a_foreign_default_device(cls: type[SGD]) -> None:
     for device in ("cpu", "meta"):
         model, x = network(F32)
         operator._plans.clear()
-        for cache in (operator.flags_tensor, operator.settings_tensor):
+        for cache in (operator._flags_tensor, operator._settings_tensor):
             cache.cache_clear()
         optimizer = cls(model.parameters(), 0.05, 0.9, weight_decay=1e-3)
         lasso = GroupLasso(model, (x,))

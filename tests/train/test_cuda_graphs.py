@@ -228,6 +228,26 @@ def test_a_replay_may_be_a_skipped_step(cls: type[SGD]) -> None:
         assert penalties[0] == pytest.approx(float(optimizers[0].lasso.penalty().detach()), rel=1e-6)
 
 
+def test_skipped_steps_do_not_count_as_warm_up(fake: list[FakeGraph]) -> None:
+    """A scaler that begins too high skips the first steps, and whether it does is only asked before a buffer exists."""
+    one = started(True, scales=True)
+    optimizer, left = one.step.optimizer, WARM_UP + 2
+    parameter = next(p for group in optimizer.param_groups for p in group["params"])
+    parameter.register_hook(lambda g: g * float("inf") if left > 0 else g)
+    before = len(fake)
+    for _ in range(WARM_UP + 2):
+        one(*images(0), 12)
+        left -= 1
+        assert len(fake) == before
+        assert optimizer.lacks_buffers()
+    one(*images(0), 12)  # the first that is not skipped makes the buffers
+    assert not optimizer.lacks_buffers()
+    assert len(fake) == before
+    one(*images(0), 12)
+    assert len(fake) == before + 1
+    assert fake[-1].replays == 1
+
+
 def test_new_settings_are_captured_anew_and_learning_rates_are_not(fake: list[FakeGraph]) -> None:
     one = started(True)
     x, y = images(0)

@@ -1,5 +1,6 @@
 """Every block of code in README.md and docs/*.md that is marked `python` runs as a reader would paste it."""
 
+import contextlib
 import re
 import textwrap
 from pathlib import Path
@@ -8,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from bench.zoo import import_torchvision
+
 ROOT = Path(__file__).parents[1]
 # Pages whose blocks another test runs, since they need more than one process, or a network that loses channels.
 TESTED_ELSEWHERE = {
     "docs/training-loops.md": "tests/train/test_training_loops_page.py",
     "docs/distributed.md": "tests/train/test_distributed_loops.py",
 }
-# Other lengths for the trainings that a page shows: what a block does stays the same, how often it does it does not.
+# Shorter trainings, smaller networks than a page shows: what a block does stays the same.
 SHORTER = {
+    "docs/export.md": (("resnet20", "vgg7"),),
     "README.md": (
         ("epochs=20)", "epochs=2)"),
         ("range(20)", "range(2)"),
@@ -70,6 +74,9 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_blocks_of_a_page_run(name: str) -> None:
+    if "lightning" in NEEDS.get(name, ()):  # imports torchvision, which needs help beside a CPU-only torch
+        with contextlib.suppress(ImportError):
+            import_torchvision()
     for package in NEEDS.get(name, ()):
         pytest.importorskip(package)
     text = (ROOT / name).read_text(encoding="utf-8")

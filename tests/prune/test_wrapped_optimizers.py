@@ -14,7 +14,9 @@ from wrappers import (
     Elsewhere,
     Factored,
     Flat,
+    InClass,
     InNumpy,
+    Inside,
     Masters,
     Noting,
     Prepared,
@@ -70,6 +72,11 @@ FOLLOW: dict[str, Make] = {
         where: lambda m, where=where: Elsewhere(m.parameters(), where)  # type: ignore[misc]
         for where in ("by-parameter", "by-id", "flat-list", "group-entry", "object", "list-of-dicts", "state-list")
     },
+    **{
+        where: lambda m, where=where: Inside(m.parameters(), where)  # type: ignore[misc]
+        for where in ("closure", "closure-in-a-closure", "bound-method", "weak", "partial", "objects", "parameter")
+    },
+    "class": lambda m: InClass(m.parameters(), "class"),
 }
 
 

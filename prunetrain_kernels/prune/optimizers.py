@@ -263,8 +263,8 @@ def _trial(optimizer: Any) -> Holdings | None:
 
 def _tiny_copy(optimizer: Optimizer) -> Any | None:
     """A copy of an optimizer with groups of tiny parameters and no state; None if it has other attributes than plain
-    values, or its class has containers, which a step of the copy would fill."""
-    if class_containers(optimizer):
+    values, or its class has containers that a step of the copy may fill, as constants are not."""
+    if not all(value and _is_plain(value) for value in class_containers(optimizer).values()):
         return None
     generator = torch.Generator(device="cpu").manual_seed(0)
     groups: list[dict[str, Any]] = []
@@ -334,6 +334,14 @@ def slice_state(optimizers: Sequence[Optimizer], tensor: Tensor, cut: Callable[[
         _later(undo, lambda kept=kept, before=before: setattr(kept, "data", before))  # type: ignore[misc]
         with torch.no_grad():
             kept.data = cut(kept)  # the object itself, by which `cut` may know which state it is
+
+
+def state_of(optimizer: Any, parameter: Tensor) -> Mapping[str, Any]:
+    """What an optimizer keeps in its state for a parameter, by name; empty where the state names nothing: some keep one
+    tensor or object for each parameter."""
+    state = getattr(optimizer, "state", None)
+    entry = state.get(parameter) if isinstance(state, Mapping) else None
+    return entry if isinstance(entry, Mapping) else {}
 
 
 def drop(optimizers: Sequence[Optimizer], gone: set[int], undo: Undo) -> None:

@@ -19,6 +19,9 @@ def regularized(state: PruningState, loss: Tensor) -> Tensor:
     Where the optimizer adds the lasso inside its update, R(W) enters as a value, without a gradient.
     """
     note_step(state)
+    if state.active:
+        # Also once lambda is set: R(W) would be added to the loss of each image.
+        one_number(loss, "the loss" if state.coefficient is not None else "the first loss")
     inside = state.lasso_optimizer
     if inside is not None:
         hand_over(state, inside, loss)

@@ -74,7 +74,10 @@ FOLLOW: dict[str, Make] = {
     },
     **{
         where: lambda m, where=where: Inside(m.parameters(), where)  # type: ignore[misc]
-        for where in ("closure", "closure-in-a-closure", "bound-method", "weak", "partial", "objects", "parameter")
+        for where in (
+            *("closure", "closure-in-a-closure", "bound-method", "weak", "partial", "objects", "parameter"),
+            *("bare-tensor", "bare-object"),
+        )
     },
     "class": lambda m: InClass(m.parameters(), "class"),
 }

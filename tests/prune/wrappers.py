@@ -266,6 +266,8 @@ class Inside(optim.Optimizer):
             "weak": buffers.of,
             "partial": partial(lambda kept, p: Buffers(kept).of(p), {}),
             "objects": self.of_objects,
+            "bare-tensor": Buffers(self.state).of,
+            "bare-object": lambda p: self.state.setdefault(p, Velocity(torch.zeros_like(p))).value,
             "class": lambda p: Buffers(type(self).everywhere).of(p),  # type: ignore[attr-defined]
             "parameter": self.of_parameter,
         }[where]

@@ -154,6 +154,7 @@ class _Search:
         self.seen: dict[int, object] = {}  # held, so that no identity is given out twice
         self.known: dict[int, Kept] = {}
         self.optimizer: Any = None
+        self.around: set[int] = set()  # that one and those that wrap it, by `id`: it may lead back to them
         self.group: list[Tensor] | None = None  # the parameters of the group whose entries are searched
         self.kind = "state"
 
@@ -165,6 +166,7 @@ class _Search:
         self.holdings.optimizers.append(optimizer)
         self.parameters.update((id(p), p) for p in params_of(optimizer))
         outer, self.optimizer = (self.optimizer, self.kind), optimizer
+        self.around.add(id(optimizer))
         cut_by_itself = getattr(type(optimizer), "follows_by_itself", ())
         own = class_containers(optimizer) | held_by(optimizer)
         attributes = {n: v for n, v in own.items() if n not in OF_PYTORCH and n not in cut_by_itself}
@@ -191,6 +193,7 @@ class _Search:
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     self.tensor(value, name, p)
         self.optimizer, self.kind = outer
+        self.around.remove(id(optimizer))
 
     def parameter_of(self, key: object) -> Tensor | None:
         """The parameter that a key stands for: itself, its `id`, or its name with or without a wrapper's prefix."""
@@ -216,7 +219,8 @@ class _Search:
         elif isinstance(value, nn.Module):
             self.holdings.modules.append((value, type(self.optimizer).__name__, where))
         elif is_optimizer(value):
-            self.holdings.wrapped.add(id(value))
+            if id(value) not in self.around:
+                self.holdings.wrapped.add(id(value))
             self.search_optimizer(value)
         elif parameter is not None and hasattr(value, "__array__"):  # NumPy's: it cannot become smaller in place
             if tuple(value.shape) == tuple(parameter.shape) != ():

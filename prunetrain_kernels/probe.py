@@ -7,9 +7,10 @@ state of the random number generators and the gradient mode are afterwards what 
 import dataclasses
 import operator
 import random
+import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +25,33 @@ ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch
 ROUNDING_TF32 = 1e-2  # fp32 on CUDA: cuDNN multiplies in TF32 unless told otherwise
 ROUNDING_OTHER = 2e-1  # narrower types still
 
+# What gives its parts one after the other, some of it only once.
+ONE_BY_ONE = Iterator | KeysView | ValuesView | ItemsView
+
 # How deep `named_tensors_in` looks into objects; what lies deeper is no output that anyone reads.
 DEEPEST = 8
+
+
+# Requests of a library to its own users, which make no sense in a message of this package that quotes it.
+_REQUESTS = re.compile(
+    r"[,;:]?\s*(if [^.]*, )?please (report|file (a|an) (bug|issue)|open an issue|submit a|leave a comment)\b[^.]*", re.I
+)
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message without the full stop at its end; its class if it has no message.
 
-    The messages of libraries may begin with empty lines, or be empty (`raise RuntimeError()`).
+    The messages of libraries may begin with empty lines, or be empty (`raise RuntimeError()`). What they ask the reader
+    to report to them is left out.
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+    name = type(error).__name__
+    line = (str(error).strip() or name).splitlines()[0]
+    return re.sub(r"\.(\s*\.)+", ".", _REQUESTS.sub("", line)).strip().rstrip(".: ") or name
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an exception's first line: some libraries put advice of their own behind it."""
+    return re.split(r"(?<=[^.\s])\.\s+(?=[A-Z(])", first_line(error), maxsplit=1)[0]
 
 
 # -- running a model ---------------------------------------------------------------------------------------------------
@@ -201,9 +219,10 @@ def _draw(model: nn.Module) -> None:
 def named_tensors_in(value: object) -> dict[str, Tensor]:
     """The tensors in any structure that a model may return, by their place in it: "", "[0].logits", "['boxes']".
 
-    Looked into are lists, tuples and named tuples, mappings (also Hugging Face's `ModelOutput`), dataclasses, and other
-    objects that hold tensors in their attributes (such as detectron2's `Instances`), but no modules, classes and
-    functions. A tensor that is held twice is named once.
+    Looked into are lists, tuples and named tuples, mappings (also Hugging Face's `ModelOutput`) and their views,
+    iterators and generators (which are used up by it), dataclasses, and other objects that hold tensors in their
+    attributes (such as detectron2's `Instances`), but no modules, classes and functions. A tensor that is held twice is
+    named once.
     """
     tensors: dict[str, Tensor] = {}
     _collect(value, "", tensors, {}, 0)
@@ -239,7 +258,7 @@ def _parts(value: object) -> Iterator[tuple[str, object]]:
         yield from ((f"[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         yield from ((f".{field}", getattr(value, field)) for field in value._fields)
-    elif isinstance(value, list | tuple | deque):
+    elif isinstance(value, list | tuple | deque | ONE_BY_ONE):
         yield from ((f"[{i}]", part) for i, part in enumerate(value))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from ((f".{field.name}", getattr(value, field.name, None)) for field in dataclasses.fields(value))

@@ -3,6 +3,7 @@
 import random
 from collections import deque, namedtuple
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -86,10 +87,25 @@ def test_generators_that_modules_hold_are_as_they_were() -> None:
         (RuntimeError("\n\n  what it is.\n more"), "what it is"),
         (ValueError("a: "), "a"),
         (KeyError("x"), "'x'"),
+        (
+            RuntimeError('t == nullptr INTERNAL ASSERT FAILED at "a.cpp":3, please report a bug to PyTorch. No t'),
+            't == nullptr INTERNAL ASSERT FAILED at "a.cpp":3. No t',
+        ),
+        (
+            RuntimeError("no such thing. If you don't need it, please leave a comment explaining your use case."),
+            "no such thing",
+        ),
+        (ValueError("the mask is missing; please pass one"), "the mask is missing; please pass one"),
     ],
 )
 def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
     assert probe.first_line(error) == line
+
+
+def test_the_first_sentence_of_an_error() -> None:
+    error = ValueError("x.y is 0.5 <class 'a.B'>, not a type.  (Sizes: none). See http://a.b/c. Ask them.")
+    assert probe.first_sentence(error) == "x.y is 0.5 <class 'a.B'>, not a type"
+    assert probe.first_sentence(ValueError("one.")) == "one"
 
 
 Pair = namedtuple("Pair", "one two")
@@ -126,6 +142,11 @@ STRUCTURES = [
     (Instances(logits=T, n=3, more=[Boxes(U)]), {"._fields['logits']": T, "._fields['more'][0].boxes": U}),
     ((T, T), {"[0]": T}),
     (deque([T]), {"[0]": T}),
+    (iter([T, U]), {"[0]": T, "[1]": U}),
+    ((t for t in (T, Boxes(U))), {"[0]": T, "[1].boxes": U}),
+    ({"a": T, "b": U}.values(), {"[0]": T, "[1]": U}),
+    ({"a": T}.items(), {"[0][1]": T}),
+    (MappingProxyType({"a": T}), {"['a']": T}),
     ("text", {}),
     (nn.Linear(1, 1), {}),
 ]

@@ -285,3 +285,17 @@ def test_with_a_lambda_of_ones_choice_any_loss_will_do() -> None:
     assert torch.equal(total, expected)
     total.backward()
     assert torch.equal(model[0].weight.grad, torch.autograd.grad(expected, model[0].weight)[0])
+
+
+@pytest.mark.parametrize(
+    "loss", [torch.ones(4), torch.ones(0), torch.ones(2, 1), None, {"loss": torch.ones(())}], ids=str
+)
+def test_what_is_no_loss_is_refused_after_lambda_is_set_too(loss: Any) -> None:
+    """One loss per image would get the whole penalty each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    prunetrain = PruneTrain(model, torch.optim.SGD(model.parameters(), 0.1), (torch.randn(2, 3, 8, 8),))
+    prunetrain.coefficient = 0.125
+    with pytest.raises(InputError, match=r"^the loss must be (one number, but has the shape|a tensor of one number)"):
+        prunetrain.regularize(loss)
+    assert prunetrain.regularize(torch.ones(1)).shape == (1,)

@@ -17,7 +17,7 @@ from prunetrain_kernels.graph.traced import distinct
 from prunetrain_kernels.graph.tracer import UntraceableError, tracing
 from prunetrain_kernels.graph.trial import freeze_what_fails
 from prunetrain_kernels.graph.walk import walk
-from prunetrain_kernels.probe import first_line, unchanged
+from prunetrain_kernels.probe import first_sentence, unchanged
 
 HOW_TO_TRACE = "Move the part that depends on data into a submodule of its own, whose channels then stay as they are."
 MOST_STARTS = 4  # runs of a mode, with different random numbers, that the trial cut repeats
@@ -104,7 +104,7 @@ def _why_not(runs: Runs, failed: Exception | None, error: Exception) -> str:
             f"the model fails on the example inputs in training mode: {runs.failed[True]}; pass example_inputs that it "
             "accepts in both modes."
         )
-    return f"{failed}; torch.export says: {first_line(error)}. {HOW_TO_TRACE}"
+    return f"{failed}; torch.export says: {first_sentence(error)}. {HOW_TO_TRACE}"
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -8,15 +8,16 @@ that another thread calls meanwhile, for inference, run as they are (`ThreadTrac
 import inspect
 import linecache
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.graph.rules import rule_for
-from prunetrain_kernels.probe import DEEPEST, first_line, held_by
+from prunetrain_kernels.probe import DEEPEST, ONE_BY_ONE, first_line, held_by
 
 _LOCK = threading.RLock()
 
@@ -76,6 +77,7 @@ class _Tracer(ThreadTracer):
         super().__init__()
         self.closed = closed
         self.failed_in: str | None = None
+        self.recording: set[int] = set()  # objects, by `id`, whose parts are being recorded: they may hold each other
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         closed = module_qualified_name in self.closed
@@ -90,12 +92,21 @@ class _Tracer(ThreadTracer):
         return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
 
     def create_arg(self, a: Any) -> Any:
-        """Records an object that holds tensors, which a forward may return, as a call that makes it of them."""
+        """Records an object that holds tensors, which a forward may return, as a call that makes it of them; an object
+        inside of itself becomes None."""
+        if isinstance(a, ONE_BY_ONE) and not isinstance(a, fx.Proxy):
+            a = list(a)
+        elif isinstance(a, MappingProxyType):
+            a = dict(a)
+        if id(a) in self.recording:
+            return None
         held = _held(a) if _is_plain_object(a) else {}
-        if any(map(_holds_proxies, held.values())):
-            parts = {name: self.create_arg(part) for name, part in held.items() if part is not a}
-            return self.create_node("call_function", _maker_of(a, held), (), parts)
-        return super().create_arg(a)
+        if not any(map(_holds_proxies, held.values())):
+            return super().create_arg(a)
+        self.recording.add(id(a))
+        parts = {name: self.create_arg(part) for name, part in held.items()}
+        self.recording.remove(id(a))
+        return self.create_node("call_function", _maker_of(a, held), (), parts)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -123,7 +134,7 @@ def _holds_proxies(value: Any, depth: int = 0) -> bool:
     """Whether a value holds a traced one, however deep: detectron2's `Instances` keeps its tensors in a dict."""
     if isinstance(value, fx.Proxy) or depth > DEEPEST:
         return isinstance(value, fx.Proxy)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return any(_holds_proxies(part, depth + 1) for part in value.values())
     if isinstance(value, list | tuple):
         return any(_holds_proxies(part, depth + 1) for part in value)

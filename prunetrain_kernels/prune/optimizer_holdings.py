@@ -2,14 +2,16 @@
 that they wrap.
 
 A tensor belongs to a parameter if it is kept under it: in `state`, or in any other mapping whose key is the parameter,
-its `id`, or its name; or if it stands in a list beside the parameters of a group, or of all groups, with their shapes.
+its `id`, or its name; or if it stands in a list beside the parameters of a group, or of all groups, with their shapes;
+or if it has the parameter's shape and is an attribute of the parameter itself. Functions are opened too: variables that
+they share with the function around them, the objects of bound methods, arguments of partial functions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ NOT_OPENED = (
     type(None), bool, int, float, complex, str, bytes, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType,
     partial, torch.dtype, torch.device, torch.Generator, torch.layout,
 )  # fmt: skip
-# Containers in containers, and objects in objects, are opened this deep.
+FUNCTIONS = (FunctionType, MethodType, partial)
+# Containers in containers, and objects in objects, are opened this deep; what is kept under a parameter is opened as
+# deep as containers are.
 DEEPEST = 8
 DEEPEST_OBJECT = 2
 
@@ -115,6 +119,27 @@ def holdings_of(optimizers: Sequence[Any], model: nn.Module | None = None) -> Ho
     return search.holdings
 
 
+def class_containers(optimizer: Any) -> dict[str, Any]:
+    """Dicts, lists and sets that an optimizer's class keeps for all of its instances, by name; not those of PyTorch."""
+    classes = [cls for cls in type(optimizer).__mro__ if not cls.__module__.startswith("torch.")]
+    attributes = [item for cls in reversed(classes) for item in vars(cls).items() if not item[0].startswith("__")]
+    return {name: value for name, value in attributes if isinstance(value, MutableMapping | list | set)}
+
+
+def bound_in(function: Any) -> dict[str, Any]:
+    """What a function holds besides its code, by name: variables of the functions around it, a bound method's object, a
+    partial function's arguments."""
+    if isinstance(function, MethodType):
+        return {"__self__": function.__self__}
+    if isinstance(function, partial):
+        return {"func": function.func, "args": function.args, "keywords": function.keywords}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells if cell != _EMPTY_CELL}
+
+
+_EMPTY_CELL = CellType()  # of a variable that is not assigned yet
+
+
 class _Search:
     """One search through optimizers.
 
@@ -129,6 +154,7 @@ class _Search:
         self.seen: dict[int, object] = {}  # held, so that no identity is given out twice
         self.known: dict[int, Kept] = {}
         self.optimizer: Any = None
+        self.around: set[int] = set()  # that one and those that wrap it, by `id`: it may lead back to them
         self.group: list[Tensor] | None = None  # the parameters of the group whose entries are searched
         self.kind = "state"
 
@@ -140,8 +166,10 @@ class _Search:
         self.holdings.optimizers.append(optimizer)
         self.parameters.update((id(p), p) for p in params_of(optimizer))
         outer, self.optimizer = (self.optimizer, self.kind), optimizer
+        self.around.add(id(optimizer))
         cut_by_itself = getattr(type(optimizer), "follows_by_itself", ())
-        attributes = {n: v for n, v in held_by(optimizer).items() if n not in OF_PYTORCH and n not in cut_by_itself}
+        own = class_containers(optimizer) | held_by(optimizer)
+        attributes = {n: v for n, v in own.items() if n not in OF_PYTORCH and n not in cut_by_itself}
         for value in attributes.values():  # first, so that what they keep in their state has that path
             if is_optimizer(value):
                 self.visit(value, "", None, 0, 0)
@@ -159,7 +187,13 @@ class _Search:
         self.kind = "attribute"
         for name, value in attributes.items():
             self.visit(value, name, None, 0, 1)
+        self.kind = "parameter attribute"
+        for p in params_of(optimizer):
+            for name, value in vars(p).items():  # others belong to other libraries, and follow nobody
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    self.tensor(value, name, p)
         self.optimizer, self.kind = outer
+        self.around.remove(id(optimizer))
 
     def parameter_of(self, key: object) -> Tensor | None:
         """The parameter that a key stands for: itself, its `id`, or its name with or without a wrapper's prefix."""
@@ -173,6 +207,11 @@ class _Search:
 
     def visit(self, value: Any, where: str, parameter: Tensor | None, depth: int, objects: int) -> None:
         """Notes a value, or opens it."""
+        if isinstance(value, FUNCTIONS) and depth <= DEEPEST and id(value) not in self.seen:
+            self.seen[id(value)] = value
+            for name, part in bound_in(value).items():
+                self.visit(part, f"{where}.{name}", parameter, depth + 1, objects)
+            return
         if isinstance(value, NOT_OPENED) or depth > DEEPEST:
             return
         if isinstance(value, Tensor):
@@ -180,7 +219,8 @@ class _Search:
         elif isinstance(value, nn.Module):
             self.holdings.modules.append((value, type(self.optimizer).__name__, where))
         elif is_optimizer(value):
-            self.holdings.wrapped.add(id(value))
+            if id(value) not in self.around:
+                self.holdings.wrapped.add(id(value))
             self.search_optimizer(value)
         elif parameter is not None and hasattr(value, "__array__"):  # NumPy's: it cannot become smaller in place
             if tuple(value.shape) == tuple(parameter.shape) != ():
@@ -201,7 +241,7 @@ class _Search:
                 self.visit(part, name, parameter if keyed is None else keyed, depth + 1, objects)
         elif isinstance(value, Sequence | AbstractSet) or hasattr(value, "popleft"):
             self.sequence(list(value), value, where, parameter, depth, objects)
-        elif objects < DEEPEST_OBJECT:
+        elif objects < DEEPEST_OBJECT or parameter is not None:
             for name, part in held_by(value).items():
                 self.visit(part, f"{where}.{name}", parameter, depth + 1, objects + 1)
 

@@ -20,10 +20,13 @@ from torch.optim import Optimizer
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.probe import random_state
 from prunetrain_kernels.prune.optimizer_holdings import (
+    FUNCTIONS,
     NOT_OPENED,
     OF_PYTORCH,
     Holdings,
     Kept,
+    bound_in,
+    class_containers,
     groups_of,
     holdings_of,
     is_optimizer,
@@ -260,7 +263,9 @@ def _trial(optimizer: Any) -> Holdings | None:
 
 def _tiny_copy(optimizer: Optimizer) -> Any | None:
     """A copy of an optimizer with groups of tiny parameters and no state; None if it has other attributes than plain
-    values."""
+    values, or its class has containers that a step of the copy may fill, as constants are not."""
+    if not all(value and _is_plain(value) for value in class_containers(optimizer).values()):
+        return None
     generator = torch.Generator(device="cpu").manual_seed(0)
     groups: list[dict[str, Any]] = []
     lists: dict[int, list[Tensor]] = {}
@@ -297,7 +302,9 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(part) for pair in value.items() for part in pair)
     if isinstance(value, list | tuple | set):
         return all(map(_is_plain, value))
-    return isinstance(value, NOT_OPENED) and not isinstance(value, MethodType)
+    if isinstance(value, FUNCTIONS):  # a copy of a function shares what it holds with it
+        return not isinstance(value, MethodType) and all(isinstance(v, NOT_OPENED) for v in bound_in(value).values())
+    return isinstance(value, NOT_OPENED)
 
 
 def _stepped(optimizer: Any) -> Holdings:
@@ -327,6 +334,14 @@ def slice_state(optimizers: Sequence[Optimizer], tensor: Tensor, cut: Callable[[
         _later(undo, lambda kept=kept, before=before: setattr(kept, "data", before))  # type: ignore[misc]
         with torch.no_grad():
             kept.data = cut(kept)  # the object itself, by which `cut` may know which state it is
+
+
+def state_of(optimizer: Any, parameter: Tensor) -> Mapping[str, Any]:
+    """What an optimizer keeps in its state for a parameter, by name; empty where the state names nothing: some keep one
+    tensor or object for each parameter."""
+    state = getattr(optimizer, "state", None)
+    entry = state.get(parameter) if isinstance(state, Mapping) else None
+    return entry if isinstance(entry, Mapping) else {}
 
 
 def drop(optimizers: Sequence[Optimizer], gone: set[int], undo: Undo) -> None:

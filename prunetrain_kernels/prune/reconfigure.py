@@ -44,7 +44,14 @@ from prunetrain_kernels.prune.measure import (
     failure_after_pruning,
     zeroing_difference,
 )
-from prunetrain_kernels.prune.optimizers import all_optimizers, as_list, check_optimizers, drop, slice_state
+from prunetrain_kernels.prune.optimizers import (
+    all_optimizers,
+    as_list,
+    check_optimizers,
+    drop,
+    slice_state,
+    state_of,
+)
 from prunetrain_kernels.prune.slices import (
     DeviceIndices,
     Slicing,
@@ -371,11 +378,8 @@ def _forget_momentum(plan: _Plan, undo: ExitStack) -> None:
     for slicing in plan.slicings:
         if not slicing.zeros:
             continue
-        names = {
-            id(state): name
-            for optimizer in all_optimizers(plan.optimizers)
-            for name, state in getattr(optimizer, "state", {}).get(slicing.tensor, {}).items()
-        }
+        entries = (state_of(optimizer, slicing.tensor) for optimizer in all_optimizers(plan.optimizers))
+        names = {id(state): name for entry in entries for name, state in entry.items()}
 
         def forgotten(state: Tensor, slicing: Slicing = slicing, names: dict[int, str] = names) -> Tensor:
             return slicing.zeroed(state, indices) if is_momentum(names.get(id(state), ""), state) else state

@@ -21,6 +21,9 @@ def regularized(state: PruningState, loss: Tensor) -> Tensor:
     """
     refuse_twice(state)
     note_step(state)
+    if state.active:
+        # Also once lambda is set: R(W) would be added to the loss of each image.
+        one_number(loss, "the loss" if state.coefficient is not None else "the first loss")
     inside = state.lasso_optimizer
     if inside is not None:
         hand_over(state, inside, loss)

@@ -15,6 +15,7 @@ from prunetrain_kernels.graph.keep import restricted
 from prunetrain_kernels.nn import FuseReport, GatedConv2d
 from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.prune.also import inputs_for
+from prunetrain_kernels.prune.measure import comparison_of
 from prunetrain_kernels.regularizer import GroupLasso
 from prunetrain_kernels.train.original import OriginalChannels
 
@@ -92,6 +93,7 @@ def look_first(
     if choice["policy"] == "auto":
         cost_of(cost, model)  # refuses an unknown name
     graph.keep(model, **choice)
+    comparison_of(model, graph.example_inputs, alike_in_both_modes=graph.alike_in_both_modes)  # refuses if of nothing
     lasso = GroupLasso(model, graph.example_inputs, graph=graph, coefficients=coefficients)
     return look(model, graph, amp, lasso, limits)
 

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +87,14 @@ class Slots:
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise TypeError("frozen")
+
+
+class Circle:
+    """An object that leads back to itself, and to another that leads to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.around = tensor, [self]
+        self.child = SimpleNamespace(parent=self, tensor=tensor)
 
 
 class Both(NamedTuple):
@@ -183,6 +191,17 @@ MODES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     "sparse": (lambda: net(lambda m, x: (m.fc(pool(m.b(m.a(x)))), torch.eye(3).to_sparse())), "fc", "a b"),
     "dataclass": (lambda: net(lambda m, x: (f := pool(m.b(m.a(x))), Instances(m.fc(f), f))[1]), "b fc", "a"),
+    "generator": (lambda: net(lambda m, x: (each for each in [m.fc(pool(m.b(m.a(x))))])), "fc", "a b"),
+    "iterator": (lambda: net(lambda m, x: zip([f := m.b(m.a(x))], [m.fc(pool(f))], strict=True)), "b fc", "a"),
+    "values-of-a-dict": (lambda: net(lambda m, x: {"map": m.b(m.a(x))}.values()), "b", "a"),
+    "items-of-a-dict": (lambda: net(lambda m, x: [{"map": m.b(m.a(x))}.items()]), "b", "a"),
+    "mapping-proxy": (lambda: net(lambda m, x: MappingProxyType({"map": m.b(m.a(x))})), "b", "a"),
+    "mapping-proxy-in-an-object": (
+        lambda: net(lambda m, x: SimpleNamespace(fields=MappingProxyType({"map": m.b(m.a(x))}))),
+        "b",
+        "a",
+    ),
+    "circle": (lambda: net(lambda m, x: Circle(m.fc(pool(m.b(m.a(x)))))), "fc", "a b"),
     "ordered-dict": (lambda: net(lambda m, x: OrderedDict(out=m.fc(pool(m.b(m.a(x)))))), "fc", "a b"),
 }
 

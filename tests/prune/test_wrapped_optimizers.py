@@ -14,7 +14,9 @@ from wrappers import (
     Elsewhere,
     Factored,
     Flat,
+    InClass,
     InNumpy,
+    Inside,
     Masters,
     Noting,
     Prepared,
@@ -70,6 +72,14 @@ FOLLOW: dict[str, Make] = {
         where: lambda m, where=where: Elsewhere(m.parameters(), where)  # type: ignore[misc]
         for where in ("by-parameter", "by-id", "flat-list", "group-entry", "object", "list-of-dicts", "state-list")
     },
+    **{
+        where: lambda m, where=where: Inside(m.parameters(), where)  # type: ignore[misc]
+        for where in (
+            *("closure", "closure-in-a-closure", "bound-method", "weak", "partial", "objects", "parameter"),
+            *("bare-tensor", "bare-object"),
+        )
+    },
+    "class": lambda m: InClass(m.parameters(), "class"),
 }
 
 
@@ -297,6 +307,24 @@ def test_an_optimizer_of_something_else_inside() -> None:
     report = prunetrain.reconfigure()
     assert report.reconfiguration.changed
     steps(model, optimizer, batches(x, 2))
+
+
+LEADS_BACK: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda o: o,
+    "its method": lambda o: o.zero_grad,
+    "a function that holds it": lambda o: lambda: o.zero_grad(),
+    "a list that holds it": lambda o: [o],
+}
+
+
+@pytest.mark.parametrize("name", LEADS_BACK)
+def test_an_optimizer_that_leads_back_to_itself_is_not_wrapped(name: str) -> None:
+    """It may hold another network's parameters too, which are no copies that a wrapper keeps."""
+    model, x = small_net("out-of-place")
+    other, _ = small_net("out-of-place")
+    optimizer = momentum([*model.parameters(), *other.parameters()])
+    optimizer.link = LEADS_BACK[name](optimizer)  # type: ignore[attr-defined]
+    PruneTrain(model, optimizer, (x,))
 
 
 def test_no_optimizer_at_all() -> None:

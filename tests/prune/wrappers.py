@@ -4,10 +4,13 @@ in a few lines each."""
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn, optim
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Closure = Callable[[], Tensor] | None
 Params = Iterable[Any]
@@ -235,6 +238,60 @@ class Elsewhere(optim.Optimizer):
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if p.grad is not None:
                 momentum_step(p, self.buffer(i, p))
+
+
+class Buffers:
+    """Buffers that are made when they are asked for."""
+
+    def __init__(self, kept: Any = None) -> None:
+        self.kept = {} if kept is None else kept
+
+    def of(self, p: Tensor) -> Tensor:
+        if p not in self.kept:
+            self.kept[p] = torch.zeros_like(p)
+        return self.kept[p]
+
+
+class Inside(optim.Optimizer):
+    """Momentum that is kept inside of a function, of objects in objects, of the class, or of the parameter itself."""
+
+    def __init__(self, params: Params, where: str) -> None:
+        super().__init__(params, {"lr": 0.01})
+        self.where = where
+        buffers = Buffers(WeakTensorKeyDictionary() if where == "weak" else None)
+        self.get: Any = {
+            "closure": lambda p: buffers.of(p),
+            "closure-in-a-closure": (lambda get: lambda p: get(p))(lambda p: buffers.of(p)),
+            "bound-method": buffers.of,
+            "weak": buffers.of,
+            "partial": partial(lambda kept, p: Buffers(kept).of(p), {}),
+            "objects": self.of_objects,
+            "bare-tensor": Buffers(self.state).of,
+            "bare-object": lambda p: self.state.setdefault(p, Velocity(torch.zeros_like(p))).value,
+            "class": lambda p: Buffers(type(self).everywhere).of(p),  # type: ignore[attr-defined]
+            "parameter": self.of_parameter,
+        }[where]
+
+    def of_objects(self, p: Tensor) -> Tensor:
+        space = SimpleNamespace
+        if not self.state[p]:
+            self.state[p]["factors"] = space(first=space(second=space(third=space(velocity=torch.zeros_like(p)))))
+        return self.state[p]["factors"].first.second.third.velocity
+
+    def of_parameter(self, p: Any) -> Tensor:
+        if not hasattr(p, "velocity"):
+            p.velocity = torch.zeros_like(p)
+        return p.velocity
+
+    @torch.no_grad()
+    def step(self, closure: Closure = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None:
+                momentum_step(p, self.get(p))
+
+
+class InClass(Inside):
+    everywhere: ClassVar[dict[Tensor, Tensor]] = {}
 
 
 class ByName(optim.Optimizer):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,31 @@ def test_a_depthwise_convolution_may_be_down_to_one_channel(tmp_path: Path) -> N
     assert again.kept["last"][0].tolist() == [0]
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(fresh.eval()(x), model.eval()(x))
+
+
+NOTHING: dict[str, Callable[[Tensor], Any]] = {
+    "not a number": lambda y: y * float("nan"),
+    "infinite": lambda y: y - float("inf"),
+    "empty": lambda y: y[:, :0],
+    "too deep": lambda y: [[[[[[[[[[y]]]]]]]]]],
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_model_of_which_nothing_can_be_compared_is_refused_at_construction(name: str) -> None:
+    model = dropout_net()
+    model.fc = nn.Sequential(model.fc, Last(NOTHING[name]))
+    optimizer = sgd(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=r"returns nothing on the example inputs that could be compared"):
+        PruneTrain(model, optimizer, example_inputs=EXAMPLE)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+class Last(nn.Module):
+    def __init__(self, result: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, x: Tensor) -> Any:
+        return self.result(x)

@@ -128,17 +128,23 @@ class Visit:
     # -- the archive ---------------------------------------------------------------------------------------------------
 
     def pack(self) -> None:
-        """Renews $VISIT/visit.txt and $OUT/visit.tgz, whole at every moment."""
-        with self._alone():
-            summary = "".join(f"{step.line}\n" for step in self.steps())
-            (self.folder / "visit.txt").write_text(summary, encoding="utf-8")
-            self._put("visit.txt", summary.encode())
-            packed = b""
-            for longest in (2**21, 2**18, 2**15):  # of a log
-                packed = archive_of(self.folder, longest)
-                if len(packed) <= LARGEST:
-                    break
-            self._put("visit.tgz", packed)
+        """Renews $VISIT/visit.txt and $OUT/visit.tgz, whole at every moment; a full disk, say, ends no step."""
+        try:
+            with self._alone():
+                self._pack()
+        except OSError as error:
+            print(f"visit: the archive could not be renewed: {error}", flush=True)
+
+    def _pack(self) -> None:
+        summary = "".join(f"{step.line}\n" for step in self.steps())
+        (self.folder / "visit.txt").write_text(summary, encoding="utf-8")
+        self._put("visit.txt", summary.encode())
+        packed = b""
+        for longest in (2**21, 2**18, 2**15):  # of a log
+            packed = archive_of(self.folder, longest)
+            if len(packed) <= LARGEST:
+                break
+        self._put("visit.tgz", packed)
 
     def _put(self, name: str, content: bytes) -> None:
         aside = self.out / f".visit-{os.getpid()}.part"
@@ -185,20 +191,22 @@ class Visit:
         start, renewed = time.monotonic(), time.monotonic()
         jobs = [Job.start(self.folder / "logs", step.name, item, command) for item in items or ("",)]
         asked = False
-        while sum(job.runs(again=not asked) for job in jobs):
-            now = time.monotonic() - start
-            if not asked and now > step.limit - min(GRACE, step.limit / 2):
-                asked, step.result = True, CUT
-                for job in jobs:
-                    job.send(signal.SIGINT)  # so that Python says how far it came
-            if now > step.limit:
-                break
-            if time.monotonic() - renewed > RENEWED:
-                self.pack()
-                renewed = time.monotonic()
-            time.sleep(0.05)
-        for job in jobs:
-            job.send(signal.SIGKILL)  # workers that its process has left behind, too
+        try:
+            while sum(job.runs(again=not asked) for job in jobs):
+                now = time.monotonic() - start
+                if not asked and now > step.limit - min(GRACE, step.limit / 2):
+                    asked, step.result = True, CUT
+                    for job in jobs:
+                        job.send(signal.SIGINT)  # so that Python says how far it came
+                if now > step.limit:
+                    break
+                if time.monotonic() - renewed > RENEWED:
+                    self.pack()
+                    renewed = time.monotonic()
+                time.sleep(0.05)
+        finally:  # also when this process is told to end
+            for job in jobs:
+                job.send(signal.SIGKILL)  # workers that its process has left behind, too
         step.seconds = round(time.monotonic() - start, 1)
         step.codes = {job.item: job.process.wait() for job in jobs}
         codes = set(step.codes.values())
@@ -265,12 +273,15 @@ def archive_of(folder: Path, longest: int) -> bytes:
         for path in sorted(folder.rglob("*")):
             if not path.is_file() or path.suffix == ".part" or path.name == ".lock":
                 continue
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # a suite writes rows aside first
+                continue
             if path.suffix == ".log" and len(content) > longest:
                 half = longest // 2
                 content = content[:half] + b"\n[... cut ...]\n" + content[-half:]
             member = tarfile.TarInfo(f"visit/{path.relative_to(folder).as_posix()}")
-            member.size, member.mtime = len(content), int(path.stat().st_mtime)
+            member.size, member.mtime = len(content), int(time.time())
             tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
 
@@ -288,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
     options = parser.parse_args(arguments)
     visit = Visit.of(os.environ)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.command == "begin":
         visit.begin()
     elif options.command == "step":

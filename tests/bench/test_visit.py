@@ -1,5 +1,6 @@
 """The bookkeeping of a visit to a GPU: limits, the archive, what a second call does; and a share of the tests."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from bench_kit import CPU, rows_of, tiny_session
 
-from bench import harness, shards, smoke, sticky, visit
+from bench import harness, launches, shards, smoke, sticky, visit
 from bench.suites import blocks
 from bench.visit import CUT, DIED, DONE, FAILED, SKIPPED, Visit
 
@@ -204,9 +205,27 @@ def test_tests_for_a_gpu_do_not_pass_without_one(workers: tuple[str, ...]) -> No
 # -- what is run -------------------------------------------------------------------------------------------------------
 
 
-def test_smoke_cases_are_cases() -> None:
-    for family, names in smoke.FAMILIES.items():
-        assert [case.name for case in smoke.of_family(family)] == list(names)
+def test_smoke_launches_every_kernel_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    code = smoke.run(list(smoke.FAMILIES), CPU)
+    said = capsys.readouterr().out
+    assert code == 0, said
+    assert f"{len(launches.all_kernels())} kernels\n" in said
+    assert len(launches.all_kernels()) >= 15
+
+
+def test_smoke_goes_on_behind_a_case_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    whole = smoke.of_family("index")
+    broken = [dataclasses.replace(whole[0], run=fail), *whole[1:]]
+    monkeypatch.setattr(smoke, "of_family", lambda family: broken)
+    assert smoke.run(["index"], CPU) == 1
+    said = capsys.readouterr()
+    assert "in fail" in said.err
+    assert f"{whole[-1].name}: " in said.out
 
 
 def test_few_layers_are_those_of_distinct_shapes(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.utils.benchmark
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -177,7 +176,10 @@ def _fastest(run: Callable[[], object], device: torch.device, milliseconds: floa
 def seconds_of(run: Callable[[], object], seconds: float) -> list[float]:
     """Seconds of a call of `run`, measured several times by PyTorch's timer, for `seconds` in all or somewhat more, on
     PyTorch's own threads."""
-    timer = torch.utils.benchmark.Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    # Imported here: in PyTorch's CUDA builds, importing it on a machine without CUDA writes a line to stderr.
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     # the timer computes with tensors of its own; naming the CPU where it is the default would slow every call down
     other_default = torch.get_default_device().type != "cpu"
     with torch.device("cpu") if other_default else nullcontext():

@@ -215,7 +215,7 @@ def test_a_piece_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, mon
 
 
 def test_verdict_says_met_and_missed(tmp_path: Path) -> None:
-    session = tiny_session(tmp_path)
+    session = tiny_session(tmp_path, roof=Roof(1.0, {"fp32": 0.05}, 1.0))
     session.p50 = {
         ("all parameters", "ours", "SGD"): 100.0,
         ("all parameters", "ours", "SGD+lasso"): 104.0,

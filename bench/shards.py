@@ -67,8 +67,8 @@ class Shard:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         known = self._verdicts()
-        mine = [item for i, item in enumerate(items) if i % self.count == self.index]
-        left = [item for item in mine if item.nodeid not in known]
+        in_shard = [item for i, item in enumerate(items) if i % self.count == self.index]
+        left = [item for item in in_shard if item.nodeid not in known]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(left)])
         items[:] = left
 

@@ -169,8 +169,8 @@ class Visit:
             print(f"visit: {name} has ended before: {before.result}", flush=True)
             return before
         limit, begun = limit * self.scale, time.time()
-        given = min(limit, self.left)
-        if given < min(limit, LEAST):
+        seconds = min(limit, self.left)
+        if seconds < min(limit, LEAST):
             step = Step(name, SKIPPED, limit=limit, why="no time left", order=begun)
             if before is not None:  # what it came to in an earlier call remains what is known
                 print(f"visit: {step.line}", flush=True)
@@ -180,8 +180,8 @@ class Visit:
             if name in self.only:
                 shutil.rmtree(notes, ignore_errors=True)
             notes.mkdir(exist_ok=True)
-            print(f"visit: {name}, at most {given:.0f} s", flush=True)
-            step = self._run(Step(name, DONE, limit=given, order=begun), items, command)
+            print(f"visit: {name}, at most {seconds:.0f} s", flush=True)
+            step = self._run(Step(name, DONE, limit=seconds, order=begun), items, command)
         self.note(step)
         print(f"visit: {step.line}", flush=True)
         return step

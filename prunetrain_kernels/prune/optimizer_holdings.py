@@ -168,8 +168,8 @@ class _Search:
         outer, self.optimizer = (self.optimizer, self.kind), optimizer
         self.around.add(id(optimizer))
         cut_by_itself = getattr(type(optimizer), "follows_by_itself", ())
-        own = class_containers(optimizer) | held_by(optimizer)
-        attributes = {n: v for n, v in own.items() if n not in OF_PYTORCH and n not in cut_by_itself}
+        held = class_containers(optimizer) | held_by(optimizer)
+        attributes = {n: v for n, v in held.items() if n not in OF_PYTORCH and n not in cut_by_itself}
         for value in attributes.values():  # first, so that what they keep in their state has that path
             if is_optimizer(value):
                 self.visit(value, "", None, 0, 0)

@@ -85,8 +85,9 @@ if [ $DEVICE = cuda ] && command -v nvcc >/dev/null; then
 fi
 # (1) every kernel once
 ITEMS=$FAMILIES step smoke 45 env CUDA_LAUNCH_BLOCKING=1 "$PYTHON" -m bench.smoke run {} --device $DEVICE
-# (2) the operators' times
-suites sgd-lasso-bn 70 sgd lasso bn --no-compile --no-counters
+# (2) what the device can do at all, and the operators' times
+step roof 10 "$PYTHON" -m bench roof --device $DEVICE "${SIZES[@]}" --out "$VISIT/rows"
+suites sgd-lasso-bn 60 sgd lasso bn --no-compile --no-counters
 # (3) whole steps
 suites step 55 step --few --no-compile "${ONE_NETWORK[@]}"
 # (4) values on the device, what has never run first

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def program(text: str) -> str:
 def run(text: str, page: str) -> dict[str, Any]:
     """Runs the blocks of a page in the present folder, in one namespace, and returns that."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(program(text), page, "exec"), namespace)
+    # Warnings of Lightning's own classes end pytest-xdist, whose main process cannot import these.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(program(text), page, "exec"), namespace)
     return namespace
 
 

@@ -105,7 +105,18 @@ def test_the_visit_is_rehearsed_step_by_step_without_a_gpu(visit: Path) -> None:
     assert results.pop("dies") == "died"
     assert results.pop("hangs") == "timed out"
     assert results == dict.fromkeys(
-        ("compile", "smoke", "sgd-lasso-bn", "step", "t2", "cuda-graphs", "fig7-gating", "bn-compile", "conv-gather"),
+        (
+            "compile",
+            "smoke",
+            "roof",
+            "sgd-lasso-bn",
+            "step",
+            "t2",
+            "cuda-graphs",
+            "fig7-gating",
+            "bn-compile",
+            "conv-gather",
+        ),
         "done",
     )
     smoke = next((visit / "logs").glob("smoke*.log")).read_text()

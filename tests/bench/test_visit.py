@@ -93,7 +93,7 @@ def test_the_steps_of_gpu_sh_fit_into_its_time() -> None:
     assert sum(seconds for name, seconds in limits.items() if name not in beside) <= 420 - visit.PACKING - 10
     assert limits["smoke"] <= 45
     order = [name for name in limits if name not in beside]
-    assert order[:5] == ["smoke", "sgd-lasso-bn", "step", "t2", "cuda-graphs"]
+    assert order[:5] == ["smoke", "roof", "sgd-lasso-bn", "step", "t2"]
 
 
 def test_the_script_hands_every_step_its_device_and_its_limit(tmp_path: Path) -> None:

@@ -223,6 +223,10 @@ def test_against_float64(
     case: Case, backend: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_the_interpreter_without_bf16(backend, dtype, device)
+    if case.x == (1, 1, 1) and dtype == torch.bfloat16 and backend != "triton" and torch.cpu._is_amx_tile_supported():
+        pytest.skip(
+            "oneDNN's bf16 weight gradient of one pixel reads memory that nothing has written, on CPUs with AMX"
+        )
     seen = launches(monkeypatch)
     given = prepare(case, dtype, device)
     found = call(given, case, backend)

@@ -80,7 +80,7 @@ def test_a_file_without_rows_yet_is_skipped(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["fig3"], "there is no figure fig3; there are fig2, "),
+        (["fig3"], "there is no figure fig3; there are claim, fig2, "),
         (["--results", "nowhere"], "there is no folder nowhere"),
     ],
 )

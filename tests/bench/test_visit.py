@@ -120,7 +120,7 @@ def test_the_script_hands_every_step_its_device_and_its_limit(tmp_path: Path) ->
     assert code == 1
     assert results.pop("step") == "died"
     results.pop("cuda-cpp", None)  # where nvcc is
-    assert len(results) == 8
+    assert len(results) == 9
     assert set(results.values()) == {"done"}
     logs = tmp_path / "visit/logs"
     assert sorted(path.name for path in logs.glob("smoke*")) == sorted(f"smoke-{f}.log" for f in smoke.FAMILIES)

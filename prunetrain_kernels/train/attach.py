@@ -26,16 +26,17 @@ class Attachment:
 
     def __init__(self, state: PruningState, first_loss: float | None) -> None:
         check_first_loss(state, first_loss)
-        self._state, self._first_loss = state, first_loss
+        self._state = state
+        device = next(state.model.parameters()).device
+        # made once: a copy to the device in every step would wait for it
+        self._first_loss = torch.tensor(first_loss or 0.0, dtype=torch.float32, device=device)
         optimizers = updating_optimizers(state)
         self._several = len(optimizers) > 1
         self._handles = [each.register_step_pre_hook(before_update(self._add_lasso)) for each in optimizers]
 
     def _add_lasso(self, optimizer: Any) -> None:
         refuse_unscaling_inside(self._state, optimizer)
-        device = next(self._state.model.parameters()).device
-        loss = torch.tensor(self._first_loss or 0.0, dtype=torch.float32, device=device)  # sets lambda, if nothing has
-        lasso_step.add_gradient_(self._state, loss, optimizer if self._several else None)
+        lasso_step.add_gradient_(self._state, self._first_loss, optimizer if self._several else None)
 
     def remove(self) -> None:
         """Takes the hooks away: from now on the loop adds the lasso again, or nothing does."""

@@ -13,7 +13,7 @@ from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.rules import batch_norm_rule, expand_sum_and_relu, register_expansion, register_rule
 from prunetrain_kernels.ops.batch_norm_act import batch_norm_act, batch_norm_act_by_maps
 from prunetrain_kernels.ops.channel_index import ChannelIndex
-from prunetrain_kernels.ops.launch import is_transformed
+from prunetrain_kernels.ops.launch import is_transformed, refuse_scripting
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -137,6 +137,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu={self.relu}"
+
+    __prepare_scriptable__ = refuse_scripting
 
 
 _broadcasts: set[int] | None = None

@@ -9,6 +9,7 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.rules import register_rule
 from prunetrain_kernels.ops.channel_index import ChannelIndex, gather_by_maps, scatter_add_by_maps, scatter_by_maps
+from prunetrain_kernels.ops.launch import refuse_scripting
 
 
 class _Indexed(nn.Module):
@@ -20,6 +21,7 @@ class _Indexed(nn.Module):
 
     index: Tensor
     inverse: Tensor
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, index: ChannelIndex | Sequence[int] | Tensor, channels: int | None = None) -> None:
         super().__init__()

@@ -28,7 +28,9 @@ Each call compares these few things first (a few microseconds for a residual blo
 A forward that torch.fx would get wrong without an error is left alone: one with `with` blocks, one that asks for types,
 draws random numbers, writes to buffers or attributes. Code outside the model that a forward depends on (a global flag,
 say) is not seen. `torch.nn.DataParallel` copies modules in a way that an instance's forward does not survive: fuse and
-use DistributedDataParallel, or do not fuse. Call `fuse` before `torch.compile`.
+use DistributedDataParallel, or do not fuse. Call `fuse` before `torch.compile`. `torch.jit.trace` writes PyTorch's own
+operations in the place of the fused ones. `torch.jit.script` and `torch.ao.quantization.fuse_modules` read classes and
+sources that a fused model no longer has: give them `to_dense(model, example_inputs)`.
 
 Tracing patches `nn.Module` for the whole process, one trace at a time and as short as possible; modules that other
 threads call meanwhile run as they are. But the model that is being fused must not run: its mode changes meanwhile.

@@ -24,6 +24,7 @@ from prunetrain_kernels.graph.rules import register_rule
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps
 from prunetrain_kernels.ops.conv2d import BACKENDS, conv2d_by_maps
+from prunetrain_kernels.ops.launch import refuse_scripting
 
 SIDES = ("input", "output")
 
@@ -49,6 +50,7 @@ class GatedConv2d(nn.Conv2d):
     """
 
     gates_channels = True
+    __prepare_scriptable__ = refuse_scripting
 
     input_index: Tensor | None
     input_inverse: Tensor | None

@@ -81,9 +81,9 @@ from prunetrain_kernels.ops.launch import (
     KERNEL_DTYPES,
     accumulator,
     accumulator_dtype,
+    is_composed,
     is_differentiated_again,
     is_eager,
-    is_transformed,
     launch,
     refuse_derivative,
     register,
@@ -1177,7 +1177,7 @@ def batch_norm_act_by_maps(
     count = _values_per_channel(x, running_mean, running_var, statistics, training=training)
     placement = _placement(maps, x.shape[1], padded=padded)
     eager = is_eager(x)
-    if (training and count == 0) or (not eager and is_transformed()):
+    if (training and count == 0) or (not eager and is_composed()):
         constants = None if training or running_mean is None or running_var is None else (running_mean, running_var)
         composed, *measured = _composed(x, constants, weight, bias, residual, placement, eps=eps, relu=relu)
         if training and count and running_mean is not None and running_var is not None:

@@ -35,8 +35,8 @@ from prunetrain_kernels.ops.launch import (
     KERNEL_DTYPES,
     accumulator,
     accumulator_dtype,
+    is_composed,
     is_differentiated_again,
-    is_transformed,
     launch,
     register,
     tl,
@@ -271,7 +271,7 @@ def by_map(x: Tensor, source: Tensor) -> Tensor:
 
 
 def _mapped(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) -> Tensor:
-    out: Tensor = (_composed if is_transformed() else channel_map)(x, source, target, base)
+    out: Tensor = (_composed if is_composed() else channel_map)(x, source, target, base)
     return out
 
 

@@ -59,9 +59,9 @@ from prunetrain_kernels.ops.launch import (
     HAS_TRITON,
     KERNEL_DTYPES,
     accumulator_dtype,
+    is_composed,
     is_differentiated_again,
     is_eager,
-    is_transformed,
     launch,
     register,
     tl,
@@ -897,7 +897,7 @@ def conv2d_by_maps(
     results: tuple[Any, Any, Any]
     if weight.numel() == 0:
         results = _of_nothing(x, weight, base, outputs, size, moments=moments)
-    elif backend == "triton" and not is_transformed():
+    elif backend == "triton" and not is_composed():
         act = _Eager.apply if is_eager(x) else _conv2d
         flat = (inputs.index, inputs.first, outputs.index, outputs.first, outputs.channels)
         # made channels_last here, so that backward finds it so
@@ -905,7 +905,7 @@ def conv2d_by_maps(
     else:
         form: Callable[..., tuple[Any, Any, Any]] = conv2d_reference if backend == "naive" else _by_library
         stride, padding, dilation = numbers
-        results = (_composed if is_transformed() else form)(
+        results = (_composed if is_composed() else form)(
             x, weight, base, inputs, outputs, stride=stride, padding=padding, dilation=dilation, moments=moments
         )
     return results if moments else results[0]  # type: ignore[return-value]

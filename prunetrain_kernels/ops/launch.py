@@ -87,6 +87,7 @@ def is_eager(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
+        and not torch._C._is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
@@ -99,6 +100,21 @@ def is_transformed() -> bool:
     """
     return not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def is_composed() -> bool:
+    """Whether an operator must be made of PyTorch's own operations: it is transformed (`is_transformed`), or
+    `torch.jit.trace` writes it into a program, which has to load and run without this package."""
+    return not torch.compiler.is_compiling() and (torch._C._is_tracing() or is_transformed())
+
+
+def refuse_scripting(module: torch.nn.Module) -> torch.nn.Module:
+    """As a module's `__prepare_scriptable__`, which torch.jit.script calls first: raises InputError that says what can
+    be scripted instead."""
+    raise InputError(
+        f"torch.jit.script cannot read a {type(module).__name__}; script to_dense(model, example_inputs), or use "
+        "torch.jit.trace, torch.export or export_program."
     )
 
 

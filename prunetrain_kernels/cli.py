@@ -142,6 +142,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--limit-train", type=int, metavar="N", help="use N training images only, the same number of each class")
     add("--limit-val", type=int, metavar="N", help="use N validation images only")
     add("--cache", help="folder for decoded images (default: the user's cache folder)")
+    add("--tensorboard", metavar="DIR", help="write the numbers of log.csv for TensorBoard too, into this folder")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=defaults["epochs"], help="epochs with the lasso (182: the paper's CIFAR runs)")
     add("--fine-tune-epochs", type=int, default=0, help="further epochs without the lasso, at the last learning rate")

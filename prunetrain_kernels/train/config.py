@@ -33,6 +33,7 @@ class TrainConfig:
     limit_train: int | None = None
     limit_val: int | None = None
     cache: str | None = None
+    tensorboard: str | None = None
     epochs: int = 182
     fine_tune_epochs: int = 0
     batch: int = 128

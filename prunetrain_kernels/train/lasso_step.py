@@ -83,6 +83,9 @@ def set_coefficient(state: PruningState, loss: Tensor, penalty: Tensor) -> float
 
 def note_step(state: PruningState) -> None:
     """Notes, for forecasts, that a step is about to be made."""
+    if state.first_batch is not None:
+        first, state.first_batch = state.first_batch, None
+        first.compare()
     if state.course is not None:
         state.course.note_step(state.now)
 

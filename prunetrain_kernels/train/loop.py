@@ -34,6 +34,7 @@ from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.distributed import answering
 from prunetrain_kernels.train.forecast import Forecast
 from prunetrain_kernels.train.layout import leave_channels_last
+from prunetrain_kernels.train.logged import TensorBoard, check_tensorboard
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.setup import Training
 from prunetrain_kernels.train.step import CapturedStep
@@ -56,7 +57,7 @@ class Progress:
         loss, accuracy: of that epoch's images so far, as of the last look.
         ahead: where the lasso leads, as of the last epoch's end; None where there is none.
         mark: `time.perf_counter()` when the last epoch ended.
-        bar: shows the images trained.
+        bar: shows the images trained; `board`: TensorBoard's files, of --tensorboard.
     """
 
     channels_last: bool
@@ -69,6 +70,7 @@ class Progress:
     ahead: Forecast | None = None
     mark: float = 0.0
     bar: Any = None
+    board: TensorBoard = field(default_factory=TensorBoard)
 
 
 def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Path:
@@ -87,6 +89,8 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         RanksDifferError, RankLostError: processes that train together hold different values, or one of them is gone.
     """
     config.check()
+    if config.tensorboard is not None:
+        check_tensorboard()
     if resume and overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it; choose one.")
     with (
@@ -111,6 +115,7 @@ def _train(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) ->
             end_epoch(training, progress, epoch)
     finally:
         progress.bar.close()
+        progress.board.close()
         training.batches.expect_nothing()
     finish(training, progress)
     return training.folder
@@ -144,6 +149,8 @@ def begin(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) -> 
         disable=None if show and training.ranks.first else True,
         dynamic_ncols=True,
     )
+    if config.tensorboard is not None and training.ranks.first:
+        progress.board = TensorBoard(Path(config.tensorboard), after=progress.epoch)
     if progress.costs.unknown:
         training.say(f"costs that stay unknown, here and in the log: {progress.costs.unknown}")
     if saved is not None:
@@ -455,19 +462,19 @@ def log_epoch(training: Training, progress: Progress, lasso: float, **cells: Any
     progress.ahead = prunetrain.forecast() if prunetrain.course is not None and prunetrain.active else None
     with torch.no_grad():
         penalty = float(prunetrain.lasso.penalty()) if prunetrain.penalty_ratio else None
-    training.log.add_epoch(
-        {
-            "epoch": finished,
-            "phase": "fine-tune" if finished > training.config.epochs else "train",
-            "loss": progress.loss,
-            "penalty": penalty,
-            "train_accuracy": progress.accuracy,
-            **cells,
-            **progress.sums.row(progress.costs, lasso, training.sent.total),
-            "wall_seconds": progress.totals.wall,
-            **forecast_cells(training, progress.ahead),
-        }
-    )
+    row = {
+        "epoch": finished,
+        "phase": "fine-tune" if finished > training.config.epochs else "train",
+        "loss": progress.loss,
+        "penalty": penalty,
+        "train_accuracy": progress.accuracy,
+        **cells,
+        **progress.sums.row(progress.costs, lasso, training.sent.total),
+        "wall_seconds": progress.totals.wall,
+        **forecast_cells(training, progress.ahead),
+    }
+    training.log.add_epoch(row)
+    progress.board.add(row, finished)
     training.log.add_slices(finished, prunetrain.slice_sizes())
 
 

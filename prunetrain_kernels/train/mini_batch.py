@@ -31,6 +31,36 @@ _RATES = ("eta_min", "default_min_lr")
 _TIMM_RATES = ("base_values", "warmup_steps", "warmup_lr_init", "lr_min")
 
 
+class FirstBatch:
+    """Sees how many images the first step after a resume is made of, and warns where that is not the resumed batch.
+
+    Args:
+        model: its next forward in training mode is watched.
+        expected: images per step of this rank.
+    """
+
+    def __init__(self, model: nn.Module, expected: int) -> None:
+        self.expected = expected
+        self.images: int | None = None
+        self._handle = model.register_forward_pre_hook(self._see)
+
+    def _see(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if model.training and torch.is_grad_enabled() and inputs and isinstance(inputs[0], Tensor) and inputs[0].dim():
+            self.images = len(inputs[0])
+
+    def compare(self) -> None:
+        """Called in the first step: the last forward before it was of the step's images."""
+        self._handle.remove()
+        if self.images is not None and self.images != self.expected:
+            warnings.warn(
+                f"the first batch after loading has {self.images} images, but the loaded mini-batch is of "
+                f"{self.expected}, which the learning rate belongs to: build the loader with "
+                "batch_size=prunetrain.batch_size after loading. (Parts of an accumulated batch are smaller: then all "
+                "is well.)",
+                stacklevel=5,  # who calls regularize or add_gradient_
+            )
+
+
 class MiniBatch:
     """The size of the mini-batch, and how far it may grow.
 

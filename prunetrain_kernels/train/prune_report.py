@@ -7,7 +7,7 @@ from prunetrain_kernels.cost import Flops, known_or_none, share_text
 from prunetrain_kernels.prune.changes import Reconfiguration
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneReport:
     """What one reconfiguration changed.
 
@@ -56,6 +56,9 @@ class PruneReport:
         if self.unknown:
             text += f", unknown {self.unknown}"
         return text
+
+    def __repr__(self) -> str:
+        return f"<PruneReport of {self}>"
 
     def entry(self) -> dict[str, Any]:
         """The report in the history: plain numbers."""

@@ -30,7 +30,8 @@ from prunetrain_kernels.prune.optimizers import as_list, check_at_construction
 from prunetrain_kernels.train import lasso_step
 from prunetrain_kernels.train.attach import Attachment
 from prunetrain_kernels.train.forecast import Course
-from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
+from prunetrain_kernels.train.logged import Log, log_numbers
+from prunetrain_kernels.train.mini_batch import FirstBatch, MiniBatch, bytes_beside
 from prunetrain_kernels.train.present import Limits, fuse_all, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.prunetrain_checks import check_arguments, check_coefficient, check_names, check_parts
@@ -58,11 +59,10 @@ class PruneTrain(PruningState):
     RanksDifferError and nothing is changed. DDP's buckets are rebuilt in place, so the wrapped model stays the same
     object; the mini-batch, which is that of one rank, grows to what the smallest rank holds.
 
-    A model may be compiled, as `torch.compile(model)` or in place by `model.compile()`, before or after it is given to
-    PruneTrain. A reconfiguration has everything that was compiled in this process compiled anew, so that neither code
-    for an old shape runs nor the compiler's limit of shapes is met; if it gives up all the same, `advance` warns.
-    Parts of a model must be compiled in place, not replaced by what `torch.compile(part)` returns. What PruneTrain
-    itself measures (FLOPs, memory, max|dy|) is of the model uncompiled.
+    A model may be compiled, by `torch.compile(model)` or `model.compile()`, before or after. A reconfiguration has
+    everything that was compiled in this process compiled anew, so that neither code for an old shape runs nor the
+    compiler's limit of shapes is met; if it gives up all the same, `advance` warns. Parts must be compiled in place,
+    not replaced by `torch.compile(part)`. FLOPs, memory and max|dy| are measured of the model uncompiled.
 
     Args:
         model: any CNN that `trace_channels` can follow, before its first training step; plain, compiled, or wrapped in
@@ -78,19 +78,15 @@ class PruneTrain(PruningState):
         cost: how the policy "auto" finds out what is faster: "roof", "measure", or a function; as for `choose`.
         batch: a `MiniBatch`, or a starting size that may grow into the freed memory; None leaves the batch alone.
         scheduler: the learning-rate scheduler, or a list of several, whose base rates grow with the batch.
-        fuse: swap batch norms, with the addition and ReLU behind them, for fused ones, in place
-            (`prunetrain_kernels.nn.fuse`).
+        fuse: swap batch norms, with the addition and ReLU behind them, for fused ones, in place (`nn.fuse`).
         also: copies of the model that follow it, such as an EMA: `AveragedModel(model)` or deep copies, wrapped or not,
-            on any device. They lose the same channels, in the same transaction; save and load them with
-            `save_pruned(..., also=[ema])` and `load_pruned(..., also=[ema])`. With `fuse` they are fused too.
-        amp: the dtype of the training's autocast, torch.bfloat16 or torch.float16, under which memory is measured; by
-            default that of the autocast around this call, or none. Without it a batch that grows stays half of what
-            fits.
+            on any device. They lose the same channels and are fused too; save them by `save_pruned(..., also=[ema])`.
+        amp: the dtype of the training's autocast, torch.bfloat16 or torch.float16, under which memory is measured (else
+            a batch stays half of what fits); by default that of the autocast around this call, or none.
         zeroing_tolerance, keep_momentum: as for `reconfigure`.
         epochs: of the whole training, for `forecast`; a target needs it.
-        target: FLOPs of one inference to end with, as a share of the dense network's, such as 0.5: lambda, which begins
-            as `penalty_ratio` has it, is then adjusted at every epoch's end, and the lasso rests once the target is
-            met; never less is kept. Whether it was met, and if not why, is said at the end.
+        target: FLOPs of one inference to end with, as a share of the dense network's, such as 0.5: lambda is adjusted
+            at every epoch's end, and the lasso rests once the target is met; whether, or why not, is said at the end.
         target_training: FLOPs of the whole training instead, as a share of what the dense network would take.
         target_by: the share of the epochs by which the target is to be met.
         exclude: names of layers, or of modules around some, whose channels all stay, and that have no lasso.
@@ -98,13 +94,13 @@ class PruneTrain(PruningState):
         coefficient: lambda itself, for pretrained networks, whose first loss is no guide: a slice of norm n takes about
             n * (1 - momentum) / (lr * lambda) steps to vanish. A target begins with it.
         coefficients: multiples of lambda for some layers, by name, as for `GroupLasso`; 0 leaves one without a lasso.
+        log: called with the training's numbers after each epoch, and each reconfiguration between (`logged.numbers_of`
+            lists them), on the first rank: `wandb.log`, `mlflow.log_metrics`, or `log(values, step=epoch)` of your own.
 
     Attributes:
         coefficient: lambda, or None before the first step.
-        model: the network itself, uncompiled; `ddp`: its `DistributedDataParallel`, or None.
-        optimizer: as it was given; `optimizers`: a list of it, or of them.
-        ranks: the processes that train together.
-        fused: what `fuse=True` swapped, or None.
+        model: the network itself, uncompiled; `ddp`: its `DistributedDataParallel`, or None; `ranks`: all processes.
+        optimizer: as it was given; `optimizers`: a list of it, or of them; `fused`: what `fuse=True` swapped, or None.
         regularizing: set it to False for fine-tuning epochs without the lasso.
         epochs: epochs counted so far.
         history: one entry per reconfiguration: epoch, seconds, max_abs_dy, train_flops, ...
@@ -151,6 +147,7 @@ class PruneTrain(PruningState):
         min_channels: int = 1,
         coefficients: Mapping[str, float] | None = None,
         coefficient: float | None = None,
+        log: Log | None = None,
     ) -> None:
         wanted = target_of(target, target_training, epochs, target_by)
         interval = interval_of(interval, None if wanted is None else wanted.epochs)
@@ -163,6 +160,7 @@ class PruneTrain(PruningState):
         self.cost, self.round_to = cost, round_to
         self.zeroing_tolerance, self.keep_momentum = zeroing_tolerance, keep_momentum
         self.amp = amp or autocast_around(self.model)
+        self.log = log
         limits = Limits(tuple(exclude), min_channels)
         choice = {"threshold": threshold, "relative": relative, "policy": policy, "round_to": round_to}
         with eagerly(self.model, *self.also):
@@ -250,6 +248,8 @@ class PruneTrain(PruningState):
         if self.course is not None and (due or multiples(self.epochs, 1) > multiples(before, 1)):
             lasso_step.look_at_epoch(self)
         report = self.reconfigure() if due else None
+        if report is not None or multiples(self.epochs, 1) > multiples(before, 1):
+            log_numbers(self)
         if self.steering is not None and self.steering.ends(before, self.now()):
             warnings.warn(self.verdict(), stacklevel=3)
         return report
@@ -292,6 +292,8 @@ class PruneTrain(PruningState):
             CheckpointError: the state is of another network, or of a run that managed its batch otherwise.
         """
         load_state(self, state)
+        if self.batch is not None and not self.is_compiled:  # where a hook would have it compiled anew
+            self.first_batch = FirstBatch(self.model, self.batch.size)
 
 
 def _parts_of(

@@ -49,7 +49,7 @@ SMALLEST_BATCH = 2  # batch norm refuses one image
 CHECKPOINT = "checkpoint.pt"
 RUN_FILES = ("config.json", "log.csv", "channels.csv", "slices.npz", "summary.json", CHECKPOINT)
 # options that a resumed run, or another rank, may have otherwise: they decide no result
-NOT_COMPARED = ("out", "cache", "cache_limit", "workers", "threads", "rank_timeout", "zeroing_tolerance")
+NOT_COMPARED = ("out", "cache", "tensorboard", "cache_limit", "workers", "threads", "rank_timeout", "zeroing_tolerance")
 AHEAD = 3  # batches whose images are being read, the one that is asked for next included
 FIT_ON_DEVICE = 4 << 30  # bytes of images that are worth keeping on a GPU whole
 

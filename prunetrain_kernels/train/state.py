@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import Compilations, eagerly
-from prunetrain_kernels.cost import Flops, reasons
+from prunetrain_kernels.cost import Flops, reasons, share, share_text
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import ChannelGraph
 from prunetrain_kernels.graph.gating import ConvolutionCost
@@ -26,7 +26,7 @@ from prunetrain_kernels.prune.optimizer_holdings import params_of
 from prunetrain_kernels.regularizer import GroupLasso
 from prunetrain_kernels.train.distributed import Ranks
 from prunetrain_kernels.train.forecast import Course, Forecast, Now, forecast
-from prunetrain_kernels.train.mini_batch import MiniBatch
+from prunetrain_kernels.train.mini_batch import FirstBatch, MiniBatch
 from prunetrain_kernels.train.original import OriginalChannels
 from prunetrain_kernels.train.present import Present
 from prunetrain_kernels.train.target import Steering
@@ -74,9 +74,11 @@ class PruningState:
         history: one entry per reconfiguration: epoch, seconds, max_abs_dy, train_flops, ...
         course: how the slices have moved so far, None without a lasso.
         steering: lambda's way to a target, or None.
+        log: called with the training's numbers after each epoch, or None.
         penalty_before: R(W) in the last step whose lasso was not inside the update, without a graph; None before.
         compilations: counts what `torch.compile` has compiled since the last reconfiguration.
         attachment: the `Attachment` whose hooks add the lasso, or None where the loop does.
+        first_batch: watches for a batch of another size than the loaded one, until the first step after a resume.
         warned_of_layout: whether the user knows that channels_last has become unsafe.
     """
 
@@ -96,6 +98,7 @@ class PruningState:
     dense_flops: Flops
     course: Course | None
     steering: Steering | None
+    log: Any
 
     def __init__(self, parts: Parts, optimizer: Optimizer | Sequence[Optimizer], scheduler: Any) -> None:
         self.model, self.ddp, self.ranks, self.is_compiled = parts.model, parts.ddp, parts.ranks, parts.is_compiled
@@ -109,10 +112,25 @@ class PruningState:
         self.compilations = Compilations()
         self.warned_of_layout = False
         self.attachment: Any = None
+        self.first_batch: FirstBatch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hooks, which are the original's: a copy is attached by itself."""
-        return {**vars(self), "attachment": None}
+        """Without the hooks and the log, which are the original's: a copy is attached by itself."""
+        return {**vars(self), "attachment": None, "log": None, "first_batch": None}
+
+    def __repr__(self) -> str:
+        """One line: how far the training is, and what is left of the network."""
+        dense = self.dense_flops
+        lasso = "no lasso" if not self.penalty_ratio else "lambda not set yet"
+        if self.penalty_ratio and self.coefficient is not None:
+            lasso = f"lambda {self.coefficient:.2g}{'' if self.active else ', at rest'}"
+        target = "" if self.steering is None else f", target {self.steering.target.share:g}{' met' * self.steering.met}"
+        batch = "" if self.batch_size is None else f", batch {self.batch_size}"
+        return (
+            f"<PruneTrain of {type(self.model).__name__}: epoch {self.epochs:g}, training FLOPs "
+            f"{share_text(share(self.flops.training, dense.training))} of dense, inference "
+            f"{share_text(share(self.flops.inference, dense.inference))}, {lasso}{target}{batch}>"
+        )
 
     # -- the network ----------------------------------------------------------------------------------------------
 

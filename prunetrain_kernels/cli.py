@@ -22,7 +22,7 @@ from prunetrain_kernels.cost import (
 )
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.graph import trace_channels
-from prunetrain_kernels.models import MODELS, build
+from prunetrain_kernels.models import NAMES, OLD_NAMES, build
 from prunetrain_kernels.prune.program import FORMATS, export_program
 from prunetrain_kernels.train.config import AMP_DTYPES, AUGMENTATIONS, SCHEDULES, TrainConfig
 from prunetrain_kernels.train.distributed import explain, speak_when_terminated
@@ -32,7 +32,7 @@ from prunetrain_kernels.train.trained import load_trained
 
 DATA_HELP = (
     "digits (comes with scikit-learn); an official cifar-10-python or cifar-100-python archive or its folder; a folder "
-    "of Parquet files in a layout of the Hugging Face Hub; a folder of train/CLASS/IMAGE files; or synthetic:NxHxW"
+    "of Parquet files in a layout of the Hugging Face Hub; a folder of train/CLASS/IMAGE files; or synthetic:NxCxHxW"
 )
 
 RANK, RANKS = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))  # by torchrun
@@ -53,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Options that argparse refuses raise its SystemExit, with the same code 2.
     """
     options = _parser().parse_args(arguments)
+    name = getattr(options, "model", None)
+    if name in OLD_NAMES and RANK == "0":
+        print(
+            f"prunetrain: {name} is the paper's CIFAR network, now called {OLD_NAMES[name]}; "
+            f"ImageNet's is imagenet_{name}",
+            file=sys.stderr,
+        )
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -99,7 +106,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.set_defaults(run=_train)
     add = parser.add_argument_group("what to train").add_argument
-    add("--model", default=defaults["model"], help=f"{', '.join(MODELS)}, or an import path package.module:function")
+    add("--model", default=defaults["model"], help=f"{', '.join(NAMES)}, or an import path package.module:function")
     add("--data", default=defaults["data"], help=DATA_HELP)
     add("--out", required=True, help="the run folder (will be made)")
     add("--classes", type=int, help="number of classes; checked against the data")
@@ -393,7 +400,7 @@ def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Shows which layers share which channels, what stays as it is and why, and what the network costs.",
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument("--model", default="resnet20", help=f"{', '.join(MODELS)}, or package.module:function")
+    parser.add_argument("--model", default="resnet20", help=f"{', '.join(NAMES)}, or package.module:function")
     parser.add_argument("--input", type=_shape, default="3x32x32", metavar="CxHxW", help="shape of one image")
     parser.add_argument("--classes", type=int, default=10, help="number of classes")
     parser.add_argument("--batch", type=int, default=128, help="images per step, for memory and traffic")

@@ -17,7 +17,7 @@ What `load` reads:
   `{bytes, path}` and an integer column `label`, `labels`, `fine_label` or `coarse_label` (the first of these counts);
 - a tree of images: `train/<class>/*.jpg` and `val/<class>/*.jpg` (or `valid`, `validation`, `test`). A tree without
   `val` is split by `seed`: one in ten of each class is for validation;
-- `synthetic:NxHxW` (3 channels) or `synthetic:NxCxHxW`: N training and N / 5 validation images of a smooth random
+- `synthetic:NxCxHxW`, or `synthetic:NxHxW` with 3 channels: N training and N / 5 validation images of a smooth random
   pattern per class under noise, by `seed`.
 
 `cifar10:PATH`, `cifar100:PATH`, `parquet:PATH` and `imagefolder:PATH` say what PATH must be; the first two accept an

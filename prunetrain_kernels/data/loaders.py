@@ -225,7 +225,7 @@ def _synthetic(form: str, seed: int, classes: int) -> Source:
     numbers = re.fullmatch(r"(\d{1,12})x(?:(\d{1,12})x)?(\d{1,12})x(\d{1,12})", form)
     if numbers is None:
         raise InputError(
-            f"'synthetic:{form}' is not of the form synthetic:NxHxW or synthetic:NxCxHxW; "
+            f"'synthetic:{form}' is not of the form synthetic:NxCxHxW (or synthetic:NxHxW, for 3 channels); "
             "synthetic:5000x3x32x32 is 5000 RGB images of 32x32"
         )
     count, channels, height, width = (int(n) if n else 3 for n in numbers.groups())

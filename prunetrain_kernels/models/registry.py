@@ -16,13 +16,17 @@ from prunetrain_kernels.models.vgg import vgg7, vgg11, vgg13
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
     "resnet32": resnet32,
-    "resnet50": resnet50,
+    "resnet50_cifar": resnet50,
     "resnet56": resnet56,
     "vgg7": vgg7,
     "vgg11": vgg11,
     "vgg13": vgg13,
     "imagenet_resnet50": imagenet_resnet50,
+    "resnet50": resnet50,
 }
+# Kept for runs that were made with it: the plain name makes one think of ImageNet's network.
+OLD_NAMES = {"resnet50": "resnet50_cifar"}
+NAMES = tuple(name for name in MODELS if name not in OLD_NAMES)
 _LONGEST = 300  # characters of another library's message that are quoted
 
 
@@ -65,12 +69,12 @@ def build(name_or_path: str, num_classes: int, in_channels: int = 3) -> nn.Modul
 
 
 def _unknown_name(name: str) -> str:
-    nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
     module, dot, function = name.rpartition(".")
     if dot and module and function:
         nearest = [f"{module}:{function}"]
     guess = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    known = ", ".join(MODELS)
+    known = ", ".join(NAMES)
     return f"There is no model {name!r}{guess}: give one of {known}, or an import path such as package.module:function."
 
 

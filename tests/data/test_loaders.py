@@ -488,7 +488,7 @@ def test_trees_that_make_no_sense(tmp_path: Path) -> None:
         ("~nobody-of-this-name/x", "there is no data at '~nobody"),
         ("nul\0byte", "there is no data at"),
         ("x" * 5000, "File name too long"),
-        ("synthetic", "not of the form synthetic:NxHxW"),
+        ("synthetic", "not of the form synthetic:NxCxHxW"),
         ("synthetic:", "not of the form"),
         ("synthetic:10", "not of the form"),
         ("synthetic:10x8", "not of the form"),

@@ -5,7 +5,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunetrain_kernels.models import MODELS, build, imagenet_resnet50, resnet20, resnet50, vgg7, vgg11
+from prunetrain_kernels.cli import main
+from prunetrain_kernels.models import (
+    MODELS,
+    NAMES,
+    OLD_NAMES,
+    build,
+    imagenet_resnet50,
+    resnet20,
+    resnet50,
+    vgg7,
+    vgg11,
+)
 
 # multiply-adds of one image in closed form, by formulas that share nothing with the networks' code
 
@@ -190,3 +201,13 @@ def test_the_seed_decides_the_weights() -> None:
         models.append(resnet20().state_dict())
     assert torch.equal(models[0]["conv1.weight"], models[1]["conv1.weight"])
     assert not torch.equal(models[0]["conv1.weight"], models[2]["conv1.weight"])
+
+
+def test_the_old_name_of_a_network_still_works_and_says_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(MODELS) - set(NAMES) == set(OLD_NAMES) == {"resnet50"}
+    shapes = [[p.shape for p in build(name, 10).parameters()] for name in ("resnet50", "resnet50_cifar")]
+    assert shapes[0] == shapes[1]
+    assert main(["info", "--model", "resnet50", "--input", "3x8x8"]) == 0
+    assert "now called resnet50_cifar; ImageNet's is imagenet_resnet50" in capsys.readouterr().err
+    assert main(["info", "--model", "resnet50_cifar", "--input", "3x8x8"]) == 0
+    assert capsys.readouterr().err == ""

@@ -112,6 +112,12 @@ class Now:
     def slice_norms(self) -> dict[str, SliceNorms]:
         return self.present.lasso.slice_norms()
 
+    def penalty(self) -> float:
+        """R(W), from the norms."""
+        layers = self.slice_norms().values()
+        sides = ((n.multiplier, side) for n in layers for side, pulled in zip(n[:2], n[2:4], strict=True) if pulled)
+        return sum(multiplier * float(side.double().sum()) for multiplier, side in sides)
+
     def by_original(self, of_slices: Mapping[str, Sequence[Any]]) -> dict[str, "Sides"]:
         """Numbers of the present slices at their places in the dense network; NaN where no slice is any more."""
         result = {}

@@ -30,7 +30,7 @@ PLANNED = 0.5
 WITHIN = 0.01  # of the dense network's FLOPs: so near to the target the lasso may rest,
 WITHIN_OF = 0.1  # but nearer where this share of the target, or of what is to go, is less
 FACTOR = 2.0  # lambda changes by at most this from one epoch to the next
-LARGEST_RATIO = 0.9  # of the lasso in the first loss: a lambda beyond that would drown the loss
+LARGEST_RATIO = 0.9  # of lambda * R(W) in a total with the first loss: a lasso beyond that would drown the loss
 
 TRAINING, INFERENCE = 0, 1  # places in a pair of FLOPs
 
@@ -116,7 +116,7 @@ class Steering:
         dense: FLOPs of the dense network.
         spent: FLOPs of the training so far, in epochs of the dense network; `counted`: until which epoch.
         first: the lambda that the training began with, None before.
-        largest: lambda is never larger.
+        largest: lambda is not larger now; it may be once R(W) has fallen. `room`: lambda * R(W) is not larger.
         met: whether the target has been met.
     """
 
@@ -125,6 +125,7 @@ class Steering:
     spent: float = 0.0
     first: float | None = None
     largest: float = math.inf
+    room: float | None = None
     met: bool = False
 
     counted: float = 0.0
@@ -218,6 +219,9 @@ class Steering:
         if self.first is None:
             self.first = now.coefficient
             self.largest = now.coefficient * LARGEST_RATIO / (1 - LARGEST_RATIO) / (ratio / (1 - ratio))
+            self.room = self.largest * now.penalty()
+        elif self.room is not None:  # None in a state that an earlier version saved
+            self.largest = max(self.largest, self.room / max(now.penalty(), 1e-30))
         reach = course.reach(now, self.epochs_to_go(now.passed))
         if not reach > 0:
             return now.coefficient
@@ -269,6 +273,7 @@ class Steering:
             "spent": self.spent,
             "first": self.first,
             "largest": self.largest,
+            "room": self.room,
             "met": self.met,
             "counted": self.counted,
         }
@@ -277,6 +282,7 @@ class Steering:
         """Takes up a saved state, of another target too: that is then not met yet."""
         self.spent, self.first = state["spent"], state["first"]
         self.largest, self.counted = state["largest"], state["counted"]
+        self.room = state.get("room")
         same = tuple(state["target"]) == (self.target.inference, self.target.training)
         self.met = same and state["met"]
 

@@ -362,3 +362,31 @@ def test_a_chain_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
         act()
     assert prunetrain.course is not None
     assert prunetrain.course.steps_per_epoch == 1
+
+
+def test_the_largest_lambda_rises_as_the_penalty_falls() -> None:
+    run = Run(SGD, 8, target=0.5, penalty_ratio=0.25)
+    prunetrain, steering = run.prunetrain, run.prunetrain.steering
+    loss = F.cross_entropy(run.model(IMAGES[:BATCH]), LABELS[:BATCH])
+    prunetrain.regularize(loss)
+    first, penalty = prunetrain.coefficient, prunetrain.now().penalty()
+    assert steering is not None
+    assert first is not None
+    assert penalty == pytest.approx(float(prunetrain.lasso.penalty()), rel=1e-5)
+
+    def largest() -> float:
+        steering.steered(prunetrain.course, prunetrain.now(), prunetrain.penalty_ratio)
+        return steering.largest
+
+    assert largest() * penalty == pytest.approx(9 * float(loss), rel=1e-5)
+    for scale, times in ((0.5, 2), (4, 2), (0.125, 4)):  # of the weights: R(W) is 1/2, 2, 1/4 of the first one
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.mul_(scale)
+        assert largest() == pytest.approx(times * 9 * float(loss) / penalty, rel=1e-3)
+    state = steering.state_dict()
+    again = Steering(steering.target, steering.dense)
+    again.load_state_dict(state)
+    assert again == steering
+    again.load_state_dict({name: value for name, value in state.items() if name != "room"})  # an older one
+    assert again.steered(prunetrain.course, prunetrain.now(), 0.25) <= again.largest == steering.largest

@@ -7,6 +7,7 @@
 #   make sanitize  the native library's tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make headers   fetches PyTorch 2.11's headers (80 MB), against which tests/test_headers.py then compiles
 #   make zoo     the slow half of the zoo: more networks, thousands of random ones; writes docs/architectures.md
+#   make docs    the documentation as a site, with the Python interface, in build/site
 #   make plots   all figures from the committed results, and docs/results.md; once per release
 #   make lint    format, lint and types alone
 #   make clean   removes the environment, what was built and the tools' caches
@@ -28,7 +29,7 @@ DEMO_OPTIONS := --model vgg7 --data digits --image-size 24 --epochs 28 --batch 3
 DEMO_PRUNING := --target-flops 0.35 --target-by 0.15 --penalty-ratio 0.6 --proximal
 
 .DEFAULT_GOAL := help
-.PHONY: help check demo test lint bench sanitize headers zoo plots clean
+.PHONY: help check demo docs test lint bench sanitize headers zoo plots clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -95,6 +96,13 @@ zoo: $(VENV)/installed-zoo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow tests/zoo
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q tests/zoo/test_properties.py
 	$(BIN)/python -m bench architectures
+
+docs: $(VENV)/installed-docs
+	rm -rf build/site-source build/site
+	mkdir -p build/site-source
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/site-source
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "documentation: build/site/index.html"
 
 bench: $(VENV)/installed-demo
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m bench all --quick --out runs/bench

@@ -27,12 +27,13 @@ done
 PYTHON=${PYTHON:-python3}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-420}
 WORKERS=8 SHARES=${SHARES:-$(nproc)}
-DEVICE=cuda SIZES=() ONE_NETWORK=() ONE_STAGE=() COMPILE=(--compile) FAMILIES="lasso sgd bn gated index conv" COMPILED=""
+DEVICE=cuda SIZES=() ONE_NETWORK=() ONE_STAGE=() ONE_MAP=() COMPILE=(--compile) FAMILIES="lasso sgd bn gated index conv" COMPILED=""
 FIRST="tests/ops/test_conv2d.py tests/ops/test_on_gpu.py tests/ops/test_cuda_native.py tests/ops/test_batch_norm_gated.py"
 TESTS="$FIRST $(ls tests/ops/test_*.py tests/optim/test_*.py | grep -vxF "${FIRST// /$'\n'}" | xargs)"
 if [ $REHEARSE = 1 ]; then  # a CPU is slow, and other work may run on it: every limit is 20 times as long
   export VISIT=${VISIT:-runs/rehearsal} SCALE=20
-  SECONDS_IN_ALL=9000 WORKERS=2 SHARES=1 DEVICE=cpu SIZES=(--quick) ONE_NETWORK=(--only resnet32) ONE_STAGE=(--only layer4) COMPILE=(--no-compile)
+  SECONDS_IN_ALL=9000 WORKERS=2 SHARES=1 DEVICE=cpu SIZES=(--quick) ONE_NETWORK=(--only resnet32) ONE_STAGE=(--only layer4) ONE_MAP=(--only 64x8x8)
+  COMPILE=(--no-compile)
   FAMILIES="lasso,sgd,bn,gated,index,conv" COMPILED="channel_gather fp16 NHWC" TESTS=tests/ops/test_on_gpu.py
 fi
 export VISIT=${VISIT:-runs/visit}
@@ -97,7 +98,7 @@ tests cuda-graphs 30 1 tests/train/test_cuda_graphs.py -k "captured_run or skipp
 # (6) gating
 suites fig7-gating 50 fig7 gating --few --no-compile "${ONE_STAGE[@]}"
 # (7) what is slow to measure
-suites bn-compile 40 bn "${COMPILE[@]}"
+suites bn-compile 40 bn "${COMPILE[@]}" "${ONE_MAP[@]}"
 suites conv-gather 30 conv gather --no-compile
 EXPECTED=()
 if [ $REHEARSE = 1 ]; then  # what can go wrong: a process that is killed, and one that neither ends nor listens

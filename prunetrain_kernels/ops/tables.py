@@ -10,6 +10,7 @@ any shape is compiled in. A tile is processed in steps of a few rows, so that re
 A tensor whose rows all begin at multiples of 16 elements and bytes is read in vectors; others element by element.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,20 +177,57 @@ def _table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
     )
 
 
-@lru_cache(maxsize=64)
-def _addresses(pointers: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The addresses on the device, and on the host: a graph that records the copy reads them there in each replay."""
+class _Upload(NamedTuple):
+    """Addresses on the device, and on the host, from where a graph that records the copy reads them in each replay.
+
+    Attributes:
+        stream, event: the stream that copies them, and when it has; None where there is none to wait for.
+    """
+
+    table: Tensor
+    host: Tensor
+    stream: Any = None
+    event: Any = None
+
+    def wait(self) -> None:
+        """Makes the current stream wait for the copy, and the memory last until the current stream is done with it."""
+        current = None if self.stream is None else torch.cuda.current_stream(self.table.device)
+        if current is not None and current != self.stream:
+            current.wait_event(self.event)
+            self.table.record_stream(current)
+
+
+_uploads: OrderedDict[tuple[tuple[int, ...], torch.device], _Upload] = OrderedDict()
+UPLOADS = 64  # that are kept
+
+
+def _upload(pointers: tuple[int, ...], device: torch.device, *, captured: bool) -> _Upload:
     host = torch.tensor(pointers, dtype=torch.int64, device="cpu")
     if device.type != "cuda":
-        return host, host
+        return _Upload(host, host)
     pinned = host.pin_memory()  # from there the copy does not wait, and a CUDA graph may record it
-    return pinned.to(device, non_blocking=True), pinned
+    table = pinned.to(device, non_blocking=True)
+    if captured:
+        return _Upload(table, pinned)
+    stream = torch.cuda.current_stream(device)
+    return _Upload(table, pinned, stream, stream.record_event())
 
 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
     """The addresses of tensors, int64 on their device; 0 for one without elements. Uploaded only when they change."""
     device = tensors[0].device
-    return handed_out(_addresses(tuple(t.data_ptr() for t in tensors), device), device)[0]
+    key = (tuple(t.data_ptr() for t in tensors), device)
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    upload = _uploads.get(key)
+    if upload is None:
+        upload = _upload(*key, captured=captured)
+        if not captured:  # what a capture copies is there only once its graph has run
+            _uploads[key] = upload
+            while len(_uploads) > UPLOADS:
+                _uploads.popitem(last=False)
+    elif not captured:  # a capture begins when the device has nothing left to do
+        upload.wait()
+    return handed_out(upload, device).table
 
 
 def slice_tiles(

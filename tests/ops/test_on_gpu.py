@@ -255,3 +255,19 @@ def test_lasso_past_2_31_elements(device: torch.device) -> None:
     expected = 2.0**-10 * (1 / norms[0][0] + 1 / norms[1][0])
     assert torch.allclose(gradient[:, ::4099].float(), expected.expand(1), rtol=2e-3)
     assert torch.equal(gradient[0], gradient[-1])
+
+
+def test_addresses_uploaded_on_one_stream_are_there_on_another(device: torch.device) -> None:
+    """The first stream is kept busy, so that its copy comes late; the second one uses the cached addresses at once."""
+    first, second = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    weights = [torch.randn(64, 32, 3, 3, device=device) for _ in range(20)]
+    expected = [w.double().square().sum((1, 2, 3)).sqrt().float() for w in weights]
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(200_000_000)
+        slice_statistics(weights, [Groups()] * len(weights))
+    with torch.cuda.stream(second):
+        norms, _ = slice_statistics(weights, [Groups()] * len(weights))
+    torch.cuda.synchronize(device)
+    for (_, outputs), right in zip(norms, expected, strict=True):
+        torch.testing.assert_close(outputs, right, rtol=1e-4, atol=1e-4)

@@ -299,3 +299,25 @@ def test_a_capture_owns_the_tables_handed_out_to_it() -> None:
     owner.clear()
     gc.collect()
     assert all(ref() is None for ref in owned)
+
+
+def test_another_stream_waits_for_the_copy_of_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With streams that note what is asked of them; test_on_gpu.py has real ones."""
+    noted: list[tuple[str, str, Any]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_event(self, event: Any) -> None:
+            noted.append((self.name, "waits", event))
+
+    first, second = Stream("first"), Stream("second")
+    table = torch.zeros(3)
+    table.record_stream = lambda stream: noted.append((stream.name, "holds", table))  # type: ignore[method-assign]
+    for current, expected in ((first, []), (second, [("second", "waits", "event"), ("second", "holds", table)])):
+        noted.clear()
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: current)
+        tables._Upload(table, table, first, "event").wait()
+        tables._Upload(table, table).wait()  # of a CPU, or of a capture
+        assert noted == expected

@@ -13,11 +13,9 @@ slice fades linearly instead of flipping its sign at every step.
 
 Bytes for P fp32 weights: the norms read W once, 4P, and give the largest |w| of every slice with them; the gradient
 reads W and .grad and writes .grad, 12P. The reference moves several times that (a squared copy, two scaled copies).
-
-Kernels. One launch reads all weights of a model in tiles (`tables.py`) and writes each tile's row sums (output groups)
+Kernels: one launch reads all weights of a model in tiles (`tables.py`) and writes each tile's row sums (output groups)
 and column sums (input groups) to slots of their own, P/64 + P/128 numbers; a small second launch folds the slots of
 each channel in a fixed order. No atomics: results are the same bit for bit. One launch computes the gradient.
-
 Accumulation is in fp32 for fp16 and bf16 weights and in the weight's own dtype otherwise.
 """
 
@@ -241,15 +239,16 @@ def _norms_kernel(
     row0 = ((tile - first_tile) // across) * ROWS
     column0 = ((tile - first_tile) % across) * COLUMNS
     address = tl.load(weights + index)
-    if is_vector(height, columns, numel, address):
+    LANES: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    if is_vector(height, columns, numel, address, LANES):
         _norms_tile(
             address, entry, height, columns, numel, row0, column0, sums, maxima,
-            DTYPE, ROWS, COLUMNS, STEP, ACC, BITS, VECTOR=True,
+            DTYPE, ROWS, COLUMNS, STEP, ACC, BITS, VECTOR=LANES,
         )  # fmt: skip
     else:
         _norms_tile(
             address, entry, height, columns, numel, row0, column0, sums, maxima,
-            DTYPE, ROWS, COLUMNS, STEP // 2, ACC, BITS, VECTOR=False,
+            DTYPE, ROWS, COLUMNS, STEP // 2, ACC, BITS, VECTOR=0,
         )  # fmt: skip
 
 
@@ -331,15 +330,16 @@ def _gradient_kernel(
     row0 = ((tile - first_tile) // across) * ROWS
     column0 = ((tile - first_tile) % across) * COLUMNS
     address, gradient = tl.load(weights + index), tl.load(gradients + index)
-    if is_vector(height, columns, numel, address | gradient):
+    LANES: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    if is_vector(height, columns, numel, address | gradient, LANES):
         _gradient_tile(
             address, gradient, entry, height, columns, inner, channels, numel, row0, column0, norms, scale,
-            DTYPE, ADD, ROWS, COLUMNS, STEP, ACC, VECTOR=True,
+            DTYPE, ADD, ROWS, COLUMNS, STEP, ACC, VECTOR=LANES,
         )  # fmt: skip
     else:
         _gradient_tile(
             address, gradient, entry, height, columns, inner, channels, numel, row0, column0, norms, scale,
-            DTYPE, ADD, ROWS, COLUMNS, STEP // 2, ACC, VECTOR=False,
+            DTYPE, ADD, ROWS, COLUMNS, STEP // 2, ACC, VECTOR=0,
         )  # fmt: skip
 
 

@@ -97,15 +97,16 @@ def _soft_threshold_kernel(
         column0 = ((tile - first_tile) % across) * COLUMNS
         address = tl.load(weights + index)
         threshold = tl.load(tl.load(thresholds + tl.load(entry + 11)).to(tl.pointer_type(ACC)))
-        if is_vector(height, columns, numel, address):
+        LANES: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+        if is_vector(height, columns, numel, address, LANES):
             _shrink_tile(
                 address, entry, height, columns, inner, channels, numel, row0, column0, norms, threshold,
-                DTYPE, ROWS, COLUMNS, STEP, ACC, VECTOR=True,
+                DTYPE, ROWS, COLUMNS, STEP, ACC, VECTOR=LANES,
             )  # fmt: skip
         else:
             _shrink_tile(
                 address, entry, height, columns, inner, channels, numel, row0, column0, norms, threshold,
-                DTYPE, ROWS, COLUMNS, STEP // 2, ACC, VECTOR=False,
+                DTYPE, ROWS, COLUMNS, STEP // 2, ACC, VECTOR=0,
             )  # fmt: skip
 
 

@@ -315,17 +315,18 @@ def _sgd_kernel(
         begins = tl.load(first + index)
         lr = tl.load(tl.load(learning_rates + group).to(tl.pointer_type(ACC)))
         settings = hyper + group * SETTINGS
-        if is_vector(height, columns, numel, param | grad | buffer):
+        LANES: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+        if is_vector(height, columns, numel, param | grad | buffer, LANES):
             _sgd_tile(
                 param, grad, buffer, entry, height, columns, inner, channels, numel, row0, column0, used, begins,
                 norms, sums, maxima, lr, settings, coefficient, grad_scale,
-                DTYPE, LASSO, MEASURE, SCALED, ROWS, COLUMNS, STEP, ACC, BITS, VECTOR=True,
+                DTYPE, LASSO, MEASURE, SCALED, ROWS, COLUMNS, STEP, ACC, BITS, VECTOR=LANES,
             )  # fmt: skip
         else:
             _sgd_tile(
                 param, grad, buffer, entry, height, columns, inner, channels, numel, row0, column0, used, begins,
                 norms, sums, maxima, lr, settings, coefficient, grad_scale,
-                DTYPE, LASSO, MEASURE, SCALED, ROWS, COLUMNS, STEP // 2, ACC, BITS, VECTOR=False,
+                DTYPE, LASSO, MEASURE, SCALED, ROWS, COLUMNS, STEP // 2, ACC, BITS, VECTOR=0,
             )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ only the elements matter: it is cut into rows of 128.
 
 A tensor's address, its shape, and where its results go are read from the tables, so neither the number of tensors nor
 any shape is compiled in. A tile is processed in steps of a few rows, so that registers hold a few rows and not a tile.
-A tensor whose rows all begin at multiples of 16 elements and bytes is read in vectors; others element by element.
+A tensor whose rows all begin at multiples of 16 bytes is read in vectors; others element by element.
 """
 
 from collections import OrderedDict
@@ -276,19 +276,21 @@ def read_tensor(tensors, index, FIELDS: tl.constexpr):
 
 
 @triton.jit
-def is_vector(height, columns, numel, address):
-    """Whether every row of a tensor begins at a multiple of 16 elements and 16 bytes."""
-    return (columns % 16 == 0) & (height.to(tl.int64) * columns == numel) & (address % 16 == 0)
+def is_vector(height, columns, numel, address, LANES: tl.constexpr):
+    """Whether every row of a tensor begins at a multiple of LANES elements, the 16 bytes that a thread reads at a time.
+
+    A 3x3 layer of 8 channels has rows of 72, which is 18 times 4."""
+    return (columns % LANES == 0) & (height.to(tl.int64) * columns == numel) & (address % 16 == 0)
 
 
 @triton.jit
 def tile_of(height, columns, numel, row0, column0, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Row numbers of a tile, where it begins, its elements' offsets from there, and which of them exist.
 
-    VECTOR repeats what `is_vector` found out in a form that the compiler follows: then it loads vectors.
+    VECTOR, LANES or 0, repeats what `is_vector` found out in a form that the compiler follows: it loads vectors.
     """
     if VECTOR:
-        columns = columns // 16 * 16
+        columns = columns // VECTOR * VECTOR
     rows = row0 + tl.arange(0, ROWS)
     start = row0.to(tl.int64) * columns + column0
     offsets = tl.arange(0, ROWS)[:, None] * columns + tl.arange(0, COLUMNS)[None, :]

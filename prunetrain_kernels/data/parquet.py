@@ -24,7 +24,7 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),  # after validation: published test sets often carry no labels
 }
-# bytes of images that a file may hold for each of its own: images are compressed already, only the plainest compress again
+# bytes that a file may hold for each of its own: images are compressed already, and only the plainest compress again
 _MOST_UNPACKED = 1000
 _WORD = re.compile(r"[-._ 0-9]+")  # what the Hub takes as the end of a word in the name of a file or folder
 

@@ -80,7 +80,7 @@ def stamps(files: Sequence[Path], names: Sequence[str]) -> list[list[object]]:
     if total <= READ_BYTES:
         digest = hashlib.blake2b(digest_size=16)
         for file in files:
-            digest.update(_reading(file, lambda file=file: read_regular(file)))
+            digest.update(content_of(file))
         listed.append([digest.hexdigest()])
     return listed
 
@@ -106,6 +106,12 @@ def _reading(file: Path, read: Callable[[], Any]) -> Any:
         raise InputError(f"{file} does not fit into memory; it is no file of a data set") from error
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror or error}); restore it or remove it") from error
+
+
+def content_of(file: Path) -> bytes:
+    """The bytes of a file; raises InputError where it cannot be read."""
+    content: bytes = _reading(file, lambda: read_regular(file))
+    return content
 
 
 def check_regular_file(file: Path) -> None:

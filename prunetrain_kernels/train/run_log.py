@@ -235,7 +235,7 @@ class RunLog:
             text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
             try:
                 data = (text + "\n").encode()
-            except UnicodeEncodeError:  # the name of a file that is no UTF-8: its odd bytes as \\udcNN, which JSON knows
+            except UnicodeEncodeError:  # a file's name that is no UTF-8: its odd bytes as escapes of JSON
                 data = (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode()
         except (TypeError, ValueError) as error:
             raise InputError(f"{name} cannot hold this: {error}") from error

@@ -480,7 +480,9 @@ def end_epoch(training: Training, progress: Progress, epoch: int) -> None:
     lasso = training.watch.take()
     compilations, compile_seconds = training.compilations.take()
     if config.schedule == "step" or epoch + 1 < config.epochs:  # other schedules end with the lasso
-        training.scheduler.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # made before the resume
+            training.scheduler.step()
     progress.epoch = epoch + 1
     now = time.perf_counter()
     progress.totals.add(progress.sums, lasso, now - progress.mark, training.sent.total)

@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Options that argparse refuses raise its SystemExit, with the same code 2.
     """
     _print_any_name()
+    if any("\0" in argument for argument in arguments or ()):
+        explain("prunetrain: error: an argument holds the character NUL, which no file's name can; leave it out")
+        return 2
     options = _parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -33,7 +33,13 @@ from prunetrain_kernels.train.forecast import Course
 from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
 from prunetrain_kernels.train.present import Limits, fuse_all, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
-from prunetrain_kernels.train.prunetrain_checks import check_arguments, check_coefficient, check_names, check_parts
+from prunetrain_kernels.train.prunetrain_checks import (
+    check_arguments,
+    check_coefficient,
+    check_kinds,
+    check_names,
+    check_parts,
+)
 from prunetrain_kernels.train.reconfiguration import carry_out
 from prunetrain_kernels.train.saved_state import load_state, state_dict_of
 from prunetrain_kernels.train.state import Parts, PruningState, multiples
@@ -153,6 +159,18 @@ class PruneTrain(PruningState):
         coefficient: float | None = None,
     ) -> None:
         wanted = target_of(target, target_training, epochs, target_by)
+        check_kinds(
+            batch,
+            penalty_ratio=penalty_ratio,
+            interval=1 if interval is None else interval,
+            threshold=threshold,
+            zeroing_tolerance=zeroing_tolerance,
+            round_to=round_to,
+            min_channels=min_channels,
+            relative=relative,
+            fuse=fuse,
+            keep_momentum=keep_momentum,
+        )
         interval = interval_of(interval, None if wanted is None else wanted.epochs)
         check_arguments(penalty_ratio, interval, amp, zeroing_tolerance, steers=wanted is not None)
         check_coefficient(coefficient, penalty_ratio)
@@ -178,7 +196,7 @@ class PruneTrain(PruningState):
         settings = (penalty_ratio, interval, threshold, relative, policy, round_to, zeroing_tolerance, keep_momentum)
         more = (epochs, wanted, limits, coefficient, sorted(self.lasso.coefficients.items()))
         self.ranks.agree("the network and PruneTrain's arguments", settings, more, sorted(self.dense_layers.items()))
-        self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
+        self.batch = batch if batch is None or isinstance(batch, MiniBatch) else MiniBatch(int(batch))
         self._start_batch()
 
     def _start_batch(self) -> None:

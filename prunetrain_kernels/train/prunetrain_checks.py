@@ -3,14 +3,45 @@
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.prune.measure import check_tolerance
+from prunetrain_kernels.train.mini_batch import MiniBatch
+
+WHOLE = {"round_to", "min_channels"}  # arguments of PruneTrain that count something
+FLAGS = {"relative", "fuse", "keep_momentum"}
+
+
+def check_kinds(batch: object, **numbers: object) -> None:
+    """Raises InputError for an argument that is no number, such as text or NaN; or no whole one, where things are
+    counted.
+
+    Args:
+        batch: a MiniBatch, a whole number or None.
+        numbers: by the arguments' names; a flag must be True or False.
+    """
+    if not (batch is None or isinstance(batch, MiniBatch) or _is_whole(batch)):
+        raise InputError(f"batch must be a whole number of images, a MiniBatch or None, not {batch!r}.")
+    for name, value in numbers.items():
+        if name in WHOLE and not _is_whole(value):
+            raise InputError(f"{name} must be a whole number, not {value!r}.")
+        if name in FLAGS and not isinstance(value, bool | np.bool_):
+            raise InputError(f"{name} must be True or False, not {value!r}.")
+        if name not in WHOLE | FLAGS and (
+            not isinstance(value, Real) or isinstance(value, bool) or math.isnan(float(value))
+        ):
+            raise InputError(f"{name} must be a number, not {value!r}.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_arguments(penalty_ratio: float, interval: float, amp: Any, zeroing_tolerance: float, *, steers: bool) -> None:
@@ -23,7 +54,7 @@ def check_arguments(penalty_ratio: float, interval: float, amp: Any, zeroing_tol
         raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
     if steers and not penalty_ratio:
         raise InputError("a target needs a lasso to begin with: a penalty_ratio above 0, such as the paper's 0.25.")
-    if not interval > 0:
+    if not 0 < interval < math.inf:
         raise InputError(f"interval must be a positive number of epochs, not {interval}.")
     if amp not in (None, torch.float16, torch.bfloat16):
         raise InputError(f"amp must be torch.bfloat16, torch.float16 or None, not {amp!r}.")

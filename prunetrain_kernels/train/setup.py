@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from prunetrain_kernels.data import (
 from prunetrain_kernels.data.decode import cores
 from prunetrain_kernels.data.reader import CACHE_LIMIT
 from prunetrain_kernels.errors import CheckpointError, InputError
-from prunetrain_kernels.files import remove_leftovers
+from prunetrain_kernels.files import is_regular, kind_of, remove_leftovers
 from prunetrain_kernels.machine import processor
 from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import synchronize_batch_norm
@@ -321,6 +321,7 @@ def saved_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str
         raise InputError(f"the run folder '{folder}' cannot be used: {error.strerror or error}.") from error
     if overwrite or not has_checkpoint:
         return None
+    check_checkpoint_file(checkpoint)
     saved = read_checkpoint(checkpoint)
     if "config" not in saved["extra"]:
         raise CheckpointError(f"'{checkpoint}' was not written by `prunetrain train`; choose another --out.")
@@ -335,6 +336,13 @@ def saved_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str
                 "resume with the same options, or choose another --out."
             )
     return saved
+
+
+def check_checkpoint_file(path: Path) -> None:
+    """Raises CheckpointError for a pipe, a device or a socket, which may be waited for without end."""
+    with suppress(OSError):  # which whoever reads it says better
+        if not is_regular(path):
+            raise CheckpointError(f"'{path}' is {kind_of(path)}, not a checkpoint; give another file.")
 
 
 @contextmanager
@@ -556,6 +564,7 @@ def dense_start(config: TrainConfig) -> dict[str, Any]:
         path = path / "checkpoint.pt"
     if path.parent.resolve() == Path(config.out).resolve():
         raise InputError(f"--start-from {config.start_from} is the run folder itself; choose another --out.")
+    check_checkpoint_file(path)
     payload = read_checkpoint(path)
     if "config" not in payload["extra"]:
         raise CheckpointError(f"'{path}' was not written by `prunetrain train`; --start-from needs one that was.")

@@ -37,7 +37,7 @@ class TrainingStopped(PruneTrainError):
         number: the signal that asked, such as 15 for SIGTERM.
     """
 
-    def __init__(self, message: str, number: int) -> None:
+    def __init__(self, message: str, number: int = 0) -> None:
         super().__init__(message)
         self.number = number
 

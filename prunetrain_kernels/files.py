@@ -128,7 +128,7 @@ def kind_of(path: str | Path) -> str:
 
 _ASIDE: set[str] = set()  # names of the files that this process is writing
 _NAME = re.compile(r"\.(?P<name>.+)\.(?:(?P<host>[\w-]+)-)?(?P<pid>\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
-_LONGEST = 100  # characters of a file's name that stand in the name aside: a folder takes 255 bytes
+_LONGEST = 100  # bytes of a file's name that stand in the name aside: a folder takes 255
 ABANDONED = 3600.0  # seconds since the last write after which a file of another host counts as left behind
 
 
@@ -140,9 +140,13 @@ def host() -> str:
 def aside_of(path: Path) -> Path:
     """A new name beside `path`, under which this process may write what will become `path`; this process's own until it
     ends."""
-    aside = path.with_name(f".{path.name[:_LONGEST]}.{host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    aside = path.with_name(f".{_start_of(path.name)}.{host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     _ASIDE.add(aside.name)
     return aside
+
+
+def _start_of(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:_LONGEST])
 
 
 def remove_leftovers(folder: Path, names: Iterable[str] | None = None) -> None:
@@ -157,7 +161,7 @@ def remove_leftovers(folder: Path, names: Iterable[str] | None = None) -> None:
     Raises:
         OSError: the folder cannot be read, or a file not be removed.
     """
-    wanted = None if names is None else {name[:_LONGEST] for name in names}
+    wanted = None if names is None else {_start_of(name) for name in names}
     with os.scandir(folder) as entries:
         for entry in entries:
             match = _NAME.fullmatch(entry.name)

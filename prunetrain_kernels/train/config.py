@@ -139,6 +139,9 @@ class TrainConfig:
             is_kind, must = KINDS[kinds[0]]
             if not is_kind(value):
                 raise InputError(f"--{field.name.replace('_', '-')} must be {must}, not {value!r}.")
+            largest = 2**63 if field.name in ("seed", "memory_budget", "cache_limit") else 2**31
+            if kinds[0] == "int" and value >= largest:
+                raise InputError(f"--{field.name.replace('_', '-')} must be below {largest}, not {value}.")
         if not self.out or any("\0" in str(value) for value in dataclasses.astuple(self)):
             raise InputError(f"--out must name a folder, and no option may hold the character NUL, not {self.out!r}.")
 

@@ -158,19 +158,8 @@ class PruneTrain(PruningState):
         coefficients: Mapping[str, float] | None = None,
         coefficient: float | None = None,
     ) -> None:
+        check_kinds(locals())
         wanted = target_of(target, target_training, epochs, target_by)
-        check_kinds(
-            batch,
-            penalty_ratio=penalty_ratio,
-            interval=1 if interval is None else interval,
-            threshold=threshold,
-            zeroing_tolerance=zeroing_tolerance,
-            round_to=round_to,
-            min_channels=min_channels,
-            relative=relative,
-            fuse=fuse,
-            keep_momentum=keep_momentum,
-        )
         interval = interval_of(interval, None if wanted is None else wanted.epochs)
         check_arguments(penalty_ratio, interval, amp, zeroing_tolerance, steers=wanted is not None)
         check_coefficient(coefficient, penalty_ratio)

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,29 +15,32 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.prune.measure import check_tolerance
 from prunetrain_kernels.train.mini_batch import MiniBatch
 
-WHOLE = {"round_to", "min_channels"}  # arguments of PruneTrain that count something
-FLAGS = {"relative", "fuse", "keep_momentum"}
+# arguments of PruneTrain, by what they must be
+NUMBERS = ("penalty_ratio", "threshold", "zeroing_tolerance")
+WHOLE = ("round_to", "min_channels")
+FLAGS = ("relative", "fuse", "keep_momentum")
 
 
-def check_kinds(batch: object, **numbers: object) -> None:
+def check_kinds(arguments: Mapping[str, Any]) -> None:
     """Raises InputError for an argument that is no number, such as text or NaN; or no whole one, where things are
-    counted.
+    counted; or no flag.
 
     Args:
-        batch: a MiniBatch, a whole number or None.
-        numbers: by the arguments' names; a flag must be True or False.
+        arguments: those of PruneTrain, by their names; others are not looked at.
     """
+    batch, interval = arguments["batch"], arguments["interval"]
     if not (batch is None or isinstance(batch, MiniBatch) or _is_whole(batch)):
         raise InputError(f"batch must be a whole number of images, a MiniBatch or None, not {batch!r}.")
-    for name, value in numbers.items():
-        if name in WHOLE and not _is_whole(value):
-            raise InputError(f"{name} must be a whole number, not {value!r}.")
-        if name in FLAGS and not isinstance(value, bool | np.bool_):
-            raise InputError(f"{name} must be True or False, not {value!r}.")
-        if name not in WHOLE | FLAGS and (
-            not isinstance(value, Real) or isinstance(value, bool) or math.isnan(float(value))
-        ):
+    for name in (*NUMBERS, *(() if interval is None else ("interval",))):
+        value = arguments[name]
+        if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(float(value)):
             raise InputError(f"{name} must be a number, not {value!r}.")
+    for name in WHOLE:
+        if not _is_whole(arguments[name]):
+            raise InputError(f"{name} must be a whole number, not {arguments[name]!r}.")
+    for name in FLAGS:
+        if not isinstance(arguments[name], bool | np.bool_):
+            raise InputError(f"{name} must be True or False, not {arguments[name]!r}.")
 
 
 def _is_whole(value: object) -> bool:

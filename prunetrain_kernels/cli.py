@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +22,14 @@ from prunetrain_kernels.cost import (
     or_unknown,
     step_memory,
 )
-from prunetrain_kernels.errors import InputError, PruneTrainError
+from prunetrain_kernels.errors import InputError, PruneTrainError, TrainingStopped
 from prunetrain_kernels.graph import trace_channels
 from prunetrain_kernels.models import NAMES, OLD_NAMES, build
 from prunetrain_kernels.prune.program import FORMATS, export_program
 from prunetrain_kernels.train.config import AMP_DTYPES, AUGMENTATIONS, SCHEDULES, TrainConfig
-from prunetrain_kernels.train.distributed import explain, speak_when_terminated
 from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.ratio_table import expected_of, ratio_table, table_text
+from prunetrain_kernels.train.stopping import Interrupted, end_silently, explain, heeding_signals
 from prunetrain_kernels.train.trained import load_trained
 
 DATA_HELP = (
@@ -48,10 +50,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for input that cannot be used, 130 for an interrupt.
+    """Runs one command; returns the exit code: 0, 2 for input that cannot be used, 130 and 143 for SIGINT and SIGTERM.
 
     Options that argparse refuses raise its SystemExit, with the same code 2.
     """
+    _print_any_name()
+    if any("\0" in argument for argument in arguments or ()):
+        explain("prunetrain: error: an argument holds the character NUL, which no file's name can; leave it out")
+        return 2
     options = _parser().parse_args(arguments)
     name = getattr(options, "model", None)
     if name in OLD_NAMES and RANK == "0":
@@ -60,20 +66,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"ImageNet's is imagenet_{name}",
             file=sys.stderr,
         )
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code: int = options.run(options)
         sys.stdout.flush()
         return code
+    except TrainingStopped as stopped:
+        if RANK == "0":
+            explain(f"prunetrain: {stopped}; go on with: {_resuming(options.arguments)}")
+        end_silently()
+        return 128 + stopped.number
     except PruneTrainError as error:
         explain(f"prunetrain: {_who()}error: {' '.join(str(error).splitlines())}")
         return 2
-    except KeyboardInterrupt:
-        explain(f"prunetrain: {_who()}interrupted; the last checkpoint is kept, go on with --resume")
-        return 130
+    except KeyboardInterrupt as interrupt:
+        kept = "; the last checkpoint, if there is one, is kept: go on with --resume" if options.run is _train else ""
+        explain(f"prunetrain: {_who()}interrupted{kept}")
+        return 128 + interrupt.number if isinstance(interrupt, Interrupted) else 130
     except BrokenPipeError:
         # Whoever read the output has gone (`| head`); nothing more can be said to them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE if options.run is _train else 0  # a training that stopped there has not succeeded
+
+
+def _print_any_name() -> None:
+    """Has names of files that are no UTF-8 printed with their odd bytes as escapes, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _resuming(arguments: Sequence[str]) -> str:
+    """The command that goes on with a training."""
+    kept = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+    return shlex.join(["prunetrain", *kept, "--resume"]) + (" (by torchrun, as before)" if RANKS > 1 else "")
 
 
 def _who() -> str:
@@ -499,12 +525,17 @@ def _config(options: argparse.Namespace) -> TrainConfig:
 
 
 def _train(options: argparse.Namespace) -> int:
-    if RANKS > 1:
-        speak_when_terminated(
-            f"prunetrain: {_who()}stopped by SIGTERM, which torchrun sends when another process has ended; the last "
-            f"checkpoint in {options.out} is kept: start again with --resume, on any number of processes"
+    why = "stopped by a signal, which torchrun sends when another process has ended" if RANKS > 1 else "stopped at once"
+    where = ", on any number of processes" if RANKS > 1 else ""
+    kept = f"prunetrain: {_who()}{why}; the last checkpoint in {options.out} is kept: start again with --resume{where}"
+    with heeding_signals(kept, ranks=RANKS) as stop:
+        folder = train(
+            _config(options),
+            resume=options.resume,
+            overwrite=options.overwrite,
+            progress=not options.quiet,
+            stop=stop,
         )
-    folder = train(_config(options), resume=options.resume, overwrite=options.overwrite, progress=not options.quiet)
     if not options.quiet and RANK == "0":
         print(f"finished: {folder} (draw it with: prunetrain report {folder})")
     return 0

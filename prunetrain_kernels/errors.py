@@ -30,6 +30,18 @@ class ZeroingError(PruneTrainError, ArithmeticError):
     training can go on."""
 
 
+class TrainingStopped(PruneTrainError):
+    """A training ended between two steps because it was asked to; its checkpoint holds every step that it made.
+
+    Attributes:
+        number: the signal that asked, such as 15 for SIGTERM.
+    """
+
+    def __init__(self, message: str, number: int = 0) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 class RanksDifferError(PruneTrainError, RuntimeError):
     """Processes of a distributed training hold different values where they must agree; the message names which."""
 

@@ -1,9 +1,17 @@
-"""Files that are never left half-written."""
+"""Files that are never left half-written, and what a killed process leaves of them.
+
+A file is written aside, under a name that says whose it is: `.NAME.HOST-PID-TOKEN.tmp`. A process that is killed leaves
+it there, and whoever writes into that folder next removes it (`remove_leftovers`): of a process that lives, never.
+"""
 
 import contextlib
 import os
+import re
 import secrets
-from collections.abc import Callable
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +35,7 @@ def write_atomically(
             `data` pass through.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    aside = aside_of(path)
     try:
         with open(aside, "xb") as file:
             disk = _DiskErrors(file)
@@ -50,13 +58,20 @@ def write_atomically(
         if isinstance(failure, OSError):
             raise error(f"cannot write {path}: {reason(failure)}") from failure
         raise
-    # the rename itself reaches the disk with the folder; where folders cannot be flushed, it does so in its own time
+    finally:
+        _ASIDE.discard(aside.name)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Has renames and removals in a folder reach the disk; where folders cannot be flushed, they do in their own
+    time."""
     with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 class _DiskErrors:
@@ -80,3 +95,115 @@ class _DiskErrors:
 def reason(error: OSError) -> str:
     """The system's message, such as "No space left on device"."""
     return error.strerror or str(error)
+
+
+def is_regular(path: str | Path) -> bool:
+    """Whether a path leads to a regular file: opening a pipe would wait for its writer, a device may have no end.
+
+    Raises:
+        OSError: nothing can be known of it.
+    """
+    return stat.S_ISREG(os.stat(path).st_mode)
+
+
+def read_regular(path: Path) -> bytes:
+    """The whole content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe, a device, a socket or a folder.
+    """
+    if not is_regular(path):
+        raise OSError(f"{kind_of(path)}, not a regular file")
+    return path.read_bytes()
+
+
+def kind_of(path: str | Path) -> str:
+    """What a path leads to, in words."""
+    mode = os.stat(path).st_mode
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((words for test, words in kinds if test(mode)), "a regular file" if stat.S_ISREG(mode) else "a device")
+
+
+# -- whose file it is --------------------------------------------------------------------------------------------------
+
+_ASIDE: set[str] = set()  # names of the files that this process is writing
+_NAME = re.compile(r"\.(?P<name>.+)\.(?:(?P<host>[\w-]+)-)?(?P<pid>\d+)-[0-9a-f]{8}\.tmp", re.DOTALL)
+_LONGEST = 100  # bytes of a file's name that stand in the name aside: a folder takes 255
+ABANDONED = 3600.0  # seconds since the last write after which a file of another host counts as left behind
+
+
+def host() -> str:
+    """This machine's name, of letters, digits and `-`."""
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40] or "unknown"
+
+
+def aside_of(path: Path) -> Path:
+    """A new name beside `path`, under which this process may write what will become `path`; this process's own until it
+    ends."""
+    aside = path.with_name(f".{_start_of(path.name)}.{host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _ASIDE.add(aside.name)
+    return aside
+
+
+def _start_of(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:_LONGEST])
+
+
+def remove_leftovers(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Removes files that processes which are gone were writing aside into `folder`.
+
+    A file of a process that lives stays. Of other machines nothing can be known but when their files were last written:
+    after an hour they count as left behind.
+
+    Args:
+        names: those of the files that were to be written; by default all.
+
+    Raises:
+        OSError: the folder cannot be read, or a file not be removed.
+    """
+    wanted = None if names is None else {_start_of(name) for name in names}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            match = _NAME.fullmatch(entry.name)
+            if match is None or (wanted is not None and match["name"] not in wanted):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # someone else removed it, or it was renamed in time
+                if not _is_being_written(entry, match):
+                    os.unlink(entry.path)
+
+
+def _is_being_written(entry: os.DirEntry[str], name: re.Match[str]) -> bool:
+    written = entry.stat(follow_symlinks=False).st_mtime
+    if name["host"] not in (None, host()):
+        return time.time() - written < ABANDONED
+    if int(name["pid"]) == os.getpid():
+        return entry.name in _ASIDE
+    return lives(int(name["pid"]), written)
+
+
+def lives(pid: int, then: float) -> bool:
+    """Whether the process that had this number at the time `then` (seconds since 1970) still runs on this machine.
+
+    Numbers are given again: a process that began later is another one, where the system tells when it began.
+    """
+    if not 0 < pid < 2**31:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    began = _began(pid)
+    return began is None or began <= then + 2
+
+
+def _began(pid: int) -> float | None:
+    """When a process began, in seconds since 1970; None where the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as status, open("/proc/stat", "rb") as system:
+            ticks = int(status.read().rpartition(b")")[2].split()[19])
+            booted = next(int(line.split()[1]) for line in system if line.startswith(b"btime "))
+        return booted + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None

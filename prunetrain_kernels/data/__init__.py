@@ -34,7 +34,7 @@ from prunetrain_kernels.data.dataset import (
 )
 from prunetrain_kernels.data.loaders import load
 from prunetrain_kernels.data.reader import ImageFiles, ResizedCrop
-from prunetrain_kernels.data.record import difference_of_data, record_of
+from prunetrain_kernels.data.record import difference_of_data, digest_of_contents, record_of
 
 __all__ = [
     "ImageData",
@@ -43,6 +43,7 @@ __all__ = [
     "balanced_subset",
     "batch",
     "difference_of_data",
+    "digest_of_contents",
     "epoch_order",
     "load",
     "normalize_and_augment",

@@ -14,9 +14,9 @@ import io
 import itertools
 import json
 import os
-import secrets
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.files import ABANDONED, aside_of, is_regular, kind_of, remove_leftovers
 from prunetrain_kernels.probe import first_line
 
 _FORMAT = 1  # part of every cache key: raise it when decoding changes, and old files are no longer found
@@ -122,15 +123,33 @@ def _size(item: Encoded) -> tuple[int, int]:
 def opened(item: Encoded) -> Iterator[Any]:
     """The image as a Pillow image; whatever goes wrong inside becomes an InputError, one sentence with its name."""
     pillow = need("PIL.Image", "reading images")
+    check_regular(item)
     try:
         with pillow.open(io.BytesIO(item.source) if isinstance(item.source, bytes) else item.source) as image:
             yield image
     except InputError:
         raise
+    except pillow.DecompressionBombError as error:
+        raise InputError(
+            f"{item.name} has more than {2 * (pillow.MAX_IMAGE_PIXELS or 0):,} pixels, the most that Pillow decodes "
+            "without being told to (PIL.Image.MAX_IMAGE_PIXELS); scale it down or remove it"
+        ) from error
     except pillow.UnidentifiedImageError as error:
         raise InputError(f"{item.name} is not an image that can be read; replace or remove it") from error
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"{item.name} is a damaged image ({first_line(error)}); replace or remove it") from error
+
+
+def check_regular(item: Encoded) -> None:
+    """Raises InputError for a file that is a pipe, a device, a socket or a folder: reading one may never end."""
+    if isinstance(item.source, bytes):
+        return
+    try:
+        regular = is_regular(item.source)
+    except OSError as error:
+        raise InputError(f"{item.name} cannot be read ({error.strerror}); restore it or remove it") from error
+    if not regular:
+        raise InputError(f"{item.name} is {kind_of(item.source)}, not an image file; remove it")
 
 
 def check_depth(image: Any, name: str) -> None:
@@ -229,9 +248,10 @@ def write_array(path: Path, shape: tuple[int, ...], slabs: Iterator[np.ndarray])
     """
     header = _header(shape)
     size = len(header) + int(np.prod(shape))
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    aside = aside_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)  # first: they may be what fills the disk
         if shutil.disk_usage(path.parent).free < size + 4:  # say it now rather than after an hour of decoding
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open(aside, "w+b") as file:
@@ -253,6 +273,15 @@ def write_array(path: Path, shape: tuple[int, ...], slabs: Iterator[np.ndarray])
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Removes what decodings that were killed left in the cache; also of versions that did not write whose it was."""
+    with contextlib.suppress(OSError):  # another user's, perhaps: they are in nobody's way
+        remove_leftovers(cache)
+        for unnamed in cache.glob("[!.]*.npy.????????.tmp"):
+            if time.time() - unnamed.stat().st_mtime > ABANDONED:
+                unnamed.unlink()
 
 
 def in_groups(items: Iterable[Encoded], size: int = 256) -> Iterator[list[Encoded]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import lzma
 import os
 import pickle
 import re
@@ -39,6 +40,8 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.probe import first_line
 
 _MUCH = 2**30  # bytes of decoded images: a user should hear of so many before they are written
+_LARGEST_MEMBER = 2**30  # bytes of a file in a CIFAR archive, whose largest has 155 MB
+_LARGEST_ARCHIVE = 4 * 2**30  # bytes of a whole archive, unpacked, which has 180 MB
 _MOST_CLASSES = 1_000_000  # a column with larger numbers holds something else than classes
 
 
@@ -304,18 +307,35 @@ def _cifar_files(path: Path) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     try:
         if path.is_dir():
-            return {name: (path / name).read_bytes() for name in wanted if (path / name).is_file()}
+            present = [path / name for name in sorted(wanted) if (path / name).is_file()]
+            for file in present:
+                _check_size(file.stat().st_size, _LARGEST_MEMBER, str(file))
+            return {file.name: file.read_bytes() for file in present}
         with tarfile.open(path) as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
+                _check_size(member.size, _LARGEST_MEMBER, f"{path}: {member.name}")
+                _check_size(member.offset_data + member.size, _LARGEST_ARCHIVE, str(path))
                 content = archive.extractfile(member) if name in wanted and member.isfile() else None
                 if content is not None:
                     files[name] = content.read()
             while archive.fileobj is not None and archive.fileobj.read(2**20):
-                pass  # on to the end of the file, where gzip keeps its checksum: nothing compares it before
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+                # on to the end of the file, where gzip keeps its checksum: nothing compares it before
+                _check_size(archive.fileobj.tell(), _LARGEST_ARCHIVE, str(path))
+    except InputError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, MemoryError) as error:
         raise InputError(f"{path} is damaged or cut short ({first_line(error)}); download it again") from error
     return files
+
+
+def _check_size(size: int, limit: int, where: str) -> None:
+    """Raises InputError for a file that unpacks to more bytes than any of CIFAR: a few megabytes can become
+    terabytes."""
+    if size > limit:
+        raise InputError(
+            f"{where} takes more than {limit / 2**30:g} GiB unpacked, which no part of CIFAR does; download it again"
+        )
 
 
 def _cifar_batch(content: bytes, where: str, labels_field: str) -> tuple[Tensor, Tensor]:

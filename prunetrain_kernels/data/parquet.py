@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunetrain_kernels.data.decode import Encoded, decode_cached, in_groups, need
-from prunetrain_kernels.data.source import Source, Split, digest_of_files, digest_of_rows, stamps
+from prunetrain_kernels.data.source import Source, Split, check_regular_file, digest_of_files, digest_of_rows, stamps
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.probe import first_line
 
@@ -24,6 +24,8 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),  # after validation: published test sets often carry no labels
 }
+# bytes that a file may hold for each of its own: images are compressed already, and only the plainest compress again
+_MOST_UNPACKED = 1000
 _WORD = re.compile(r"[-._ 0-9]+")  # what the Hub takes as the end of a word in the name of a file or folder
 
 
@@ -181,10 +183,20 @@ def _parquet_split(
 
 def _open_parquet(file: Path) -> Any:
     parquet = need("pyarrow.parquet", "reading Parquet files")
+    check_regular_file(file)
     try:
-        return parquet.ParquetFile(file, page_checksum_verification=True)
+        table = parquet.ParquetFile(file, page_checksum_verification=True)
+        size, metadata = file.stat().st_size, table.metadata
+        unpacked = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     except Exception as error:  # pyarrow's errors are OSError, ValueError and their own
         raise _damaged(file, error) from error
+    # a few kilobytes can claim any number of equal rows, and unpack to any number of equal bytes
+    if metadata.num_rows > size or unpacked > _MOST_UNPACKED * size:
+        raise InputError(
+            f"{file} has {size:,} bytes and says that they are {metadata.num_rows:,} rows of {unpacked:,} bytes, which "
+            "no images are; download it again"
+        )
+    return table
 
 
 def _damaged(file: Path, error: Exception) -> InputError:

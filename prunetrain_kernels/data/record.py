@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor
 from prunetrain_kernels.data.dataset import ImageData
 from prunetrain_kernels.data.decode import pillow_version
 from prunetrain_kernels.data.reader import ImageFiles
+from prunetrain_kernels.data.source import content_of
 
 HASHED_BYTES = 256 * 2**20  # of the pixels of one split, which takes half a second
 _HASHED_CHUNK = 16 * 2**20  # bytes of them at a time
+_SAMPLED = 1000  # files whose sizes tell how many files make up 256 MiB
 _NAMED = 3  # classes that a sentence names; the rest are counted
 _SAME_STATISTICS = 1e-6  # difference of mean or std (0..1) that sums in another order make
 SPLITS = {"train": "training", "val": "validation"}
@@ -59,6 +62,26 @@ def record_of(data: ImageData) -> Record:
             for split, (images, labels, files) in splits.items()
         },
     }
+
+
+def digest_of_contents(data: ImageData) -> str:
+    """A digest of the bytes of image files that stay files, evenly spaced ones of some 256 MiB together.
+
+    The record has their names and sizes and the middles of the images. Of images in memory it has the pixels: "".
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for images in (data.train_images, data.val_images):
+        if isinstance(images, ImageFiles):
+            sizes = [Path(file).stat().st_size for file in images.files[:: max(1, len(images.files) // _SAMPLED)]]
+            used = min(len(images.files), max(1, int(HASHED_BYTES // max(1.0, sum(sizes) / len(sizes)))))
+            for row in (
+                torch.linspace(0, len(images.files) - 1, used, dtype=torch.float64, device="cpu").long().tolist()
+            ):
+                digest.update(content_of(Path(images.files[row])))
+    return digest.hexdigest()
 
 
 def difference_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.files import is_regular, kind_of, read_regular
 
 FORMS = (
     "digits, synthetic:NxCxHxW, a CIFAR python archive (.tar.gz), a folder of train-*.parquet and test-*.parquet, "
@@ -79,7 +80,7 @@ def stamps(files: Sequence[Path], names: Sequence[str]) -> list[list[object]]:
     if total <= READ_BYTES:
         digest = hashlib.blake2b(digest_size=16)
         for file in files:
-            digest.update(_reading(file, file.read_bytes))
+            digest.update(content_of(file))
         listed.append([digest.hexdigest()])
     return listed
 
@@ -101,5 +102,19 @@ def digest_of_rows(rows: Tensor) -> str:
 def _reading(file: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
+    except MemoryError as error:
+        raise InputError(f"{file} does not fit into memory; it is no file of a data set") from error
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); restore it or remove it") from error
+        raise InputError(f"{file} cannot be read ({error.strerror or error}); restore it or remove it") from error
+
+
+def content_of(file: Path) -> bytes:
+    """The bytes of a file; raises InputError where it cannot be read."""
+    content: bytes = _reading(file, lambda: read_regular(file))
+    return content
+
+
+def check_regular_file(file: Path) -> None:
+    """Raises InputError for what is no regular file: a pipe, a device or a socket may be waited for without end."""
+    if not _reading(file, lambda: is_regular(file)):
+        raise InputError(f"{file} is {kind_of(file)}, not a regular file; remove it")

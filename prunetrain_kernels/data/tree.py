@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunetrain_kernels.data.dataset import stratified_split
 from prunetrain_kernels.data.decode import Encoded, decode_cached, in_groups
-from prunetrain_kernels.data.source import FORMS, Listed, Source, Split, digest_of_files, stamps
+from prunetrain_kernels.data.source import FORMS, Listed, Source, Split, check_regular_file, digest_of_files, stamps
 from prunetrain_kernels.errors import InputError
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -92,28 +92,46 @@ def _listing(root: Path, names: Sequence[str]) -> tuple[list[Path], Tensor]:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        of_class = sorted(_images_below(root / name, ())) if (root / name).is_dir() else []
+        of_class = sorted(_images_below(root / name, set(), frozenset())) if (root / name).is_dir() else []
         files += of_class
         labels += [label] * len(of_class)
     return files, torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
-def _images_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Image files below `folder`, which was reached through the folders `above`.
+def _images_below(folder: Path, passed: set[tuple[int, int]], above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """Image files below `folder`; links are followed, but a folder counts once, and none around the present one counts.
 
-    Links to folders are followed, except for those back to a folder on the path to this one: they would never end.
+    Args:
+        passed: device and inode of each folder that was looked into before, to which this one is added.
+        above: those of the folders on the way here.
+
+    Raises:
+        InputError: a name that ends like an image's is that of a pipe, a device or a socket.
     """
-    path = (*above, folder.resolve())
+    here = _identity(folder)
+    if here in passed or here in above:
+        return
+    passed.add(here)
+    above |= {here, *map(_identity, folder.resolve().parents)}
     with os.scandir(folder) as entries:
-        for entry in entries:
-            inside = folder / entry.name
-            linked = entry.is_symlink()
-            if inside.is_dir() if linked else entry.is_dir():  # of a link to itself, only the former is silent
-                if not (linked and any(passed.is_relative_to(inside.resolve()) for passed in path)):
-                    yield from _images_below(inside, path)
-            # a name that starts with a dot is a desktop's own note about the file, not the file
-            elif os.path.splitext(entry.name)[1].lower() in _IMAGE_SUFFIXES and not entry.name.startswith("."):
-                yield inside
+        # by name, folders before links to folders: which of several ways counts does not depend on the disk
+        listed = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+    for entry in listed:
+        inside = folder / entry.name
+        linked = entry.is_symlink()
+        if inside.is_dir() if linked else entry.is_dir():  # of a link to itself, only the former is silent
+            yield from _images_below(inside, passed, above)
+        # a name that starts with a dot is a desktop's own note about the file, not the file
+        elif os.path.splitext(entry.name)[1].lower() in _IMAGE_SUFFIXES and not entry.name.startswith("."):
+            if linked or not entry.is_file():
+                check_regular_file(inside)
+            yield inside
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """What a folder is called by the system, however it is reached."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _tree_images(files: list[Path], root: Path, image_size: int | None, cache: Path, label: str) -> Tensor:

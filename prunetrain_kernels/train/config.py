@@ -1,8 +1,10 @@
 """The options of a training run."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +17,29 @@ from prunetrain_kernels.train.target import BY, interval_of
 AUGMENTATIONS = ("crop", "resized-crop")
 SCHEDULES = ("step", "cosine", "onecycle")
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _all(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, list | tuple) and all(map(kind, values))
+
+
+# the type of an option, as it is written below: what its values are like, and what that is called
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (_is_whole, "a whole number"),
+    "float": (_is_number, "a number"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "str": (lambda value: isinstance(value, str), "text"),
+    "tuple[float, ...]": (_all(_is_number), "numbers in a tuple"),
+    "tuple[str, ...]": (_all(lambda value: isinstance(value, str)), "names in a tuple"),
+}
 
 
 @dataclass
@@ -95,12 +120,31 @@ class TrainConfig:
         return self.target_flops is not None or self.target_train_flops is not None
 
     def check(self) -> None:
-        """Raises InputError for the first option that is out of range."""
+        """Raises InputError for the first option that is out of range, or of another kind than it must be."""
+        self._check_kinds()
         for name, is_in_range, must in self._ranges():
             if not is_in_range:
                 raise InputError(f"--{name} must {must}, not {getattr(self, name.replace('-', '_'))}.")
         multipliers(self.coefficients)
         self._check_together()
+
+    def _check_kinds(self) -> None:
+        """Raises InputError for an option of another kind: a fraction where images are counted, text for a number."""
+        for field in dataclasses.fields(self):
+            value, kinds = (
+                getattr(self, field.name),
+                str(field.type).removeprefix("<class '").removesuffix("'>").split(" | "),
+            )
+            if value is None and "None" in kinds:
+                continue
+            is_kind, must = KINDS[kinds[0]]
+            if not is_kind(value):
+                raise InputError(f"--{field.name.replace('_', '-')} must be {must}, not {value!r}.")
+            largest = 2**63 if field.name in ("seed", "memory_budget", "cache_limit") else 2**31
+            if kinds[0] == "int" and value >= largest:
+                raise InputError(f"--{field.name.replace('_', '-')} must be below {largest}, not {value}.")
+        if not self.out or any("\0" in str(value) for value in dataclasses.astuple(self)):
+            raise InputError(f"--out must name a folder, and no option may hold the character NUL, not {self.out!r}.")
 
     def _ranges(self) -> tuple[tuple[str, bool, str], ...]:
         """Each option that has a range: its name, whether it is in it, and what it must do."""

@@ -9,13 +9,10 @@ are sent. Ranks that differ, and a rank that is gone, end the job with one sente
 import hashlib
 import inspect
 import os
-import signal
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,14 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from prunetrain_kernels.errors import InputError, PruneTrainError, RankLostError, RanksDifferError
+from prunetrain_kernels.errors import InputError, PruneTrainError, RankLostError, RanksDifferError, TrainingStopped
 from prunetrain_kernels.probe import first_line
 
 TIMEOUT = 60.0  # seconds until a rank that does not answer is given up
 WAIT_FOR_DATA = timedelta(days=1)  # the first process of a machine may have a whole data set to decode
-TERMINATED = 128 + 15  # what a shell says of a program that SIGTERM stopped
-
-_explained = threading.Event()
 
 Value = TypeVar("Value")
 
@@ -82,8 +76,9 @@ class Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             raise RankLostError(
-                f"the {os.environ['WORLD_SIZE']} processes did not find each other: {first_line(error)}; start them "
-                "with torchrun."
+                f"the {os.environ['WORLD_SIZE']} processes did not find each other within {timeout:g} s "
+                f"({first_line(error)}): start all of them, with torchrun; if one only takes longer, give a longer "
+                "--rank-timeout."
             ) from error
         return cls(dist.get_rank(), dist.get_world_size(), owns_group=True)
 
@@ -132,13 +127,54 @@ class Ranks:
             dist.all_reduce(value, dist.ReduceOp.MIN, group=self.group)
         return int(value)
 
-    def broadcast(self, value: Value) -> Value:
-        """Rank 0's value: anything that can be pickled."""
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of each rank, one row for each, float64, on the CPU; all of one shape."""
+        rows = torch.zeros(self.world, *values.shape, dtype=torch.float64, device="cpu")
+        rows[self.rank] = values.detach().cpu()
+        return self.sum(rows)
+
+    def all_or_none(self, act: Callable[[], Value]) -> Value:
+        """What `act`, which tells the other ranks nothing, returns here, if it succeeds on every rank.
+
+        Raises:
+            RankLostError: it failed on another rank; the message says which, and why. Where it failed on this rank, its
+                own error.
+        """
+        failed: Exception | None = None
+        try:
+            result = act()
+        except Exception as error:
+            failed = error
+        try:
+            first = self.first_failure(failed)
+        except RankLostError:
+            if failed is not None:  # which says more
+                raise failed from None
+            raise
+        if failed is not None:
+            raise failed
+        if first is not None:
+            raise RankLostError(f"rank {first[0]} failed: {first[1]}")
+        return result
+
+    def first_failure(self, failed: Exception | None) -> tuple[int, str] | None:
+        """The first rank that failed at a point that all ranks reach, and why, in a sentence; None where none did.
+
+        Args:
+            failed: what went wrong on this rank, if anything.
+        """
+        which = self.least(self.world if failed is None else self.rank)
+        if which == self.world:
+            return None
+        return which, self.broadcast("" if failed is None else in_words(failed), which)
+
+    def broadcast(self, value: Value, root: int = 0) -> Value:
+        """The value of rank 0, or `root`: anything that can be pickled."""
         if self.world == 1:
             return value
         box = [value]
         with answering():
-            dist.broadcast_object_list(box, self._root, group=self.group, device=self.device)
+            dist.broadcast_object_list(box, self._in_default_group(root), group=self.group, device=self.device)
         return box[0]
 
     @torch.no_grad()
@@ -185,7 +221,10 @@ class Ranks:
 
     @property
     def _root(self) -> int:
-        return 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        return self._in_default_group(0)
+
+    def _in_default_group(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
 def one_after_the_other(ranks: Ranks, load: Callable[[], Value]) -> Value:
@@ -242,36 +281,71 @@ def answering(what_to_do: str = "go on from the last checkpoint, on any number o
             raise
         if not (isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text):
             raise
-        why = "does not answer" if "timed out" in text or "timeout" in text else "has ended"
+        if "timed out" in text or "timeout" in text:
+            why = "does not answer (if it is only late, give a longer --rank-timeout)"
+        else:
+            why = "has ended"
         raise RankLostError(f"another rank {why}, so this one cannot train on: {what_to_do}.") from error
 
 
-def speak_when_terminated(sentence: str) -> None:
-    """Has SIGTERM, by which torchrun ends the ranks that are left, print `sentence` and end the process at once.
+# -- why a rank ends ---------------------------------------------------------------------------------------------------
 
-    A thread does it, woken by the signal itself: the main thread may be waiting inside NCCL, where no Python handler
-    would ever run. Files are written whole or not at all (`write_atomically`), so ending anywhere loses nothing.
-    """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # without a handler of Python's, nothing would be written
-    signal.set_wakeup_fd(writing)
-
-    def wait() -> None:
-        while os.read(reading, 1) != bytes([signal.SIGTERM]):
-            pass
-        time.sleep(1)  # the main thread may know better what has happened, and end by itself
-        if not _explained.is_set():
-            print(sentence, file=sys.stderr, flush=True)
-        os._exit(TERMINATED)
-
-    threading.Thread(target=wait, daemon=True, name="speak_when_terminated").start()
+_WHY = "prunetrain_kernels/why"  # where, in the store by which the processes found each other
+_UNTIL_TOLD = 2.0  # seconds in which a rank that has failed tells why
 
 
-def explain(sentence: str) -> None:
-    """Prints why this process ends; `speak_when_terminated` then keeps silent."""
-    _explained.set()
-    print(sentence, file=sys.stderr, flush=True)
+@contextmanager
+def telling_why() -> Iterator[None]:
+    """Has every rank of PyTorch's default group say why the first one failed, instead of that another one is gone."""
+    try:
+        yield
+    except RankLostError as error:
+        why = _why_another_failed()
+        if why is None:
+            raise
+        raise RankLostError(
+            f"{why} So this rank cannot train on: mend that, and go on from the last checkpoint, on any number of "
+            "processes."
+        ) from error
+    except TrainingStopped:
+        raise
+    except BaseException as error:
+        if not isinstance(error, RanksDifferError):
+            _tell_why(error)
+        raise
+
+
+def in_words(error: BaseException) -> str:
+    """One line about a failure, for those who do not see its traceback; ends with a full stop."""
+    said = " ".join(str(error).split()) if isinstance(error, PruneTrainError) else first_line(error)
+    kind = "" if isinstance(error, PruneTrainError) else type(error).__name__ + (": " if said else "")
+    return f"{kind}{said}".rstrip(".") + "."
+
+
+def _store() -> Any:
+    """The store of PyTorch's default group; None where there is none."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+def _tell_why(error: BaseException) -> None:
+    with suppress(Exception):  # whatever else is wrong, the error itself is what counts
+        store = _store()
+        if store is not None and not store.check([_WHY]):
+            store.set(_WHY, f"{dist.get_rank()} {in_words(error)}")
+
+
+def _why_another_failed() -> str | None:
+    """The sentence that another rank left, if any did."""
+    with suppress(Exception):
+        store, until = _store(), time.monotonic() + _UNTIL_TOLD
+        while store is not None and time.monotonic() < until:
+            if store.check([_WHY]):
+                rank, _, why = store.get(_WHY).decode("utf-8", "replace").partition(" ")
+                return None if int(rank) == dist.get_rank() else f"rank {rank} failed: {why}"
+            time.sleep(0.05)
+    return None
 
 
 # -- DistributedDataParallel -------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ def add_gradient_(state: PruningState, loss: Tensor, optimizer: Optimizer | None
     Where the lasso is inside an optimizer's update, `.grad` is left alone, and the update is told of it.
     """
     note_step(state)
+    if state.active:
+        one_number(loss, "the loss" if state.coefficient is not None else "the first loss")
     inside = state.lasso_optimizer
     if inside is not None:
         hand_over(state, inside, loss)

@@ -5,8 +5,9 @@ Read it from top to bottom: `train`; `begin`, before the first step; `train_epoc
 run is made of, and a `Progress`, which is how far it is.
 
 The folder's `checkpoint.pt` carries everything, the log too, so a run killed at any moment goes on from its last
-checkpoint to the same result. Under torchrun the same loop runs in every process. Each makes its share of every batch,
-`DistributedDataParallel` averages the gradients, and the first process writes the folder (`distributed.py`).
+checkpoint to the same result. One is written after every epoch, and after the step at which the run is asked to stop.
+Under torchrun the same loop runs in every process. Each makes its share of every batch, `DistributedDataParallel`
+averages the gradients, and the first process writes the folder (`distributed.py`).
 """
 
 import json
@@ -27,17 +28,18 @@ from prunetrain_kernels.compiled import compiling, eagerly
 from prunetrain_kernels.cost import share, share_text
 from prunetrain_kernels.data import epoch_order
 from prunetrain_kernels.data.dataset import seeded_generator
-from prunetrain_kernels.errors import DivergedError, InputError
+from prunetrain_kernels.errors import DivergedError, InputError, TrainingStopped
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import TrainConfig
-from prunetrain_kernels.train.distributed import answering
+from prunetrain_kernels.train.distributed import Ranks, answering, telling_why
 from prunetrain_kernels.train.forecast import Forecast
 from prunetrain_kernels.train.layout import leave_channels_last
 from prunetrain_kernels.train.logged import TensorBoard, check_tensorboard
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.setup import Training
 from prunetrain_kernels.train.step import CapturedStep
+from prunetrain_kernels.train.stopping import StopRequest, name_of
 from prunetrain_kernels.train.tally import Costs, EpochSums, Totals, costs_now, is_finite, summary_of
 
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
@@ -51,9 +53,12 @@ class Progress:
 
     Attributes:
         channels_last: whether images are in that layout; a run may have to leave it.
-        epoch: finished epochs; `totals`: sums over them.
         costs: of the network in its present shape.
+        stop: whether the run is asked to stop.
+        epoch: finished epochs; `totals`: sums over them.
         sums: over the steps of the epoch that runs.
+        within: that epoch has begun and is not finished, as in a checkpoint that was written inside it; `trained`: its
+            steps and reconfigurations are done, and it is being validated.
         loss, accuracy: of that epoch's images so far, as of the last look.
         ahead: where the lasso leads, as of the last epoch's end; None where there is none.
         mark: `time.perf_counter()` when the last epoch ended.
@@ -62,9 +67,12 @@ class Progress:
 
     channels_last: bool
     costs: Costs
+    stop: StopRequest
     epoch: int = 0
     totals: Totals = field(default_factory=Totals)
     sums: EpochSums = field(init=False)
+    within: bool = False
+    trained: bool = False
     loss: float = math.nan
     accuracy: float = math.nan
     ahead: Forecast | None = None
@@ -73,7 +81,14 @@ class Progress:
     board: TensorBoard = field(default_factory=TensorBoard)
 
 
-def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Path:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    stop: StopRequest | None = None,
+) -> Path:
     """Trains a network and returns its run folder.
 
     Args:
@@ -81,12 +96,15 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         resume: go on from the folder's checkpoint if there is one.
         overwrite: start anew in a folder that holds a run.
         progress: show a progress bar (on a terminal) and a line per reconfiguration.
+        stop: once its `number` is set, on any rank and from any thread, the run saves its checkpoint after the step
+            that it is in, on all ranks, and raises `TrainingStopped`.
 
     Raises:
         InputError: an option, the data, the model or the folder cannot be used.
         CheckpointError: a checkpoint cannot be written or read, or is of other options.
         DivergedError: the loss is not a number.
         RanksDifferError, RankLostError: processes that train together hold different values, or one of them is gone.
+        TrainingStopped: `stop` asked for it.
     """
     config.check()
     if config.tensorboard is not None:
@@ -94,25 +112,41 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
     if resume and overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it; choose one.")
     with (
+        telling_why(),
         answering("the last checkpoint is kept, start again with --resume, on any number of processes"),
         compiling("leave --compile out"),
     ):
-        return _train(config, resume=resume, overwrite=overwrite, show=progress)
+        device = setup.prepare_process(config)
+        ranks = Ranks.of_environment(on_gpu=device.type == "cuda", timeout=config.rank_timeout)
+        with setup.held_folder(config, ranks):
+            saved = ranks.all_or_none(lambda: setup.saved_run(config, resume=resume, overwrite=overwrite))
+            return _train(config, (device, ranks), saved, stop or StopRequest(), show=progress)
 
 
-def _train(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) -> Path:
+def _train(
+    config: TrainConfig,
+    place: tuple[torch.device, Ranks],
+    saved: dict[str, Any] | None,
+    stop: StopRequest,
+    *,
+    show: bool,
+) -> Path:
+    """Trains on a device, as one of the ranks, from a checkpoint or anew."""
     try:
-        training, progress = begin(config, resume=resume, overwrite=overwrite, show=show)
+        training, progress = begin(config, place, saved, stop, show=show)
     except torch.OutOfMemoryError:
         raise InputError(
             f"a step of {config.batch} images does not fit the device's memory; use a smaller --batch."
         ) from None
     try:
+        stop.can_wait = True
         for epoch in range(progress.epoch, training.total_epochs):
             if epoch == config.epochs:
                 training.prunetrain.regularizing = False
             train_epoch(training, progress, epoch)
             end_epoch(training, progress, epoch)
+            if progress.epoch < training.total_epochs:
+                stop_if_asked(training, progress)
     finally:
         progress.bar.close()
         progress.board.close()
@@ -124,26 +158,35 @@ def _train(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) ->
 # -- before the first step ---------------------------------------------------------------------------------------------
 
 
-def begin(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) -> tuple[Training, Progress]:
+def begin(
+    config: TrainConfig,
+    place: tuple[torch.device, Ranks],
+    saved: dict[str, Any] | None,
+    stop: StopRequest,
+    *,
+    show: bool,
+) -> tuple[Training, Progress]:
     """Sets everything up, anew or from the folder's checkpoint, and writes the folder's first files.
 
     Args:
-        resume, overwrite: as of `train`; `show`: its `progress`.
+        place: the device, and the ranks.
+        saved: the checkpoint, which is read again, into the network; None to begin anew.
+        stop: as of `train`; `show`: its `progress`.
     """
-    device = setup.prepare_process(config)
-    saved = setup.saved_run(config, resume=resume, overwrite=overwrite)
-    start = setup.dense_start(config) if saved is None and config.start_from is not None else None
-    training = setup.training_of(config, device, saved, start, show=show)
+    ranks = place[1]
+    from_dense = saved is None and config.start_from is not None
+    start = ranks.all_or_none(lambda: setup.dense_start(config)) if from_dense else None
+    training = setup.training_of(config, place, saved, start, show=show)
     if saved is not None:
-        progress = restore(training)
+        progress = restore(training, stop)
     else:
-        progress = begin_anew(training, None if start is None else start["model"])
+        progress = begin_anew(training, None if start is None else start["model"], stop)
     if training.ranks.first:
         training.log.save()
     images = len(training.data.train_labels)
     progress.bar = tqdm(
         total=training.total_epochs * images,
-        initial=progress.epoch * images,
+        initial=progress.epoch * images + (progress.sums.images if progress.within else 0),
         unit="img",
         unit_scale=True,
         disable=None if show and training.ranks.first else True,
@@ -154,16 +197,17 @@ def begin(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) -> 
     if progress.costs.unknown:
         training.say(f"costs that stay unknown, here and in the log: {progress.costs.unknown}")
     if saved is not None:
-        training.say(f"resuming after epoch {progress.epoch} of {training.total_epochs}")
+        step = f", in the next one after step {progress.sums.steps}" if progress.within else ""
+        training.say(f"resuming after epoch {progress.epoch} of {training.total_epochs}{step}")
     progress.mark = time.perf_counter()
     return training, progress
 
 
-def begin_anew(training: Training, start: dict[str, Tensor] | None) -> Progress:
+def begin_anew(training: Training, start: dict[str, Tensor] | None, stop: StopRequest) -> Progress:
     """The first records of a new run; `start` has the tensors of the dense network that it starts from."""
     if start is not None:
         start_from(training, start)
-    progress = Progress(training.config.channels_last, present_costs(training))
+    progress = Progress(training.config.channels_last, present_costs(training), stop)
     progress.totals.dense = asdict(progress.costs)
     begin_folder(training)
     log_channels(training)
@@ -183,7 +227,7 @@ def begin_folder(training: Training) -> None:
     training.log.write_config({**asdict(training.config), **environment, "data_record": training.batches.record})
 
 
-def restore(training: Training) -> Progress:
+def restore(training: Training, stop: StopRequest) -> Progress:
     """Takes up the folder's checkpoint."""
     extra = load_pruned(training.checkpoint, training.model, training.optimizer, training.prunetrain, training.copies)
     if isinstance(training.step, CapturedStep):
@@ -191,8 +235,15 @@ def restore(training: Training) -> Progress:
     training.scheduler.load_state_dict(extra["scheduler"])
     training.scaler.load_state_dict(extra["scaler"])
     training.log.load_state_dict(extra["log"])
+    setup.take_smaller_batch(training, json.loads(extra["config"]))
     channels_last = stays_channels_last(training, channels_last=training.config.channels_last)
-    progress = Progress(channels_last, present_costs(training), extra["epoch"], Totals(**extra["totals"]))
+    progress = Progress(channels_last, present_costs(training), stop, extra["epoch"], Totals(**extra["totals"]))
+    within = extra.get("within")  # absent from checkpoints of versions that wrote them between epochs only
+    if within is not None:
+        begin_epoch(training, progress)
+        progress.trained, training.watch.seconds = within["trained"], within["lasso"]
+        training.sent.total = within["sent"]
+        progress.sums.load_state_dict(within["sums"], training.ranks.rank, training.ranks.world)
     # last: nothing may draw between here and the next step
     torch.set_rng_state(extra["rng"])
     if training.device.type == "cuda" and extra["cuda_rng"] is not None:
@@ -252,11 +303,14 @@ def log_channels(training: Training) -> None:
 
 def train_epoch(training: Training, progress: Progress, epoch: int) -> None:
     """Steps over all training images, with reconfigurations inside the epoch where the interval asks for it."""
-    begin_epoch(training, progress, epoch)
+    if not progress.within:
+        begin_epoch(training, progress)
+    training.model.train()
+    progress.bar.set_description(f"epoch {epoch + 1}/{training.total_epochs}")
     images_in_epoch, sums = len(training.data.train_labels), progress.sums
     order = epoch_order(images_in_epoch, training.config.seed, epoch)
-    position = 0
-    while images_in_epoch - position >= training.smallest_batch:
+    position = sums.images
+    while not progress.trained and images_in_epoch - position >= training.smallest_batch:
         size = min(training.batch_size, images_in_epoch - position)
         start = time.perf_counter()
         training.batches.expect(order[position:], training.batch_size, epoch, train=True)
@@ -276,7 +330,10 @@ def train_epoch(training: Training, progress: Progress, epoch: int) -> None:
             look(training, progress, epoch)
         if training.prunetrain.interval % 1 and reconfigures(training, epoch):
             advance(training, progress, epoch, epoch + position / images_in_epoch)
+        stop_if_asked(training, progress)
     look(training, progress, epoch)
+    if progress.trained:
+        return
     sums.stop()
     if not is_finite(training.model):  # before it reaches a checkpoint: the last step's loss does not show it
         raise diverged(training, progress, epoch, "a weight became nan or infinite")
@@ -286,12 +343,11 @@ def train_epoch(training: Training, progress: Progress, epoch: int) -> None:
     bar.update((epoch + 1) * images_in_epoch - bar.n if not bar.disable else 0)
 
 
-def begin_epoch(training: Training, progress: Progress, epoch: int) -> None:
+def begin_epoch(training: Training, progress: Progress) -> None:
     rate = float(training.optimizer.param_groups[0]["lr"])
     progress.sums = EpochSums(training.batch_size, rate, training.device)
+    progress.within, progress.trained = True, False
     training.sent.total = 0
-    training.model.train()
-    progress.bar.set_description(f"epoch {epoch + 1}/{training.total_epochs}")
 
 
 def make_step(training: Training, progress: Progress, indices: Tensor, epoch: int) -> None:
@@ -317,7 +373,8 @@ def fall_back(training: Training) -> None:
     if ranks.world > 1:  # the others are in the middle of this step, and wait for this rank's gradients
         raise InputError(
             f"a step of {size} images on {ranks.world} ranks does not fit the memory of rank "
-            f"{ranks.rank}; start anew with a smaller --batch, --batch-limit or --memory-budget."
+            f"{ranks.rank}; go on from the last checkpoint with --resume and a smaller --batch"
+            f"{' or --batch-limit' if training.prunetrain.batch is not None else ''}."
         )
     if training.prunetrain.batch is None or size <= training.smallest_batch:
         raise InputError(f"a step of {size} images does not fit the device's memory; use a smaller --batch.")
@@ -422,13 +479,17 @@ def reconfigure_at_the_end(training: Training, progress: Progress, epoch: int) -
 def end_epoch(training: Training, progress: Progress, epoch: int) -> None:
     """Remaining reconfigurations, validation, log and checkpoint."""
     config, average = training.config, training.average
-    reconfigure_at_the_end(training, progress, epoch)
+    if not progress.trained:
+        reconfigure_at_the_end(training, progress, epoch)
+    progress.trained = True
     accuracy = validate(training, progress, training.model)
     ema_accuracy = None if average is None else validate(training, progress, average.network)
     lasso = training.watch.take()
     compilations, compile_seconds = training.compilations.take()
     if config.schedule == "step" or epoch + 1 < config.epochs:  # other schedules end with the lasso
-        training.scheduler.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # made before the resume
+            training.scheduler.step()
     progress.epoch = epoch + 1
     now = time.perf_counter()
     progress.totals.add(progress.sums, lasso, now - progress.mark, training.sent.total)
@@ -444,10 +505,8 @@ def end_epoch(training: Training, progress: Progress, epoch: int) -> None:
         compilations=compilations,
         compile_seconds=compile_seconds,
     )
-    if training.ranks.first:
-        save(training, progress)
-        training.log.save()
-    training.ranks.wait()
+    progress.within = progress.trained = False
+    save(training, progress)
     if progress.bar.disable:
         training.say(line_of_epoch(training, progress, accuracy, ema_accuracy))
 
@@ -518,6 +577,7 @@ def validate(training: Training, progress: Progress, network: nn.Module) -> floa
     correct = torch.zeros((), device=training.device)
     order = torch.arange(total, device="cpu")
     for position in range(0, total, VALIDATION_BATCH):
+        stop_if_asked(training, progress)
         training.batches.expect(order[position:], VALIDATION_BATCH, 0, train=False)
         indices = order[position : position + VALIDATION_BATCH]
         images, labels = training.batches.share(indices, 0, 0, train=False, channels_last=progress.channels_last)
@@ -528,8 +588,48 @@ def validate(training: Training, progress: Progress, network: nn.Module) -> floa
     return float(training.ranks.sum(correct)) / total
 
 
+def stop_if_asked(training: Training, progress: Progress) -> None:
+    """Ends the run between two steps, on all ranks, if one of them is asked to; raises TrainingStopped then."""
+    ranks = training.ranks
+    number = -ranks.least(-progress.stop.number)
+    if not number:
+        return
+    after = f"epoch {progress.epoch}"
+    if progress.within:  # else the checkpoint has just been written
+        after = f"step {progress.sums.steps} of epoch {progress.epoch + 1}"
+        look(training, progress, progress.epoch)
+        if not is_finite(training.model):
+            raise diverged(training, progress, progress.epoch, "a weight became nan or infinite")
+        now = time.perf_counter()
+        progress.totals.wall += now - progress.mark
+        progress.mark = now
+        save(training, progress)
+    raise TrainingStopped(f"stopped by {name_of(number)} after {after}, which '{training.checkpoint}' holds", number)
+
+
+def state_within(training: Training, progress: Progress) -> dict[str, Any] | None:
+    """What a checkpoint holds of an epoch that is not finished; None between epochs. Every rank must ask."""
+    if not progress.within:
+        return None
+    losses = training.ranks.gather(torch.stack([progress.sums.loss, progress.sums.correct]))
+    return {
+        "sums": progress.sums.state_dict(losses),
+        "trained": progress.trained,
+        "lasso": training.watch.take(),
+        "sent": training.sent.total,
+    }
+
+
 def save(training: Training, progress: Progress) -> None:
-    """Writes the checkpoint, which carries everything."""
+    """Has the first rank write the checkpoint, which carries everything, and the log; the others wait."""
+    within = state_within(training, progress)
+    if training.ranks.first:
+        write_checkpoint(training, progress, within)
+        training.log.save()
+    training.ranks.wait()
+
+
+def write_checkpoint(training: Training, progress: Progress, within: dict[str, Any] | None) -> None:
     device = training.device
     save_pruned(
         training.checkpoint,
@@ -538,6 +638,7 @@ def save(training: Training, progress: Progress) -> None:
         training.prunetrain,
         training.copies,
         epoch=progress.epoch,
+        within=within,
         scheduler=training.scheduler.state_dict(),
         scaler=training.scaler.state_dict(),
         log=training.log.state_dict(),

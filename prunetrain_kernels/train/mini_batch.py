@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -94,12 +95,15 @@ class MiniBatch:
         maximum: int | None = None,
         learning_rate: str = "linear",
     ) -> None:
+        for name, value in (("size", size), ("granularity", granularity), ("maximum", maximum)):
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise InputError(f"a mini-batch's {name} must be a whole number of images, not {value!r}.")
         if size < 1 or granularity < 1 or (maximum is not None and maximum < size):
             raise InputError(
                 f"a mini-batch needs size >= 1, granularity >= 1 and maximum >= size; got size {size}, "
                 f"granularity {granularity}, maximum {maximum}."
             )
-        if budget_bytes is not None and budget_bytes <= 0:
+        if budget_bytes is not None and not (_is_number(budget_bytes) and 0 < budget_bytes < math.inf):
             raise InputError(f"the memory budget must be a positive number of bytes, not {budget_bytes}.")
         if learning_rate not in LEARNING_RATE_RULES:
             raise InputError(f"learning_rate must be one of {', '.join(LEARNING_RATE_RULES)}, not '{learning_rate}'.")
@@ -271,6 +275,10 @@ class MiniBatch:
                 f"a number of processes that divides it, such as {before}."
             )
         self.size = together // self.ranks
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def bytes_beside(model: nn.Module, copies: Sequence[nn.Module], ddp: DistributedDataParallel | None) -> int:

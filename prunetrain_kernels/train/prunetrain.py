@@ -34,7 +34,13 @@ from prunetrain_kernels.train.logged import Log, log_numbers
 from prunetrain_kernels.train.mini_batch import FirstBatch, MiniBatch, bytes_beside
 from prunetrain_kernels.train.present import Limits, fuse_all, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
-from prunetrain_kernels.train.prunetrain_checks import check_arguments, check_coefficient, check_names, check_parts
+from prunetrain_kernels.train.prunetrain_checks import (
+    check_arguments,
+    check_coefficient,
+    check_kinds,
+    check_names,
+    check_parts,
+)
 from prunetrain_kernels.train.reconfiguration import carry_out
 from prunetrain_kernels.train.saved_state import load_state, state_dict_of
 from prunetrain_kernels.train.state import Parts, PruningState, multiples
@@ -149,6 +155,7 @@ class PruneTrain(PruningState):
         coefficient: float | None = None,
         log: Log | None = None,
     ) -> None:
+        check_kinds(locals())
         wanted = target_of(target, target_training, epochs, target_by)
         interval = interval_of(interval, None if wanted is None else wanted.epochs)
         check_arguments(penalty_ratio, interval, amp, zeroing_tolerance, steers=wanted is not None)
@@ -176,7 +183,7 @@ class PruneTrain(PruningState):
         settings = (penalty_ratio, interval, threshold, relative, policy, round_to, zeroing_tolerance, keep_momentum)
         more = (epochs, wanted, limits, coefficient, sorted(self.lasso.coefficients.items()))
         self.ranks.agree("the network and PruneTrain's arguments", settings, more, sorted(self.dense_layers.items()))
-        self.batch = MiniBatch(batch) if isinstance(batch, int) else batch
+        self.batch = batch if batch is None or isinstance(batch, MiniBatch) else MiniBatch(int(batch))
         self._start_batch()
 
     def _start_batch(self) -> None:

@@ -2,15 +2,49 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.prune.measure import check_tolerance
+from prunetrain_kernels.train.mini_batch import MiniBatch
+
+# arguments of PruneTrain, by what they must be
+NUMBERS = ("penalty_ratio", "threshold", "zeroing_tolerance")
+WHOLE = ("round_to", "min_channels")
+FLAGS = ("relative", "fuse", "keep_momentum")
+
+
+def check_kinds(arguments: Mapping[str, Any]) -> None:
+    """Raises InputError for an argument that is no number, such as text or NaN; or no whole one, where things are
+    counted; or no flag.
+
+    Args:
+        arguments: those of PruneTrain, by their names; others are not looked at.
+    """
+    batch, interval = arguments["batch"], arguments["interval"]
+    if not (batch is None or isinstance(batch, MiniBatch) or _is_whole(batch)):
+        raise InputError(f"batch must be a whole number of images, a MiniBatch or None, not {batch!r}.")
+    for name in (*NUMBERS, *(() if interval is None else ("interval",))):
+        value = arguments[name]
+        if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(float(value)):
+            raise InputError(f"{name} must be a number, not {value!r}.")
+    for name in WHOLE:
+        if not _is_whole(arguments[name]):
+            raise InputError(f"{name} must be a whole number, not {arguments[name]!r}.")
+    for name in FLAGS:
+        if not isinstance(arguments[name], bool | np.bool_):
+            raise InputError(f"{name} must be True or False, not {arguments[name]!r}.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_arguments(penalty_ratio: float, interval: float, amp: Any, zeroing_tolerance: float, *, steers: bool) -> None:
@@ -23,7 +57,7 @@ def check_arguments(penalty_ratio: float, interval: float, amp: Any, zeroing_tol
         raise InputError(f"penalty_ratio must be from 0 up to, but not including, 1, not {penalty_ratio}.")
     if steers and not penalty_ratio:
         raise InputError("a target needs a lasso to begin with: a penalty_ratio above 0, such as the paper's 0.25.")
-    if not interval > 0:
+    if not 0 < interval < math.inf:
         raise InputError(f"interval must be a positive number of epochs, not {interval}.")
     if amp not in (None, torch.float16, torch.bfloat16):
         raise InputError(f"amp must be torch.bfloat16, torch.float16 or None, not {amp!r}.")

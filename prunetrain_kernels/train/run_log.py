@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from prunetrain_kernels.errors import CheckpointError, InputError
-from prunetrain_kernels.files import reason, write_atomically
+from prunetrain_kernels.files import read_regular, reason, write_atomically
+from prunetrain_kernels.probe import first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,6 +94,7 @@ TEXT_COLUMNS = frozenset({"phase", "layer", "kind", "unknown_costs"})
 
 # a layer may be called anything, "epochs" too: so its array's name in slices.npz starts with this
 SLICE_PREFIX = "layer/"
+_MOST_UNPACKED = 100  # bytes of slices.npz unpacked for each of its own; it is written without compression
 
 Cell = int | float | str | None
 
@@ -229,8 +231,12 @@ class RunLog:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         try:
-            text = json.dumps(_jsonable(dict(content)), indent=2, ensure_ascii=False, allow_nan=False)
-            data = (text + "\n").encode()
+            plain = _jsonable(dict(content))
+            text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+            try:
+                data = (text + "\n").encode()
+            except UnicodeEncodeError:  # a file's name that is no UTF-8: its odd bytes as escapes of JSON
+                data = (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode()
         except (TypeError, ValueError) as error:
             raise InputError(f"{name} cannot hold this: {error}") from error
         write_atomically(self.directory / name, data)
@@ -289,7 +295,7 @@ def read_run(directory: Path) -> Run:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path).decode("utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {reason(error)}") from error
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not even text
@@ -304,7 +310,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, Any]:
     if not path.exists() and path.name != "log.csv":
         return {column: [] for column in columns}
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_regular(path).decode("utf-8")
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except OSError as error:
         raise InputError(f"cannot read {path}: {reason(error)}") from error
@@ -361,14 +367,26 @@ def _read_slices(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     if not path.exists():
         return {}, np.empty(0)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        packed = read_regular(path)
+        with zipfile.ZipFile(io.BytesIO(packed)) as entries:
+            unpacked = sum(entry.file_size for entry in entries.infolist())
+        if unpacked > _MOST_UNPACKED * len(packed):
+            raise ValueError(f"its {len(packed):,} bytes would unpack to {unpacked:,}")
+        with np.load(io.BytesIO(packed), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         epochs = arrays.pop("epochs")
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
-    for name, values in arrays.items():
-        if epochs.ndim != 1 or values.ndim != 2 or len(values) != len(epochs):
-            raise InputError(f"{path} is damaged: {name} is {values.shape} beside epochs of shape {epochs.shape}")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
+    except Exception as error:  # a damaged archive can raise almost anything: struct.error, zlib.error, SyntaxError
+        raise InputError(f"{path} is damaged: {first_line(error)}") from error
+    for name, values in {"epochs": epochs, **arrays}.items():
+        shape = "(epochs, output channels)" if name != "epochs" else "(epochs,)"
+        if values.ndim != (1 if name == "epochs" else 2) or len(values) != len(epochs):
+            raise InputError(f"{path} is damaged: {name} has the shape {values.shape}, not {shape}")
+        if values.dtype.kind != "f":
+            raise InputError(f"{path} is damaged: {name} holds {values.dtype}, not floating-point numbers")
+    if not np.isfinite(epochs).all():
+        raise InputError(f"{path} is damaged: an epoch in it is no number")
     return {name.removeprefix(SLICE_PREFIX): values for name, values in arrays.items()}, epochs
 
 

@@ -5,8 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from prunetrain_kernels.data import (
     ResizedCrop,
     batch,
     difference_of_data,
+    digest_of_contents,
     load,
     read_ahead,
     record_of,
@@ -31,6 +32,7 @@ from prunetrain_kernels.data import (
 from prunetrain_kernels.data.decode import cores
 from prunetrain_kernels.data.reader import CACHE_LIMIT
 from prunetrain_kernels.errors import CheckpointError, InputError
+from prunetrain_kernels.files import is_regular, kind_of, remove_leftovers
 from prunetrain_kernels.machine import processor
 from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import synchronize_batch_norm
@@ -39,8 +41,9 @@ from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.checkpoint import read_checkpoint
 from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig, multipliers
 from prunetrain_kernels.train.distributed import Ranks, SentBytes, distributed, one_after_the_other
-from prunetrain_kernels.train.mini_batch import MiniBatch
+from prunetrain_kernels.train.mini_batch import MiniBatch, scale_learning_rate
 from prunetrain_kernels.train.prunetrain import PruneTrain
+from prunetrain_kernels.train.run_lock import locked
 from prunetrain_kernels.train.run_log import RunLog
 from prunetrain_kernels.train.step import Average, CapturedStep, Step
 from prunetrain_kernels.train.tally import Stopwatch
@@ -186,7 +189,7 @@ def prepare_process(config: TrainConfig) -> torch.device:
 
 def training_of(
     config: TrainConfig,
-    device: torch.device,
+    place: tuple[torch.device, Ranks],
     saved: dict[str, Any] | None,
     start: dict[str, Any] | None,
     *,
@@ -195,21 +198,22 @@ def training_of(
     """Builds all that a run is made of; nothing is written yet, and no saved tensor loaded.
 
     Args:
-        device: as `prepare_process` returned it.
+        place: the device, as `prepare_process` returned it, and the ranks.
         saved: the checkpoint to go on from; `start`: the dense network's to start from.
         show: whether `say` says anything.
 
     Raises:
         InputError, CheckpointError, RanksDifferError, RankLostError: as `train`.
     """
-    ranks = Ranks.of_environment(on_gpu=device.type == "cuda", timeout=config.rank_timeout)
+    device, ranks = place
     check_ranks(config, ranks)
     ranks.agree("the checkpoints to go on from", -1 if saved is None else saved["extra"]["epoch"])
     say: Callable[[str], None] = tqdm.write if show and ranks.first else _say_nothing
     log = RunLog(Path(config.out))
-    data = one_after_the_other(ranks, lambda: load_data(config, device, say))
+    data = ranks.all_or_none(lambda: one_after_the_other(ranks, lambda: load_data(config, device, say)))
     batches = Batches(data, record_of(data), config.seed, device, ranks)
     ranks.agree("the data", data.image_shape, json.dumps(batches.record))
+    ranks.agree("the image files", ranks.all_or_none(lambda: digest_of_contents(data)) if ranks.world > 1 else "")
     compare_data(config, batches.record, saved, start, say)
     model = build_model(config, data, device, ranks)
     optimizer = optimizer_of(config, model)
@@ -311,14 +315,13 @@ def saved_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str
         has_checkpoint = checkpoint.exists()
         if not (resume or overwrite) and (has_checkpoint or (folder / "config.json").exists()):
             raise InputError(f"'{folder}' holds a run already; add --resume to go on, --overwrite to replace it.")
-        # A process killed while it wrote a file left the unfinished one aside.
-        for name in RUN_FILES:
-            for unfinished in folder.glob(f".{name}.*-*.tmp"):
-                unfinished.unlink(missing_ok=True)
+        if folder.is_dir():
+            remove_leftovers(folder, RUN_FILES)
     except OSError as error:
         raise InputError(f"the run folder '{folder}' cannot be used: {error.strerror or error}.") from error
     if overwrite or not has_checkpoint:
         return None
+    check_checkpoint_file(checkpoint)
     saved = read_checkpoint(checkpoint)
     if "config" not in saved["extra"]:
         raise CheckpointError(f"'{checkpoint}' was not written by `prunetrain train`; choose another --out.")
@@ -327,12 +330,64 @@ def saved_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str
     for option, value in json.loads(json.dumps(asdict(config))).items():
         if option == "start_from" and value is not None and before[option] is not None:
             continue  # it is not read again, so it may have moved
-        if option not in NOT_COMPARED and value != before[option]:
+        if option not in NOT_COMPARED and value != before[option] and not is_smaller_batch(option, value, before):
             raise CheckpointError(
                 f"'{folder}' was trained with --{option.replace('_', '-')} {before[option]}, not {value}; "
                 "resume with the same options, or choose another --out."
             )
     return saved
+
+
+def check_checkpoint_file(path: Path) -> None:
+    """Raises CheckpointError for a pipe, a device or a socket, which may be waited for without end."""
+    with suppress(OSError):  # which whoever reads it says better
+        if not is_regular(path):
+            raise CheckpointError(f"'{path}' is {kind_of(path)}, not a checkpoint; give another file.")
+
+
+@contextmanager
+def held_folder(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
+    """Keeps other processes out of the run folder; the first rank holds it, for all of them."""
+    with ExitStack() as stack:
+        folder = Path(config.out)
+        ranks.all_or_none(lambda: stack.enter_context(locked(folder, _say_to_user)) if ranks.first else None)
+        yield
+
+
+def _say_to_user(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
+
+def is_smaller_batch(option: str, value: Any, before: dict[str, Any]) -> bool:
+    """Whether an option that a run goes on with only makes its steps smaller, so that they fit the memory."""
+    if option == "batch":
+        return bool(value < before[option])
+    if option in ("batch_limit", "memory_budget"):
+        return value is not None and (before[option] is None or value < before[option])
+    return False
+
+
+def take_smaller_batch(training: "Training", before: dict[str, Any]) -> None:
+    """Makes the batch of a run that goes on as small as its options ask for now, and the learning rate with it.
+
+    Args:
+        before: the options that it had.
+    """
+    config, batch, parts = training.config, training.prunetrain.batch, training.parts
+    was = before["batch"] if batch is None else batch.size * parts
+    size = min(was, config.batch) if config.batch < before["batch"] else was
+    if batch is not None and config.batch_limit is not None:
+        size = min(size, config.batch_limit)
+        batch.maximum = config.batch_limit // parts
+    if batch is not None and config.memory_budget != before.get("memory_budget"):
+        batch.budget_bytes = config.memory_budget
+    if size == was:
+        return
+    if batch is not None:
+        batch.size = size // parts
+    ratio = {"linear": size / was, "sqrt": math.sqrt(size / was), "none": 1.0}[config.lr_rule]
+    scale_learning_rate(training.optimizer, training.scheduler, ratio)
+    training.say(f"going on with {size} images per step instead of {was}, and {ratio:.4g} times the learning rate")
 
 
 def compare_data(
@@ -509,6 +564,7 @@ def dense_start(config: TrainConfig) -> dict[str, Any]:
         path = path / "checkpoint.pt"
     if path.parent.resolve() == Path(config.out).resolve():
         raise InputError(f"--start-from {config.start_from} is the run folder itself; choose another --out.")
+    check_checkpoint_file(path)
     payload = read_checkpoint(path)
     if "config" not in payload["extra"]:
         raise CheckpointError(f"'{path}' was not written by `prunetrain train`; --start-from needs one that was.")

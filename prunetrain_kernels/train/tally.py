@@ -112,6 +112,29 @@ class EpochSums:
         self.memory = UNKNOWN if math.isnan(memory) or math.isnan(self.memory) else max(memory, self.memory)
         self.unknown = costs.unknown or self.unknown
 
+    def state_dict(self, losses: Tensor) -> dict[str, Any]:
+        """Plain values and tensors, for an epoch that is gone on with elsewhere.
+
+        Args:
+            losses: (ranks, 2), the sums of the losses and the hits of each rank.
+        """
+        names = ("batch", "lr", "steps", "images", "flops", "batch_norm", "gradient", "memory", "unknown",
+                 "reconfigure_seconds", "measure_seconds", "seconds")  # fmt: skip
+        passed = time.perf_counter() - self.start
+        plain = {name: getattr(self, name) for name in names}
+        return {**plain, "step_times": list(self.step_times), "passed": passed, "losses": losses}
+
+    def load_state_dict(self, state: dict[str, Any], rank: int, world: int) -> None:
+        """Takes up a `state_dict`; on another number of ranks, the first one takes the losses of all."""
+        losses = state["losses"]
+        row = losses[rank] if len(losses) == world else losses.sum(0) * (rank == 0)
+        self.loss = torch.as_tensor(row[0]).to(self.loss.device, self.loss.dtype)
+        self.correct = torch.as_tensor(row[1]).to(self.correct.device, self.correct.dtype)
+        self.step_times = list(state["step_times"])
+        self.start = time.perf_counter() - state["passed"]
+        for name in state.keys() - {"losses", "step_times", "passed"}:
+            setattr(self, name, state[name])
+
     def stop(self) -> None:
         """Takes the epoch's seconds after its last step, without those of reconfigurations."""
         elapsed = time.perf_counter() - self.start

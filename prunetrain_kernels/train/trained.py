@@ -71,6 +71,7 @@ def load_trained(run: Path, input_shape: tuple[int, ...] | None = None, classes:
             that cannot be built.
     """
     path = run / setup.CHECKPOINT if run.is_dir() else run
+    setup.check_checkpoint_file(path)
     payload = read_checkpoint(path)
     extra = payload["extra"]
     if "config" not in extra:

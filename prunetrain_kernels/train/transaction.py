@@ -71,12 +71,11 @@ def on_all_ranks(ranks: Ranks, act: Callable[[], _Result]) -> _Result:
         result = act()
     except Exception as error:
         failed = error
-    try:
-        ranks.agree("the outcomes of the reconfiguration", type(failed).__name__)
-    except RanksDifferError as differ:
-        raise differ from failed
+    first = ranks.first_failure(failed)
     if failed is not None:
         raise failed
+    if first is not None:
+        raise RanksDifferError(f"rank {first[0]} failed, so nothing was changed on any rank: {first[1]}")
     return result
 
 
@@ -133,7 +132,8 @@ def grow(state: PruningState, fits: int) -> None:
         does_not_fit = isinstance(failed, torch.OutOfMemoryError | InputError)
         worst = ranks.least(1 if failed is None else 0 if does_not_fit else -1)
         if worst < 0:
-            raise failed or PruneTrainError("another rank failed while it measured the memory of a larger batch.")
+            first = ranks.first_failure(None if does_not_fit else failed)
+            raise failed or PruneTrainError(f"rank {first and first[0]} failed: {first and first[1]}")
         if worst:
             return
         batch.fall_back(state.optimizer, state.scheduler)

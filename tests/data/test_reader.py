@@ -300,7 +300,7 @@ def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree", 4, 2)
     data = read(root)
     (root / "train/b/01.jpg").unlink()
-    with pytest.raises(InputError, match=r"train/b/01\.jpg is a damaged image \(.*No such file"):
+    with pytest.raises(InputError, match=r"train/b/01\.jpg cannot be read \(No such file"):
         batch(data, torch.arange(4), **WHERE, train=True)
     (root / "train/b/01.jpg").symlink_to(root / "nowhere.jpg")
     with pytest.raises(InputError, match=r"train/b/01\.jpg cannot be read \(No such file or directory\)"):

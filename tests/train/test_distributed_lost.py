@@ -16,9 +16,9 @@ from prunetrain_kernels.train import loop
 from prunetrain_kernels.train.distributed import (
     Ranks,
     answering,
-    speak_when_terminated,
 )
 from prunetrain_kernels.train.run_log import read_run
+from prunetrain_kernels.train.stopping import heeding_signals
 
 
 def _silent(rank: int) -> float:
@@ -87,9 +87,9 @@ def test_a_rank_killed_in_an_epoch_ends_the_job_which_resumes(tmp_path: Path, ne
 def _waits(ready: Path, said: Path) -> None:
     with open(said, "w") as file:
         os.dup2(file.fileno(), 2)
-    speak_when_terminated("stopped; go on with --resume")
-    ready.touch()
-    torch.mm(*torch.ones(2, 7000, 7000))  # no Python code, so no Python handler, runs until it is done
+    with heeding_signals("stopped; go on with --resume", ranks=2):
+        ready.touch()
+        torch.mm(*torch.ones(2, 7000, 7000))  # no Python code, so no Python handler, runs until it is done
     os._exit(0)
 
 

@@ -61,6 +61,7 @@ class Flow:
         self._values = {node: value for each in programs for node, value in each.values.items()}
         self._channels: dict[fx.Node, Channels] = {}
         self._parts: dict[fx.Node, list[Channels]] = {}  # of values that are tuples of tensors
+        self._unknown: dict[fx.Node, str] = {}  # why the channels of a value are not known
         self._counts: dict[fx.Node, Count] = {}  # of values that are numbers of channels
         self._understood: set[tuple[fx.Node, fx.Node]] = set()  # uses of such numbers: by whom, and which
         self._reads: set[tuple[fx.Node, fx.Node]] = set()  # uses of parameters, likewise
@@ -104,19 +105,59 @@ class Flow:
             return None
         return Source(first, channels, before, after)
 
-    def channels_or_frozen(
-        self, node: fx.Node, reason: str = "it is not computed from anything followed"
-    ) -> Channels | None:
-        """The channels of a node; where none are known, new ones that stay, in the dimension in which an operand of the
-        same shape has them, else in dim 1."""
+    def read_in(self, node: fx.Node, dim: int, size: int) -> Channels | None:
+        """The channels that a layer of `size` input features reads from the call's first input, in this dimension.
+
+        Where none are known there, `size` new ones begin, which stay: a layer tells how many features it reads, whoever
+        made them. Channels that the input has in another dimension go through the layer beside its own features; they
+        stay too. None where the input has no such dimension.
+        """
+        first = argument(node, 0, "input")
+        shape, known = self.shape(first), self.channels_of(first)
+        if shape is None or not -len(shape) <= dim < len(shape):
+            return None
+        dim %= len(shape)
+        if known is not None and known.dim == dim:
+            return known
+        if shape[dim] != size:
+            return None
+        if known is not None:
+            self.freeze(known, f"operation '{node.name}' works across another dimension of them", weak=True)
+        return self.begin_frozen(first, dim)
+
+    def begin_frozen(self, node: fx.Node, dim: int) -> Channels:
+        """Says that the tensor has channels in this dimension, which stay; those it had elsewhere are forgotten."""
         shape = self.shape(node)
-        if node not in self._channels and shape is not None and len(shape) >= 2:
-            dims = (
-                self._channels[n].dim for n in node.all_input_nodes if n in self._channels and self.shape(n) == shape
-            )
-            dim = next(dims, 1) or 1
-            self._channels[node] = Channels(self.new_space(shape[dim], reason), dims=(dim,))
+        assert shape is not None
+        self._channels[node] = Channels(self.ids.new(shape[dim], self.why_unknown(node), weak=True), dims=(dim,))
+        return self._channels[node]
+
+    def channels_in(self, node: fx.Node, dim: int) -> Channels | None:
+        """The channels of a tensor; where none are known, new ones that stay, in the dimension `dim`."""
+        shape = self.shape(node)
+        if node not in self._channels and shape is not None and dim < len(shape):
+            return self.begin_frozen(node, dim)
         return self._channels.get(node)
+
+    def leave_unknown(self, node: fx.Node, reason: str) -> None:
+        """Says that nobody understands the call: its result has no channels, unless an operand of the same shape has
+        some, which stay and then are those of the result too.
+
+        Args:
+            reason: why they stay; where the call reads what is unknown already, the reason for that is kept.
+        """
+        reads, shape = self.tensors(node), self.shape(node)
+        dims = (self._channels[n].dim for n in reads if n in self._channels and self.shape(n) == shape)
+        dim = next((d for d in dims if d is not None), None)
+        is_known = any(n in self._channels or n in self._parts for n in reads)
+        earlier = None if is_known else next((self._unknown[n] for n in reads if n in self._unknown), None)
+        self._unknown[node] = earlier or reason
+        if dim is not None and shape is not None and node not in self._channels:
+            self.begin_frozen(node, dim)
+
+    def why_unknown(self, node: fx.Node) -> str:
+        """Why the channels of a value are not known, in words."""
+        return self._unknown.get(node, "it is not computed from anything followed")
 
     # -- channels ------------------------------------------------------------------------------------------------------
 
@@ -132,9 +173,9 @@ class Flow:
         """Joins two tuples of ids place by place: the channels in one place are one from now on."""
         return self.ids.join(a, b)
 
-    def freeze(self, value: Channels, reason: str) -> None:
-        """Says that the channels stay as they are."""
-        self.ids.freeze(value.ids, reason)
+    def freeze(self, value: Channels, reason: str, *, weak: bool = False) -> None:
+        """Says that the channels stay as they are; `weak`: a better reason may take the place of this one."""
+        self.ids.freeze(value.ids, reason, weak=weak)
 
     def keep_two(self, ids: tuple[int, ...]) -> None:
         """Says that at least two of the channels stay."""

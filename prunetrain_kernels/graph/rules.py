@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from prunetrain_kernels.graph.calls import Outcome
 from prunetrain_kernels.graph.flow import Flow
-from prunetrain_kernels.graph.functions import MIXES
 from prunetrain_kernels.graph.layers import convolution, linear
+from prunetrain_kernels.graph.norms import LAST_DIMS_MODULES, MIXES, layer_norm_module
 from prunetrain_kernels.graph.shapes import reshape_to, shuffle, softmax
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -124,7 +124,8 @@ _RULES: dict[type[nn.Module], ModuleRule] = {
     nn.Linear: _linear,
     nn.modules.batchnorm._BatchNorm: batch_norm_rule,
     nn.modules.instancenorm._InstanceNorm: _instance_norm,
-    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d), _mixing_norm),
+    **dict.fromkeys(LAST_DIMS_MODULES, layer_norm_module),
+    **dict.fromkeys((nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d), _mixing_norm),
     nn.PReLU: _prelu,
     nn.Flatten: _flatten_module,
     nn.Unflatten: _unflatten_module,

@@ -268,12 +268,16 @@ def pad(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def _all_of(flow: Flow, tensors: Any) -> list[Channels]:
-    """The channels of each tensor of a list; new ones that stay for a tensor without; empty if it is no list."""
+    """The channels of each tensor of a list; empty if it is no list. A tensor without gets new ones that stay, in the
+    dimension in which another has them."""
     if isinstance(tensors, fx.Node):
         return flow.parts_of(tensors) or []
     if not isinstance(tensors, list | tuple) or not all(isinstance(t, fx.Node) for t in tensors):
         return []
-    values = [flow.channels_or_frozen(t) for t in tensors]
+    dim = next((v.dim for t in tensors if (v := flow.channels_of(t)) is not None), None)
+    if dim is None:
+        return []
+    values = [flow.channels_in(t, dim) for t in tensors]
     return [v for v in values if v is not None] if all(values) else []
 
 

@@ -1,7 +1,6 @@
 """docs/architectures.md: what of which architecture can be pruned, what is frozen and why."""
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from prunetrain_kernels.cost.flops import count_flops_by_layer
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.files import write_atomically
 from prunetrain_kernels.graph import ChannelGraph, trace_channels
+from prunetrain_kernels.graph.prunable import prunable_share, without_names
 
 PAGE = Path("docs/architectures.md")
 KINDS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -107,7 +107,7 @@ def describe_graph(graph: ChannelGraph, model: nn.Module, x: Tensor) -> Row:
     reasons: Counter[str] = Counter()
     for space in spaces:
         if space.frozen and not space.is_input and not space.is_output:
-            reasons[_reason(space.frozen)] += space.size
+            reasons[without_names(space.frozen)] += space.size
     followed = {*graph.layers, *graph.followers}
     layers = [name for name, module in model.named_modules() if isinstance(module, KINDS)]
     return Row(
@@ -116,38 +116,10 @@ def describe_graph(graph: ChannelGraph, model: nn.Module, x: Tensor) -> Row:
         len(spaces),
         sum(space.size for space in spaces if not space.frozen),
         sum(space.size for space in spaces),
-        prunable_share(graph, model, x),
+        prunable_share(graph, count_flops_by_layer(model, (x,))),
         dict(reasons.most_common()),
         graph.tracer,
     )
-
-
-def prunable_share(graph: ChannelGraph, model: nn.Module, x: Tensor) -> float:
-    """Share of the forward FLOPs of which the input or the output channel is not frozen."""
-    flops = count_flops_by_layer(model, (x,))
-    stays = 0.0
-    for name, count in flops.items():
-        if name in graph.layers:
-            layer = graph.layers[name]
-            stays += count * frozen_share(graph, layer.input) * frozen_share(graph, layer.output)
-        elif name in graph.followers:
-            stays += count * frozen_share(graph, graph.followers[name].space)
-        else:
-            stays += count
-    return 1 - stays / sum(flops.values())
-
-
-def frozen_share(graph: ChannelGraph, space: int) -> float:
-    """Share of a space's channels that stay whatever their weights."""
-    entry = graph.spaces[space]
-    owners = [space] * entry.size if entry.members is None else entry.members[:, 0].tolist()
-    return sum(graph.spaces[owner].frozen is not None for owner in owners) / max(len(owners), 1)
-
-
-def _reason(text: str) -> str:
-    """A reason without the names of modules, so that equal reasons are counted together."""
-    text = re.sub(r"'[^']+' \((\w+)\)", r"a \1", text)
-    return re.sub(r"'[\w.]*\.[\w.]*'", "a module", text)
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from prunetrain_kernels.graph.shapes import (
     permutation,
     pieces_of,
     reshape,
+    reshape_as,
     shuffle,
     softmax,
     stack,
@@ -87,6 +88,8 @@ def understands_function(flow: Flow, node: fx.Node) -> Outcome:
         return binary(flow, node)
     if target in RESHAPES:
         return reshape(flow, node)
+    if target in ("reshape_as", "view_as"):
+        return reshape_as(flow, node)
     if target in (torch.cat, torch.concat, torch.concatenate):
         return concatenation(flow, node)
     if target is torch.stack:

@@ -130,6 +130,20 @@ def reshape(flow: Flow, node: fx.Node) -> Outcome:
     return reshape_to(flow, node, unpacked(node.args[1:] or (node.kwargs.get("shape", ()),)))
 
 
+def reshape_as(flow: Flow, node: fx.Node) -> Outcome:
+    """Rule for `x.reshape_as(other)` and `view_as`: the result has the channels of both, in the other's dimension."""
+    read, other = flow.source(node), argument(node, 1, "other")
+    target = flow.channels_of(other)
+    if read is None or target is None or len(node.args) != 2:
+        return False
+    result = reshaped(read.channels, tuple(read.before), tuple(read.after))
+    if result is None or (result.dims, result.grid, result.features) != (target.dims, target.grid, target.features):
+        return False
+    result, target = (result, target) if result.block == target.block else (result.plain(), target.plain())
+    flow.set(node, Channels(flow.join(result.ids, target.ids), result.block, result.dims, result.grid))
+    return True
+
+
 def unpacked(sizes: Any) -> tuple[Any, ...]:
     """The sizes of `view(2, 3)` and `view((2, 3))` alike, as one tuple."""
     return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else tuple(sizes)

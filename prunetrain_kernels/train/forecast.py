@@ -314,6 +314,7 @@ class Course:
             until the last look.
         passed: epochs at the last look; `steps_per_epoch`: as counted until then.
         norms: of all slices at the last look, NaN where pruned; `resistance`: smoothed, NaN where unknown.
+        warned: whether the user knows that nothing will be pruned.
     """
 
     optimizer: Optimizer
@@ -328,6 +329,7 @@ class Course:
     steps_per_epoch: float = 0.0
     norms: dict[str, Sides] = field(default_factory=dict)
     resistance: dict[str, Sides] = field(default_factory=dict)
+    warned: bool = False
 
     @classmethod
     def counting(cls, optimizers: Sequence[Optimizer], lasso: GroupLasso, epochs: float | None) -> "Course":
@@ -344,6 +346,12 @@ class Course:
     @property
     def measured(self) -> bool:
         return bool(self.resistance)
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the optimizer moves weights by the rate times the gradient, as SGD does, and Adam does not."""
+        settings = groups_of(self.optimizer)[self.group]
+        return "momentum" in settings and "alpha" not in settings  # RMSprop has both
 
     def note_step(self, now: Callable[[], Now]) -> None:
         """Notes the learning rate, before each step, and the norms before the first one."""
@@ -376,6 +384,8 @@ class Course:
         if self.norms and 0 < reach < math.inf:
             pulls = now.by_original(pulls_of(norms))
             for name, sides in after.items():
+                if name not in self.norms:
+                    continue  # an earlier version did not follow this layer
                 moved = [(was - side) / reach for was, side in zip(self.norms[name], sides, strict=True)]
                 fresh = [now.coefficient * pull - move for pull, move in zip(pulls[name], moved, strict=True)]
                 known = self.resistance.get(name, (fresh[0], fresh[1]))
@@ -389,9 +399,12 @@ class Course:
         self.norms, self.rate, self.last_rate, self.passed = after, None, None, now.passed
         self.steps, self.calls, self.replays = 0, 0, getattr(self.optimizer, "replays", 0)
 
-    def hop(self, now: Now) -> float:
-        """How far the lasso moves a slice per step, and keeps a dying one hopping around zero, at the present rate."""
-        return now.coefficient * self._rate_now() * reach_per_rate(self.optimizer, self.group)
+    def hop(self, now: Now, *, highest: bool = False) -> float:
+        """How far the lasso moves a slice per step, and keeps a dying one hopping around zero, at the present rate, or
+        at the highest that the optimizer tells of."""
+        settings = groups_of(self.optimizer)[self.group]
+        later = [float(settings[key]) for key in ("initial_lr", "max_lr") if highest and key in settings]
+        return now.coefficient * max([self._rate_now(), *later]) * reach_per_rate(self.optimizer, self.group)
 
     def reach(self, now: Now, epochs: float) -> float:
         """The reach of the coming epochs; 0 before the first look."""

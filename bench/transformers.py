@@ -3,6 +3,7 @@
 What goes through a layer norm stays; the hidden features between two layers of a block can go.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,15 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
         import timm
 
         model: nn.Module = timm.create_model(name, pretrained=False, **options)
+        return model
+
+    return build
+
+
+def _timm_class(home: str, name: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import_torchvision()
+        model: nn.Module = getattr(importlib.import_module(f"timm.models.{home}"), name)(num_classes=10, **options)
         return model
 
     return build
@@ -89,6 +99,7 @@ class Encoder(nn.Module):
     def __init__(self, width: int = 128, heads: int = 2, blocks: int = 2, vocabulary: int = 1000) -> None:
         super().__init__()
         self.words, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(64, width)
+        self.position_ids: Tensor
         self.register_buffer("position_ids", torch.arange(64)[None])
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(blocks))
@@ -96,7 +107,7 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, length) to (N, 5)."""
-        ids = self.get_buffer("position_ids")[:, : tokens.shape[1]]
+        ids = self.position_ids[:, : tokens.shape[1]]
         x = self.norm(self.words(tokens) + self.positions(ids))
         for block in self.blocks:
             x = block(x)
@@ -183,8 +194,14 @@ class QueryDetector(nn.Module):
         self.project = nn.Conv2d(width, width, 1)
         self.queries = nn.Parameter(torch.randn(1, queries, width))
         self.attention, self.norm = nn.MultiheadAttention(width, 4, batch_first=True), nn.LayerNorm(width)
-        self.up, self.down, self.last_norm = nn.Linear(width, 2 * width), nn.Linear(2 * width, width), nn.LayerNorm(width)
-        self.boxes = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+        self.up, self.down, self.last_norm = (
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+            nn.LayerNorm(width),
+        )
+        self.boxes = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
+        )
         self.classes = nn.Linear(width, 6)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,13 +245,13 @@ TRANSFORMERS: dict[str, Architecture] = {
         "timm",
         _timm("mixer_s32_224"),
         32,
-        _timm("mixer_s32_224", img_size=32, patch_size=8, embed_dim=32, num_blocks=2),
+        _timm_class("mlp_mixer", "MlpMixer", img_size=32, patch_size=8, embed_dim=32, num_blocks=2),
     ),
     "timm:pvt_v2_b0": Architecture(
         "timm", _timm("pvt_v2_b0"), 32, _timm("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(16, 32, 40, 64))
     ),
     "timm:poolformer_s12": Architecture(
-        "timm", _timm("poolformer_s12"), 32, _timm("poolformer_s12", layers=(1, 1, 1, 1), embed_dims=(16, 24, 32, 48))
+        "timm", _timm("poolformer_s12"), 32, _timm_class("metaformer", "MetaFormer", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48))
     ),
     "timm:xcit_nano_12_p16_224": Architecture(
         "timm", _timm("xcit_nano_12_p16_224"), 32, _timm("xcit_nano_12_p16_224", depth=2, img_size=32)

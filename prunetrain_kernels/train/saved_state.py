@@ -75,7 +75,9 @@ def not_followed_before(state: PruningState) -> set[str]:
     return {
         layer.name
         for layer in state.graph.layers.values()
-        if any(spaces[n].frozen and not (spaces[n].is_input or spaces[n].is_output) for n in (layer.input, layer.output))
+        if any(
+            spaces[n].frozen and not (spaces[n].is_input or spaces[n].is_output) for n in (layer.input, layer.output)
+        )
     }
 
 

@@ -9,10 +9,12 @@ from bench.transformers import TRANSFORMERS
 
 NAMES = [pytest.param(name, marks=pytest.mark.slow if n.slow else ()) for name, n in TRANSFORMERS.items()]
 # Least share of the FLOPs, and of the channels between input and output, that can go.
-LEAST = {}
+LEAST = {"lstm": (0.05, 0.7), "gru": (0.05, 0.7)}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shrinks_and_trains_on(name: str, tmp_path: Path) -> None:
     number = list(TRANSFORMERS).index(name)
-    check_shrinks(TRANSFORMERS[name], OPTIMIZERS["sgd" if number % 2 else "adamw"], LEAST.get(name, (0.3, 0.2)), tmp_path)
+    check_shrinks(
+        TRANSFORMERS[name], OPTIMIZERS["sgd" if number % 2 else "adamw"], LEAST.get(name, (0.3, 0.2)), tmp_path
+    )

@@ -251,7 +251,7 @@ TRANSFORMERS: dict[str, Architecture] = {
         "timm", _timm("pvt_v2_b0"), 32, _timm("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(16, 32, 40, 64))
     ),
     "timm:poolformer_s12": Architecture(
-        "timm", _timm("poolformer_s12"), 32, _timm_class("metaformer", "MetaFormer", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48))
+        "timm", _timm("poolformer_s12"), 32, _timm_class("metaformer", "MetaFormer", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48), mlp_act=nn.GELU)
     ),
     "timm:xcit_nano_12_p16_224": Architecture(
         "timm", _timm("xcit_nano_12_p16_224"), 32, _timm("xcit_nano_12_p16_224", depth=2, img_size=32)

@@ -5,6 +5,7 @@ joins their ids; a convolution or linear layer ends some and begins others. A ru
 says what comes out of it. `walk.py` asks the rules, call by call, and makes a graph of what they said.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from prunetrain_kernels.graph.calls import argument
 from prunetrain_kernels.graph.channels import Channels, Count
+from prunetrain_kernels.graph.heads import HEADS, heads_of
 from prunetrain_kernels.graph.ids import Ids
 from prunetrain_kernels.graph.spaces import Follower, Layer, Merge
 from prunetrain_kernels.graph.traced import Shape, Traced
@@ -61,6 +63,7 @@ class Flow:
         self._values = {node: value for each in programs for node, value in each.values.items()}
         self._channels: dict[fx.Node, Channels] = {}
         self._parts: dict[fx.Node, list[Channels]] = {}  # of values that are tuples of tensors
+        self._by_heads: set[int] = set()  # ids that are attention heads
         self._unknown: dict[fx.Node, str] = {}  # why the channels of a value are not known
         self._counts: dict[fx.Node, Count] = {}  # of values that are numbers of channels
         self._understood: set[tuple[fx.Node, fx.Node]] = set()  # uses of such numbers: by whom, and which
@@ -254,6 +257,41 @@ class Flow:
         else:
             self.followed[name] = self.join(before, value.ids)
         return True
+
+    def heads_axis(self, value: Channels) -> int | None:
+        """The axis of a grid that counts attention heads, as a module around the layer that makes the channels tells;
+        None if there is none. Behind the heads come the features of each."""
+        home = self._home_of(value)
+        heads = None if home is None else heads_of(self._modules[home])
+        axes = [axis for axis, size in enumerate(value.grid[:-1]) if size == heads]
+        return axes[-1] if axes and value.block == 1 else None
+
+    def follow_heads(self, value: Channels, axis: int) -> None:
+        """Says that the module around the layer tells the size of this axis; all values for which it does so have the
+        same heads."""
+        home = self._home_of(value)
+        assert home is not None
+        stride = math.prod(value.grid[axis + 1 :])
+        ids = tuple(value.ids[head * stride] for head in range(value.grid[axis]))
+        self.followers.setdefault(home, Follower(home, HEADS, -1, value.grid[-1]))
+        self.followed[home] = self.join(self.followed.setdefault(home, ids), ids)
+        self._by_heads.update(ids)
+
+    def is_by_heads(self, value: Channels) -> bool:
+        """Whether the channels are heads, whose number an attribute tells."""
+        heads = set(map(self.find, self._by_heads))
+        return bool(heads) and heads.issuperset(map(self.find, value.ids))
+
+    def _home_of(self, value: Channels) -> str | None:
+        """The nearest module with a number of heads around the layer that makes the channels."""
+        roots = set(map(self.find, value.ids))
+        makers = [name for name, made in self.made.items() if roots <= set(map(self.find, made))]
+        name = makers[0] if makers else ""
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self._modules and heads_of(self._modules[name]) is not None:
+                return name
+        return None
 
     def scale_with(self, node: fx.Node, name: str, value: Channels, dim: int) -> bool:
         """Says that the module's only tensor, one entry per channel in dimension `dim`, is multiplied with or added."""

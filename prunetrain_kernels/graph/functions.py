@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from prunetrain_kernels.graph.attention import product, scaled_dot_product, unbound
 from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.channels import Channels
 from prunetrain_kernels.graph.flow import Flow
@@ -88,6 +89,12 @@ def understands_function(flow: Flow, node: fx.Node) -> Outcome:
         return binary(flow, node)
     if target in RESHAPES:
         return reshape(flow, node)
+    if target in (torch.matmul, operator.matmul, "matmul", "__matmul__"):
+        return product(flow, node)
+    if target is F.scaled_dot_product_attention:
+        return scaled_dot_product(flow, node)
+    if target in (torch.unbind, "unbind"):
+        return unbound(flow, node)
     if target in ("reshape_as", "view_as"):
         return reshape_as(flow, node)
     if target in (torch.cat, torch.concat, torch.concatenate):

@@ -9,6 +9,7 @@ from torch import fx, nn
 from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.layers import owner_of
+from prunetrain_kernels.graph.shapes import fixed_axes
 
 MIXES = "divides by the spread over several channels, so none of them can go"
 LAST_DIMS_FUNCTIONS = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm}
@@ -36,7 +37,8 @@ def layer_norm_function(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def _over_last_dims(flow: Flow, node: fx.Node, label: str, count: int) -> Outcome:
-    """Channels among the last `count` dimensions stay; those in other dimensions go through, each by itself."""
+    """Channels among the last `count` dimensions stay, unless they stay or go together, as the features of an attention
+    head; those in other dimensions go through, each by itself."""
     first = argument(node, 0, "input")
     shape = flow.shape(first)
     if shape is None or shape != flow.shape(node):
@@ -45,7 +47,7 @@ def _over_last_dims(flow: Flow, node: fx.Node, label: str, count: int) -> Outcom
     value = flow.channels_of(first)
     if value is None and count == 1:
         value = flow.begin_frozen(first, len(shape) - 1)
-    if value is not None and set(value.dims).isdisjoint(last):
+    if value is not None and not set(value.dims) & set(last) - set(fixed_axes(flow, value)):
         flow.set(node, value)
         return True
     reason = f"{label} {MIXES}"

@@ -87,6 +87,9 @@ def reshape_to(flow: Flow, node: fx.Node, sizes: Sequence[Any] | None) -> Outcom
         return _split_into_grid(flow, node, result, target_sizes)
     (dim,) = result.dims
     if isinstance(target_sizes[dim], int) and target_sizes[dim] != -1:
+        if flow.is_by_heads(result):
+            flow.set(node, result)
+            return True
         return flow.stays(node, WRITTEN_OUT, value, result)
     if not is_count_of(flow, node, target_sizes[dim], result.ids, Fraction(result.block)):
         return False
@@ -97,20 +100,32 @@ def reshape_to(flow: Flow, node: fx.Node, sizes: Sequence[Any] | None) -> Outcom
 def _split_into_grid(flow: Flow, node: fx.Node, result: Channels, sizes: list[Any]) -> Outcome:
     """Rule for view(b, groups, c // groups, ...): one new dimension gets shorter, everywhere along the others."""
     fixed = [isinstance(sizes[d], int) and sizes[d] != -1 for d in result.dims]
+    if all(fixed[:-1]):
+        axis = flow.heads_axis(result)
+        if axis is not None:
+            _tie(flow, result, axis)
+            flow.follow_heads(result, axis)
+            flow.set(node, result)
+            return True
     if all(fixed):
         return flow.stays(node, WRITTEN_OUT, result, result)
     if fixed.count(False) != 1:
         return False
     varies = fixed.index(False)
-    for tied in tied_columns(result.ids, result.grid, varies):
-        for other in tied[1:]:
-            flow.join(tied[:1], (other,))
+    _tie(flow, result, varies)
     rest = math.prod(size for axis, size in enumerate(result.grid) if axis != varies)
     if not is_count_of(flow, node, sizes[result.dims[varies]], result.ids, Fraction(1, rest)):
         return False
     flow.keep_two(result.ids)
     flow.set(node, result)
     return True
+
+
+def _tie(flow: Flow, value: Channels, axis: int) -> None:
+    """Says that all entries of a grid in one place along an axis are one channel."""
+    for tied in tied_columns(value.ids, value.grid, axis):
+        for other in tied[1:]:
+            flow.join(tied[:1], (other,))
 
 
 def reshape(flow: Flow, node: fx.Node) -> Outcome:
@@ -211,6 +226,14 @@ def fixed_axes(flow: Flow, value: Channels) -> list[int]:
         if len(roots) == others and set(roots.values()) == {1}:
             fixed.append(dim)
     return fixed
+
+
+def without_axis(value: Channels, dim: int) -> Channels:
+    """The channels of one entry along a fixed axis of a grid; the dimensions keep their numbers."""
+    axis = value.dims.index(dim)
+    dims, grid = value.dims[:axis] + value.dims[axis + 1 :], value.grid[:axis] + value.grid[axis + 1 :]
+    ids = tuple(tied[0] for tied in _along(value, axis))
+    return Channels(ids, dims=dims, grid=grid if len(grid) > 1 else ())
 
 
 def _along(value: Channels, axis: int) -> list[tuple[int, ...]]:
@@ -401,7 +424,9 @@ def index(flow: Flow, node: fx.Node) -> Outcome:
         if entry is None:
             new += 1
             continue
-        if old in value.dims and not _takes_all(entry, before[old]):
+        if isinstance(entry, int) and value.block == 1 and old in fixed_axes(flow, value):
+            value = without_axis(value, old)
+        elif old in value.dims and not _takes_all(entry, before[old]):
             reason = "the forward picks channels by number"
             if not isinstance(entry, slice):
                 return reason if isinstance(entry, int) else False

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import eagerly, forget_compiled
+from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.gating import batch_norm_behind
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
@@ -397,11 +398,14 @@ def _set_sizes(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
     """Sets module attributes such as `out_channels` to the sizes of the tensors."""
     spaces = {layer.name: (layer.output, 1) for layer in keep.graph.layers.values()}
     spaces |= {follower.name: (follower.space, follower.block) for follower in keep.graph.followers.values()}
+    heads = {follower.name for follower in keep.graph.followers.values() if follower.kind == HEADS}
     for name, (space, block) in spaces.items():
-        module = model.get_submodule(name)
+        module, kept = model.get_submodule(name), len(keep.channels[space])
         sizes = sizes_told_by(module)
-        for attribute in size_without_tensor(module):
-            sizes[attribute] = len(keep.channels[space]) * block
+        if name in heads:
+            sizes = head_sizes(module, keep.graph.spaces[space].size, kept)
+        for attribute in () if name in heads else size_without_tensor(module):
+            sizes[attribute] = kept * block
         for attribute, value in sizes.items():
             undo.callback(setattr, module, attribute, getattr(module, attribute))
             setattr(module, attribute, value)

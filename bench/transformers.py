@@ -1,4 +1,4 @@
-"""Networks with layer norms, attention, embeddings and recurrent layers, which the zoo tests and docs/architectures.md have.
+"""Networks with layer norms, attention, embeddings and recurrent layers, for the zoo tests and docs/architectures.md.
 
 What goes through a layer norm stays; the hidden features between two layers of a block can go.
 """
@@ -16,8 +16,8 @@ from bench.zoo import Architecture, import_torchvision
 
 def _vision_transformer() -> nn.Module:
     make = import_torchvision().models.vision_transformer.VisionTransformer
-    model: nn.Module = make(32, 8, 2, 4, 32, 64, num_classes=10)
-    nn.init.normal_(model.heads.head.weight)  # its own head begins with zeros  # type: ignore[union-attr, arg-type]
+    model: Any = make(32, 8, 2, 4, 32, 64, num_classes=10)
+    nn.init.normal_(model.heads.head.weight)  # its own head begins with zeros
     return model
 
 
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """A block as language models have now: root-mean-square norms in front, causal attention, a gated pair of layers."""
+    """A block of language models: root-mean-square norms in front, causal attention, a gated pair of layers."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent network over words, and a perceptron behind its last state."""
 
-    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, width: int = 64, vocabulary: int = 1000) -> None:
+    def __init__(self, kind: Any = nn.LSTM, width: int = 64, vocabulary: int = 1000) -> None:
         super().__init__()
         self.words, self.recurrent = nn.Embedding(vocabulary, width), kind(width, width, batch_first=True)
         self.head = nn.Sequential(
@@ -239,7 +239,10 @@ TRANSFORMERS: dict[str, Architecture] = {
         "timm",
         _timm("swin_tiny_patch4_window7_224"),
         32,
-        _timm("swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=24, depths=(2, 1), num_heads=(2, 4)),
+        _timm(
+            "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=24, depths=(2, 1), num_heads=(2, 4)
+        ),
+        slow=True,
     ),
     "timm:mixer_s32_224": Architecture(
         "timm",
@@ -248,13 +251,16 @@ TRANSFORMERS: dict[str, Architecture] = {
         _timm_class("mlp_mixer", "MlpMixer", img_size=32, patch_size=8, embed_dim=32, num_blocks=2),
     ),
     "timm:pvt_v2_b0": Architecture(
-        "timm", _timm("pvt_v2_b0"), 32, _timm("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(16, 32, 40, 64))
+        "timm", _timm("pvt_v2_b0"), 32, _timm("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(16, 32, 40, 64)), slow=True
     ),
     "timm:poolformer_s12": Architecture(
-        "timm", _timm("poolformer_s12"), 32, _timm_class("metaformer", "MetaFormer", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48), mlp_act=nn.GELU)
+        "timm",
+        _timm("poolformer_s12"),
+        32,
+        _timm_class("metaformer", "MetaFormer", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48), mlp_act=nn.GELU),
     ),
     "timm:xcit_nano_12_p16_224": Architecture(
-        "timm", _timm("xcit_nano_12_p16_224"), 32, _timm("xcit_nano_12_p16_224", depth=2, img_size=32)
+        "timm", _timm("xcit_nano_12_p16_224"), 32, _timm("xcit_nano_12_p16_224", depth=2, img_size=32), slow=True
     ),
     "timm:mobilevit_xxs": Architecture("timm", _timm("mobilevit_xxs"), 64, page_size=256, slow=True),
     "encoder": Architecture(

@@ -64,8 +64,9 @@ class GroupLasso:
 
     All convolutions and linear layers that tracing finds are penalised, except for channels that can never go (those of
     the network's input and output, and of spaces that are frozen), depthwise convolutions, biases and normalisation
-    parameters, and layers inside submodules that tracing could not enter (`graph.opaque` lists those). In a convolution with groups, an input group of the lasso is one
-    channel of every group, `W[:, c]` of its (K, C / groups, ...) weight. The paper has no such convolutions.
+    parameters, and layers inside submodules that tracing could not enter (`graph.opaque` lists those). In a convolution
+    with groups, an input group of the lasso is one channel of every group, `W[:, c]` of its (K, C / groups, ...)
+    weight. The paper has no such convolutions.
 
     Layers may differ in strength: with `coefficients={"layer3": 2.0, "stem.conv": 0.0}` R(W) becomes the sum over the
     layers of a multiplier times their norms, an extension beyond the paper.
@@ -77,8 +78,8 @@ class GroupLasso:
         example_inputs: the model's positional arguments, as for `trace_channels`.
         graph: the model's channel graph, if it is at hand already.
         eps: added to every squared norm.
-        policy: as for `ChannelGraph.keep`. Under "gating" and "auto" a convolution can leave out channels that its space
-            keeps, so slices of frozen spaces count there too, wherever the convolution can be gated.
+        policy: as for `ChannelGraph.keep`. Under "gating" and "auto" a convolution can leave out channels that its
+            space keeps, so slices of frozen spaces count there too, wherever the convolution can be gated.
         may_be_empty: whether a network of which nothing can go is no error; R(W) is 0 then.
         coefficients: multipliers of lambda by name. A name is that of a layer, or that of a module and then stands for
             all layers in it ("" for the whole model). Of several names that cover a layer the longest counts; a layer
@@ -86,8 +87,8 @@ class GroupLasso:
 
     Raises:
         TraceError: the model cannot be traced.
-        InputError: there is nothing to penalise, or nothing that could ever go; a multiplier that is negative or not finite; a name that covers no
-            layer with a lasso.
+        InputError: there is nothing to penalise, or nothing that could ever go; a multiplier that is negative or not
+            finite; a name that covers no layer with a lasso.
     """
 
     def __init__(

@@ -24,14 +24,14 @@ def heads_in(flow: Flow, node: Any, *, features: int | None = None) -> tuple[int
     value, shape = flow.channels_of(node), flow.shape(node)
     if value is None or shape is None or len(shape) < 3 or value.block != 1:
         return None
-    inner = () if features is None else (len(shape) + features,)
-    own = [d for d in value.dims if d not in inner]
+    inner = None if features is None else len(shape) + features
+    own = [d for d in value.dims if d != inner]
     if len(own) != 1 or own[0] >= len(shape) - 2:
         return None
-    if value.dim is None:
-        if len(value.dims) != 2 or set(inner) - set(value.dims) or inner[0] not in fixed_axes(flow, value):
+    if inner is not None and value.dim is None:
+        if inner not in fixed_axes(flow, value):
             return None
-        value = without_axis(value, inner[0])
+        value = without_axis(value, inner)
     return own[0], value.ids
 
 

@@ -2,8 +2,8 @@
 
 `view(n, length, heads, head_dim)` writes the number of heads out, as tracing sees it. Where a module around the layer
 has an attribute of that value, such as `num_heads`, it is taken for the number's source: a head can go if the attribute
-is set with it. Whether that is true is seen by the trial cut (`trial.py`), which runs the model itself with fewer heads;
-where it fails, all heads stay.
+is set with it. Whether that is true is seen by the trial cut (`trial.py`), which runs the model itself with fewer
+heads; where it fails, all heads stay.
 """
 
 from typing import Any

@@ -44,6 +44,11 @@ def freeze_what_fails(graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[b
         if space.members is None and not space.frozen and len(_channels_to_cut(space.size, space.least))
     ]
     reasons: dict[str, None] = {}
+    heads = {follower.space for follower in graph.followers.values() if follower.kind == HEADS}.intersection(spaces)
+    if heads and trial.why_not(spaces):  # that an attribute tells the number of heads was no more than a likely guess
+        for i, reason in trial.culprits(sorted(heads)).items():
+            graph.spaces[i].frozen = f"the heads do not follow the attribute that tells their number: {reason}"
+        spaces = [i for i in spaces if not graph.spaces[i].frozen]
     while spaces and trial.why_not(spaces):
         stay = trial.culprits(spaces)
         reasons |= dict.fromkeys(stay.values())

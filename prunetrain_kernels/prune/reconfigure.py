@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import eagerly, forget_compiled
-from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.gating import batch_norm_behind
+from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, gating_of, pair, restore_gating_, unpair
 from prunetrain_kernels.ops.channel_index import ChannelIndex
-from prunetrain_kernels.probe import Difference, difference, outputs_of
+from prunetrain_kernels.probe import Difference, difference, outputs_of, refuse_sharded
 from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
 from prunetrain_kernels.prune.branches import parameters_that_go, replacements, swap_in
 from prunetrain_kernels.prune.changes import LayerChange, Reconfiguration, layer_changes
@@ -197,6 +197,7 @@ def _planned(
 ) -> _Plan:
     """The plan; raises InputError where the model, or a copy, is not the one `keep` was chosen for."""
     model, _ = unwrapped(model)
+    refuse_sharded(model)
     keep.graph.check(model)
     optimizers = as_list(optimizer)
     copies = [copy.network for copy in copies_of(model, also)]

@@ -314,6 +314,7 @@ class Course:
             until the last look.
         passed: epochs at the last look; `steps_per_epoch`: as counted until then.
         norms: of all slices at the last look, NaN where pruned; `resistance`: smoothed, NaN where unknown.
+        begun: whether a step with a lasso was noted.
         warned: whether the user knows that nothing will be pruned.
     """
 
@@ -329,6 +330,7 @@ class Course:
     steps_per_epoch: float = 0.0
     norms: dict[str, Sides] = field(default_factory=dict)
     resistance: dict[str, Sides] = field(default_factory=dict)
+    begun: bool = False
     warned: bool = False
 
     @classmethod
@@ -355,7 +357,7 @@ class Course:
 
     def note_step(self, now: Callable[[], Now]) -> None:
         """Notes the learning rate, before each step, and the norms before the first one."""
-        self.calls += 1
+        self.calls, self.begun = self.calls + 1, True
         if not self.norms:
             self.norms = now().by_original(now().slice_norms())
         # A scheduler may be stepped before the end of the epoch is told. A rate that is a tensor is read then: here
@@ -460,6 +462,7 @@ class Course:
         self.replays = getattr(self.optimizer, "replays", 0)
         self.passed, self.steps_per_epoch = state["passed"], state["steps_per_epoch"]
         self.norms = {name: (sides[0], sides[1]) for name, sides in state["norms"].items()}
+        self.begun = bool(self.norms)
         self.resistance = {name: (sides[0], sides[1]) for name, sides in state["resistance"].items()}
 
 

@@ -105,8 +105,8 @@ def warn_if_out_of_reach(state: PruningState) -> None:
         course.warned = True
         warnings.warn(
             f"the lasso can move a slice by {move:.1e} until epoch {course.epochs:g}, and the smallest one has a norm "
-            f"of {smallest:.1e}: nothing is expected to be pruned. {HOW_TO_SET}, or train longer or at a higher learning rate "
-            "(docs/tuning.md).",
+            f"of {smallest:.1e}: nothing is expected to be pruned. {HOW_TO_SET}, or train longer or at a higher "
+            "learning rate (docs/tuning.md).",
             PruneTrainWarning,
             stacklevel=5,
         )
@@ -115,7 +115,7 @@ def warn_if_out_of_reach(state: PruningState) -> None:
 def warn_if_never_regularized(state: PruningState) -> None:
     """Warns, when the first reconfiguration is due, if no step had a lasso."""
     course = state.course
-    if course is None or course.norms or not state.active or state.history or not state.ranks.first:
+    if course is None or course.begun or not state.active or state.history or not state.ranks.first:
         return
     warnings.warn(
         "no step has had a lasso so far, so no slice was pulled to zero: add it by loss = prunetrain.regularize(loss), "

@@ -31,8 +31,8 @@ from prunetrain_kernels.train import lasso_step
 from prunetrain_kernels.train.attach import Attachment
 from prunetrain_kernels.train.forecast import Course
 from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
-from prunetrain_kernels.train.present import Limits, fuse_all, look_first
 from prunetrain_kernels.train.outlook import look_ahead, warn_if_never_regularized
+from prunetrain_kernels.train.present import Limits, fuse_all, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.prunetrain_checks import check_arguments, check_coefficient, check_names, check_parts
 from prunetrain_kernels.train.reconfiguration import carry_out
@@ -121,10 +121,10 @@ class PruneTrain(PruningState):
 
     Raises:
         TraceError: the model cannot be traced.
-        InputError: nothing of the network can go, though there is to be a lasso; an argument out of range, a `batch` that could never grow because the memory of a step cannot be
-            counted, an optimizer that does not hold the model's parameters or keeps what cannot be sliced with them, a
-            copy that is not like the model, a part that `torch.compile` wraps, or a `DistributedDataParallel` with an
-            option that cannot be pruned.
+        InputError: nothing of the network can go, though there is to be a lasso; an argument out of range, a `batch`
+            that could never grow because the memory of a step cannot be counted, an optimizer that does not hold the
+            model's parameters or keeps what cannot be sliced with them, a copy that is not like the model, a part that
+            `torch.compile` wraps, or a `DistributedDataParallel` with an option that cannot be pruned.
         RanksDifferError: the ranks were given other networks or other arguments.
     """
 

@@ -248,7 +248,8 @@ TWO_OPERANDS = ("add", "cat", "stacked_sum", "add_in_place")
 PLANS: dict[str, Callable[..., Plan | None]] = {
     "conv": _conv, "batch_norm": _batch_norm, "prelu": _prelu, "group_norm": _group_norm, "depthwise": _depthwise,
     "grouped": _grouped, "transposed": _transposed, "gate": _gate, "strided": _strided, "linear": _linear,
-    "functional_norm": _batch_norm, "mask": _mask, "squash": _squash, "perceptron": _perceptron, "across": _across, "attention": _attention, "split": _halves, "sum_of_parts": _sum_of_halves,
+    "functional_norm": _batch_norm, "mask": _mask, "squash": _squash, "perceptron": _perceptron, "across": _across,
+    "attention": _attention, "split": _halves, "sum_of_parts": _sum_of_halves,
     "chunk": _chunk, "shuffle": _shuffle, "pad_channels": _pad_channels, "first_channels": _first_channels,
     "every_other": _every_other, "repeat": _repeat, "unshuffle": _unshuffle, "pixel_shuffle": _pixel_shuffle,
     "largest_channel": _largest_channel, "cat": _cat, "max_pool": _max_pool, "upsample": _upsample,

@@ -1,4 +1,4 @@
-"""Networks with layer norms, attention, embeddings and recurrent layers: what lies between two layers shrinks exactly."""
+"""Networks with layer norms, attention, embeddings, recurrent layers: what lies between two layers shrinks."""
 
 from pathlib import Path
 

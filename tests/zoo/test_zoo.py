@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.optim import SGD
 from shrinking import OPTIMIZERS, THRESHOLD, build, check_shrinks
+from torch.optim import SGD
 from zoo_kit import check_optimizer, distance, kill, outputs_of, settle
 
 from bench.zoo import ZOO

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import crosscheck
+from bench.transformers import TRANSFORMERS
 from bench.zoo import ZOO
 from prunetrain_kernels.cost.flops import count_flops_by_layer
 from prunetrain_kernels.errors import InputError
@@ -18,6 +19,7 @@ from prunetrain_kernels.graph import ChannelGraph, trace_channels
 from prunetrain_kernels.graph.prunable import prunable_share, without_names
 
 PAGE = Path("docs/architectures.md")
+NETWORKS = ZOO | TRANSFORMERS
 KINDS = (nn.modules.conv._ConvNd, nn.Linear)
 HEAD = """# Architectures
 
@@ -30,9 +32,9 @@ trained on beside a masked twin in float64, saved, loaded, and pruned a second t
 * **traced by**: torch.fx, or torch.export for a network whose forward torch.fx cannot follow.
 * **layers**: convolutions and linear layers whose channels are followed, of all that the network has.
 * **spaces**: sets of channels that stay or go together; those put together from others (concatenations) not counted.
-* **channels**: how many may go, of all; a channel counts once, however many layers share it.
+* **channels**: how many may go, of all, and their share; a channel counts once, however many layers share it.
 * **FLOPs**: the share of a forward pass's multiply-adds of which the input or the output channel may go. 100% minus
-  this is what would be left if everything that may go went. A depthwise convolution's input and output are one channel.
+  this is what would be left if everything that may go went. A few channels can carry many FLOPs: compare both shares. A depthwise convolution's input and output are one channel.
 * **frozen**: the channels that stay whatever their weights, by reason. Every network's input and output are frozen; the
   list leaves these out.
 """
@@ -51,11 +53,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _command(options: argparse.Namespace) -> int:
-    unknown = [name for name in options.names if name not in ZOO]
+    unknown = [name for name in options.names if name not in NETWORKS]
     if unknown:
-        raise InputError(f"there is no network {unknown[0]}; there are {', '.join(ZOO)}")
+        raise InputError(f"there is no network {unknown[0]}; there are {', '.join(NETWORKS)}")
     try:
-        rows = {name: look_at(name) for name in options.names or ZOO}
+        rows = {name: look_at(name) for name in options.names or NETWORKS}
     except ImportError as error:
         raise InputError(f"this needs torchvision and timm ({error}); make test installs them") from error
     if options.names:
@@ -91,7 +93,7 @@ class Row:
 
 def look_at(name: str) -> Row:
     """Builds a network as it is published and traces it. Raises ImportError if its library is not installed."""
-    network = ZOO[name]
+    network = NETWORKS[name]
     torch.manual_seed(0)
     return describe(network.build(), network.images(2, network.page_size))
 
@@ -140,7 +142,8 @@ def table_row(name: str, row: Row) -> str:
     frozen = "; ".join(f"{count:,}: {reason}" for reason, count in row.frozen.items()) or "–"
     cells = (
         name.replace("timm:", "timm "), row.tracer, f"{row.layers} of {row.all_layers}", f"{row.spaces}",
-        f"{row.channels:,} of {row.all_channels:,}", f"{100 * row.share:.1f}%", frozen,
+        f"{row.channels:,} of {row.all_channels:,} ({100 * row.channels / max(1, row.all_channels):.0f}%)",
+        f"{100 * row.share:.1f}%", frozen,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

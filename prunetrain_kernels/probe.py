@@ -49,9 +49,8 @@ def refuse_sharded(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ in SHARDED or type(parameter.data).__name__ in SHARDED:
             raise InputError(
-                f"'{name}' is sharded over processes (FSDP), so its channels cannot be cut; keep the network whole on "
-                "every process, in DistributedDataParallel, and share only the optimizer's state, by "
-                "ZeroRedundancyOptimizer; or prune it before it is sharded."
+                f"'{name}' is sharded over processes (FSDP), so its channels cannot be cut; train the network whole on "
+                "every process, in DistributedDataParallel, or prune it first and shard what is left."
             )
 
 

@@ -142,19 +142,20 @@ class Flow:
             return self.begin_frozen(node, dim)
         return self._channels.get(node)
 
-    def leave_unknown(self, node: fx.Node, reason: str) -> None:
+    def leave_unknown(self, node: fx.Node, reason: str, *, decisive: bool = False) -> None:
         """Says that nobody understands the call: its result has no channels, unless an operand of the same shape has
         some, which stay and then are those of the result too.
 
         Args:
             reason: why they stay; where the call reads what is unknown already, the reason for that is kept.
+            decisive: whether the reason holds whatever the call reads.
         """
         reads, shape = self.tensors(node), self.shape(node)
         dims = (self._channels[n].dim for n in reads if n in self._channels and self.shape(n) == shape)
         dim = next((d for d in dims if d is not None), None)
         is_known = any(n in self._channels or n in self._parts for n in reads)
         earlier = None if is_known else next((self._unknown[n] for n in reads if n in self._unknown), None)
-        self._unknown[node] = earlier or reason
+        self._unknown[node] = reason if decisive else earlier or reason
         if dim is not None and shape is not None and node not in self._channels:
             self.begin_frozen(node, dim)
 

@@ -34,7 +34,8 @@ trained on beside a masked twin in float64, saved, loaded, and pruned a second t
 * **spaces**: sets of channels that stay or go together; those put together from others (concatenations) not counted.
 * **channels**: how many may go, of all, and their share; a channel counts once, however many layers share it.
 * **FLOPs**: the share of a forward pass's multiply-adds of which the input or the output channel may go. 100% minus
-  this is what would be left if everything that may go went. A few channels can carry many FLOPs: compare both shares. A depthwise convolution's input and output are one channel.
+  this is what would be left if everything that may go went. A few channels can carry many FLOPs: compare both shares. A
+  depthwise convolution's input and output are one channel.
 * **frozen**: the channels that stay whatever their weights, by reason. Every network's input and output are frozen; the
   list leaves these out.
 """

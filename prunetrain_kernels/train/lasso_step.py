@@ -11,7 +11,7 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.optimizer_holdings import params_of
 from prunetrain_kernels.regularizer import one_number, penalty_coefficient
-from prunetrain_kernels.train.outlook import warn_if_lambda_is_tiny, warn_if_out_of_reach
+from prunetrain_kernels.train.outlook import warn_if_lambda_is_tiny, warn_if_never_regularized, warn_if_out_of_reach
 from prunetrain_kernels.train.state import PruningState, holds
 
 
@@ -89,9 +89,15 @@ def note_step(state: PruningState) -> None:
         state.course.note_step(state.now)
 
 
-def look_at_epoch(state: PruningState) -> None:
-    """Measures what the epoch did to the slices, and adjusts lambda to the target."""
+def look_at_epoch(state: PruningState, *, is_due: bool) -> None:
+    """Measures what the epoch did to the slices, and adjusts lambda to the target.
+
+    Args:
+        is_due: whether a reconfiguration comes next.
+    """
     assert state.course is not None
+    if is_due:
+        warn_if_never_regularized(state)
     now = state.now()
     since = now.passed - state.course.passed
     state.course.look(now)

@@ -31,7 +31,7 @@ from prunetrain_kernels.train import lasso_step
 from prunetrain_kernels.train.attach import Attachment
 from prunetrain_kernels.train.forecast import Course
 from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
-from prunetrain_kernels.train.outlook import look_ahead, warn_if_never_regularized
+from prunetrain_kernels.train.outlook import look_ahead
 from prunetrain_kernels.train.present import Limits, fuse_all, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.prunetrain_checks import check_arguments, check_coefficient, check_names, check_parts
@@ -47,6 +47,7 @@ __all__ = ["PruneReport", "PruneTrain"]
 class PruneTrain(PruningState):
     """Group lasso from the first step, periodic reconfiguration, mini-batch growth.
 
+    It logs, as "prunetrain_kernels", how much of the network can go, and warns where that, or lambda, is too small.
     The model and the optimizer are changed in place; parameter objects stay the same. On a CPU the constructor switches
     denormal numbers off (`torch.set_flush_denormal`): dying weights decay into them and slow a step down severalfold.
 
@@ -116,15 +117,12 @@ class PruneTrain(PruningState):
         flops, dense_flops: FLOPs per image, now and at first. Costs are information: where one cannot be counted it is
             NaN, `flops.unknown` says why, and all else goes on.
 
-    At its start it logs, as "prunetrain_kernels", how much of the network can go and what holds the rest. It warns
-    (`PruneTrainWarning`) where that is little, where no step has had a lasso, and where lambda is too small.
-
     Raises:
         TraceError: the model cannot be traced.
-        InputError: nothing of the network can go, though there is to be a lasso; an argument out of range, a `batch`
-            that could never grow because the memory of a step cannot be counted, an optimizer that does not hold the
-            model's parameters or keeps what cannot be sliced with them, a copy that is not like the model, a part that
-            `torch.compile` wraps, or a `DistributedDataParallel` with an option that cannot be pruned.
+        InputError: nothing can go; an argument out of range, a `batch` that could never grow because the memory of a
+            step cannot be counted, an optimizer that does not hold the model's parameters or keeps what cannot be
+            sliced with them, a copy that is not like the model, a part that `torch.compile` wraps, or a
+            `DistributedDataParallel` with an option that cannot be pruned.
         RanksDifferError: the ranks were given other networks or other arguments.
     """
 
@@ -253,9 +251,7 @@ class PruneTrain(PruningState):
         if self.steering is not None:
             self.steering.count(self.now())  # at every call: a part of an epoch may end with a reconfiguration by hand
         if self.course is not None and (due or multiples(self.epochs, 1) > multiples(before, 1)):
-            lasso_step.look_at_epoch(self)
-        if due:
-            warn_if_never_regularized(self)
+            lasso_step.look_at_epoch(self, is_due=due)
         report = self.reconfigure() if due else None
         if self.steering is not None and self.steering.ends(before, self.now()):
             warnings.warn(self.verdict(), stacklevel=3)

@@ -45,9 +45,8 @@ __all__ = ["PruneReport", "PruneTrain"]
 
 
 class PruneTrain(PruningState):
-    """Group lasso from the first step, periodic reconfiguration, mini-batch growth.
+    """Group lasso from the first step, periodic reconfiguration, mini-batch growth; it warns where little can go.
 
-    It logs, as "prunetrain_kernels", how much of the network can go, and warns where that, or lambda, is too small.
     The model and the optimizer are changed in place; parameter objects stay the same. On a CPU the constructor switches
     denormal numbers off (`torch.set_flush_denormal`): dying weights decay into them and slow a step down severalfold.
 

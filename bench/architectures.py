@@ -1,7 +1,6 @@
 """docs/architectures.md: what of which architecture can be pruned, what is frozen and why."""
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from bench import crosscheck
+from bench.transformers import TRANSFORMERS
 from bench.zoo import ZOO
 from prunetrain_kernels.cost.flops import count_flops_by_layer
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.files import write_atomically
 from prunetrain_kernels.graph import ChannelGraph, trace_channels
+from prunetrain_kernels.graph.prunable import prunable_share, without_names
 
 PAGE = Path("docs/architectures.md")
+NETWORKS = ZOO | TRANSFORMERS
 KINDS = (nn.modules.conv._ConvNd, nn.Linear)
 HEAD = """# Architectures
 
@@ -30,9 +32,10 @@ trained on beside a masked twin in float64, saved, loaded, and pruned a second t
 * **traced by**: torch.fx, or torch.export for a network whose forward torch.fx cannot follow.
 * **layers**: convolutions and linear layers whose channels are followed, of all that the network has.
 * **spaces**: sets of channels that stay or go together; those put together from others (concatenations) not counted.
-* **channels**: how many may go, of all; a channel counts once, however many layers share it.
+* **channels**: how many may go, of all, and their share; a channel counts once, however many layers share it.
 * **FLOPs**: the share of a forward pass's multiply-adds of which the input or the output channel may go. 100% minus
-  this is what would be left if everything that may go went. A depthwise convolution's input and output are one channel.
+  this is what would be left if everything that may go went. A few channels can carry many FLOPs: compare both shares. A
+  depthwise convolution's input and output are one channel.
 * **frozen**: the channels that stay whatever their weights, by reason. Every network's input and output are frozen; the
   list leaves these out.
 """
@@ -51,11 +54,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _command(options: argparse.Namespace) -> int:
-    unknown = [name for name in options.names if name not in ZOO]
+    unknown = [name for name in options.names if name not in NETWORKS]
     if unknown:
-        raise InputError(f"there is no network {unknown[0]}; there are {', '.join(ZOO)}")
+        raise InputError(f"there is no network {unknown[0]}; there are {', '.join(NETWORKS)}")
     try:
-        rows = {name: look_at(name) for name in options.names or ZOO}
+        rows = {name: look_at(name) for name in options.names or NETWORKS}
     except ImportError as error:
         raise InputError(f"this needs torchvision and timm ({error}); make test installs them") from error
     if options.names:
@@ -91,7 +94,7 @@ class Row:
 
 def look_at(name: str) -> Row:
     """Builds a network as it is published and traces it. Raises ImportError if its library is not installed."""
-    network = ZOO[name]
+    network = NETWORKS[name]
     torch.manual_seed(0)
     return describe(network.build(), network.images(2, network.page_size))
 
@@ -107,7 +110,7 @@ def describe_graph(graph: ChannelGraph, model: nn.Module, x: Tensor) -> Row:
     reasons: Counter[str] = Counter()
     for space in spaces:
         if space.frozen and not space.is_input and not space.is_output:
-            reasons[_reason(space.frozen)] += space.size
+            reasons[without_names(space.frozen)] += space.size
     followed = {*graph.layers, *graph.followers}
     layers = [name for name, module in model.named_modules() if isinstance(module, KINDS)]
     return Row(
@@ -116,38 +119,10 @@ def describe_graph(graph: ChannelGraph, model: nn.Module, x: Tensor) -> Row:
         len(spaces),
         sum(space.size for space in spaces if not space.frozen),
         sum(space.size for space in spaces),
-        prunable_share(graph, model, x),
+        prunable_share(graph, count_flops_by_layer(model, (x,))),
         dict(reasons.most_common()),
         graph.tracer,
     )
-
-
-def prunable_share(graph: ChannelGraph, model: nn.Module, x: Tensor) -> float:
-    """Share of the forward FLOPs of which the input or the output channel is not frozen."""
-    flops = count_flops_by_layer(model, (x,))
-    stays = 0.0
-    for name, count in flops.items():
-        if name in graph.layers:
-            layer = graph.layers[name]
-            stays += count * frozen_share(graph, layer.input) * frozen_share(graph, layer.output)
-        elif name in graph.followers:
-            stays += count * frozen_share(graph, graph.followers[name].space)
-        else:
-            stays += count
-    return 1 - stays / sum(flops.values())
-
-
-def frozen_share(graph: ChannelGraph, space: int) -> float:
-    """Share of a space's channels that stay whatever their weights."""
-    entry = graph.spaces[space]
-    owners = [space] * entry.size if entry.members is None else entry.members[:, 0].tolist()
-    return sum(graph.spaces[owner].frozen is not None for owner in owners) / max(len(owners), 1)
-
-
-def _reason(text: str) -> str:
-    """A reason without the names of modules, so that equal reasons are counted together."""
-    text = re.sub(r"'[^']+' \((\w+)\)", r"a \1", text)
-    return re.sub(r"'[\w.]*\.[\w.]*'", "a module", text)
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -168,7 +143,8 @@ def table_row(name: str, row: Row) -> str:
     frozen = "; ".join(f"{count:,}: {reason}" for reason, count in row.frozen.items()) or "–"
     cells = (
         name.replace("timm:", "timm "), row.tracer, f"{row.layers} of {row.all_layers}", f"{row.spaces}",
-        f"{row.channels:,} of {row.all_channels:,}", f"{100 * row.share:.1f}%", frozen,
+        f"{row.channels:,} of {row.all_channels:,} ({100 * row.channels / max(1, row.all_channels):.0f}%)",
+        f"{100 * row.share:.1f}%", frozen,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

@@ -36,6 +36,7 @@ class Architecture:
         size: height and width of its images, as small as its strides allow.
         small: the same architecture, narrower or shallower, where the published one is slow to test.
         channels: of its images.
+        vocabulary: for a network that reads a text of `size` tokens instead of an image, the number of tokens.
         page_size: height and width at which docs/architectures.md counts FLOPs.
         slow: tested by `make zoo` only.
     """
@@ -47,14 +48,17 @@ class Architecture:
     channels: int = 3
     page_size: int = 224
     slow: bool = False
+    vocabulary: int = 0
 
     def for_tests(self) -> nn.Module:
         return (self.small or self.build)()
 
     def images(self, batch: int, size: int | None = None, seed: int = 0) -> Tensor:
-        """(batch, channels, size, size), fp32, normal."""
+        """(batch, channels, size, size), fp32, normal; or tokens, (batch, size), int64."""
         generator = torch.Generator().manual_seed(seed)
         side = size or self.size
+        if self.vocabulary:
+            return torch.randint(self.vocabulary, (batch, side), generator=generator)
         return torch.randn(batch, self.channels, side, side, generator=generator)
 
 

@@ -11,6 +11,7 @@ from prunetrain_kernels.errors import (
     DivergedError,
     InputError,
     PruneTrainError,
+    PruneTrainWarning,
     RankLostError,
     RanksDifferError,
     TraceError,
@@ -30,9 +31,9 @@ __version__ = "0.2.0"
 
 __all__ = [
     "ChannelGraph", "CheckpointError", "DivergedError", "GroupLasso", "InputError", "Keep", "MiniBatch", "PruneReport",
-    "PruneTrain", "PruneTrainError", "RankLostError", "RanksDifferError", "Reconfiguration", "TraceError",
-    "UntriedVersionWarning", "ZeroingError", "export_program", "load_pruned", "penalty_coefficient", "reconfigure",
-    "save_pruned", "to_dense", "trace_channels",
+    "PruneTrain", "PruneTrainError", "PruneTrainWarning", "RankLostError", "RanksDifferError", "Reconfiguration",
+    "TraceError", "UntriedVersionWarning", "ZeroingError", "export_program", "load_pruned", "penalty_coefficient",
+    "reconfigure", "save_pruned", "to_dense", "trace_channels",
 ]  # fmt: skip
 
 warn_if_untried(__version__, torch.__version__)

@@ -23,7 +23,7 @@ from prunetrain_kernels.cost import (
     step_memory,
 )
 from prunetrain_kernels.errors import InputError, PruneTrainError, TrainingStopped
-from prunetrain_kernels.graph import trace_channels
+from prunetrain_kernels.graph import prunable, trace_channels
 from prunetrain_kernels.models import NAMES, OLD_NAMES, build
 from prunetrain_kernels.prune.program import FORMATS, export_program
 from prunetrain_kernels.train.config import AMP_DTYPES, AUGMENTATIONS, SCHEDULES, TrainConfig
@@ -562,11 +562,12 @@ def _info(options: argparse.Namespace) -> int:
     if min(height, width) < getattr(model, "minimum_input_size", 1):
         raise InputError(f"{options.model} needs images of at least {model.minimum_input_size} pixels a side.")
     example = (torch.zeros(2, channels, height, width, device="cpu"),)
-    print(trace_channels(model, example))
+    graph = trace_channels(model, example)
+    by_layer = or_unknown(count_flops_by_layer, model, example)
+    print(f"{graph}\n\n{prunable(graph, None if isinstance(by_layer, Unknown) else by_layer)}")
     print("\n" + "\n".join(f"{name:<11} {value}" for name, value in _costs(model, example, options)))
     if options.layers:
         print("\ninference MFLOP per image")
-        by_layer = or_unknown(count_flops_by_layer, model, example)
         if isinstance(by_layer, Unknown):
             print(f"  {by_layer}")
         else:

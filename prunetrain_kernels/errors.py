@@ -48,3 +48,7 @@ class RanksDifferError(PruneTrainError, RuntimeError):
 
 class RankLostError(PruneTrainError, RuntimeError):
     """Another process of a distributed training has ended or does not answer; the last checkpoint is kept."""
+
+
+class PruneTrainWarning(UserWarning):
+    """Training can go on, but little or nothing will be pruned; the message says why and what helps."""

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunetrain_kernels.errors import InputError
+
 # The largest difference that rounding explains, as a share of the output's scale. Products are summed in another order
 # when channels go, so a deep network in low precision moves by far more than one rounding.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2e-1}
@@ -28,6 +30,9 @@ ROUNDING_OTHER = 2e-1  # narrower types still
 # What gives its parts one after the other, some of it only once.
 ONE_BY_ONE = Iterator | KeysView | ValuesView | ItemsView
 
+# Classes of parameters that are spread over processes: of FSDP2 and tensor parallelism, and of FSDP.
+SHARDED = ("DTensor", "FlatParameter")
+
 # How deep `named_tensors_in` looks into objects; what lies deeper is no output that anyone reads.
 DEEPEST = 8
 
@@ -36,6 +41,17 @@ DEEPEST = 8
 _REQUESTS = re.compile(
     r"[,;:]?\s*(if [^.]*, )?please (report|file (a|an) (bug|issue)|open an issue|submit a|leave a comment)\b[^.]*", re.I
 )
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raises InputError for a network whose parameters are spread over processes, as `fully_shard` (FSDP2) and
+    `FullyShardedDataParallel` spread them: no process has a whole slice to look at, or to cut."""
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ in SHARDED or type(parameter.data).__name__ in SHARDED:
+            raise InputError(
+                f"'{name}' is sharded over processes (FSDP), so its channels cannot be cut; train the network whole on "
+                "every process, in DistributedDataParallel, or prune it first and shard what is left."
+            )
 
 
 def first_line(error: BaseException) -> str:

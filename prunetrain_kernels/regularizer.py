@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import ChannelGraph
+from prunetrain_kernels.graph.gating import gateable_sides
+from prunetrain_kernels.graph.prunable import frozen_share, prunable
+from prunetrain_kernels.graph.spaces import Layer
 from prunetrain_kernels.graph.trace import trace_channels
 from prunetrain_kernels.ops.group_lasso import (
     EPS,
@@ -59,10 +62,11 @@ class SliceNorms(NamedTuple):
 class GroupLasso:
     """R(W) of a model (paper Eq. 2): one norm per input channel and one per output channel of every layer.
 
-    All convolutions and linear layers that tracing finds are penalised, except for the channels of the network's input
-    and output, depthwise convolutions, biases and normalisation parameters, and layers inside submodules that tracing
-    could not enter (`graph.opaque` lists those). In a convolution with groups, an input group of the lasso is one
-    channel of every group, `W[:, c]` of its (K, C / groups, ...) weight. The paper has no such convolutions.
+    All convolutions and linear layers that tracing finds are penalised, except for channels that can never go (those of
+    the network's input and output, and of spaces that are frozen), depthwise convolutions, biases and normalisation
+    parameters, and layers inside submodules that tracing could not enter (`graph.opaque` lists those). In a convolution
+    with groups, an input group of the lasso is one channel of every group, `W[:, c]` of its (K, C / groups, ...)
+    weight. The paper has no such convolutions.
 
     Layers may differ in strength: with `coefficients={"layer3": 2.0, "stem.conv": 0.0}` R(W) becomes the sum over the
     layers of a multiplier times their norms, an extension beyond the paper.
@@ -74,14 +78,17 @@ class GroupLasso:
         example_inputs: the model's positional arguments, as for `trace_channels`.
         graph: the model's channel graph, if it is at hand already.
         eps: added to every squared norm.
+        policy: as for `ChannelGraph.keep`. Under "gating" and "auto" a convolution can leave out channels that its
+            space keeps, so slices of frozen spaces count there too, wherever the convolution can be gated.
+        may_be_empty: whether a network of which nothing can go is no error; R(W) is 0 then.
         coefficients: multipliers of lambda by name. A name is that of a layer, or that of a module and then stands for
             all layers in it ("" for the whole model). Of several names that cover a layer the longest counts; a layer
             that none covers has 1. A layer with a multiplier of 0 is left out, as if it were not penalised.
 
     Raises:
         TraceError: the model cannot be traced.
-        InputError: there is nothing to penalise; a multiplier that is negative or not finite; a name that covers no
-            layer with a lasso.
+        InputError: there is nothing to penalise, or nothing that could ever go; a multiplier that is negative or not
+            finite; a name that covers no layer with a lasso.
     """
 
     def __init__(
@@ -92,16 +99,27 @@ class GroupLasso:
         graph: ChannelGraph | None = None,
         eps: float = EPS,
         coefficients: Mapping[str, float] | None = None,
+        policy: str = "union",
+        may_be_empty: bool = False,
     ) -> None:
         self.model = model
         self.eps = eps
+        self._gates = policy != "union"
         self._coefficients = {} if coefficients is None else _checked(coefficients)
-        names = self._take_up(graph or trace_channels(model, example_inputs))
+        graph = graph or trace_channels(model, example_inputs)
+        names = self._take_up(graph)
         if not names:
             raise InputError("the model has no channels to penalise: it has one layer only, or none that was traced.")
         for name in self._coefficients:
             if not any(_covers(name, layer) for layer in names):
                 raise InputError(_unknown(name, names))
+        if not self._groups and all(_multiplier(name, self._coefficients) for name in names):
+            if may_be_empty:
+                return
+            raise InputError(
+                f"nothing of {type(model).__name__} can be pruned, so there is nothing to penalise: "
+                f"{prunable(graph).reasons()}; print(trace_channels(model, example_inputs)) lists all channels."
+            )
         if not self._groups:
             raise InputError(
                 "`coefficients` leaves out every layer that has a lasso; give at least one a multiplier above 0, or "
@@ -116,12 +134,13 @@ class GroupLasso:
         self._multipliers: dict[str, float] = {}
         names = []
         for layer in graph.layers.values():
-            sides = not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output
-            if not any(sides) or layer.name in graph.excluded:
+            inner = not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output
+            if not any(inner) or layer.name in graph.excluded:
                 continue
             names.append(layer.name)
             multiplier = _multiplier(layer.name, self._coefficients)
-            if multiplier:
+            sides = self._pulled(graph, layer, inner)
+            if multiplier and any(sides):
                 # for `Groups` the weight's first dimension is the output
                 inputs, outputs = reversed(sides) if layer.transposed else sides
                 self._groups[layer.name] = Groups(layer.block, inputs=inputs, outputs=outputs)
@@ -130,6 +149,17 @@ class GroupLasso:
                 self._multipliers[layer.name] = multiplier
         self._alike = set(self._multipliers.values()) <= {1.0}
         return names
+
+    def _pulled(self, graph: ChannelGraph, layer: Layer, inner: tuple[bool, bool]) -> tuple[bool, bool]:
+        """Whether a layer's input and output slices have a lasso: those that can go, or be gated.
+
+        Args:
+            inner: whether its spaces are others than the network's own input and output.
+        """
+        free = [frozen_share(graph, space) < 1 for space in (layer.input, layer.output)]
+        gated = gateable_sides(graph, self.model.get_submodule(layer.name), layer) if self._gates else (False, False)
+        sides = [ok and (can_go or gates) for ok, can_go, gates in zip(inner, free, gated, strict=True)]
+        return sides[0], sides[1]
 
     @property
     def coefficients(self) -> dict[str, float]:

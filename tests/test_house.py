@@ -148,7 +148,7 @@ def attributes_of_flow(text: str) -> list[str]:
     """The attributes of a `flow` that a file reads or writes and that are no methods, as source."""
     attributes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
     of_flow = [each for each in attributes if isinstance(each.value, ast.Name) and each.value.id == "flow"]
-    public = {name for name in vars(Flow) if not name.startswith("_")}
+    public = {name for name in dir(Flow) if not name.startswith("_")}
     return [ast.unparse(each) for each in of_flow if each.attr not in public or not isinstance(each.ctx, ast.Load)]
 
 

@@ -5,31 +5,21 @@ joins their ids; a convolution or linear layer ends some and begins others. A ru
 says what comes out of it. `walk.py` asks the rules, call by call, and makes a graph of what they said.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
 
-from prunetrain_kernels.graph.calls import argument
-from prunetrain_kernels.graph.channels import Channels, Count
-from prunetrain_kernels.graph.ids import Ids
+from prunetrain_kernels.graph.channels import Channels
+from prunetrain_kernels.graph.heads import HEADS, heads_of
+from prunetrain_kernels.graph.known import Known
 from prunetrain_kernels.graph.spaces import Follower, Layer, Merge
-from prunetrain_kernels.graph.traced import Shape, Traced
+from prunetrain_kernels.graph.traced import Traced
 
 UNLIKE_BLOCKS = "is used with different numbers of features per channel"
 
 
-class Source(NamedTuple):
-    """The first input of a call, its channels and its shape, and the shape of the call's result."""
-
-    node: fx.Node
-    channels: Channels
-    before: torch.Size
-    after: torch.Size
-
-
-class Flow:
+class Flow(Known):
     """The channels of all values of some programs of one model, and the layers that end and begin them.
 
     A layer or follower that several programs call is one, by its name: what any of the programs joins is joined, and
@@ -46,7 +36,7 @@ class Flow:
     """
 
     def __init__(self, model: nn.Module, programs: Sequence[Traced]) -> None:
-        self.ids = Ids()
+        super().__init__(model, programs)
         self.layers: dict[str, Layer] = {}
         self.followers: dict[str, Follower] = {}
         self.merges: list[Merge] = []
@@ -57,110 +47,10 @@ class Flow:
         self.ends: set[fx.Node] = set()
         self.not_followed: set[fx.Node] = set()
         self.pinned: dict[str, str] = {}
-        self._modules = dict(model.named_modules())
-        self._values = {node: value for each in programs for node, value in each.values.items()}
-        self._channels: dict[fx.Node, Channels] = {}
-        self._parts: dict[fx.Node, list[Channels]] = {}  # of values that are tuples of tensors
-        self._counts: dict[fx.Node, Count] = {}  # of values that are numbers of channels
-        self._understood: set[tuple[fx.Node, fx.Node]] = set()  # uses of such numbers: by whom, and which
-        self._reads: set[tuple[fx.Node, fx.Node]] = set()  # uses of parameters, likewise
-
-    # -- what goes into a call -----------------------------------------------------------------------------------------
-
-    def module(self, name: str) -> nn.Module | None:
-        """The module of that qualified name, if there is one."""
-        return self._modules.get(name)
-
-    def value(self, node: fx.Node) -> Any:
-        """The node's value on the example inputs: a number, a `Shape` in place of a tensor, a tuple of such."""
-        return self._values.get(node)
-
-    def shape(self, node: Any) -> torch.Size | None:
-        """The shape of the node's value, if that is a tensor."""
-        value = self._values.get(node) if isinstance(node, fx.Node) else None
-        return value.sizes if isinstance(value, Shape) else None
-
-    def tensors(self, node: fx.Node) -> list[fx.Node]:
-        """The tensors, or structures that hold tensors, that a node reads."""
-        return [n for n in node.all_input_nodes if _holds_tensors(self._values.get(n))]
-
-    def channels_of(self, node: Any) -> Channels | None:
-        """The channels of a tensor; None where they are not known, or for anything else than a node."""
-        return self._channels.get(node) if isinstance(node, fx.Node) else None
-
-    def parts_of(self, node: Any) -> list[Channels] | None:
-        """The channels of each tensor of a tuple; None for anything else."""
-        return self._parts.get(node) if isinstance(node, fx.Node) else None
-
-    def count_of(self, node: Any) -> Count | None:
-        """The channels whose number the node's value is; None where it is not a number of channels."""
-        return self._counts.get(node) if isinstance(node, fx.Node) else None
-
-    def source(self, node: fx.Node) -> Source | None:
-        """The call's first input, its channels, and the shapes before and after; None unless all are known."""
-        first = argument(node, 0, "input")
-        channels, before, after = self.channels_of(first), self.shape(first), self.shape(node)
-        if channels is None or before is None or after is None:
-            return None
-        return Source(first, channels, before, after)
-
-    def channels_or_frozen(
-        self, node: fx.Node, reason: str = "it is not computed from anything followed"
-    ) -> Channels | None:
-        """The channels of a node; where none are known, new ones that stay, in the dimension in which an operand of the
-        same shape has them, else in dim 1."""
-        shape = self.shape(node)
-        if node not in self._channels and shape is not None and len(shape) >= 2:
-            dims = (
-                self._channels[n].dim for n in node.all_input_nodes if n in self._channels and self.shape(n) == shape
-            )
-            dim = next(dims, 1) or 1
-            self._channels[node] = Channels(self.new_space(shape[dim], reason), dims=(dim,))
-        return self._channels.get(node)
-
-    # -- channels ------------------------------------------------------------------------------------------------------
-
-    def new_space(self, size: int, frozen: str | None = None) -> tuple[int, ...]:
-        """The ids of `size` new channels; they stay if `frozen` says why."""
-        return self.ids.new(size, frozen)
-
-    def find(self, i: int) -> int:
-        """The id that stands for all ids that were joined with `i`."""
-        return self.ids.find(i)
-
-    def join(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-        """Joins two tuples of ids place by place: the channels in one place are one from now on."""
-        return self.ids.join(a, b)
-
-    def freeze(self, value: Channels, reason: str) -> None:
-        """Says that the channels stay as they are."""
-        self.ids.freeze(value.ids, reason)
-
-    def keep_two(self, ids: tuple[int, ...]) -> None:
-        """Says that at least two of the channels stay."""
-        self.ids.keep_two(ids)
+        self._by_heads: set[int] = set()  # ids that are attention heads
+        self._reads: set[tuple[fx.Node, fx.Node]] = set()  # uses of parameters: the tensor, and by whom
 
     # -- what comes out of a call --------------------------------------------------------------------------------------
-
-    def set(self, node: fx.Node, channels: Channels) -> None:
-        """Says that the node gives a tensor with these channels."""
-        self._channels[node] = channels
-
-    def set_parts(self, node: fx.Node, parts: list[Channels]) -> None:
-        """Says that the node gives a tuple of tensors with these channels."""
-        self._parts[node] = parts
-
-    def set_count(self, node: fx.Node, count: Count) -> None:
-        """Says that the node gives a number of channels."""
-        self._counts[node] = count
-
-    def understand(self, node: fx.Node, number: fx.Node) -> None:
-        """Says that the node still works when `number`, a number of channels that it reads, becomes smaller."""
-        self._understood.add((node, number))
-
-    def understands(self, node: fx.Node, number: fx.Node) -> bool:
-        """Whether `understand` was said of the node and the number."""
-        return (node, number) in self._understood
 
     def stays(self, node: fx.Node, reason: str, value: Channels, result: Channels | None = None) -> bool:
         """Freezes `value`: the node would not work on fewer channels. Its result is known all the same."""
@@ -213,6 +103,41 @@ class Flow:
         else:
             self.followed[name] = self.join(before, value.ids)
         return True
+
+    def heads_axis(self, value: Channels) -> int | None:
+        """The axis of a grid that counts attention heads, as a module around the layer that makes the channels tells;
+        None if there is none. Behind the heads come the features of each."""
+        home = self._home_of(value)
+        heads = None if home is None else heads_of(self._modules[home])
+        axes = [axis for axis, size in enumerate(value.grid[:-1]) if size == heads]
+        return axes[-1] if axes and value.block == 1 else None
+
+    def follow_heads(self, value: Channels, axis: int) -> None:
+        """Says that the module around the layer tells the size of this axis; all values for which it does so have the
+        same heads."""
+        home = self._home_of(value)
+        assert home is not None
+        stride = math.prod(value.grid[axis + 1 :])
+        ids = tuple(value.ids[head * stride] for head in range(value.grid[axis]))
+        self.followers.setdefault(home, Follower(home, HEADS, -1, value.grid[-1]))
+        self.followed[home] = self.join(self.followed.setdefault(home, ids), ids)
+        self._by_heads.update(ids)
+
+    def is_by_heads(self, value: Channels) -> bool:
+        """Whether the channels are heads, whose number an attribute tells."""
+        heads = set(map(self.find, self._by_heads))
+        return bool(heads) and heads.issuperset(map(self.find, value.ids))
+
+    def _home_of(self, value: Channels) -> str | None:
+        """The nearest module with a number of heads around the layer that makes the channels."""
+        roots = set(map(self.find, value.ids))
+        makers = [name for name, made in self.made.items() if roots <= set(map(self.find, made))]
+        name = makers[0] if makers else ""
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self._modules and heads_of(self._modules[name]) is not None:
+                return name
+        return None
 
     def scale_with(self, node: fx.Node, name: str, value: Channels, dim: int) -> bool:
         """Says that the module's only tensor, one entry per channel in dimension `dim`, is multiplied with or added."""
@@ -276,11 +201,3 @@ class Flow:
         a, b = operands
         if a is not b and self.shape(a) == self.shape(b) and a in self._channels and b in self._channels:
             self.merges.append(Merge(node, operands, in_place))
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Tensor | Shape):
-        return True
-    if isinstance(value, dict):
-        return any(_holds_tensors(v) for v in value.values())
-    return isinstance(value, list | tuple) and not isinstance(value, torch.Size) and any(map(_holds_tensors, value))

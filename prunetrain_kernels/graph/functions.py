@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from prunetrain_kernels.graph.attention import product, scaled_dot_product, unbound
 from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.channels import Channels
 from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.layers import functional_batch_norm, functional_layer, functional_prelu, owner_of
+from prunetrain_kernels.graph.norms import LAST_DIMS_FUNCTIONS, MIXES, layer_norm_function
 from prunetrain_kernels.graph.shapes import (
     concatenation,
     index,
@@ -25,6 +27,7 @@ from prunetrain_kernels.graph.shapes import (
     permutation,
     pieces_of,
     reshape,
+    reshape_as,
     shuffle,
     softmax,
     stack,
@@ -68,8 +71,7 @@ CONVOLUTION_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 }  # fmt: skip
 TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-MIXING_FUNCTIONS = {F.layer_norm, F.group_norm, F.local_response_norm, F.normalize, torch.layer_norm, torch.group_norm}
-MIXES = "divides by the spread over several channels, so none of them can go"
+MIXING_FUNCTIONS = {F.group_norm, F.local_response_norm, F.normalize, torch.group_norm}
 
 # Functions of libraries that need not be installed, by their qualified names.
 NAMED_POINTWISE = {"torchvision.ops.stochastic_depth.stochastic_depth"}
@@ -87,6 +89,14 @@ def understands_function(flow: Flow, node: fx.Node) -> Outcome:
         return binary(flow, node)
     if target in RESHAPES:
         return reshape(flow, node)
+    if target in (torch.matmul, operator.matmul, "matmul", "__matmul__"):
+        return product(flow, node)
+    if target is F.scaled_dot_product_attention:
+        return scaled_dot_product(flow, node)
+    if target in (torch.unbind, "unbind"):
+        return unbound(flow, node)
+    if target in ("reshape_as", "view_as"):
+        return reshape_as(flow, node)
     if target in (torch.cat, torch.concat, torch.concatenate):
         return concatenation(flow, node)
     if target is torch.stack:
@@ -106,6 +116,8 @@ def understands_function(flow: Flow, node: fx.Node) -> Outcome:
     if target in (F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle):
         size = argument(node, 1, "upscale_factor", "downscale_factor", "groups")
         return shuffle(flow, node, str(target.__name__), size)
+    if target in LAST_DIMS_FUNCTIONS:
+        return layer_norm_function(flow, node)
     if target in MIXING_FUNCTIONS:
         return f"operation '{target.__name__}' {MIXES}"
     if target in CONVOLUTION_FUNCTIONS:

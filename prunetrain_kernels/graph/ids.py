@@ -19,19 +19,20 @@ class Ids:
         self._parent: list[int] = []  # for each id: one that it was joined with, or itself
         self.origin: list[int] = []
         self.frozen: dict[int, str] = {}
+        self._weak: set[int] = set()  # of the frozen ones those whose reason says no more than "not followed"
         self._two_stay: set[int] = set()
         self.inputs: set[int] = set()
         self.outputs: set[int] = set()
         self.first_program = 0
 
-    def new(self, size: int, frozen: str | None = None) -> ChannelIds:
-        """The ids of `size` new channels; they stay if `frozen` says why."""
+    def new(self, size: int, frozen: str | None = None, *, weak: bool = False) -> ChannelIds:
+        """The ids of `size` new channels; they stay if `frozen` says why; `weak`: as for `freeze`."""
         first = len(self._parent)
         ids = tuple(range(first, first + size))
         self._parent += ids
         self.origin += [first] * size
         if frozen is not None:
-            self.frozen |= dict.fromkeys(ids, frozen)
+            self.freeze(ids, frozen, weak=weak)
         return ids
 
     def end_program(self) -> None:
@@ -53,16 +54,19 @@ class Ids:
                 continue
             self._parent[other] = into
             if other in self.frozen:
-                self.frozen.setdefault(into, self.frozen[other])
+                self.freeze((into,), self.frozen[other], weak=other in self._weak)
             for marked in (self.inputs, self.outputs):
                 if other in marked:
                     marked.add(into)
         return tuple(self.find(i) for i in a)
 
-    def freeze(self, ids: Iterable[int], reason: str) -> None:
-        """Says that the channels stay; each keeps the first reason that was said."""
-        for i in ids:
-            self.frozen.setdefault(self.find(i), reason)
+    def freeze(self, ids: Iterable[int], reason: str, *, weak: bool = False) -> None:
+        """Says that the channels stay; each keeps the first reason that was said, but for a `weak` one, which gives
+        way to a better one: that an operation is not followed tells less than that a layer norm needs all channels."""
+        for root in map(self.find, ids):
+            if root not in self.frozen or (root in self._weak and not weak):
+                self.frozen[root] = reason
+                (self._weak.add if weak else self._weak.discard)(root)
 
     def keep_two(self, ids: ChannelIds) -> None:
         """Says that at least two of the channels stay."""

@@ -30,17 +30,18 @@ def owner_of(flow: Flow, node: fx.Node, **tensors: Any) -> tuple[str, nn.Module]
 
 def functional_layer(flow: Flow, node: fx.Node, kind: str, *, transposed: bool = False) -> Outcome:
     """Rule for `F.conv2d(x, weight, bias)` and the like, with the tensors of one module."""
-    read = flow.source(node)
+    source = argument(node, 0, "input")
     weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
     groups = argument(node, 6, "groups", default=1)
     owner = owner_of(flow, node, weight=weight, bias=bias)
-    if read is None or owner is None or not isinstance(groups, int):
+    if owner is None or not isinstance(groups, int):
         return False
     name, module = owner
     tensor = module._parameters.get("weight")
-    if tensor is None or set(flow.tensors(node)) != {t for t in (read.node, weight, bias) if t is not None}:
+    if tensor is None or set(flow.tensors(node)) != {t for t in (source, weight, bias) if t is not None}:
         return False
-    if groups > 1 and groups == len(read.channels.plain().ids) and not isinstance(module, nn.modules.conv._ConvNd):
+    is_depthwise = groups > 1 and groups == (tensor.shape[0] if transposed else tensor.shape[1] * groups)
+    if is_depthwise and not isinstance(module, nn.modules.conv._ConvNd):
         return "a number of groups that is written out cannot follow the channels"
     if kind == "linear":
         outcome = linear(flow, node, name, tensor)
@@ -75,10 +76,8 @@ def functional_prelu(flow: Flow, node: fx.Node) -> Outcome:
 
 def linear(flow: Flow, node: fx.Node, name: str, weight: torch.Tensor) -> Outcome:
     """Rule for a linear layer, which works on the last dimension."""
-    read = flow.source(node)
-    if read is None or read.channels.dim != len(read.before) - 1:
-        return False
-    return flow.make_layer(node, name, "linear", read.channels, weight.shape[0])
+    value = flow.read_in(node, -1, weight.shape[1])
+    return value is not None and flow.make_layer(node, name, "linear", value, weight.shape[0])
 
 
 def convolution(
@@ -90,10 +89,13 @@ def convolution(
     its weight (K, C / groups, ...) then has one input channel per set, and rows K / groups apart go together. With one
     input channel in each group (depthwise) it passes its channels on.
     """
-    read = flow.source(node)
-    if read is None or len(read.before) != weight.dim() or read.channels.dims != (1,):
+    before = flow.shape(argument(node, 0, "input"))
+    if before is None or len(before) != weight.dim():
         return False
-    value = read.channels.plain()
+    read = flow.read_in(node, 1, weight.shape[0] if transposed else weight.shape[1] * groups)
+    if read is None:
+        return False
+    value = read.plain()
     inputs = len(value.ids)
     if groups == 1:
         kind, outputs = ("conv_transpose", weight.shape[1]) if transposed else ("conv", weight.shape[0])

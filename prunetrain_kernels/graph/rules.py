@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from prunetrain_kernels.graph.calls import Outcome
 from prunetrain_kernels.graph.flow import Flow
-from prunetrain_kernels.graph.functions import MIXES
 from prunetrain_kernels.graph.layers import convolution, linear
+from prunetrain_kernels.graph.norms import LAST_DIMS_MODULES, MIXES, layer_norm_module
 from prunetrain_kernels.graph.shapes import reshape_to, shuffle, softmax
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -77,6 +77,13 @@ def _mixing_norm(flow: Flow, node: fx.Node, name: str, module: nn.Module) -> Out
     return f"'{name}' ({type(module).__name__}) {MIXES}"
 
 
+def _multihead_attention(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
+    return (
+        f"'{name}' ({type(module).__name__}) holds query, key and value in one weight, whose size embed_dim fixes, so "
+        "no head can go"
+    )
+
+
 def _instance_norm(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     """Rule for a module that normalises each channel of each image by itself."""
     return flow.follow(node, name, "instance_norm")
@@ -124,7 +131,9 @@ _RULES: dict[type[nn.Module], ModuleRule] = {
     nn.Linear: _linear,
     nn.modules.batchnorm._BatchNorm: batch_norm_rule,
     nn.modules.instancenorm._InstanceNorm: _instance_norm,
-    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d), _mixing_norm),
+    **dict.fromkeys(LAST_DIMS_MODULES, layer_norm_module),
+    **dict.fromkeys((nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d), _mixing_norm),
+    nn.MultiheadAttention: _multihead_attention,
     nn.PReLU: _prelu,
     nn.Flatten: _flatten_module,
     nn.Unflatten: _unflatten_module,

@@ -87,6 +87,9 @@ def reshape_to(flow: Flow, node: fx.Node, sizes: Sequence[Any] | None) -> Outcom
         return _split_into_grid(flow, node, result, target_sizes)
     (dim,) = result.dims
     if isinstance(target_sizes[dim], int) and target_sizes[dim] != -1:
+        if flow.is_by_heads(result):
+            flow.set(node, result)
+            return True
         return flow.stays(node, WRITTEN_OUT, value, result)
     if not is_count_of(flow, node, target_sizes[dim], result.ids, Fraction(result.block)):
         return False
@@ -97,20 +100,32 @@ def reshape_to(flow: Flow, node: fx.Node, sizes: Sequence[Any] | None) -> Outcom
 def _split_into_grid(flow: Flow, node: fx.Node, result: Channels, sizes: list[Any]) -> Outcome:
     """Rule for view(b, groups, c // groups, ...): one new dimension gets shorter, everywhere along the others."""
     fixed = [isinstance(sizes[d], int) and sizes[d] != -1 for d in result.dims]
+    if all(fixed[:-1]):
+        axis = flow.heads_axis(result)
+        if axis is not None:
+            _tie(flow, result, axis)
+            flow.follow_heads(result, axis)
+            flow.set(node, result)
+            return True
     if all(fixed):
         return flow.stays(node, WRITTEN_OUT, result, result)
     if fixed.count(False) != 1:
         return False
     varies = fixed.index(False)
-    for tied in tied_columns(result.ids, result.grid, varies):
-        for other in tied[1:]:
-            flow.join(tied[:1], (other,))
+    _tie(flow, result, varies)
     rest = math.prod(size for axis, size in enumerate(result.grid) if axis != varies)
     if not is_count_of(flow, node, sizes[result.dims[varies]], result.ids, Fraction(1, rest)):
         return False
     flow.keep_two(result.ids)
     flow.set(node, result)
     return True
+
+
+def _tie(flow: Flow, value: Channels, axis: int) -> None:
+    """Says that all entries of a grid in one place along an axis are one channel."""
+    for tied in tied_columns(value.ids, value.grid, axis):
+        for other in tied[1:]:
+            flow.join(tied[:1], (other,))
 
 
 def reshape(flow: Flow, node: fx.Node) -> Outcome:
@@ -128,6 +143,20 @@ def reshape(flow: Flow, node: fx.Node) -> Outcome:
         dim %= len(before)
         return reshape_to(flow, node, [*([-1] * dim), *sizes, *([-1] * (len(before) - dim - 1))])
     return reshape_to(flow, node, unpacked(node.args[1:] or (node.kwargs.get("shape", ()),)))
+
+
+def reshape_as(flow: Flow, node: fx.Node) -> Outcome:
+    """Rule for `x.reshape_as(other)` and `view_as`: the result has the channels of both, in the other's dimension."""
+    read, other = flow.source(node), argument(node, 1, "other")
+    target = flow.channels_of(other)
+    if read is None or target is None or len(node.args) != 2:
+        return False
+    result = reshaped(read.channels, tuple(read.before), tuple(read.after))
+    if result is None or (result.dims, result.grid, result.features) != (target.dims, target.grid, target.features):
+        return False
+    result, target = (result, target) if result.block == target.block else (result.plain(), target.plain())
+    flow.set(node, Channels(flow.join(result.ids, target.ids), result.block, result.dims, result.grid))
+    return True
 
 
 def unpacked(sizes: Any) -> tuple[Any, ...]:
@@ -199,6 +228,14 @@ def fixed_axes(flow: Flow, value: Channels) -> list[int]:
     return fixed
 
 
+def without_axis(value: Channels, dim: int) -> Channels:
+    """The channels of one entry along a fixed axis of a grid; the dimensions keep their numbers."""
+    axis = value.dims.index(dim)
+    dims, grid = value.dims[:axis] + value.dims[axis + 1 :], value.grid[:axis] + value.grid[axis + 1 :]
+    ids = tuple(tied[0] for tied in _along(value, axis))
+    return Channels(ids, dims=dims, grid=grid if len(grid) > 1 else ())
+
+
 def _along(value: Channels, axis: int) -> list[tuple[int, ...]]:
     """The ids along one axis of a grid, for each place in the others."""
     stride, size = math.prod(value.grid[axis + 1 :]), value.grid[axis]
@@ -268,12 +305,16 @@ def pad(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def _all_of(flow: Flow, tensors: Any) -> list[Channels]:
-    """The channels of each tensor of a list; new ones that stay for a tensor without; empty if it is no list."""
+    """The channels of each tensor of a list; empty if it is no list. A tensor without gets new ones that stay, in the
+    dimension in which another has them."""
     if isinstance(tensors, fx.Node):
         return flow.parts_of(tensors) or []
     if not isinstance(tensors, list | tuple) or not all(isinstance(t, fx.Node) for t in tensors):
         return []
-    values = [flow.channels_or_frozen(t) for t in tensors]
+    dim = next((v.dim for t in tensors if (v := flow.channels_of(t)) is not None), None)
+    if dim is None:
+        return []
+    values = [flow.channels_in(t, dim) for t in tensors]
     return [v for v in values if v is not None] if all(values) else []
 
 
@@ -383,7 +424,9 @@ def index(flow: Flow, node: fx.Node) -> Outcome:
         if entry is None:
             new += 1
             continue
-        if old in value.dims and not _takes_all(entry, before[old]):
+        if isinstance(entry, int) and value.block == 1 and old in fixed_axes(flow, value):
+            value = without_axis(value, old)
+        elif old in value.dims and not _takes_all(entry, before[old]):
             reason = "the forward picks channels by number"
             if not isinstance(entry, slice):
                 return reason if isinstance(entry, int) else False

@@ -17,7 +17,7 @@ from prunetrain_kernels.graph.traced import distinct
 from prunetrain_kernels.graph.tracer import UntraceableError, tracing
 from prunetrain_kernels.graph.trial import freeze_what_fails
 from prunetrain_kernels.graph.walk import walk
-from prunetrain_kernels.probe import first_sentence, unchanged
+from prunetrain_kernels.probe import first_sentence, refuse_sharded, unchanged
 
 HOW_TO_TRACE = "Move the part that depends on data into a submodule of its own, whose channels then stay as they are."
 MOST_STARTS = 4  # runs of a mode, with different random numbers, that the trial cut repeats
@@ -52,8 +52,10 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
 
     Raises:
         TraceError: the model's own forward cannot be traced, or fails on the example inputs.
+        InputError: the model's parameters are spread over processes (FSDP).
     """
     _refuse_wrapped(model)
+    refuse_sharded(model)
     with tracing(), unchanged(model), buffers_copied(model):
         runs = runs_of(model, example_inputs)
         graph, failed = None, None

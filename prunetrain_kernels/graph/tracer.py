@@ -20,6 +20,7 @@ from prunetrain_kernels.graph.rules import rule_for
 from prunetrain_kernels.probe import DEEPEST, ONE_BY_ONE, first_line, held_by
 
 _LOCK = threading.RLock()
+SLICED_BY_A_SIZE = "slice indices must be integers"  # what Python says of a tensor that a traced number slices
 
 
 @contextmanager
@@ -71,11 +72,16 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(ThreadTracer):
-    """Leaves some modules closed and remembers in which module tracing failed."""
+    """Leaves some modules closed and remembers in which module tracing failed.
 
-    def __init__(self, closed: set[str]) -> None:
+    With `records_buffers` a read of a buffer is a call of the program, so that it may be sliced by a traced size, as in
+    `position_ids[:, :length]`; without, it is the tensor itself, whose values control flow may depend on.
+    """
+
+    def __init__(self, closed: set[str], *, records_buffers: bool = False) -> None:
         super().__init__()
         self.closed = closed
+        self.proxy_buffer_attributes = records_buffers
         self.failed_in: str | None = None
         self.recording: set[int] = set()  # objects, by `id`, whose parts are being recorded: they may hold each other
 
@@ -167,12 +173,15 @@ def trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
         UntraceableError: the model's own forward cannot be traced.
     """
     closed: dict[str, str] = {}
-    settings = _settings(model, inputs)
+    settings, records_buffers = _settings(model, inputs), False
     while True:
-        tracer = _Tracer(set(closed))
+        tracer = _Tracer(set(closed), records_buffers=records_buffers)
         try:
             return tracer.trace(model, settings), closed
         except Exception as error:
+            if SLICED_BY_A_SIZE in str(error) and not records_buffers:
+                records_buffers = True
+                continue
             reason = first_line(error) + _where(error)
             if not tracer.failed_in or tracer.failed_in in closed:
                 raise UntraceableError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.runs import Runs, Start, describe_difference, in_double, own_tensors, run
 from prunetrain_kernels.graph.spaces import ChannelSpaces, expand
 from prunetrain_kernels.probe import difference, first_line
@@ -20,6 +21,7 @@ from prunetrain_kernels.probe import difference, first_line
 MOST_CUTS = 120
 
 Tensors = dict[str, dict[str, Tensor]]
+Attributes = dict[str, dict[str, int]]  # by the module's name, then by the attribute's
 
 
 def freeze_what_fails(graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[bool, Start]]) -> tuple[str, ...]:
@@ -31,6 +33,9 @@ def freeze_what_fails(graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[b
     """
     gated = any(layer.live_in is not None or layer.live_out is not None for layer in graph.layers.values())
     if gated or any(follower.kind == "constant" for follower in graph.followers.values()):
+        for follower in graph.followers.values():
+            if follower.kind == HEADS:
+                graph.spaces[follower.space].frozen = "heads are only pruned where a trial cut can be made"
         return ()  # a reconfiguration made this network, and the trial was before it
     trial = _Trial(graph, runs, starts)
     spaces = [
@@ -39,6 +44,11 @@ def freeze_what_fails(graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[b
         if space.members is None and not space.frozen and len(_channels_to_cut(space.size, space.least))
     ]
     reasons: dict[str, None] = {}
+    heads = {follower.space for follower in graph.followers.values() if follower.kind == HEADS}.intersection(spaces)
+    if heads and trial.why_not(spaces):  # that an attribute tells the number of heads was no more than a likely guess
+        for i, reason in trial.culprits(sorted(heads)).items():
+            graph.spaces[i].frozen = f"the heads do not follow the attribute that tells their number: {reason}"
+        spaces = [i for i in spaces if not graph.spaces[i].frozen]
     while spaces and trial.why_not(spaces):
         stay = trial.culprits(spaces)
         reasons |= dict.fromkeys(stay.values())
@@ -70,6 +80,7 @@ class _Trial:
         inputs: the example inputs, or noise in place of inputs without variety.
         starts: (training, start): the runs that are compared; the model runs on `inputs` in each.
         cuts: how many cuts were tried.
+        heads: attributes of modules, by name, that tell the numbers of attention heads in the latest cut.
     """
 
     def __init__(self, graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[bool, Start]]) -> None:
@@ -84,6 +95,7 @@ class _Trial:
             if same_inputs or self._takes_inputs(start, training=training)
         ]
         self.cuts = 0
+        self.heads: Attributes = {}
 
     def _takes_inputs(self, start: Start, *, training: bool) -> bool:
         """Whether the model runs on the inputs."""
@@ -96,7 +108,8 @@ class _Trial:
     def why_not(self, spaces: Sequence[int]) -> str:
         """Why the channels of these spaces cannot be cut; empty if they can."""
         self.cuts += 1
-        zeroed, smaller = self._tensors(spaces)
+        zeroed, smaller = self._tensors(cut := self._cut(spaces))
+        self.heads = _heads_left(self.graph, self.modules, cut)
         for training, start in self.starts:
             reason = self._compare(zeroed, smaller, start, training=training)
             if reason:
@@ -110,7 +123,7 @@ class _Trial:
         except Exception:
             return ""  # it does not run on weights of zero, so there is nothing to compare with
         try:
-            with _sizes_fitting(self.modules, smaller):
+            with _sizes_fitting(self.modules, smaller, self.heads):
                 outputs = run(self.model, self.inputs, training=training, start=start, tensors=smaller)
         except Exception as error:
             return f"without some of its channels the forward fails: {first_line(error)}"
@@ -128,9 +141,9 @@ class _Trial:
         """Whether a difference was rounding after all; False where float64 cannot be used."""
         outputs = []
         try:
-            for tensors in (zeroed, smaller):
+            for tensors, heads in ((zeroed, {}), (smaller, self.heads)):
                 inputs, wide = in_double(self.model, self.inputs, tensors)
-                with _sizes_fitting(self.modules, tensors):
+                with _sizes_fitting(self.modules, tensors, heads):
                     outputs.append(run(self.model, inputs, training=training, start=start, tensors=wide))
         except Exception:
             return False
@@ -148,14 +161,18 @@ class _Trial:
         stay = self.culprits(spaces[:half]) | self.culprits(spaces[half:])
         return stay or dict.fromkeys(spaces, reason)
 
-    def _tensors(self, spaces: Sequence[int]) -> tuple[Tensors, Tensors]:
-        """The tensors of the network with some channels of these spaces at zero, and without these channels."""
+    def _cut(self, spaces: Sequence[int]) -> list[Tensor]:
+        """Masks of the channels of each space that are cut on trial."""
         cut = [torch.zeros(space.size, dtype=torch.bool, device="cpu") for space in self.graph.spaces]
         for i in spaces:
             cut[i][_channels_to_cut(self.graph.spaces[i].size, self.graph.spaces[i].least)] = True
         for i, space in enumerate(self.graph.spaces):
             if space.members is not None and space.size:
                 cut[i] = torch.stack([cut[n][channel] for n, channel in space.members.tolist()])
+        return cut
+
+    def _tensors(self, cut: list[Tensor]) -> tuple[Tensors, Tensors]:
+        """The tensors of the network with these channels at zero, and without them."""
         zeroed: Tensors = {}
         smaller: Tensors = {}
         for name, key, dim, block, space_number in _sides(self.graph, self.modules):
@@ -193,13 +210,25 @@ def _sides(graph: ChannelSpaces, modules: dict[str, nn.Module]) -> Iterator[tupl
                 yield follower.name, key, follower.dim, follower.block, follower.space
 
 
+def _heads_left(graph: ChannelSpaces, modules: dict[str, nn.Module], cut: list[Tensor]) -> Attributes:
+    """The attributes that tell the numbers of heads that are left."""
+    left: Attributes = {}
+    for follower in graph.followers.values():
+        mask = cut[follower.space]
+        if follower.kind == HEADS and mask.any():
+            left[follower.name] = head_sizes(modules[follower.name], len(mask), int((~mask).sum()))
+    return left
+
+
 @contextmanager
-def _sizes_fitting(modules: dict[str, nn.Module], tensors: Tensors) -> Iterator[None]:
-    """Inside, the size attributes of modules (`out_channels`, `groups`, ...) fit the tensors put in place of theirs."""
+def _sizes_fitting(modules: dict[str, nn.Module], tensors: Tensors, heads: Attributes) -> Iterator[None]:
+    """Inside, the size attributes of modules (`out_channels`, `groups`, ...) fit the tensors put in place of theirs,
+    and those of attention the number of `heads`."""
     before: list[tuple[nn.Module, str, Any]] = []
     try:
-        for name, by_key in tensors.items():
-            for attribute, value in _sizes(modules[name], by_key).items():
+        sizes = [(name, _sizes(modules[name], by_key)) for name, by_key in tensors.items()]
+        for name, attributes in (*sizes, *heads.items()):
+            for attribute, value in attributes.items():
                 before.append((modules[name], attribute, getattr(modules[name], attribute)))
                 setattr(modules[name], attribute, value)
         yield

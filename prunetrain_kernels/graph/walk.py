@@ -102,8 +102,8 @@ def _freeze_unknown(flow: Flow, modules: Modules, node: fx.Node, reason: str) ->
     if node.op == "call_module":
         operation = f"'{node.target}' ({type(modules[str(node.target)]).__name__})"
     for value in _read_by(flow, node):
-        flow.freeze(value, reason or f"{operation} reads it, which is not followed")
-    flow.channels_or_frozen(node, reason or f"{operation} makes it, which is not followed")
+        flow.freeze(value, reason or f"{operation} reads it, which is not followed", weak=not reason)
+    flow.leave_unknown(node, reason or f"{operation} makes it, which is not followed", decisive=bool(reason))
 
 
 def _reads_size(flow: Flow, node: fx.Node) -> bool:

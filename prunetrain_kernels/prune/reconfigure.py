@@ -24,11 +24,12 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import eagerly, forget_compiled
 from prunetrain_kernels.graph.gating import batch_norm_behind
+from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, gating_of, pair, restore_gating_, unpair
 from prunetrain_kernels.ops.channel_index import ChannelIndex
-from prunetrain_kernels.probe import Difference, difference, outputs_of
+from prunetrain_kernels.probe import Difference, difference, outputs_of, refuse_sharded
 from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
 from prunetrain_kernels.prune.branches import parameters_that_go, replacements, swap_in
 from prunetrain_kernels.prune.changes import LayerChange, Reconfiguration, layer_changes
@@ -196,6 +197,7 @@ def _planned(
 ) -> _Plan:
     """The plan; raises InputError where the model, or a copy, is not the one `keep` was chosen for."""
     model, _ = unwrapped(model)
+    refuse_sharded(model)
     keep.graph.check(model)
     optimizers = as_list(optimizer)
     copies = [copy.network for copy in copies_of(model, also)]
@@ -397,11 +399,14 @@ def _set_sizes(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
     """Sets module attributes such as `out_channels` to the sizes of the tensors."""
     spaces = {layer.name: (layer.output, 1) for layer in keep.graph.layers.values()}
     spaces |= {follower.name: (follower.space, follower.block) for follower in keep.graph.followers.values()}
+    heads = {follower.name for follower in keep.graph.followers.values() if follower.kind == HEADS}
     for name, (space, block) in spaces.items():
-        module = model.get_submodule(name)
+        module, kept = model.get_submodule(name), len(keep.channels[space])
         sizes = sizes_told_by(module)
-        for attribute in size_without_tensor(module):
-            sizes[attribute] = len(keep.channels[space]) * block
+        if name in heads:
+            sizes = head_sizes(module, keep.graph.spaces[space].size, kept)
+        for attribute in () if name in heads else size_without_tensor(module):
+            sizes[attribute] = kept * block
         for attribute, value in sizes.items():
             undo.callback(setattr, module, attribute, getattr(module, attribute))
             setattr(module, attribute, value)

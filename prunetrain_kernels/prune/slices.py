@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prunetrain_kernels.graph.heads import told_sizes
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.graph.spaces import Layer, expand
 from prunetrain_kernels.nn.gated_conv import GatedConv2d
@@ -185,7 +186,7 @@ def size_without_tensor(module: nn.Module) -> list[str]:
         return ["out_channels"]
     if isinstance(module, nn.modules.batchnorm._NormBase) and not sizes_told_by(module):
         return ["num_features"]
-    return []
+    return told_sizes(module)  # of attention heads
 
 
 def sizes_told_by(module: nn.Module) -> dict[str, int]:

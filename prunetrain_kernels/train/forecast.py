@@ -320,6 +320,8 @@ class Course:
             until the last look.
         passed: epochs at the last look; `steps_per_epoch`: as counted until then.
         norms: of all slices at the last look, NaN where pruned; `resistance`: smoothed, NaN where unknown.
+        begun: whether a step with a lasso was noted.
+        warned: whether the user knows that nothing will be pruned.
     """
 
     optimizer: Optimizer
@@ -334,6 +336,8 @@ class Course:
     steps_per_epoch: float = 0.0
     norms: dict[str, Sides] = field(default_factory=dict)
     resistance: dict[str, Sides] = field(default_factory=dict)
+    begun: bool = False
+    warned: bool = False
 
     @classmethod
     def counting(cls, optimizers: Sequence[Optimizer], lasso: GroupLasso, epochs: float | None) -> "Course":
@@ -351,9 +355,15 @@ class Course:
     def measured(self) -> bool:
         return bool(self.resistance)
 
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the optimizer moves weights by the rate times the gradient, as SGD does, and Adam does not."""
+        settings = groups_of(self.optimizer)[self.group]
+        return "momentum" in settings and "alpha" not in settings  # RMSprop has both
+
     def note_step(self, now: Callable[[], Now]) -> None:
         """Notes the learning rate, before each step, and the norms before the first one."""
-        self.calls += 1
+        self.calls, self.begun = self.calls + 1, True
         if not self.norms:
             self.norms = now().by_original(now().slice_norms())
         # A scheduler may be stepped before the end of the epoch is told. A rate that is a tensor is read then: here
@@ -382,6 +392,8 @@ class Course:
         if self.norms and 0 < reach < math.inf:
             pulls = now.by_original(pulls_of(norms))
             for name, sides in after.items():
+                if name not in self.norms:
+                    continue  # an earlier version did not follow this layer
                 moved = [(was - side) / reach for was, side in zip(self.norms[name], sides, strict=True)]
                 fresh = [now.coefficient * pull - move for pull, move in zip(pulls[name], moved, strict=True)]
                 known = self.resistance.get(name, (fresh[0], fresh[1]))
@@ -395,9 +407,12 @@ class Course:
         self.norms, self.rate, self.last_rate, self.passed = after, None, None, now.passed
         self.steps, self.calls, self.replays = 0, 0, getattr(self.optimizer, "replays", 0)
 
-    def hop(self, now: Now) -> float:
-        """How far the lasso moves a slice per step, and keeps a dying one hopping around zero, at the present rate."""
-        return now.coefficient * self._rate_now() * reach_per_rate(self.optimizer, self.group)
+    def hop(self, now: Now, *, highest: bool = False) -> float:
+        """How far the lasso moves a slice per step, and keeps a dying one hopping around zero, at the present rate, or
+        at the highest that the optimizer tells of."""
+        settings = groups_of(self.optimizer)[self.group]
+        later = [float(settings[key]) for key in ("initial_lr", "max_lr") if highest and key in settings]
+        return now.coefficient * max([self._rate_now(), *later]) * reach_per_rate(self.optimizer, self.group)
 
     def reach(self, now: Now, epochs: float) -> float:
         """The reach of the coming epochs; 0 before the first look."""
@@ -453,6 +468,7 @@ class Course:
         self.replays = getattr(self.optimizer, "replays", 0)
         self.passed, self.steps_per_epoch = state["passed"], state["steps_per_epoch"]
         self.norms = {name: (sides[0], sides[1]) for name, sides in state["norms"].items()}
+        self.begun = bool(self.norms)
         self.resistance = {name: (sides[0], sides[1]) for name, sides in state["resistance"].items()}
 
 

@@ -11,6 +11,7 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.optimizer_holdings import params_of
 from prunetrain_kernels.regularizer import one_number, penalty_coefficient
+from prunetrain_kernels.train.outlook import warn_if_lambda_is_tiny, warn_if_never_regularized, warn_if_out_of_reach
 from prunetrain_kernels.train.state import PruningState, holds
 
 
@@ -80,6 +81,7 @@ def set_coefficient(state: PruningState, loss: Tensor, penalty: Tensor) -> float
         coefficient = penalty_coefficient(loss_of_all, penalty.detach(), state.penalty_ratio)
         state.coefficient = ranks.broadcast(coefficient)  # GPUs of several kinds may round R(W) differently
         ranks.agree("lambda and the penalty's share", state.coefficient, state.penalty_ratio)
+        warn_if_lambda_is_tiny(state)
     return state.coefficient
 
 
@@ -92,15 +94,22 @@ def note_step(state: PruningState) -> None:
         state.course.note_step(state.now)
 
 
-def look_at_epoch(state: PruningState) -> None:
-    """Measures what the epoch did to the slices, and adjusts lambda to the target."""
+def look_at_epoch(state: PruningState, *, is_due: bool) -> None:
+    """Measures what the epoch did to the slices, and adjusts lambda to the target.
+
+    Args:
+        is_due: whether a reconfiguration comes next.
+    """
     assert state.course is not None
+    if is_due:
+        warn_if_never_regularized(state)
     now = state.now()
     since = now.passed - state.course.passed
     state.course.look(now)
     if state.steering is not None and now.coefficient:
         coefficient = state.steering.steered(state.course, now, state.penalty_ratio, since)
         state.coefficient = state.ranks.broadcast(coefficient)
+    warn_if_out_of_reach(state)
 
 
 def _coefficient(state: PruningState, loss: Tensor) -> float:

@@ -53,7 +53,7 @@ class OriginalChannels:
             if change.name in kept:  # a depthwise convolution down to one channel looks like any other
                 ins, outs = kept[change.name]
                 kept[change.name] = (ins[change.kept_in], outs[change.kept_out])
-        return replace(self, kept=kept, removed=(*self.removed, *done.removed))
+        return replace(self, kept=self.kept | kept, removed=(*self.removed, *done.removed))
 
     # -- tables ---------------------------------------------------------------------------------------------------
 
@@ -104,4 +104,4 @@ class OriginalChannels:
     def loaded(self, state: Mapping[str, Any]) -> "OriginalChannels":
         """The channels of a saved state, numbered by the same dense network."""
         kept = {name: (sides[0], sides[1]) for name, sides in state["kept"].items()}
-        return replace(self, kept=kept, removed=tuple(state["removed"]))
+        return replace(self, kept=self.kept | kept, removed=tuple(state["removed"]))

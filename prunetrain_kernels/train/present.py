@@ -94,7 +94,14 @@ def look_first(
         cost_of(cost, model)  # refuses an unknown name
     graph.keep(model, **choice)
     comparison_of(model, graph.example_inputs, alike_in_both_modes=graph.alike_in_both_modes)  # refuses if of nothing
-    lasso = GroupLasso(model, graph.example_inputs, graph=graph, coefficients=coefficients)
+    lasso = GroupLasso(
+        model,
+        graph.example_inputs,
+        graph=graph,
+        coefficients=coefficients,
+        policy=choice["policy"],
+        may_be_empty=True,
+    )
     return look(model, graph, amp, lasso, limits)
 
 

@@ -32,6 +32,7 @@ from prunetrain_kernels.train.attach import Attachment
 from prunetrain_kernels.train.forecast import Course
 from prunetrain_kernels.train.logged import Log, log_numbers
 from prunetrain_kernels.train.mini_batch import FirstBatch, MiniBatch, bytes_beside
+from prunetrain_kernels.train.outlook import look_ahead
 from prunetrain_kernels.train.present import Limits, fuse_all, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.prunetrain_checks import (
@@ -51,7 +52,7 @@ __all__ = ["PruneReport", "PruneTrain"]
 
 
 class PruneTrain(PruningState):
-    """Group lasso from the first step, periodic reconfiguration, mini-batch growth.
+    """Group lasso from the first step, periodic reconfiguration, mini-batch growth; it warns where little can go.
 
     The model and the optimizer are changed in place; parameter objects stay the same. On a CPU the constructor switches
     denormal numbers off (`torch.set_flush_denormal`): dying weights decay into them and slow a step down severalfold.
@@ -119,10 +120,10 @@ class PruneTrain(PruningState):
 
     Raises:
         TraceError: the model cannot be traced.
-        InputError: an argument out of range, a `batch` that could never grow because the memory of a step cannot be
-            counted, an optimizer that does not hold the model's parameters or keeps what cannot be sliced with them, a
-            copy that is not like the model, a part that `torch.compile` wraps, or a `DistributedDataParallel` with an
-            option that cannot be pruned.
+        InputError: nothing can go; an argument out of range, a `batch` that could never grow because the memory of a
+            step cannot be counted, an optimizer that does not hold the model's parameters or keeps what cannot be
+            sliced with them, a copy that is not like the model, a part that `torch.compile` wraps, or a
+            `DistributedDataParallel` with an option that cannot be pruned.
         RanksDifferError: the ranks were given other networks or other arguments.
     """
 
@@ -177,6 +178,7 @@ class PruneTrain(PruningState):
             )
         if fuse:
             forget_compiled()
+        look_ahead(self.model, self.present, has_lasso=penalty_ratio > 0)
         self.dense_flops = self.flops
         self.course = Course.counting(self.optimizers, self.lasso, epochs) if penalty_ratio else None
         self.steering = None if wanted is None else Steering.towards(wanted, self.present, self.model, int(round_to))
@@ -253,7 +255,7 @@ class PruneTrain(PruningState):
         if self.steering is not None:
             self.steering.count(self.now())  # at every call: a part of an epoch may end with a reconfiguration by hand
         if self.course is not None and (due or multiples(self.epochs, 1) > multiples(before, 1)):
-            lasso_step.look_at_epoch(self)
+            lasso_step.look_at_epoch(self, is_due=due)
         report = self.reconfigure() if due else None
         if report is not None or multiples(self.epochs, 1) > multiples(before, 1):
             log_numbers(self)

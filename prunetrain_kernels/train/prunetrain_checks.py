@@ -12,6 +12,7 @@ from torch import nn
 
 from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.probe import refuse_sharded
 from prunetrain_kernels.prune.measure import check_tolerance
 from prunetrain_kernels.train.mini_batch import MiniBatch
 
@@ -76,7 +77,8 @@ def check_coefficient(coefficient: Any, penalty_ratio: float) -> None:
 
 
 def check_parts(model: nn.Module) -> None:
-    """Raises InputError for a model with a part that `torch.compile` wraps."""
+    """Raises InputError for a model with a part that `torch.compile` wraps, or that is spread over processes."""
+    refuse_sharded(model)
     wrapped = [name for name, module in model.named_modules() if is_compiled_module(module)]
     if wrapped:
         raise InputError(

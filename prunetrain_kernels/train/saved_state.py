@@ -40,7 +40,7 @@ def load_state(state: PruningState, saved: dict[str, Any]) -> None:
         CheckpointError: the saved state is of another network, or of a run that managed its batch otherwise; nothing
             has been taken up then.
     """
-    check_network(state.original, saved, manages_batch=state.batch is not None)
+    check_network(state.original, saved, not_followed_before(state), manages_batch=state.batch is not None)
     with eagerly(state.model):
         check_shapes(trace_channels(state.model, state.graph.example_inputs), state.also, saved)
     check_target(saved, state.steering)
@@ -68,9 +68,28 @@ def load_state(state: PruningState, saved: dict[str, Any]) -> None:
 # -- what does not fit -------------------------------------------------------------------------------------------------
 
 
-def check_network(original: OriginalChannels, saved: dict[str, Any], *, manages_batch: bool) -> None:
-    """Raises CheckpointError for a saved state of another network, or of a run that managed its batch otherwise."""
-    if set(saved["kept"]) != set(original.dense_layers):
+def not_followed_before(state: PruningState) -> set[str]:
+    """The layers that earlier versions may not have followed, as in transformers: a channel beside them stays though
+    it is none of the network's input or output. They kept all their channels."""
+    spaces = state.graph.spaces
+    return {
+        layer.name
+        for layer in state.graph.layers.values()
+        if any(
+            spaces[n].frozen and not (spaces[n].is_input or spaces[n].is_output) for n in (layer.input, layer.output)
+        )
+    }
+
+
+def check_network(
+    original: OriginalChannels, saved: dict[str, Any], perhaps_missing: set[str], *, manages_batch: bool
+) -> None:
+    """Raises CheckpointError for a saved state of another network, or of a run that managed its batch otherwise.
+
+    Args:
+        perhaps_missing: layers that the state need not have.
+    """
+    if set(saved["kept"]) ^ set(original.dense_layers) - (perhaps_missing - set(saved["kept"])):
         raise CheckpointError("the PruneTrain state is of another network: its layers are not this model's.")
     if (saved["batch"] is None) == manages_batch:
         raise CheckpointError(

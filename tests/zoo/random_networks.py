@@ -23,7 +23,7 @@ FOLLOWED = (
 )  # fmt: skip
 STRANGE = (
     "first_channels", "group_norm", "average", "mask", "squash", "less_mean", "softmax", "pad_channels", "flip",
-    "every_other", "largest_channel",
+    "every_other", "largest_channel", "perceptron", "across", "attention",
 )  # fmt: skip
 
 
@@ -138,6 +138,37 @@ def _squash(step: Step, x: Shape) -> Plan:
     return Plan([x], nn.LayerNorm(x.channels))
 
 
+def _perceptron(step: Step, x: Shape) -> Plan:
+    width = _width(step)
+    return Plan([x], nn.Sequential(nn.Linear(x.channels, width), nn.GELU(), nn.Linear(width, x.channels)))
+
+
+def _across(step: Step, x: Shape) -> Plan:
+    width = _width(step)
+    return Plan([x], nn.Sequential(nn.Linear(x.side, width), nn.ReLU(), nn.Linear(width, x.side)))
+
+
+class Attention(nn.Module):
+    """Attention over the pixels of a map."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.qkv, self.project = nn.Linear(channels, 3 * heads * head_dim), nn.Linear(heads * head_dim, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same."""
+        tokens = x.flatten(2).transpose(1, 2)
+        qkv = self.qkv(tokens).reshape(x.shape[0], tokens.shape[1], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.project(mixed).transpose(1, 2).reshape(x.shape)
+
+
+def _attention(step: Step, x: Shape) -> Plan:
+    return Plan([x], Attention(x.channels, 1 + step.second % 3, 2 + step.size % 3))
+
+
 # -- operations: shapes ------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +248,8 @@ TWO_OPERANDS = ("add", "cat", "stacked_sum", "add_in_place")
 PLANS: dict[str, Callable[..., Plan | None]] = {
     "conv": _conv, "batch_norm": _batch_norm, "prelu": _prelu, "group_norm": _group_norm, "depthwise": _depthwise,
     "grouped": _grouped, "transposed": _transposed, "gate": _gate, "strided": _strided, "linear": _linear,
-    "functional_norm": _batch_norm, "mask": _mask, "squash": _squash, "split": _halves, "sum_of_parts": _sum_of_halves,
+    "functional_norm": _batch_norm, "mask": _mask, "squash": _squash, "perceptron": _perceptron, "across": _across,
+    "attention": _attention, "split": _halves, "sum_of_parts": _sum_of_halves,
     "chunk": _chunk, "shuffle": _shuffle, "pad_channels": _pad_channels, "first_channels": _first_channels,
     "every_other": _every_other, "repeat": _repeat, "unshuffle": _unshuffle, "pixel_shuffle": _pixel_shuffle,
     "largest_channel": _largest_channel, "cat": _cat, "max_pool": _max_pool, "upsample": _upsample,
@@ -237,6 +269,10 @@ def _on_last_dimension(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def _behind_the_unknown(module: nn.Module, x: Tensor) -> Tensor:
+    return x + module(x.permute(0, 2, 3, 1).roll(1, 3)).permute(0, 3, 1, 2)
+
+
 def _gated(module: nn.Module, x: Tensor) -> Tensor:
     return x * torch.sigmoid(module(F.adaptive_avg_pool2d(x, 1)))
 
@@ -253,7 +289,7 @@ def _normalised(norm: Any, x: Tensor) -> Tensor:
 # How operations with a module use it, where they do not just call it.
 CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "linear": _on_last_dimension, "squash": _on_last_dimension, "gate": _gated, "mask": _masked,
-    "functional_norm": _normalised,
+    "functional_norm": _normalised, "perceptron": _behind_the_unknown,
 }  # fmt: skip
 
 

@@ -1,0 +1,98 @@
+"""Rules for attention over heads: matrix products head by head, and the parts of a fused query, key and value.
+
+The channels of such values are a grid of heads and features of a head, in which all features of a head are one channel:
+a head without weights in query, key and value, and in the layer that reads it, adds nothing, so it can go.
+"""
+
+import math
+from typing import Any
+
+from torch import fx
+
+from prunetrain_kernels.graph.calls import Outcome, argument
+from prunetrain_kernels.graph.channels import Channels
+from prunetrain_kernels.graph.flow import Flow
+from prunetrain_kernels.graph.shapes import fixed_axes, without_axis
+
+
+def heads_in(flow: Flow, node: Any, *, features: int | None = None) -> tuple[int, tuple[int, ...]] | None:
+    """The dimension in which a value has heads, and the id of each; None if it has none that a matrix product keeps.
+
+    Args:
+        features: the dimension, negative, in which the features of a head may lie; None where it has none.
+    """
+    value, shape = flow.channels_of(node), flow.shape(node)
+    if value is None or shape is None or len(shape) < 3 or value.block != 1:
+        return None
+    inner = None if features is None else len(shape) + features
+    own = [d for d in value.dims if d != inner]
+    if len(own) != 1 or own[0] >= len(shape) - 2:
+        return None
+    if inner is not None and value.dim is None:
+        if inner not in fixed_axes(flow, value):
+            return None
+        value = without_axis(value, inner)
+    return own[0], value.ids
+
+
+def product(flow: Flow, node: fx.Node) -> Outcome:
+    """Rule for a matrix product of each head: query times key, or attention times value."""
+    a, b = argument(node, 0, "input"), argument(node, 1, "other")
+    if flow.tensors(node) not in ([a, b], [a]) or flow.shape(node) is None:
+        return False
+    scores = heads_in(flow, a, features=-1), heads_in(flow, b, features=-2)
+    if all(scores) and _is_grid(flow, a) and _is_grid(flow, b):
+        return _joined(flow, node, [*scores], None)
+    mixed = heads_in(flow, a), heads_in(flow, b, features=-1)
+    return all(mixed) and not _is_grid(flow, a) and _is_grid(flow, b) and _joined(flow, node, [*mixed], b)
+
+
+def scaled_dot_product(flow: Flow, node: fx.Node) -> Outcome:
+    """Rule for `F.scaled_dot_product_attention` without a mask per head."""
+    tensors = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
+    mask = argument(node, 3, "attn_mask")
+    heads = [heads_in(flow, each, features=-1) for each in tensors]
+    if not all(heads) or not all(_is_grid(flow, each) for each in tensors) or node.kwargs.get("enable_gqa"):
+        return False
+    if mask is not None:
+        shape = flow.shape(mask)
+        one_for_all = shape is not None and (len(shape) < 3 or shape[-3] == 1) and flow.channels_of(mask) is None
+        if not one_for_all:
+            return "its mask differs from head to head"
+    return _joined(flow, node, heads, tensors[2])
+
+
+def unbound(flow: Flow, node: fx.Node) -> Outcome:
+    """Rule for unbind, along another dimension than the channels', or where all parts have the same channels."""
+    read, dim, results = argument(node, 0, "input"), argument(node, 1, "dim", default=0), flow.value(node)
+    value, shape = flow.channels_of(read), flow.shape(read)
+    if value is None or shape is None or not isinstance(dim, int) or not isinstance(results, tuple | list):
+        return False
+    dim %= len(shape)
+    if dim in value.dims:
+        if dim not in fixed_axes(flow, value) or value.block != 1:
+            return False
+        value = without_axis(value, dim)
+    dims = tuple(d - (d > dim) for d in value.dims)
+    flow.set_parts(node, [Channels(value.ids, value.block, dims, value.grid)] * len(results))
+    return True
+
+
+def _is_grid(flow: Flow, node: Any) -> bool:
+    value = flow.channels_of(node)
+    return value is not None and bool(value.grid)
+
+
+def _joined(flow: Flow, node: fx.Node, heads: list[Any], like: Any) -> Outcome:
+    """Joins the heads of all operands; the result has the channels of `like`, or else the heads alone."""
+    after = flow.shape(node)
+    if after is None or len({dim for dim, _ in heads}) != 1 or len({len(ids) for _, ids in heads}) != 1:
+        return False
+    dim, ids = heads[0]
+    for _, others in heads[1:]:
+        ids = flow.join(ids, others)
+    value = Channels(ids, dims=(dim,)) if like is None else flow.channels_of(like)
+    if value is None or math.prod(after[d] for d in value.dims) != value.features:
+        return False
+    flow.set(node, value)
+    return True

@@ -29,43 +29,12 @@ class Source(NamedTuple):
     after: torch.Size
 
 
-class Flow:
-    """The channels of all values of some programs of one model, and the layers that end and begin them.
-
-    A layer or follower that several programs call is one, by its name: what any of the programs joins is joined, and
-    what any of them freezes is frozen.
-
-    The attributes are for `walk.py`:
-        ids: which channels were joined, and which stay.
-        layers, followers, merges: as in `ChannelSpaces`; their spaces are not numbered yet.
-        read, made, followed: ids of each layer's input, of its output, and of each follower.
-        calls: the calls of each module.
-        ends: calls of layers.
-        not_followed: calls that froze what they touch.
-        pinned: modules that are never replaced or removed, and why.
-    """
+class Values:
+    """The modules of a model, and the values of its programs on the example inputs."""
 
     def __init__(self, model: nn.Module, programs: Sequence[Traced]) -> None:
-        self.ids = Ids()
-        self.layers: dict[str, Layer] = {}
-        self.followers: dict[str, Follower] = {}
-        self.merges: list[Merge] = []
-        self.read: dict[str, tuple[int, ...]] = {}
-        self.made: dict[str, tuple[int, ...]] = {}
-        self.followed: dict[str, tuple[int, ...]] = {}
-        self.calls: dict[str, list[fx.Node]] = {}
-        self.ends: set[fx.Node] = set()
-        self.not_followed: set[fx.Node] = set()
-        self.pinned: dict[str, str] = {}
         self._modules = dict(model.named_modules())
         self._values = {node: value for each in programs for node, value in each.values.items()}
-        self._channels: dict[fx.Node, Channels] = {}
-        self._parts: dict[fx.Node, list[Channels]] = {}  # of values that are tuples of tensors
-        self._counts: dict[fx.Node, Count] = {}  # of values that are numbers of channels
-        self._understood: set[tuple[fx.Node, fx.Node]] = set()  # uses of such numbers: by whom, and which
-        self._reads: set[tuple[fx.Node, fx.Node]] = set()  # uses of parameters, likewise
-
-    # -- what goes into a call -----------------------------------------------------------------------------------------
 
     def module(self, name: str) -> nn.Module | None:
         """The module of that qualified name, if there is one."""
@@ -83,6 +52,47 @@ class Flow:
     def tensors(self, node: fx.Node) -> list[fx.Node]:
         """The tensors, or structures that hold tensors, that a node reads."""
         return [n for n in node.all_input_nodes if _holds_tensors(self._values.get(n))]
+
+
+class Flow(Values):
+    """The channels of all values of some programs of one model, and the layers that end and begin them.
+
+    A layer or follower that several programs call is one, by its name: what any of the programs joins is joined, and
+    what any of them freezes is frozen.
+
+    The attributes are for `walk.py` and `direct.py`:
+        ids: which channels were joined, and which stay.
+        layers, followers, merges: as in `ChannelSpaces`; their spaces are not numbered yet.
+        read, made, followed: ids of each layer's input, of its output, and of each follower.
+        calls: the calls of each module.
+        ends: calls of layers.
+        not_followed: calls that froze what they touch.
+        pinned: modules that are never replaced or removed, and why.
+        parameters: for each parameter or buffer that the forward reads and that has channels of its own, by qualified
+            name, the dimension they lie in and their ids.
+    """
+
+    def __init__(self, model: nn.Module, programs: Sequence[Traced]) -> None:
+        super().__init__(model, programs)
+        self.ids = Ids()
+        self.layers: dict[str, Layer] = {}
+        self.followers: dict[str, Follower] = {}
+        self.merges: list[Merge] = []
+        self.read: dict[str, tuple[int, ...]] = {}
+        self.made: dict[str, tuple[int, ...]] = {}
+        self.followed: dict[str, tuple[int, ...]] = {}
+        self.calls: dict[str, list[fx.Node]] = {}
+        self.ends: set[fx.Node] = set()
+        self.not_followed: set[fx.Node] = set()
+        self.pinned: dict[str, str] = {}
+        self.parameters: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._channels: dict[fx.Node, Channels] = {}
+        self._parts: dict[fx.Node, list[Channels]] = {}  # of values that are tuples of tensors
+        self._counts: dict[fx.Node, Count] = {}  # of values that are numbers of channels
+        self._understood: set[tuple[fx.Node, fx.Node]] = set()  # uses of such numbers: by whom, and which
+        self._reads: set[tuple[fx.Node, fx.Node]] = set()  # uses of parameters, likewise
+
+    # -- what goes into a call -----------------------------------------------------------------------------------------
 
     def channels_of(self, node: Any) -> Channels | None:
         """The channels of a tensor; None where they are not known, or for anything else than a node."""
@@ -214,20 +224,23 @@ class Flow:
             self.followed[name] = self.join(before, value.ids)
         return True
 
-    def scale_with(self, node: fx.Node, name: str, value: Channels, dim: int) -> bool:
-        """Says that the module's only tensor, one entry per channel in dimension `dim`, is multiplied with or added."""
-        known = self._channels.get(node)
-        self.called_as_function(name, node)
-        self.follow_value(node, name, "scale", value)
-        self.followers[name].dim = dim
-        del self._channels[node]  # the caller says what comes out
-        if known is not None:
-            self.set(node, known)
-        return True
+    def parameter(self, node: fx.Node, dim: int) -> Channels | None:
+        """Channels of its own for a tensor of the model, in dimension `dim`; None where they lie in another one."""
+        name, shape = str(node.target), self.shape(node) or ()
+        if name not in self.parameters:
+            self.parameters[name] = dim, self.new_space(shape[dim])
+        known, ids = self.parameters[name]
+        if known == dim:
+            self.set(node, Channels(ids, dims=(dim,)))
+        return self.channels_of(node)
 
-    def make_constant(self, node: fx.Node, name: str, channels: int) -> None:
+    def reads_parameter(self, tensor: fx.Node, user: fx.Node) -> None:
+        """Says that the user reads a tensor of a layer that is cut with the layer."""
+        self._reads.add((tensor, user))
+
+    def make_constant(self, node: fx.Node, name: str, channels: int, kind: str = "constant") -> None:
         """Says that the module makes channels from nothing: no producer or consumer, only values to slice."""
-        self.follow_value(node, name, "constant", Channels(self.new_space(channels)))
+        self.follow_value(node, name, kind, Channels(self.new_space(channels)))
 
     def make_layer(
         self,
@@ -256,6 +269,10 @@ class Flow:
         self.ends.add(node)
         self.set(node, Channels(self.made[name], dims=(1 if dim is None else dim,)))
         return True
+
+    def end(self, node: fx.Node) -> None:
+        """Says that the node is a layer: what it reads is none of what it makes."""
+        self.ends.add(node)
 
     def called(self, name: str, node: fx.Node) -> None:
         """Says that the node calls the module."""

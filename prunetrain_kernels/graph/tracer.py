@@ -73,11 +73,18 @@ class _Proxy(fx.Proxy):
 class _Tracer(ThreadTracer):
     """Leaves some modules closed and remembers in which module tracing failed."""
 
-    def __init__(self, closed: set[str]) -> None:
+    def __init__(self, closed: set[str], *, sees_buffers: bool) -> None:
         super().__init__()
         self.closed = closed
+        self.sees_buffers = sees_buffers
         self.failed_in: str | None = None
         self.recording: set[int] = set()  # objects, by `id`, whose parts are being recorded: they may hold each other
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Records the reading of a buffer that may have channels, as fx does that of a parameter."""
+        tensor = isinstance(attr_val, Tensor) and attr_val.numel() > 1 and attr_val.is_floating_point()
+        self.proxy_buffer_attributes = self.sees_buffers and tensor
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         closed = module_qualified_name in self.closed
@@ -166,10 +173,21 @@ def trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
     Raises:
         UntraceableError: the model's own forward cannot be traced.
     """
-    closed: dict[str, str] = {}
     settings = _settings(model, inputs)
+    try:
+        first = _trace(model, settings, sees_buffers=True)
+    except UntraceableError:
+        return _trace(model, settings, sees_buffers=False)
+    if not first[1]:
+        return first
+    second = _trace(model, settings, sees_buffers=False)  # a forward may decide by a buffer's values where to go
+    return second if len(second[1]) < len(first[1]) else first
+
+
+def _trace(model: nn.Module, settings: dict[str, Any] | None, *, sees_buffers: bool) -> tuple[fx.Graph, dict[str, str]]:
+    closed: dict[str, str] = {}
     while True:
-        tracer = _Tracer(set(closed))
+        tracer = _Tracer(set(closed), sees_buffers=sees_buffers)
         try:
             return tracer.trace(model, settings), closed
         except Exception as error:

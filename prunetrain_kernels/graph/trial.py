@@ -164,7 +164,7 @@ class _Trial:
                 continue
             old = own_tensors(self.modules[name])[key].detach()
             going, staying = (expand(side.nonzero().flatten(), block).to(old.device) for side in (mask, ~mask))
-            if key == "weight" and name in self.graph.layers:
+            if name in self.graph.layers and key == "weight":
                 tensors = zeroed.setdefault(name, {})
                 tensors[key] = tensors.get(key, old).index_fill(dim, going, 0)
             tensors = smaller.setdefault(name, {})
@@ -188,9 +188,8 @@ def _sides(graph: ChannelSpaces, modules: dict[str, nn.Module]) -> Iterator[tupl
         if modules[layer.name]._parameters.get("bias") is not None:
             yield layer.name, "bias", 0, 1, layer.output
     for follower in graph.followers.values():
-        for key, tensor in own_tensors(modules[follower.name]).items():
-            if tensor.dim() > 0:
-                yield follower.name, key, follower.dim, follower.block, follower.space
+        for key in follower.tensors(modules[follower.module]):
+            yield follower.module, key, follower.dim, follower.block, follower.space
 
 
 @contextmanager
@@ -223,6 +222,6 @@ def _sizes(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, int]:
     if size is None:
         return {}
     if isinstance(module, nn.GroupNorm):
-        return {"num_channels": size, "num_groups": size}
+        return {"num_channels": size, "num_groups": module.num_groups * size // module.num_channels}
     names = ("num_features", "num_parameters")
     return {name: size for name in names if isinstance(vars(module).get(name), int)}

@@ -57,7 +57,7 @@ from prunetrain_kernels.prune.slices import (
     Slicing,
     is_momentum,
     set_data,
-    size_without_tensor,
+    sizes_for,
     sizes_told_by,
     slicings_of,
     sparse_features,
@@ -396,12 +396,10 @@ def _replace(model: nn.Module, stand_ins: dict[str, nn.Module], undo: ExitStack)
 def _set_sizes(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
     """Sets module attributes such as `out_channels` to the sizes of the tensors."""
     spaces = {layer.name: (layer.output, 1) for layer in keep.graph.layers.values()}
-    spaces |= {follower.name: (follower.space, follower.block) for follower in keep.graph.followers.values()}
+    spaces |= {follower.module: (follower.space, follower.block) for follower in keep.graph.followers.values()}
     for name, (space, block) in spaces.items():
         module = model.get_submodule(name)
-        sizes = sizes_told_by(module)
-        for attribute in size_without_tensor(module):
-            sizes[attribute] = len(keep.channels[space]) * block
+        sizes = sizes_told_by(module) | sizes_for(module, len(keep.channels[space]) * block)
         for attribute, value in sizes.items():
             undo.callback(setattr, module, attribute, getattr(module, attribute))
             setattr(module, attribute, value)

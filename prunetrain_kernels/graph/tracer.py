@@ -51,14 +51,16 @@ class UntraceableError(Exception):
     """torch.fx cannot follow the model's own forward."""
 
 
-def _pieces_of(node: fx.Node) -> int | None:
-    """The number of tensors that a chunk or split gives; None where the program does not say it."""
+def _pieces_of(node: fx.Node, root: nn.Module) -> int | None:
+    """The number of tensors that a call gives as a tuple; None where the program does not say it."""
     sections = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
     if node.target in ("chunk", torch.chunk) and isinstance(sections, int):
         return sections
     if node.target in ("split", torch.split, torch.functional.split) and isinstance(sections, list | tuple):
         return len(sections)
-    return None
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    with_places = node.kwargs.get("return_indices") is True or getattr(module, "return_indices", None) is True
+    return 2 if with_places or node.target in (torch.var_mean, torch.std_mean) else None
 
 
 class _Proxy(fx.Proxy):
@@ -66,7 +68,7 @@ class _Proxy(fx.Proxy):
 
     def __len__(self) -> int:
         """The number of pieces, which `list(x.chunk(2, 1))` and `f(*x.chunk(2, 1))` ask for."""
-        count = _pieces_of(self.node)
+        count = _pieces_of(self.node, self.tracer.root)  # type: ignore[attr-defined]
         return super().__len__() if count is None else count
 
 
@@ -95,7 +97,7 @@ class _Tracer(ThreadTracer):
 
     def iter(self, obj: Any) -> Iterator[Any]:
         """Follows `for piece in x.chunk(4, 1)`, where the number of pieces is written out."""
-        count = _pieces_of(obj.node)
+        count = _pieces_of(obj.node, self.root)
         return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
 
     def create_arg(self, a: Any) -> Any:

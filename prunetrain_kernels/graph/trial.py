@@ -70,6 +70,7 @@ class _Trial:
         inputs: the example inputs, or noise in place of inputs without variety.
         starts: (training, start): the runs that are compared; the model runs on `inputs` in each.
         cuts: how many cuts were tried.
+        counts: for modules without tensors that are told their number of channels, how many they have in the last cut.
     """
 
     def __init__(self, graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[bool, Start]]) -> None:
@@ -84,6 +85,7 @@ class _Trial:
             if same_inputs or self._takes_inputs(start, training=training)
         ]
         self.cuts = 0
+        self.counts: dict[str, int] = {}
 
     def _takes_inputs(self, start: Start, *, training: bool) -> bool:
         """Whether the model runs on the inputs."""
@@ -110,7 +112,7 @@ class _Trial:
         except Exception:
             return ""  # it does not run on weights of zero, so there is nothing to compare with
         try:
-            with _sizes_fitting(self.modules, smaller):
+            with _sizes_fitting(self.modules, smaller, self.counts):
                 outputs = run(self.model, self.inputs, training=training, start=start, tensors=smaller)
         except Exception as error:
             return f"without some of its channels the forward fails: {first_line(error)}"
@@ -130,7 +132,7 @@ class _Trial:
         try:
             for tensors in (zeroed, smaller):
                 inputs, wide = in_double(self.model, self.inputs, tensors)
-                with _sizes_fitting(self.modules, tensors):
+                with _sizes_fitting(self.modules, tensors, self.counts if tensors is smaller else {}):
                     outputs.append(run(self.model, inputs, training=training, start=start, tensors=wide))
         except Exception:
             return False
@@ -158,6 +160,11 @@ class _Trial:
                 cut[i] = torch.stack([cut[n][channel] for n, channel in space.members.tolist()])
         zeroed: Tensors = {}
         smaller: Tensors = {}
+        self.counts = {
+            follower.module: int((~cut[follower.space]).sum())
+            for follower in self.graph.followers.values()
+            if isinstance(self.modules[follower.module], nn.GroupNorm) and cut[follower.space].any()
+        }
         for name, key, dim, block, space_number in _sides(self.graph, self.modules):
             mask = cut[space_number]
             if not mask.any():
@@ -193,12 +200,13 @@ def _sides(graph: ChannelSpaces, modules: dict[str, nn.Module]) -> Iterator[tupl
 
 
 @contextmanager
-def _sizes_fitting(modules: dict[str, nn.Module], tensors: Tensors) -> Iterator[None]:
-    """Inside, the size attributes of modules (`out_channels`, `groups`, ...) fit the tensors put in place of theirs."""
+def _sizes_fitting(modules: dict[str, nn.Module], tensors: Tensors, counts: dict[str, int]) -> Iterator[None]:
+    """Inside, the size attributes of modules (`out_channels`, ...) fit the tensors put in place of theirs, and the
+    numbers of channels in `counts`."""
     before: list[tuple[nn.Module, str, Any]] = []
     try:
-        for name, by_key in tensors.items():
-            for attribute, value in _sizes(modules[name], by_key).items():
+        for name in {**tensors, **counts}:
+            for attribute, value in _sizes(modules[name], tensors.get(name, {}), counts.get(name)).items():
                 before.append((modules[name], attribute, getattr(modules[name], attribute)))
                 setattr(modules[name], attribute, value)
         yield
@@ -207,8 +215,8 @@ def _sizes_fitting(modules: dict[str, nn.Module], tensors: Tensors) -> Iterator[
             setattr(module, attribute, value)
 
 
-def _sizes(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The size attributes that a module should have with these tensors, by name."""
+def _sizes(module: nn.Module, tensors: dict[str, Tensor], count: int | None) -> dict[str, int]:
+    """The size attributes that a module should have with these tensors, or this number of channels, by name."""
     weight, old = tensors.get("weight"), module._parameters.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None and old is not None:
         depthwise = 1 < module.groups == module.in_channels
@@ -218,10 +226,11 @@ def _sizes(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, int]:
         return {"in_channels": ins, "out_channels": outs, "groups": groups}
     if isinstance(module, nn.Linear) and weight is not None:
         return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, nn.GroupNorm):
+        groups = module.num_groups * (count or module.num_channels) // module.num_channels
+        return {"num_channels": count or module.num_channels, "num_groups": groups}
     size = next((len(t) for t in tensors.values() if t.dim()), None)
     if size is None:
         return {}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_channels": size, "num_groups": module.num_groups * size // module.num_channels}
     names = ("num_features", "num_parameters")
     return {name: size for name in names if isinstance(vars(module).get(name), int)}

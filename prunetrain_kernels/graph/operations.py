@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 # Functions that work on each value by itself, so channels go through untouched whatever the number of dimensions.
-_UNARY = (
+UNARY = (
     "relu", "relu_", "sigmoid", "tanh", "abs", "absolute", "neg", "negative", "square", "exp", "exp2", "expm1", "log",
     "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "asin", "acos", "atan", "arcsin",
     "arccos", "arctan", "sinh", "cosh", "asinh", "acosh", "atanh", "erf", "erfc", "erfinv", "sinc", "logit",
@@ -19,14 +19,14 @@ POINTWISE_FUNCTIONS = {
     F.hardshrink, F.softshrink, F.tanhshrink, F.threshold,
     torch.dropout, torch.selu, torch.celu, torch.threshold,
     operator.neg, operator.pos, operator.invert, operator.abs, abs,
-} | {getattr(torch, name) for name in _UNARY if hasattr(torch, name)} | {
-    getattr(torch.special, name) for name in _UNARY if hasattr(torch.special, name)
+} | {getattr(torch, name) for name in UNARY if hasattr(torch, name)} | {
+    getattr(torch.special, name) for name in UNARY if hasattr(torch.special, name)
 }  # fmt: skip
 POINTWISE_METHODS = {
     "contiguous", "float", "half", "bfloat16", "double", "bool", "int", "long", "to", "type", "type_as",
     "requires_grad_", "sigmoid_", "tanh_", "exp_", "log_", "sqrt_", "rsqrt_", "abs_", "neg_", "square_", "sin_", "cos_",
     "reciprocal_", "round_", "floor_", "ceil_", "cpu", "cuda",
-} | set(_UNARY)  # fmt: skip
+} | set(UNARY)  # fmt: skip
 # Functions that make a tensor of the first operand's shape, whatever its values.
 LIKE = {
     torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like,
@@ -52,7 +52,8 @@ OTHER_ELEMENTWISE = {
     torch.remainder, torch.fmod, torch.atan2, torch.hypot, torch.logaddexp, torch.xlogy, torch.copysign,
     torch.heaviside, torch.lt, torch.le, torch.gt, torch.ge, torch.eq, torch.ne, torch.less, torch.less_equal,
     torch.greater, torch.greater_equal, torch.not_equal, torch.isclose, torch.logical_and, torch.logical_or,
-    torch.logical_xor, torch.where, torch.lerp, torch.addcmul, torch.addcdiv, torch.masked_fill, torch.clamp,
+    torch.logical_xor, torch.bitwise_and, torch.bitwise_or, torch.bitwise_xor,
+    torch.where, torch.lerp, torch.addcmul, torch.addcdiv, torch.masked_fill, torch.clamp,
     torch.clip, torch.clamp_min, torch.clamp_max,
     "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum", "fmax", "fmin", "pow", "pow_", "float_power",
     "remainder", "fmod", "atan2", "hypot", "copysign", "lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal",
@@ -67,6 +68,8 @@ QUOTIENTS = {operator.truediv, torch.div, torch.divide, torch.true_divide, "div"
 # torch.fx records `a += b` as operator.add, so a plain `a + b` has to count as one that may write into a.
 IN_PLACE = {operator.add, operator.iadd, "add_"}
 RESHAPES = {"view", "reshape", torch.reshape, torch.flatten, "flatten", torch.unflatten, "unflatten"}
+_PERMUTATIONS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
+PERMUTATIONS = {*_PERMUTATIONS, *(getattr(torch, name) for name in _PERMUTATIONS)}
 # Functions that make one value of all along some dimensions, or two as a tuple: the values and their places.
 _REDUCTIONS = (
     "mean", "sum", "amax", "amin", "std", "var", "max", "min", "prod", "median", "nanmedian", "mode", "norm",

@@ -139,13 +139,20 @@ def unpacked(sizes: Any) -> tuple[Any, ...]:
 
 
 def permutation(flow: Flow, node: fx.Node) -> Outcome:
-    """Rule for permute, transpose and swapaxes."""
+    """Rule for permute, transpose, swapaxes and movedim."""
     read = flow.source(node)
     if read is None:
         return False
     _, value, before, _ = read
     if node.target in (torch.permute, "permute"):
         order = _dims(unpacked(node.args[1:] or (node.kwargs.get("dims", ()),)), len(before))
+    elif node.target in (torch.movedim, "movedim", torch.moveaxis, "moveaxis"):
+        moved = _dims(argument(node, 1, "source"), len(before)), _dims(argument(node, 2, "destination"), len(before))
+        if moved[0] is None or moved[1] is None or len(moved[0]) != len(moved[1]):
+            return False
+        order = [d for d in range(len(before)) if d not in moved[0]]
+        for target, origin in sorted(zip(moved[1], moved[0], strict=True)):
+            order.insert(target, origin)
     else:
         pair = _dims([argument(node, 1, "dim0", "axis0"), argument(node, 2, "dim1", "axis1")], len(before))
         if pair is None:

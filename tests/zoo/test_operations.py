@@ -151,6 +151,7 @@ WITH_PARTS: dict[str, Callable[[], Small]] = {
     "instance-norm-with-scale": lambda: Small(
         lambda m, x: F.instance_norm(m.a(x), weight=m.n.weight, bias=m.n.bias), n=nn.InstanceNorm2d(8, affine=True)
     ),
+    "moved-dimensions": lambda: Small(lambda m, x: m.n(m.a(x).movedim(1, -1)).moveaxis((3, 1), (1, 2)), n=nn.ReLU()),
     "group-norm": lambda: Small(lambda m, x: m.n(m.a(x)), n=nn.GroupNorm(4, 8)),
     "group-norm-without-scale": lambda: Small(lambda m, x: m.n(m.a(x)), n=nn.GroupNorm(4, 8, affine=False)),
     "group-norm-of-a-sum": lambda: Small(
@@ -217,6 +218,30 @@ def test_channels_go_through(name: str) -> None:
             assert losses == pytest.approx(train(twin, twin_optimizer, batches[1:], masks), rel=1e-7)
 
 
+class Exported(Small):
+    """The same for torch.export: torch.fx cannot follow a decision by a size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[2] < 100 else x
+
+
+@pytest.mark.parametrize(
+    "name", ["sin", "pow", "where", "masked-fill", "lerp", "max-of-two", "flip", "cumsum", "glu", "frozen-norm", "topk"]
+)
+def test_torch_export_knows_them_too(name: str) -> None:
+    torch.manual_seed(0)
+    model = randomise(NETWORKS[name]()).double()
+    model.__class__ = Exported
+    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    graph = trace_channels(model, (x,))
+    assert graph.tracer == "torch.export"
+    assert graph.spaces[graph.layers["a"].output].frozen is None, str(graph)
+    kill(graph, model, share=0.4, partly=0.1, seed=0)
+    expected = outputs_of(copy.deepcopy(model), x)
+    assert reconfigure(model, None, graph.keep(model, threshold=0)).changed
+    assert distance(outputs_of(model, x), expected) <= 1e-9
+
+
 FROZEN: dict[str, tuple[Callable[[], Small], str]] = {
     "flipped-channels": (lambda: Small(lambda m, x: m.a(x).flip(1)), "'flip'"),
     "rolled-channels": (lambda: Small(lambda m, x: m.a(x).roll(1, 1)), "'roll'"),
@@ -230,7 +255,7 @@ FROZEN: dict[str, tuple[Callable[[], Small], str]] = {
     "repeated-channels": (lambda: Small(lambda m, x: m.a(x).repeat(1, 2, 1, 1), 16), "repeats channels"),
     "layer-norm": (
         lambda: Small(lambda m, x: m.n(m.a(x).movedim(1, 3)).movedim(3, 1), n=nn.LayerNorm(8)),
-        "'movedim'",
+        "'n' (LayerNorm) divides by",
     ),
     "one-group": (lambda: Small(lambda m, x: m.n(m.a(x)), n=nn.GroupNorm(1, 8)), "each is a part"),
     "groups-written-out": (lambda: Small(lambda m, x: F.group_norm(m.a(x), 4)), "number of groups"),

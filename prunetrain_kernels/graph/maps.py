@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.channels import Channels
 from prunetrain_kernels.graph.flow import Flow
-from prunetrain_kernels.graph.operations import ALONG_DIMS, OF_SIZE, READ_MAP_SIZE
+from prunetrain_kernels.graph.operations import ALONG_DIMS, OF_SIZE, OVER_CHANNELS, READ_MAP_SIZE
 from prunetrain_kernels.graph.shapes import WRITTEN_OUT, fixed_axes, is_count_of, unpacked
 from prunetrain_kernels.graph.traced import Shape
 
@@ -37,6 +37,10 @@ def gives(flow: Flow, node: fx.Node, channels: Channels) -> bool:
     else:
         flow.set(node, channels)
     return True
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def dims_of(value: Any, ndim: int) -> list[int] | None:
@@ -113,7 +117,7 @@ def reduction(flow: Flow, node: fx.Node) -> Outcome:
 def _reduction_of_grid(flow: Flow, node: fx.Node, value: Channels, dims: list[int]) -> Outcome:
     """Rule for a sum, mean, ... over groups of channels: `x.view(b, groups, c // groups).sum(1)`."""
     if len(value.dims) != 2 or len(dims) != 1 or dims[0] not in fixed_axes(flow, value):
-        return False
+        return f"operation '{_name(node)}' {OVER_CHANNELS}"
     axis = value.dims.index(dims[0])
     stride, size = math.prod(value.grid[axis + 1 :]), value.grid[axis]
     ids = tuple(i for place, i in enumerate(value.ids) if place // stride % size == 0)
@@ -133,8 +137,10 @@ def along_dims(flow: Flow, node: fx.Node) -> Outcome:
     if node.target == "flip" and len(node.args) > 2:
         written = list(node.args[1:])  # x.flip(2, 3)
     dims = dims_of(written, len(before))
-    if not dims or set(dims) & set(value.dims) or any(len(shape) != len(before) for shape in results):
+    if not dims or any(len(shape) != len(before) for shape in results):
         return False
+    if set(dims) & set(value.dims):
+        return f"operation '{_name(node)}' {OVER_CHANNELS}"
     return gives(flow, node, value)
 
 

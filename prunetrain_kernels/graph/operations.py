@@ -92,6 +92,7 @@ CONVOLUTION_FUNCTIONS = {
 TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 MIXING_FUNCTIONS = {F.layer_norm, F.local_response_norm, torch.layer_norm}
 MIXES = "divides by the spread over several channels, of which each is a part even where it is 0, so none can go"
+OVER_CHANNELS = "is over its channels, of which each is a part, so none can go"
 # Functions that make a tensor of a size that is written in the call, as `torch.zeros(x.shape)` or `x.new_zeros(n, c)`.
 OF_SIZE = {
     torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn, torch.full, "new_zeros", "new_ones", "new_empty",

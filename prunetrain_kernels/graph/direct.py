@@ -29,7 +29,7 @@ def follow_parameters(flow: Flow, modules: Modules, weights: frozenset[str], nod
         uses = [(tensor, user) for tensor in tensors for user in tensor.users]
         free = [pair for pair in uses if not flow.reads_for(*pair)]
         path, _, key = name.rpartition(".")
-        if not free:
+        if not free or _goes_with_its_layer(flow, path, key, free):
             continue
         if len(free) < len(uses) or path in flow.followers or (path in flow.layers and key in LAYER_TENSORS):
             flow.ids.freeze(ids, f"the forward reads '{name}' directly")
@@ -43,6 +43,21 @@ def follow_parameters(flow: Flow, modules: Modules, weights: frozenset[str], nod
                 flow.reads_parameter(*pair)
     for path, by_key in cut.items():
         _make_followers(flow, modules[path], path, by_key)
+
+
+def _goes_with_its_layer(flow: Flow, path: str, key: str, uses: list[tuple[fx.Node, fx.Node]]) -> bool:
+    """Whether a tensor is a layer's bias, which the forward adds to the layer's output by itself: it is cut already."""
+    dim, ids = flow.parameters[f"{path}.{key}".removeprefix(".")]
+    if (
+        key != "bias"
+        or path not in flow.layers
+        or dim
+        or list(map(flow.find, ids)) != list(map(flow.find, flow.made[path]))
+    ):
+        return False
+    for pair in uses:
+        flow.reads_parameter(*pair)
+    return True
 
 
 def tells_channels(flow: Flow, user: fx.Node) -> bool:

@@ -77,10 +77,9 @@ def _computed_layer(flow: Flow, node: fx.Node, kind: str) -> Outcome:
     path = "" if scaled is None else str(scaled[0].target).rpartition(".")[0]
     module = flow.module(path)
     plain = module is not None and scaled is not None and scaled[0].target == f"{path}.weight".removeprefix(".")
-    own_bias = None if module is None else module._parameters.get("bias")
-    shifted = scaled_tensor(flow, bias) if own_bias is not None else None
-    if own_bias is not None and (shifted is None or shifted[0].target != f"{path}.bias".removeprefix(".")):
-        plain = False
+    shifted = scaled_tensor(flow, bias) if module is not None and module._parameters.get("bias") is not None else None
+    if shift is not None and shifted is not None and shifted[0].target != f"{path}.bias":
+        plain = False  # the module's own bias is another tensor
     dim = len(read.before) - 1 if kind == "linear" else 1
     if not plain or module is None or not path:
         return _standardised_layer(flow, node, rows, dim)

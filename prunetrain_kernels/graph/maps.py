@@ -191,5 +191,6 @@ def of_size(flow: Flow, node: fx.Node) -> Outcome:
             if count.channels.dim is not None and is_count_of(flow, node, size, value.ids, Fraction(value.block)):
                 flow.set(node, value)
                 return True
-    flow.channels_or_frozen(node, WRITTEN_OUT)
+    if len(after) > 1 and after[1] > 1:
+        flow.channels_or_frozen(node, WRITTEN_OUT)
     return True

@@ -9,20 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
-from zoo_kit import (
-    check_attributes,
-    check_kept,
-    check_optimizer,
-    distance,
-    forget_momentum,
-    hold_masks,
-    kill,
-    outputs_of,
-    randomise,
-    train,
-)
+from twice import inner_reasons, shrink_twice
+from zoo_kit import distance, kill, outputs_of, randomise
 
-from prunetrain_kernels import reconfigure, trace_channels
+from prunetrain_kernels import ChannelGraph, reconfigure, trace_channels
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -194,28 +184,12 @@ def test_channels_go_through(name: str) -> None:
     model = randomise(NETWORKS[name]()).double()
     optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9)
     batches = [torch.randn(3, 3, 6, 6, dtype=torch.float64) for _ in range(3)]
-    train(model, optimizer, batches[:1])
-    for turn in range(2):
-        graph = trace_channels(model, (batches[0],))
+
+    def look(graph: ChannelGraph) -> None:
         assert graph.tracer == "torch.fx"
-        ends = {"it is the network's input", "it is the network's output"}
-        kept = [space.frozen for space in graph.spaces if space.frozen not in ends and space.members is None]
-        assert not any(kept) or name == "grid-sample", str(graph)
-        dead = kill(graph, model, share=0.4, partly=0.1, seed=turn)
-        twin, twin_optimizer = copy.deepcopy((model, optimizer))
-        keep = graph.keep(model, threshold=0)
-        check_kept(graph, keep, model, dead)
-        masks = hold_masks(graph, keep, twin)
-        forget_momentum(graph, keep, twin, twin_optimizer)
-        assert reconfigure(model, optimizer, keep).changed or turn == 1
-        for training in (False, True):
-            outputs, expected = (outputs_of(m.train(training), batches[1]) for m in (model, twin))
-            assert distance(outputs, expected) <= 1e-9
-        check_attributes(model)
-        check_optimizer(model, optimizer)
-        losses = train(model, optimizer, batches[1:])
-        if turn == 0:
-            assert losses == pytest.approx(train(twin, twin_optimizer, batches[1:], masks), rel=1e-7)
+        assert not inner_reasons(graph) or name == "grid-sample", str(graph)
+
+    shrink_twice(model, optimizer, batches, look)
 
 
 class Exported(Small):

@@ -58,6 +58,7 @@ def test_a_detector(tmp_path: Path) -> None:
     check(run("detection.py", tmp_path, *options), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_segmentation_network_of_torchvision(tmp_path: Path) -> None:
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")

@@ -402,7 +402,11 @@ FROZEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "channel-count": (ReadsCount, "a", "its number of channels is read by the forward"),
     "size-1": (lambda: Net(lambda m, x: m.fc(pool(m.a(x)).mul(m.a(x).size(1)))), "a", "number of channels is read"),
     "numel": (lambda: Net(lambda m, x: m.fc(pool(m.a(x)) / m.a(x).numel())), "a", "'numel'"),
-    "whole-shape": (lambda: Net(lambda m, x: m.fc(pool(m.b(m.a(x)) * len(m.a(x).shape[1:])))), "a", "number of"),
+    "whole-shape": (
+        lambda: Net(lambda m, x: m.fc(pool(m.b(m.a(x)) + x.new_ones(1).expand(m.a(x).shape)))),
+        "a",
+        "number of",
+    ),
 }
 
 

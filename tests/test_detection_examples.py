@@ -41,13 +41,13 @@ def check(printed: str, folder: Path) -> None:
 
 
 def test_a_detector(tmp_path: Path) -> None:
-    options = "--steps 12 --every 6 --size 32 --width 4 --batch 4 --penalty-ratio 0.8".split()
-    check(run("detection.py", tmp_path, *options), tmp_path)
+    options = "--steps 12 --every 6 --size 32 --width 4 --batch 4 --penalty-ratio 0.8"
+    check(run("detection.py", tmp_path, *options.split()), tmp_path)
 
 
 @pytest.mark.slow
 def test_a_segmentation_network_of_torchvision(tmp_path: Path) -> None:
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    options = "--steps 4 --every 4 --size 32 --batch 4 --penalty-ratio 0.999 --lr 0.3".split()
-    check(run("segmentation.py", tmp_path, *options), tmp_path)
+    options = "--steps 4 --every 4 --size 32 --batch 4 --penalty-ratio 0.999 --lr 0.3"
+    check(run("segmentation.py", tmp_path, *options.split()), tmp_path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import fx, nn
 
-from prunetrain_kernels.graph.functions import POINTWISE_FUNCTIONS, POINTWISE_METHODS
+from prunetrain_kernels.graph.operations import POINTWISE_FUNCTIONS, POINTWISE_METHODS
 from prunetrain_kernels.graph.rules import POINTWISE_MODULES
 from prunetrain_kernels.graph.spaces import ChannelSpaces
 
@@ -71,12 +71,14 @@ def dead_branches(graph: ChannelSpaces, model: nn.Module, zero: set[str]) -> Ite
 
 
 def _has_tensors(modules: dict[str, nn.Module], node: fx.Node) -> bool:
-    """Whether the node calls a module with parameters or buffers: their sizes are fixed, so it cannot read the one
-    channel of a removed layer."""
+    """Whether the node calls a module with parameters or buffers, or with groups: their sizes are fixed, so it cannot
+    read the one channel of a removed layer."""
     if node.op != "call_module":
         return False
     module = modules[str(node.target)]
-    return any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
+    return isinstance(module, nn.GroupNorm) or any(
+        t is not None for t in (*module._parameters.values(), *module._buffers.values())
+    )
 
 
 def _is_pointwise(modules: dict[str, nn.Module], node: fx.Node) -> bool:

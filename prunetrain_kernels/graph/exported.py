@@ -19,18 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from prunetrain_kernels.graph.operations import UNARY
 from prunetrain_kernels.graph.traced import Shape, Values
 
 POINTWISE = {
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "hardtanh",
     "hardsigmoid", "sigmoid", "log_sigmoid", "tanh", "softplus", "softshrink", "hardshrink", "threshold", "clone",
-    "abs", "neg", "square", "clamp", "exp", "sqrt", "rsqrt", "contiguous", "detach", "alias", "to",
-    "_to_copy", "nan_to_num",
+    "contiguous", "alias", "to", "_to_copy", *UNARY,
 }  # fmt: skip
 SPATIAL = {
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
     "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "feature_dropout",
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d",
 }  # fmt: skip
 # ATen's name -> the function that the rules know, with the same arguments
 SAME_ARGUMENTS: dict[str, Any] = {
@@ -43,9 +44,18 @@ SAME_ARGUMENTS: dict[str, Any] = {
     "channel_shuffle": F.channel_shuffle, "linear": F.linear, "conv1d": F.conv1d, "conv2d": F.conv2d,
     "conv3d": F.conv3d, "conv_transpose1d": F.conv_transpose1d, "conv_transpose2d": F.conv_transpose2d,
     "conv_transpose3d": F.conv_transpose3d, "prelu": torch.prelu,
-    "layer_norm": F.layer_norm, "group_norm": F.group_norm, "maximum": torch.maximum, "minimum": torch.minimum,
+    "layer_norm": F.layer_norm, "group_norm": F.group_norm, "glu": F.glu, "grid_sampler": F.grid_sample,
+    **{
+        name: getattr(torch, name)
+        for name in (
+            "maximum", "minimum", "fmax", "fmin", "pow", "where", "lerp", "addcmul", "addcdiv", "masked_fill", "clamp",
+            "lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "atan2",
+            "remainder", "fmod", "logaddexp", "max", "min", "amin", "var", "std", "prod", "logsumexp", "cumsum", "flip",
+            "roll", "sort", "topk", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "movedim",
+        )
+    },
 }  # fmt: skip
-METHODS = {"view", "reshape", "_unsafe_view", "expand", "expand_as"}
+METHODS = {"view", "reshape", "_unsafe_view", "expand", "expand_as", "repeat"}
 
 
 def exported_program(model: nn.Module, examples: tuple[Tensor, ...]) -> tuple[fx.Graph, Values, Callable[..., Any]]:

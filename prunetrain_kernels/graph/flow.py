@@ -25,7 +25,7 @@ class Flow(Known):
     A layer or follower that several programs call is one, by its name: what any of the programs joins is joined, and
     what any of them freezes is frozen.
 
-    The attributes are for `walk.py`:
+    The attributes are for `walk.py` and `direct.py`:
         ids: which channels were joined, and which stay.
         layers, followers, merges: as in `ChannelSpaces`; their spaces are not numbered yet.
         read, made, followed: ids of each layer's input, of its output, and of each follower.
@@ -33,6 +33,8 @@ class Flow(Known):
         ends: calls of layers.
         not_followed: calls that froze what they touch.
         pinned: modules that are never replaced or removed, and why.
+        parameters: for each parameter or buffer that the forward reads and that has channels of its own, by qualified
+            name, the dimension they lie in and their ids.
     """
 
     def __init__(self, model: nn.Module, programs: Sequence[Traced]) -> None:
@@ -47,6 +49,7 @@ class Flow(Known):
         self.ends: set[fx.Node] = set()
         self.not_followed: set[fx.Node] = set()
         self.pinned: dict[str, str] = {}
+        self.parameters: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._by_heads: set[int] = set()  # ids that are attention heads
         self._reads: set[tuple[fx.Node, fx.Node]] = set()  # uses of parameters: the tensor, and by whom
 
@@ -139,20 +142,23 @@ class Flow(Known):
                 return name
         return None
 
-    def scale_with(self, node: fx.Node, name: str, value: Channels, dim: int) -> bool:
-        """Says that the module's only tensor, one entry per channel in dimension `dim`, is multiplied with or added."""
-        known = self._channels.get(node)
-        self.called_as_function(name, node)
-        self.follow_value(node, name, "scale", value)
-        self.followers[name].dim = dim
-        del self._channels[node]  # the caller says what comes out
-        if known is not None:
-            self.set(node, known)
-        return True
+    def parameter(self, node: fx.Node, dim: int) -> Channels | None:
+        """Channels of its own for a tensor of the model, in dimension `dim`; None where they lie in another one."""
+        name, shape = str(node.target), self.shape(node) or ()
+        if name not in self.parameters:
+            self.parameters[name] = dim, self.new_space(shape[dim])
+        known, ids = self.parameters[name]
+        if known == dim:
+            self.set(node, Channels(ids, dims=(dim,)))
+        return self.channels_of(node)
 
-    def make_constant(self, node: fx.Node, name: str, channels: int) -> None:
+    def reads_parameter(self, tensor: fx.Node, user: fx.Node) -> None:
+        """Says that the user reads a tensor of a layer that is cut with the layer."""
+        self._reads.add((tensor, user))
+
+    def make_constant(self, node: fx.Node, name: str, channels: int, kind: str = "constant") -> None:
         """Says that the module makes channels from nothing: no producer or consumer, only values to slice."""
-        self.follow_value(node, name, "constant", Channels(self.new_space(channels)))
+        self.follow_value(node, name, kind, Channels(self.new_space(channels)))
 
     def make_layer(
         self,
@@ -181,6 +187,10 @@ class Flow(Known):
         self.ends.add(node)
         self.set(node, Channels(self.made[name], dims=(1 if dim is None else dim,)))
         return True
+
+    def end(self, node: fx.Node) -> None:
+        """Says that the node is a layer: what it reads is none of what it makes."""
+        self.ends.add(node)
 
     def called(self, name: str, node: fx.Node) -> None:
         """Says that the node calls the module."""

@@ -1,10 +1,11 @@
 """Rules for functions and tensor methods: what `call_function` and `call_method` in a traced program do to channels.
 
-This file has the tables and the rules of arithmetic; `shapes.py` has the rules of what moves channels about, and
-`layers.py` those of layers.
+This file puts calls to rules by the tables of `operations.py`, and has the rules of arithmetic; `shapes.py` has those
+of what moves channels about, `maps.py` those of work on maps, and `layers.py` those of layers.
 """
 
 import operator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -16,10 +17,39 @@ from prunetrain_kernels.graph.attention import product, scaled_dot_product, unbo
 from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.channels import Channels
 from prunetrain_kernels.graph.flow import Flow
-from prunetrain_kernels.graph.layers import functional_batch_norm, functional_layer, functional_prelu, owner_of
-from prunetrain_kernels.graph.norms import LAST_DIMS_FUNCTIONS, MIXES, layer_norm_function
+from prunetrain_kernels.graph.layers import (
+    functional_batch_norm,
+    functional_group_norm,
+    functional_instance_norm,
+    functional_layer,
+    functional_prelu,
+)
+from prunetrain_kernels.graph.maps import along_dims, of_size, pooling, reduction, repetition, sampling, unpooling
+from prunetrain_kernels.graph.norms import LAST_DIMS_FUNCTIONS, layer_norm_function
+from prunetrain_kernels.graph.operations import (
+    ADDITIONS,
+    ALONG_DIMS,
+    CONVOLUTION_FUNCTIONS,
+    ELEMENTWISE,
+    IN_PLACE,
+    LIKE,
+    MIXES,
+    MIXING_FUNCTIONS,
+    OF_SIZE,
+    PERMUTATIONS,
+    POINTWISE_FUNCTIONS,
+    POINTWISE_METHODS,
+    REDUCTIONS,
+    RESHAPES,
+    SOFTMAX,
+    SPATIAL_FUNCTIONS,
+    TRANSPOSED_FUNCTIONS,
+    UNPOOLING,
+)
+from prunetrain_kernels.graph.parameters import is_saved_tensor
 from prunetrain_kernels.graph.shapes import (
     concatenation,
+    halves,
     index,
     is_count_of,
     other_dims,
@@ -34,47 +64,43 @@ from prunetrain_kernels.graph.shapes import (
     unpacked,
 )
 
-# Functions that work on each value by itself, so channels go through untouched whatever the number of dimensions.
-POINTWISE_FUNCTIONS = {
-    F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.elu, F.elu_, F.selu, F.celu, F.gelu, F.silu, F.mish,
-    F.hardswish, F.hardtanh, F.hardsigmoid, F.sigmoid, F.logsigmoid, F.tanh, F.softplus, F.softsign, F.dropout,
-    F.hardshrink, F.softshrink, F.tanhshrink, F.threshold,
-    torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.clone, torch.abs, torch.neg, torch.square, torch.clamp,
-    torch.exp, torch.sqrt, torch.rsqrt, torch.nan_to_num, torch.detach, torch.dropout,
-    operator.neg, operator.pos,
-}  # fmt: skip
-POINTWISE_METHODS = {
-    "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "clone", "contiguous", "detach", "float", "half",
-    "bfloat16", "double", "abs", "neg", "square", "clamp", "clamp_", "to", "type_as", "exp", "sqrt", "rsqrt",
-    "requires_grad_",
-}  # fmt: skip
-# Functions that work on each channel's map by itself.
-SPATIAL_FUNCTIONS = {
-    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
-    F.lp_pool1d, F.lp_pool2d, F.interpolate, F.dropout1d, F.dropout2d, F.dropout3d,
-}  # fmt: skip
-ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-OTHER_BINARY = {
-    operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.sub, torch.mul,
-    torch.div, torch.maximum, torch.minimum, "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum",
-    "expand_as",
-}  # fmt: skip
-# torch.fx records `a += b` as operator.add, so a plain `a + b` has to count as one that may write into a.
-IN_PLACE = {operator.add, operator.iadd, "add_"}
-RESHAPES = {"view", "reshape", torch.reshape, torch.flatten, "flatten", torch.unflatten, "unflatten"}
-REDUCTIONS = {
-    torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin", torch.std, "std", torch.var, "var",
-}  # fmt: skip
-SOFTMAX = {F.softmax, torch.softmax, "softmax", F.log_softmax, torch.log_softmax, "log_softmax"}
-CONVOLUTION_FUNCTIONS = {
-    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-}  # fmt: skip
-TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-MIXING_FUNCTIONS = {F.group_norm, F.local_response_norm, F.normalize, torch.group_norm}
-
 # Functions of libraries that need not be installed, by their qualified names.
 NAMED_POINTWISE = {"torchvision.ops.stochastic_depth.stochastic_depth"}
+Rule = Callable[[Flow, fx.Node], Outcome]
+
+
+def _softmax(flow: Flow, node: fx.Node) -> Outcome:
+    return softmax(flow, node, argument(node, 1, "dim"))
+
+
+def _halves(flow: Flow, node: fx.Node) -> Outcome:
+    return halves(flow, node, argument(node, 1, "dim", default=-1))
+
+
+def _shuffle(flow: Flow, node: fx.Node) -> Outcome:
+    size = argument(node, 1, "upscale_factor", "downscale_factor", "groups")
+    return shuffle(flow, node, str(node.target.__name__), size)  # type: ignore[union-attr]
+
+
+def _mixes(flow: Flow, node: fx.Node) -> Outcome:
+    return f"operation '{node.target.__name__}' {MIXES}"  # type: ignore[union-attr]
+
+
+def _convolution(flow: Flow, node: fx.Node) -> Outcome:
+    return functional_layer(flow, node, "conv", transposed=node.target in TRANSPOSED_FUNCTIONS)
+
+
+def _linear(flow: Flow, node: fx.Node) -> Outcome:
+    return functional_layer(flow, node, "linear")
+
+
+def _attribute(flow: Flow, node: fx.Node) -> Outcome:
+    """Rule for `torch.max(x, 2).values` and `.indices`, which have the same channels."""
+    parts = flow.parts_of(node.args[0])
+    if not parts or node.args[1] not in ("values", "indices"):
+        return False
+    flow.set(node, parts[0])
+    return True
 
 
 def understands_function(flow: Flow, node: fx.Node) -> Outcome:
@@ -83,52 +109,14 @@ def understands_function(flow: Flow, node: fx.Node) -> Outcome:
     method = node.op == "call_method"
     if target in POINTWISE_FUNCTIONS or (method and target in POINTWISE_METHODS) or _name(target) in NAMED_POINTWISE:
         return flow.passes(node)
-    if target in SPATIAL_FUNCTIONS:
-        return flow.passes_spatially(node)
-    if target in ADDITIONS or target in OTHER_BINARY:
-        return binary(flow, node)
-    if target in RESHAPES:
-        return reshape(flow, node)
-    if target in (torch.matmul, operator.matmul, "matmul", "__matmul__"):
-        return product(flow, node)
-    if target is F.scaled_dot_product_attention:
-        return scaled_dot_product(flow, node)
-    if target in (torch.unbind, "unbind"):
-        return unbound(flow, node)
-    if target in ("reshape_as", "view_as"):
-        return reshape_as(flow, node)
-    if target in (torch.cat, torch.concat, torch.concatenate):
-        return concatenation(flow, node)
-    if target is torch.stack:
-        return stack(flow, node)
-    if target in (torch.chunk, "chunk", torch.split, "split", torch.functional.split):
-        return pieces_of(flow, node)
-    if target is operator.getitem:
-        return index(flow, node)
-    if target in (torch.permute, "permute", torch.transpose, "transpose", "swapaxes", torch.swapaxes):
-        return permutation(flow, node)
-    if target in (torch.unsqueeze, "unsqueeze", torch.squeeze, "squeeze") or target in REDUCTIONS:
-        return other_dims(flow, node)
-    if target in SOFTMAX:
-        return softmax(flow, node, argument(node, 1, "dim"))
-    if target is F.pad:
-        return pad(flow, node)
-    if target in (F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle):
-        size = argument(node, 1, "upscale_factor", "downscale_factor", "groups")
-        return shuffle(flow, node, str(target.__name__), size)
-    if target in LAST_DIMS_FUNCTIONS:
-        return layer_norm_function(flow, node)
-    if target in MIXING_FUNCTIONS:
-        return f"operation '{target.__name__}' {MIXES}"
-    if target in CONVOLUTION_FUNCTIONS:
-        return functional_layer(flow, node, "conv", transposed=target in TRANSPOSED_FUNCTIONS)
-    if target is F.linear:
-        return functional_layer(flow, node, "linear")
-    if target is F.batch_norm:
-        return functional_batch_norm(flow, node)
-    if target in (F.prelu, torch.prelu):
-        return functional_prelu(flow, node)
-    return target in ("expand", torch.broadcast_to) and _expansion(flow, node)
+    is_elementwise = target in ELEMENTWISE or (target in LARGER_OR_SMALLER and not _names_dims(flow, node))
+    rule = arithmetic if is_elementwise else _RULES.get(target)
+    return rule is not None and rule(flow, node)
+
+
+def _names_dims(flow: Flow, node: fx.Node) -> bool:
+    """Whether a call of `max` or `min` is one over dimensions, not the larger of two tensors."""
+    return flow.shape(argument(node, 1, "other")) is None
 
 
 def _name(target: Any) -> str:
@@ -138,11 +126,10 @@ def _name(target: Any) -> str:
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
-def binary(flow: Flow, node: fx.Node) -> Outcome:
+def arithmetic(flow: Flow, node: fx.Node) -> Outcome:
     """Elementwise work with broadcasting joins the operands' channels; numbers and single values change nothing."""
-    after = flow.shape(node)
-    arguments = (argument(node, 0, "input"), argument(node, 1, "other"))
-    operands = [a for a in arguments if isinstance(a, fx.Node) and flow.shape(a) is not None]
+    after, arguments = flow.shape(node), [*node.args, *node.kwargs.values()]
+    operands = [a for a in dict.fromkeys(a for a in arguments if isinstance(a, fx.Node)) if flow.shape(a) is not None]
     if after is None or not operands or not set(flow.tensors(node)) <= set(operands):
         return False
     if len(operands) == 1 and any(isinstance(a, torch.Tensor) for a in arguments):
@@ -153,22 +140,14 @@ def binary(flow: Flow, node: fx.Node) -> Outcome:
         if value is not None:
             aligned.append((operand, value.shifted(offset)))
     if not aligned:
-        return False
+        return all((flow.shape(operand) or torch.Size()).numel() == 1 for operand in operands)
     widest = max(aligned, key=lambda pair: pair[1].features)[1]
-    for operand in operands:
-        shape = flow.shape(operand) or torch.Size()
-        offset = len(after) - len(shape)
-        spread = all(d < offset or shape[d - offset] == 1 for d in widest.dims)
-        value = dict(aligned).get(operand)
-        if value is None and not spread and not _scales(flow, node, operand, widest, offset):
-            return False
-        if value is not None and value is not widest and value.features == 1 and spread and widest.features > 1:
-            flow.freeze(value, "its one channel is spread over others")
-        elif value is not None and (value.dims != widest.dims or value.grid != widest.grid):
-            return False
+    values = [_aligned(flow, operand, len(after), widest) for operand in operands]
+    if any(value is None for value in values):
+        return False
     if any(after[d] != (widest.grid or (widest.features,))[i] for i, d in enumerate(widest.dims)):
         return False
-    alike = [value for _, value in aligned if value.features == widest.features]
+    alike = [value for value in values if value is not None and value.features == widest.features and value.ids]
     result = widest if all(v.block == widest.block for v in alike) else widest.plain()
     for value in alike:
         result = Channels(
@@ -176,20 +155,43 @@ def binary(flow: Flow, node: fx.Node) -> Outcome:
             result.block, result.dims, result.grid,
         )  # fmt: skip
     flow.set(node, result)
-    if node.target in ADDITIONS and not node.kwargs and len(operands) == 2:
+    images = all(_reads_images(operand) for operand in operands)
+    if node.target in ADDITIONS and not node.kwargs and len(node.args) == len(operands) == 2 and images:
         flow.merge(node, (operands[0], operands[1]), in_place=node.target in IN_PLACE)
     return True
 
 
-def _scales(flow: Flow, node: fx.Node, operand: fx.Node, value: Channels, offset: int) -> bool:
-    """Whether an operand is a module's only parameter, with one entry per channel, as a layer scale has."""
-    if operand.op != "get_attr" or value.dim is None:
-        return False
-    shape, dim = flow.shape(operand) or torch.Size(), value.dim - offset
-    if any(size != (value.features if d == dim else 1) for d, size in enumerate(shape)):
-        return False
-    owner = owner_of(flow, node, **{str(operand.target).rpartition(".")[2]: operand})
-    return owner is not None and flow.scale_with(node, owner[0], value, dim)
+def _aligned(flow: Flow, operand: fx.Node, ndim: int, widest: Channels) -> Channels | None:
+    """An operand's channels in the result's dimensions; without ids if it has none there; None if they do not fit."""
+    shape = flow.shape(operand) or torch.Size()
+    offset = ndim - len(shape)
+    spread = all(d < offset or shape[d - offset] == 1 for d in widest.dims)
+    value = flow.channels_of(operand)
+    if value is None and spread:
+        return Channels(())
+    if value is None:
+        dim = None if widest.dim is None else widest.dim - offset
+        own = dim is not None and operand.op == "get_attr" and is_saved_tensor(flow, str(operand.target))
+        value = flow.parameter(operand, dim) if own and dim is not None and shape[dim] == widest.features else None
+        return None if value is None else value.shifted(offset)
+    value = value.shifted(offset)
+    if value.features == 1 and spread and widest.features > 1:
+        flow.freeze(value, "its one channel is spread over others")
+        return value
+    return value if value.dims == widest.dims and value.grid == widest.grid else None
+
+
+def _reads_images(node: fx.Node) -> bool:
+    """Whether a value depends on the network's input, and not on its parameters only."""
+    waiting, seen = [node], set()
+    while waiting:
+        each = waiting.pop()
+        if each.op in ("placeholder", "call_module"):
+            return True
+        if each not in seen:
+            seen.add(each)
+            waiting += each.all_input_nodes
+    return False
 
 
 def _expansion(flow: Flow, node: fx.Node) -> Outcome:
@@ -206,3 +208,42 @@ def _expansion(flow: Flow, node: fx.Node) -> Outcome:
         return False
     flow.set(node, value.in_dim(dim))
     return set(flow.tensors(node)) == {source}
+
+
+# max(x, y) is the larger of two values, max(x, 2) the largest along a dimension
+LARGER_OR_SMALLER = {torch.max, torch.min, "max", "min"}
+_RULES: dict[Any, Rule] = {
+    **dict.fromkeys(LIKE, Flow.passes),
+    **dict.fromkeys(SPATIAL_FUNCTIONS, pooling),
+    **dict.fromkeys(UNPOOLING, unpooling),
+    F.grid_sample: sampling,
+    **dict.fromkeys(RESHAPES, reshape),
+    **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
+    **dict.fromkeys((torch.matmul, operator.matmul, "matmul", "__matmul__"), product),
+    F.scaled_dot_product_attention: scaled_dot_product,
+    **dict.fromkeys((torch.unbind, "unbind"), unbound),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenation),
+    torch.stack: stack,
+    **dict.fromkeys((torch.chunk, "chunk", torch.split, "split", torch.functional.split), pieces_of),
+    operator.getitem: index,
+    getattr: _attribute,
+    **dict.fromkeys(PERMUTATIONS, permutation),
+    **dict.fromkeys((torch.unsqueeze, "unsqueeze", torch.squeeze, "squeeze"), other_dims),
+    **dict.fromkeys(REDUCTIONS, reduction),
+    **dict.fromkeys(ALONG_DIMS, along_dims),
+    **dict.fromkeys(("repeat", "tile", torch.tile), repetition),
+    **dict.fromkeys(OF_SIZE, of_size),
+    **dict.fromkeys(SOFTMAX, _softmax),
+    F.glu: _halves,
+    F.pad: pad,
+    **dict.fromkeys((F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle), _shuffle),
+    **dict.fromkeys(MIXING_FUNCTIONS, _mixes),
+    **dict.fromkeys(LAST_DIMS_FUNCTIONS, layer_norm_function),
+    **dict.fromkeys((F.group_norm, torch.group_norm), functional_group_norm),
+    F.instance_norm: functional_instance_norm,
+    **dict.fromkeys(CONVOLUTION_FUNCTIONS, _convolution),
+    F.linear: _linear,
+    F.batch_norm: functional_batch_norm,
+    **dict.fromkeys((F.prelu, torch.prelu), functional_prelu),
+    **dict.fromkeys(("expand", torch.broadcast_to), _expansion),
+}

@@ -9,9 +9,9 @@ from torch import fx, nn
 from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.layers import owner_of
+from prunetrain_kernels.graph.operations import MIXES
 from prunetrain_kernels.graph.shapes import fixed_axes
 
-MIXES = "divides by the spread over several channels, so none of them can go"
 LAST_DIMS_FUNCTIONS = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm}
 LAST_DIMS_MODULES = (nn.LayerNorm, nn.RMSNorm)
 

@@ -14,9 +14,11 @@ from torch import fx, nn
 
 from prunetrain_kernels.graph.calls import Outcome
 from prunetrain_kernels.graph.flow import Flow
-from prunetrain_kernels.graph.layers import convolution, linear
-from prunetrain_kernels.graph.norms import LAST_DIMS_MODULES, MIXES, layer_norm_module
-from prunetrain_kernels.graph.shapes import reshape_to, shuffle, softmax
+from prunetrain_kernels.graph.layers import STANDARDISED, convolution, group_norm, linear
+from prunetrain_kernels.graph.maps import pooling, unpooling
+from prunetrain_kernels.graph.norms import LAST_DIMS_MODULES, layer_norm_module
+from prunetrain_kernels.graph.operations import MIXES
+from prunetrain_kernels.graph.shapes import halves, reshape_to, shuffle, softmax
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -72,8 +74,6 @@ def batch_norm_rule(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcom
 
 
 def _mixing_norm(flow: Flow, node: fx.Node, name: str, module: nn.Module) -> Outcome:
-    if isinstance(module, nn.GroupNorm) and module.affine and module.num_groups == module.num_channels:
-        return flow.follow(node, name, "instance_norm")
     return f"'{name}' ({type(module).__name__}) {MIXES}"
 
 
@@ -101,7 +101,38 @@ def _pointwise(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
 
 def _spatial(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     digit = next((int(c) for c in type(module).__name__ if c.isdigit()), 2)
-    return flow.passes_spatially(node, digit)
+    return pooling(flow, node, digit)
+
+
+def _unpooling(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
+    return unpooling(flow, node)
+
+
+def _glu(flow: Flow, node: fx.Node, name: str, module: nn.GLU) -> Outcome:
+    return halves(flow, node, module.dim)
+
+
+def _timm_group_norm(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
+    """Rule for timm's GroupNorm and GroupNormAct, whose activation works on each value by itself."""
+    plain = all(isinstance(getattr(module, part, nn.Identity()), POINTWISE_MODULES) for part in ("drop", "act"))
+    return plain and group_norm(flow, node, name, module)
+
+
+def _standardised(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
+    """Rule for timm's StdConv2d and ScaledStdConv2d: which of its inputs go the others' weights depend on."""
+    value = flow.channels_of(node.args[0])
+    if (
+        module.groups > 1
+        or value is None
+        or value.dims != (1,)
+        or len(node.args) != 1
+        or hasattr(module, "parametrizations")
+    ):
+        return False
+    flow.freeze(value, f"the weight of '{name}' ({type(module).__name__}) is {STANDARDISED}")
+    flow.make_constant(node, name, module.out_channels, "standardised")
+    flow.end(node)
+    return True
 
 
 def _flatten_module(flow: Flow, node: fx.Node, name: str, module: nn.Flatten) -> Outcome:
@@ -132,13 +163,16 @@ _RULES: dict[type[nn.Module], ModuleRule] = {
     nn.modules.batchnorm._BatchNorm: batch_norm_rule,
     nn.modules.instancenorm._InstanceNorm: _instance_norm,
     **dict.fromkeys(LAST_DIMS_MODULES, layer_norm_module),
-    **dict.fromkeys((nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d), _mixing_norm),
+    nn.GroupNorm: group_norm,
+    **dict.fromkeys((nn.LocalResponseNorm, nn.CrossMapLRN2d), _mixing_norm),
     nn.MultiheadAttention: _multihead_attention,
     nn.PReLU: _prelu,
     nn.Flatten: _flatten_module,
     nn.Unflatten: _unflatten_module,
     **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), _shuffle),
     **dict.fromkeys((nn.Softmax, nn.LogSoftmax), _softmax),
+    nn.GLU: _glu,
+    **dict.fromkeys((nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d), _unpooling),
     **dict.fromkeys(POINTWISE_MODULES, _pointwise),
     **dict.fromkeys(SPATIAL_MODULES, _spatial),
 }
@@ -152,6 +186,16 @@ _NAMED_RULES: dict[str, ModuleRule] = {
     "timm.layers.conv2d_same.Conv2dSame": _convolution,
     "timm.layers.pool2d_same.MaxPool2dSame": _spatial,
     "timm.layers.pool2d_same.AvgPool2dSame": _spatial,
+    "timm.layers.norm.GroupNorm": _timm_group_norm,
+    "timm.layers.norm_act.GroupNormAct": _timm_group_norm,
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d": batch_norm_rule,
+    **dict.fromkeys(
+        (
+            f"timm.layers.std_conv.{kind}"
+            for kind in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+        ),
+        _standardised,
+    ),
 }
 
 

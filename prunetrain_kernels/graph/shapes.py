@@ -116,6 +116,9 @@ def _split_into_grid(flow: Flow, node: fx.Node, result: Channels, sizes: list[An
     rest = math.prod(size for axis, size in enumerate(result.grid) if axis != varies)
     if not is_count_of(flow, node, sizes[result.dims[varies]], result.ids, Fraction(1, rest)):
         return False
+    if varies == 0 and len(result.grid) > 2:  # each channel is a map now: view(n, -1, 4, 4) of a linear layer's output
+        flow.set(node, Channels(result.ids[::rest], dims=result.dims[:1]))
+        return True
     flow.keep_two(result.ids)
     flow.set(node, result)
     return True
@@ -165,13 +168,20 @@ def unpacked(sizes: Any) -> tuple[Any, ...]:
 
 
 def permutation(flow: Flow, node: fx.Node) -> Outcome:
-    """Rule for permute, transpose and swapaxes."""
+    """Rule for permute, transpose, swapaxes and movedim."""
     read = flow.source(node)
     if read is None:
         return False
     _, value, before, _ = read
     if node.target in (torch.permute, "permute"):
         order = _dims(unpacked(node.args[1:] or (node.kwargs.get("dims", ()),)), len(before))
+    elif node.target in (torch.movedim, "movedim", torch.moveaxis, "moveaxis"):
+        moved = _dims(argument(node, 1, "source"), len(before)), _dims(argument(node, 2, "destination"), len(before))
+        if moved[0] is None or moved[1] is None or len(moved[0]) != len(moved[1]):
+            return False
+        order = [d for d in range(len(before)) if d not in moved[0]]
+        for target, origin in sorted(zip(moved[1], moved[0], strict=True)):
+            order.insert(target, origin)
     else:
         pair = _dims([argument(node, 1, "dim0", "axis0"), argument(node, 2, "dim1", "axis1")], len(before))
         if pair is None:
@@ -192,11 +202,11 @@ def _dims(value: Any, ndim: int) -> list[int] | None:
 
 
 def other_dims(flow: Flow, node: fx.Node) -> Outcome:
-    """Rule for squeeze, unsqueeze, and a mean, sum or largest value over other dimensions than the channels'."""
+    """Rule for squeeze and unsqueeze of other dimensions than the channels'."""
     read = flow.source(node)
     if read is None:
         return False
-    _, value, before, after = read
+    _, value, before, _ = read
     dim = argument(node, 1, "dim", "axis")
     if node.target in (torch.unsqueeze, "unsqueeze"):
         if not isinstance(dim, int):
@@ -205,13 +215,9 @@ def other_dims(flow: Flow, node: fx.Node) -> Outcome:
         flow.set(node, Channels(value.ids, value.block, tuple(d + (d >= dim) for d in value.dims), value.grid))
         return True
     dims = _dims(dim, len(before))
-    if not dims:
+    if not dims or set(dims) & set(value.dims):
         return False  # a squeeze of whatever has size 1 depends on how many channels there are
-    if set(dims) & set(value.dims):
-        return _reduction_of_grid(flow, node, value, dims)
-    if node.target in (torch.squeeze, "squeeze"):
-        dims = [d for d in dims if before[d] == 1]
-    removed = dims if len(after) < len(before) else []
+    removed = [d for d in dims if before[d] == 1]
     new_dims = tuple(d - sum(r < d for r in removed) for d in value.dims)
     flow.set(node, Channels(value.ids, value.block, new_dims, value.grid))
     return True
@@ -241,18 +247,6 @@ def _along(value: Channels, axis: int) -> list[tuple[int, ...]]:
     stride, size = math.prod(value.grid[axis + 1 :]), value.grid[axis]
     starts = [place for place in range(len(value.ids)) if place // stride % size == 0]
     return [tuple(value.ids[start + i * stride] for i in range(size)) for start in starts]
-
-
-def _reduction_of_grid(flow: Flow, node: fx.Node, value: Channels, dims: list[int]) -> Outcome:
-    """Rule for a sum, mean, ... over groups of channels: `x.view(b, groups, c // groups).sum(1)`."""
-    if len(value.dims) != 2 or len(dims) != 1 or dims[0] not in fixed_axes(flow, value):
-        return False
-    axis = value.dims.index(dims[0])
-    ids = tuple(tied[0] for tied in _along(value, axis))
-    kept_dim = argument(node, 2, "keepdim", default=False) is True
-    other = value.dims[1 - axis]
-    flow.set(node, Channels(ids, dims=(other if kept_dim or other < dims[0] else other - 1,)))
-    return True
 
 
 def softmax(flow: Flow, node: fx.Node, dim: Any) -> Outcome:
@@ -379,6 +373,22 @@ def pieces_of(flow: Flow, node: fx.Node) -> Outcome:
     for other in columns[1:]:
         flow.join(columns[0], other)
     flow.set_parts(node, [Channels(ids, value.block, value.dims) for ids in columns])
+    return True
+
+
+def halves(flow: Flow, node: fx.Node, dim: Any) -> Outcome:
+    """Rule for a gated linear unit, which multiplies the first half of the channels by a function of the second."""
+    read = flow.source(node)
+    if read is None or read.channels.dim is None or not isinstance(dim, int) or flow.tensors(node) != [read.node]:
+        return False
+    value = read.channels
+    if dim % len(read.before) != value.dim:
+        flow.set(node, value)
+        return True
+    value = value.plain() if len(value.ids) % 2 else value
+    size = len(value.ids) // 2
+    flow.join(value.ids[:size], value.ids[size:])
+    flow.set(node, Channels(value.ids[:size], value.block, value.dims))
     return True
 
 

@@ -58,6 +58,8 @@ class Follower:
     """A module with one value per channel that passes its space on: batch norm, depthwise convolution, PReLU.
 
     `block` is the number of features per channel, as in `Layer`; `dim` the dimension of its tensors in which they lie.
+    Where only one of a module's tensors has the space's channels (one of two layer scales), `tensor` is that one's name
+    in the module, and `name` is its qualified name.
     """
 
     name: str
@@ -65,6 +67,18 @@ class Follower:
     space: int
     block: int = 1
     dim: int = 0
+    tensor: str = ""
+
+    @property
+    def module(self) -> str:
+        """The module's qualified name."""
+        return self.name.removesuffix(self.tensor).removesuffix(".") if self.tensor else self.name
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of its module that have its channels, by their names in the module."""
+        every = {**module._parameters, **module._buffers}
+        chosen = {self.tensor: every.get(self.tensor)} if self.tensor else every
+        return {name: t for name, t in chosen.items() if t is not None and t.dim() > 0}
 
 
 @dataclass
@@ -168,9 +182,9 @@ class ChannelSpaces:
                     "channels; call trace_channels(model, example_inputs) again after every change to the model."
                 )
         for follower in self.followers.values():
-            module, size = modules.get(follower.name), self.spaces[follower.space].size * follower.block
-            tensors = [] if module is None else [*module._parameters.values(), *module._buffers.values()]
-            if module is None or any(t is not None and t.dim() > 0 and t.shape[follower.dim] != size for t in tensors):
+            module, size = modules.get(follower.module), self.spaces[follower.space].size * follower.block
+            tensors = {} if module is None else follower.tensors(module)
+            if module is None or any(tensor.shape[follower.dim] != size for tensor in tensors.values()):
                 raise InputError(
                     f"'{follower.name}' does not have the {size} channels that were traced; call "
                     "trace_channels(model, example_inputs) again after every change to the model."

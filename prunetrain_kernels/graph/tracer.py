@@ -52,14 +52,16 @@ class UntraceableError(Exception):
     """torch.fx cannot follow the model's own forward."""
 
 
-def _pieces_of(node: fx.Node) -> int | None:
-    """The number of tensors that a chunk or split gives; None where the program does not say it."""
+def _pieces_of(node: fx.Node, root: nn.Module) -> int | None:
+    """The number of tensors that a call gives as a tuple; None where the program does not say it."""
     sections = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
     if node.target in ("chunk", torch.chunk) and isinstance(sections, int):
         return sections
     if node.target in ("split", torch.split, torch.functional.split) and isinstance(sections, list | tuple):
         return len(sections)
-    return None
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    with_places = node.kwargs.get("return_indices") is True or getattr(module, "return_indices", None) is True
+    return 2 if with_places or node.target in (torch.var_mean, torch.std_mean) else None
 
 
 class _Proxy(fx.Proxy):
@@ -67,23 +69,30 @@ class _Proxy(fx.Proxy):
 
     def __len__(self) -> int:
         """The number of pieces, which `list(x.chunk(2, 1))` and `f(*x.chunk(2, 1))` ask for."""
-        count = _pieces_of(self.node)
+        count = _pieces_of(self.node, self.tracer.root)  # type: ignore[attr-defined]
         return super().__len__() if count is None else count
 
 
 class _Tracer(ThreadTracer):
     """Leaves some modules closed and remembers in which module tracing failed.
 
-    With `records_buffers` a read of a buffer is a call of the program, so that it may be sliced by a traced size, as in
-    `position_ids[:, :length]`; without, it is the tensor itself, whose values control flow may depend on.
+    A read of a buffer is a call of the program where `sees_buffers`: "floats", those that may have channels; "all", so
+    that one may be sliced by a traced size, as in `position_ids[:, :length]`. Else it is the tensor itself, on whose
+    values control flow may depend.
     """
 
-    def __init__(self, closed: set[str], *, records_buffers: bool = False) -> None:
+    def __init__(self, closed: set[str], *, sees_buffers: str) -> None:
         super().__init__()
         self.closed = closed
-        self.proxy_buffer_attributes = records_buffers
+        self.sees_buffers = sees_buffers
         self.failed_in: str | None = None
         self.recording: set[int] = set()  # objects, by `id`, whose parts are being recorded: they may hold each other
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Records the reading of a buffer that may have channels, as fx does that of a parameter."""
+        has_floats = isinstance(attr_val, Tensor) and attr_val.numel() > 1 and attr_val.is_floating_point()
+        self.proxy_buffer_attributes = self.sees_buffers == "all" or (self.sees_buffers == "floats" and has_floats)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         closed = module_qualified_name in self.closed
@@ -94,7 +103,7 @@ class _Tracer(ThreadTracer):
 
     def iter(self, obj: Any) -> Iterator[Any]:
         """Follows `for piece in x.chunk(4, 1)`, where the number of pieces is written out."""
-        count = _pieces_of(obj.node)
+        count = _pieces_of(obj.node, self.root)
         return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
 
     def create_arg(self, a: Any) -> Any:
@@ -172,15 +181,26 @@ def trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
     Raises:
         UntraceableError: the model's own forward cannot be traced.
     """
+    settings = _settings(model, inputs)
+    try:
+        first = _trace(model, settings, sees_buffers="floats")
+    except UntraceableError:
+        return _trace(model, settings, sees_buffers="none")
+    if not first[1]:
+        return first
+    second = _trace(model, settings, sees_buffers="none")  # a forward may decide by a buffer's values where to go
+    return second if len(second[1]) < len(first[1]) else first
+
+
+def _trace(model: nn.Module, settings: dict[str, Any] | None, *, sees_buffers: str) -> tuple[fx.Graph, dict[str, str]]:
     closed: dict[str, str] = {}
-    settings, records_buffers = _settings(model, inputs), False
     while True:
-        tracer = _Tracer(set(closed), records_buffers=records_buffers)
+        tracer = _Tracer(set(closed), sees_buffers=sees_buffers)
         try:
             return tracer.trace(model, settings), closed
         except Exception as error:
-            if SLICED_BY_A_SIZE in str(error) and not records_buffers:
-                records_buffers = True
+            if SLICED_BY_A_SIZE in str(error) and sees_buffers != "all":
+                sees_buffers = "all"
                 continue
             reason = first_line(error) + _where(error)
             if not tracer.failed_in or tracer.failed_in in closed:

@@ -81,6 +81,7 @@ class _Trial:
         starts: (training, start): the runs that are compared; the model runs on `inputs` in each.
         cuts: how many cuts were tried.
         heads: attributes of modules, by name, that tell the numbers of attention heads in the latest cut.
+        counts: for modules without tensors that are told their number of channels, how many they have in the last cut.
     """
 
     def __init__(self, graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[bool, Start]]) -> None:
@@ -96,6 +97,7 @@ class _Trial:
         ]
         self.cuts = 0
         self.heads: Attributes = {}
+        self.counts: dict[str, int] = {}
 
     def _takes_inputs(self, start: Start, *, training: bool) -> bool:
         """Whether the model runs on the inputs."""
@@ -123,7 +125,7 @@ class _Trial:
         except Exception:
             return ""  # it does not run on weights of zero, so there is nothing to compare with
         try:
-            with _sizes_fitting(self.modules, smaller, self.heads):
+            with _sizes_fitting(self.modules, smaller, self.counts, self.heads):
                 outputs = run(self.model, self.inputs, training=training, start=start, tensors=smaller)
         except Exception as error:
             return f"without some of its channels the forward fails: {first_line(error)}"
@@ -143,7 +145,8 @@ class _Trial:
         try:
             for tensors, heads in ((zeroed, {}), (smaller, self.heads)):
                 inputs, wide = in_double(self.model, self.inputs, tensors)
-                with _sizes_fitting(self.modules, tensors, heads):
+                counts = self.counts if tensors is smaller else {}
+                with _sizes_fitting(self.modules, tensors, counts, heads):
                     outputs.append(run(self.model, inputs, training=training, start=start, tensors=wide))
         except Exception:
             return False
@@ -175,13 +178,18 @@ class _Trial:
         """The tensors of the network with these channels at zero, and without them."""
         zeroed: Tensors = {}
         smaller: Tensors = {}
+        self.counts = {
+            follower.module: int((~cut[follower.space]).sum())
+            for follower in self.graph.followers.values()
+            if isinstance(self.modules[follower.module], nn.GroupNorm) and cut[follower.space].any()
+        }
         for name, key, dim, block, space_number in _sides(self.graph, self.modules):
             mask = cut[space_number]
             if not mask.any():
                 continue
             old = own_tensors(self.modules[name])[key].detach()
             going, staying = (expand(side.nonzero().flatten(), block).to(old.device) for side in (mask, ~mask))
-            if key == "weight" and name in self.graph.layers:
+            if name in self.graph.layers and key == "weight":
                 tensors = zeroed.setdefault(name, {})
                 tensors[key] = tensors.get(key, old).index_fill(dim, going, 0)
             tensors = smaller.setdefault(name, {})
@@ -205,9 +213,8 @@ def _sides(graph: ChannelSpaces, modules: dict[str, nn.Module]) -> Iterator[tupl
         if modules[layer.name]._parameters.get("bias") is not None:
             yield layer.name, "bias", 0, 1, layer.output
     for follower in graph.followers.values():
-        for key, tensor in own_tensors(modules[follower.name]).items():
-            if tensor.dim() > 0:
-                yield follower.name, key, follower.dim, follower.block, follower.space
+        for key in follower.tensors(modules[follower.module]):
+            yield follower.module, key, follower.dim, follower.block, follower.space
 
 
 def _heads_left(graph: ChannelSpaces, modules: dict[str, nn.Module], cut: list[Tensor]) -> Attributes:
@@ -216,17 +223,20 @@ def _heads_left(graph: ChannelSpaces, modules: dict[str, nn.Module], cut: list[T
     for follower in graph.followers.values():
         mask = cut[follower.space]
         if follower.kind == HEADS and mask.any():
-            left[follower.name] = head_sizes(modules[follower.name], len(mask), int((~mask).sum()))
+            left[follower.module] = head_sizes(modules[follower.module], len(mask), int((~mask).sum()))
     return left
 
 
 @contextmanager
-def _sizes_fitting(modules: dict[str, nn.Module], tensors: Tensors, heads: Attributes) -> Iterator[None]:
-    """Inside, the size attributes of modules (`out_channels`, `groups`, ...) fit the tensors put in place of theirs,
-    and those of attention the number of `heads`."""
+def _sizes_fitting(
+    modules: dict[str, nn.Module], tensors: Tensors, counts: dict[str, int], heads: Attributes
+) -> Iterator[None]:
+    """Inside, the size attributes of modules (`out_channels`, ...) fit the tensors put in place of theirs, the numbers
+    of channels in `counts`, and those of attention the number of `heads`."""
     before: list[tuple[nn.Module, str, Any]] = []
     try:
-        sizes = [(name, _sizes(modules[name], by_key)) for name, by_key in tensors.items()]
+        names = {**tensors, **counts}
+        sizes = [(name, _sizes(modules[name], tensors.get(name, {}), counts.get(name))) for name in names]
         for name, attributes in (*sizes, *heads.items()):
             for attribute, value in attributes.items():
                 before.append((modules[name], attribute, getattr(modules[name], attribute)))
@@ -237,8 +247,8 @@ def _sizes_fitting(modules: dict[str, nn.Module], tensors: Tensors, heads: Attri
             setattr(module, attribute, value)
 
 
-def _sizes(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The size attributes that a module should have with these tensors, by name."""
+def _sizes(module: nn.Module, tensors: dict[str, Tensor], count: int | None) -> dict[str, int]:
+    """The size attributes that a module should have with these tensors, or this number of channels, by name."""
     weight, old = tensors.get("weight"), module._parameters.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None and old is not None:
         depthwise = 1 < module.groups == module.in_channels
@@ -248,10 +258,11 @@ def _sizes(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, int]:
         return {"in_channels": ins, "out_channels": outs, "groups": groups}
     if isinstance(module, nn.Linear) and weight is not None:
         return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, nn.GroupNorm):
+        groups = module.num_groups * (count or module.num_channels) // module.num_channels
+        return {"num_channels": count or module.num_channels, "num_groups": groups}
     size = next((len(t) for t in tensors.values() if t.dim()), None)
     if size is None:
         return {}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_channels": size, "num_groups": size}
     names = ("num_features", "num_parameters")
     return {name: size for name in names if isinstance(vars(module).get(name), int)}

@@ -15,10 +15,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from prunetrain_kernels.graph.calls import Outcome
 from prunetrain_kernels.graph.channels import Channels, Count
+from prunetrain_kernels.graph.direct import LAYER_TENSORS, follow_parameters
 from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.functions import understands_function
 from prunetrain_kernels.graph.ids import Ids
 from prunetrain_kernels.graph.keep import ChannelGraph
+from prunetrain_kernels.graph.maps import takes_whole_size
+from prunetrain_kernels.graph.parameters import begin_parameter, computed_weights
 from prunetrain_kernels.graph.rules import rule_for
 from prunetrain_kernels.graph.runs import own_tensors
 from prunetrain_kernels.graph.shapes import counts, fixed_axes
@@ -44,15 +47,19 @@ def walk(model: nn.Module, programs: Sequence[Traced], examples: tuple[Tensor, .
     modules = dict(model.named_modules())
     opaque = {name: reason for traced in programs for name, reason in traced.opaque.items()}
     nodes = [node for traced in programs for node in traced.program.nodes]
-    flow = Flow(model, programs)
+    flow, weights = Flow(model, programs), computed_weights(nodes)
     for traced in programs:
         for node in traced.program.nodes:
-            _visit(flow, modules, opaque, node)
+            if node.op == "get_attr":
+                begin_parameter(flow, weights, node)
+            else:
+                _visit(flow, modules, opaque, node)
         if traced.distrusted:
             _distrust(flow, traced)
         flow.ids.end_program()
     _mark_inputs(flow, modules, nodes)
     _mark_outputs(flow, modules, nodes)
+    follow_parameters(flow, modules, weights, nodes)
     _pin(flow, modules, nodes)
     return _graph(flow, modules, opaque, [traced.program for traced in programs], examples)
 
@@ -77,7 +84,7 @@ def _visit(flow: Flow, modules: Modules, opaque: Mapping[str, str], node: fx.Nod
         flow.called(name, node)
         rule = None if name in opaque else rule_for(modules[name])
         outcome = _why_computed(modules[name], name) or (rule is not None and rule(flow, node, name, modules[name]))
-    elif node.op != "get_attr" and not _reads_size(flow, node) and not counts(flow, node):
+    elif not _reads_size(flow, node) and not counts(flow, node):
         outcome = understands_function(flow, node)
     if outcome is not True:
         _freeze_unknown(flow, modules, node, outcome or "")
@@ -124,7 +131,7 @@ def _reads_size(flow: Flow, node: fx.Node) -> bool:
     dim, value = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"), flow.channels_of(source)
     if node.target == "size" and dim is not None:
         _reads_entries(flow, node, source, dim)
-    elif value is not None and any(user.target is not operator.getitem for user in node.users):
+    elif value is not None and not all(takes_whole_size(flow, user) for user in node.users):
         flow.freeze(value, COUNT_IS_READ)
     return True
 
@@ -203,8 +210,10 @@ def _pin(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> None:
     elsewhere = _tensors_used_elsewhere(flow, modules, nodes)
     owner: dict[int, str] = {}
     for name in [*flow.layers, *flow.followers]:
-        module = modules[name]
-        tensors = own_tensors(module).values()
+        follower = flow.followers.get(name)
+        module = modules[name if follower is None else follower.module]
+        tensors = [t for key, t in own_tensors(module).items() if follower is not None or key in LAYER_TENSORS]
+        tensors = tensors if follower is None else list(follower.tensors(module).values())
         reasons = [inside.get(id(module)), *(elsewhere.get(id(t)) for t in tensors)]
         for reason in filter(None, reasons):
             _freeze_module(flow, name, reason)
@@ -229,6 +238,7 @@ def _inside_what_is_not_followed(flow: Flow, modules: Modules) -> dict[int, str]
 def _tensors_used_elsewhere(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> dict[int, str]:
     """The tensors, by `id`, that the forward reads directly or that other modules share, with the reason in words."""
     reasons: dict[int, str] = {}
+    cut = {(each.module, key) for each in flow.followers.values() for key in each.tensors(modules[each.module])}
     for node in nodes:
         if node.op != "get_attr" or all(flow.reads_for(node, user) for user in node.users):
             continue
@@ -237,8 +247,9 @@ def _tensors_used_elsewhere(flow: Flow, modules: Modules, nodes: Iterable[fx.Nod
             reasons[id(tensor)] = f"the forward reads '{node.target}' directly"
     for name, module in modules.items():
         if name not in flow.layers and name not in flow.followers:
-            for tensor in own_tensors(module).values():
-                reasons.setdefault(id(tensor), f"'{name or type(module).__name__}' shares a parameter with it")
+            for key, tensor in own_tensors(module).items():
+                if (name, key) not in cut:
+                    reasons.setdefault(id(tensor), f"'{name or type(module).__name__}' shares a parameter with it")
     return reasons
 
 
@@ -290,7 +301,9 @@ class _Numbers:
     def __init__(self, flow: Flow) -> None:
         self._ids: Ids = flow.ids
         self.spaces, self._places = _spaces(
-            flow.ids, [*flow.read.values(), *flow.made.values(), *flow.followed.values()]
+            flow.ids,
+            [*flow.read.values(), *flow.made.values(), *flow.followed.values()],
+            {flow.find(i) for _, ids in flow.parameters.values() for i in ids} - flow.ids.inputs - flow.ids.outputs,
         )
         self._known: dict[tuple[int, ...], int] = {}
 
@@ -307,11 +320,12 @@ class _Numbers:
         return self._known[roots]
 
 
-def _spaces(ids: Ids, uses: Iterable[tuple[int, ...]]) -> tuple[list[Space], dict[int, Place]]:
+def _spaces(ids: Ids, uses: Iterable[tuple[int, ...]], parameters: set[int]) -> tuple[list[Space], dict[int, Place]]:
     """The spaces, each of the channels that the same layers and followers use; and the place of each id in them.
 
     Args:
         uses: the ids that each side of a layer, and each follower, uses.
+        parameters: ids that only stand for a tensor of the model if nothing uses them.
     """
     users: dict[int, list[int]] = {}
     for number, used in enumerate(uses):
@@ -319,7 +333,7 @@ def _spaces(ids: Ids, uses: Iterable[tuple[int, ...]]) -> tuple[list[Space], dic
             users.setdefault(root, []).append(number)
     groups: dict[Any, list[int]] = {}
     for i in ids.roots():
-        if i not in users and i >= ids.first_program:
+        if i not in users and (i >= ids.first_program or i in parameters):
             continue  # a value that a later program makes again tells nothing
         used_by = tuple(users.get(i, ())) or ("by none", ids.origin[i])
         groups.setdefault((used_by, ids.frozen.get(i), i in ids.inputs, i in ids.outputs), []).append(i)

@@ -58,7 +58,7 @@ from prunetrain_kernels.prune.slices import (
     Slicing,
     is_momentum,
     set_data,
-    size_without_tensor,
+    sizes_for,
     sizes_told_by,
     slicings_of,
     sparse_features,
@@ -398,15 +398,15 @@ def _replace(model: nn.Module, stand_ins: dict[str, nn.Module], undo: ExitStack)
 def _set_sizes(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
     """Sets module attributes such as `out_channels` to the sizes of the tensors."""
     spaces = {layer.name: (layer.output, 1) for layer in keep.graph.layers.values()}
-    spaces |= {follower.name: (follower.space, follower.block) for follower in keep.graph.followers.values()}
-    heads = {follower.name for follower in keep.graph.followers.values() if follower.kind == HEADS}
+    followers = keep.graph.followers.values()
+    spaces |= {follower.module: (follower.space, follower.block) for follower in followers}
+    heads = {follower.module for follower in followers if follower.kind == HEADS}
     for name, (space, block) in spaces.items():
         module, kept = model.get_submodule(name), len(keep.channels[space])
-        sizes = sizes_told_by(module)
         if name in heads:
             sizes = head_sizes(module, keep.graph.spaces[space].size, kept)
-        for attribute in () if name in heads else size_without_tensor(module):
-            sizes[attribute] = kept * block
+        else:
+            sizes = sizes_told_by(module) | sizes_for(module, kept * block)
         for attribute, value in sizes.items():
             undo.callback(setattr, module, attribute, getattr(module, attribute))
             setattr(module, attribute, value)

@@ -115,10 +115,8 @@ def slicings_of(model: nn.Module, keep: Keep) -> Iterator[Slicing]:
         if follower.name in keep.removed or not moved[follower.space]:
             continue
         index = expand(keep.channels[follower.space], follower.block)
-        module = modules[follower.name]
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None and tensor.dim() > 0:
-                yield Slicing(follower.name, tensor, ((follower.dim, index),))
+        for tensor in follower.tensors(modules[follower.module]).values():
+            yield Slicing(follower.module, tensor, ((follower.dim, index),))
 
 
 def _zeros_that_stay(layer: Layer, keep: Keep) -> tuple[tuple[int, Tensor], ...]:
@@ -182,11 +180,23 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
 
 def size_without_tensor(module: nn.Module) -> list[str]:
     """The size attributes of a module that none of its tensors tells."""
+    return [*sizes_for(module, 0), *told_sizes(module)]
+
+
+def sizes_for(module: nn.Module, channels: int) -> dict[str, int]:
+    """The size attributes, with so many channels, of a module none of whose tensors tells them."""
     if isinstance(module, ConstantConv):
-        return ["out_channels"]
+        return {"out_channels": channels}
     if isinstance(module, nn.modules.batchnorm._NormBase) and not sizes_told_by(module):
-        return ["num_features"]
-    return told_sizes(module)  # of attention heads
+        return {"num_features": channels}
+    if isinstance(module, nn.GroupNorm) and not module.affine:
+        return group_norm_sizes(module, channels)
+    return {}
+
+
+def group_norm_sizes(module: nn.GroupNorm, channels: int) -> dict[str, int]:
+    """The size attributes of a GroupNorm with so many channels, of which each group has as many as before."""
+    return {"num_channels": channels, "num_groups": module.num_groups * channels // module.num_channels}
 
 
 def sizes_told_by(module: nn.Module) -> dict[str, int]:
@@ -207,8 +217,7 @@ def sizes_told_by(module: nn.Module) -> dict[str, int]:
     if isinstance(module, nn.PReLU):
         return {"num_parameters": module.weight.shape[0]}
     if isinstance(module, nn.GroupNorm):
-        alike = weight is not None and module.num_groups == module.num_channels
-        return {"num_channels": weight.shape[0], "num_groups": weight.shape[0]} if alike and weight is not None else {}
+        return {} if weight is None else group_norm_sizes(module, weight.shape[0])
     if isinstance(module, nn.modules.batchnorm._NormBase):
         running = module._buffers.get("running_mean")
         sized = weight if weight is not None else running

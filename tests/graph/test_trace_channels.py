@@ -376,7 +376,7 @@ FROZEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "mean-over-channels": (lambda: Net(lambda m, x: m.fc(pool(m.a(x) - m.a(x).mean(1, keepdim=True)))), "a", "'mean'"),
     "flip": (lambda: Net(lambda m, x: m.fc(pool(m.a(x).flip(1)))), "a", "'flip'"),
     "group-norm": (
-        lambda: Net(lambda m, x: m.fc(pool(m.n(m.a(x)))), n=nn.GroupNorm(2, 8)),
+        lambda: Net(lambda m, x: m.fc(pool(m.n(m.a(x)))), n=nn.GroupNorm(1, 8)),
         "a",
         "'n' (GroupNorm) divides by",
     ),
@@ -402,11 +402,10 @@ FROZEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "channel-count": (ReadsCount, "a", "its number of channels is read by the forward"),
     "size-1": (lambda: Net(lambda m, x: m.fc(pool(m.a(x)).mul(m.a(x).size(1)))), "a", "number of channels is read"),
     "numel": (lambda: Net(lambda m, x: m.fc(pool(m.a(x)) / m.a(x).numel())), "a", "'numel'"),
-    "whole-shape": (lambda: Net(lambda m, x: m.fc(pool(m.b(m.a(x)) + x.new_ones(m.a(x).shape)))), "a", "number of"),
-    "clamped-by-a-tensor": (
-        lambda: Net(lambda m, x: m.fc(pool(m.a(x).clamp(min=m.b.bias.view(1, -1, 1, 1))))),
+    "whole-shape": (
+        lambda: Net(lambda m, x: m.fc(pool(m.b(m.a(x)) + x.new_ones(1).expand(m.a(x).shape)))),
         "a",
-        "'clamp'",
+        "number of",
     ),
 }
 

@@ -14,6 +14,7 @@ except ImportError:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    alone = ("test_properties", "test_operations", "test_own_networks")
     for item in items:
-        if "zoo" in item.path.parts and item.path.stem != "test_properties" and not HAVE_BOTH:
+        if "zoo" in item.path.parts and item.path.stem not in alone and not HAVE_BOTH:
             item.add_marker(pytest.mark.skip(reason="torchvision and timm are not both installed"))

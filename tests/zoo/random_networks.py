@@ -19,11 +19,12 @@ IMAGES = 9
 FOLLOWED = (
     "conv", "batch_norm", "relu", "add", "cat", "depthwise", "grouped", "chunk", "gate", "shuffle", "split", "linear",
     "strided", "transposed", "pixel_shuffle", "prelu", "again", "sum_of_parts", "repeat", "functional_norm", "conv",
-    "batch_norm", "add", "cat", "max_pool", "upsample", "stacked_sum", "add_in_place", "unshuffle",
+    "batch_norm", "add", "cat", "max_pool", "upsample", "stacked_sum", "add_in_place", "unshuffle", "groups_norm",
+    "frozen_norm", "glu", "larger", "chosen", "equalised", "turned", "place", "places", "powers", "generated",
 )  # fmt: skip
 STRANGE = (
     "first_channels", "group_norm", "average", "mask", "squash", "less_mean", "softmax", "pad_channels", "flip",
-    "every_other", "largest_channel", "perceptron", "across", "attention",
+    "every_other", "largest_channel", "standardised", "rolled", "sorted_channels", "perceptron", "across", "attention",
 )  # fmt: skip
 
 
@@ -91,6 +92,76 @@ def _prelu(step: Step, x: Shape) -> Plan:
 
 def _group_norm(step: Step, x: Shape) -> Plan:
     return Plan([x], nn.GroupNorm(1, x.channels))
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm of buffers, in the arithmetic of detectors (DETR's backbone)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Any) -> Tensor:
+        scale = (self.weight * (self.running_var + 0.01).rsqrt()).view(1, -1, 1, 1)
+        return x * scale + (self.bias.view(1, -1, 1, 1) - self.running_mean[None, :, None, None] * scale)
+
+
+class Equalised(nn.Module):
+    """A convolution whose weight is scaled in the forward, or standardised."""
+
+    def __init__(self, inputs: int, outputs: int, *, standardised: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3) / 3)
+        self.gain = nn.Parameter(torch.rand(outputs, 1, 1, 1) + 0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+        self.standardised = standardised
+
+    def forward(self, x: Any) -> Tensor:
+        weight = self.weight
+        if self.standardised:
+            variance, mean = torch.var_mean(weight, (1, 2, 3), keepdim=True)
+            weight = (weight - mean) * (variance + 0.01).rsqrt()
+        return F.conv2d(x, weight * self.gain * 0.7, self.bias * 0.5, padding=1)
+
+
+class Place(nn.Module):
+    """A value for each channel and pixel, which is added."""
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(1, channels, side, side))
+
+    def forward(self, x: Any) -> Tensor:
+        return x + self.values
+
+
+def _groups_norm(step: Step, x: Shape) -> Plan | None:
+    size = (2, 3)[step.second % 2]
+    if x.channels % size or x.channels == size or x.side < 2:
+        return None
+    return Plan([x], nn.GroupNorm(x.channels // size, x.channels, eps=0.01, affine=bool(step.size % 3)))
+
+
+def _frozen_norm(step: Step, x: Shape) -> Plan:
+    return Plan([x], FrozenNorm(x.channels))
+
+
+def _equalised(step: Step, x: Shape) -> Plan:
+    standardised = step.operation == "standardised"
+    return Plan([Shape(_width(step), x.side)], Equalised(x.channels, _width(step), standardised=standardised))
+
+
+def _place(step: Step, x: Shape) -> Plan:
+    return Plan([x], Place(x.channels, x.side))
+
+
+def _generated(step: Step, x: Shape) -> Plan:
+    return Plan([Shape(_width(step), 2)], nn.Linear(x.channels, _width(step) * 4))
+
+
+def _places(step: Step, x: Shape) -> Plan | None:
+    return None if x.side % 2 else Plan([x])
 
 
 def _depthwise(step: Step, x: Shape) -> Plan | None:
@@ -243,7 +314,7 @@ def _average(step: Step, x: Shape) -> Plan:
     return Plan([Shape(x.channels, 1)])
 
 
-TWO_OPERANDS = ("add", "cat", "stacked_sum", "add_in_place")
+TWO_OPERANDS = ("add", "cat", "stacked_sum", "add_in_place", "larger", "chosen")
 # Plans an operation on operands of these shapes; None if it does not fit them.
 PLANS: dict[str, Callable[..., Plan | None]] = {
     "conv": _conv, "batch_norm": _batch_norm, "prelu": _prelu, "group_norm": _group_norm, "depthwise": _depthwise,
@@ -253,8 +324,10 @@ PLANS: dict[str, Callable[..., Plan | None]] = {
     "chunk": _chunk, "shuffle": _shuffle, "pad_channels": _pad_channels, "first_channels": _first_channels,
     "every_other": _every_other, "repeat": _repeat, "unshuffle": _unshuffle, "pixel_shuffle": _pixel_shuffle,
     "largest_channel": _largest_channel, "cat": _cat, "max_pool": _max_pool, "upsample": _upsample,
-    "average": _average,
+    "average": _average, "groups_norm": _groups_norm, "frozen_norm": _frozen_norm, "glu": _sum_of_halves,
+    "equalised": _equalised, "standardised": _equalised, "place": _place, "places": _places, "generated": _generated,
     **dict.fromkeys(("relu", "add", "stacked_sum", "add_in_place", "less_mean", "softmax", "flip"), _same_shape),
+    **dict.fromkeys(("larger", "chosen", "turned", "powers", "rolled", "sorted_channels"), _same_shape),
 }  # fmt: skip
 
 
@@ -286,10 +359,14 @@ def _normalised(norm: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, *statistics, training=norm.training, eps=0.01)
 
 
+def _maps_of(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x.mean((2, 3))).view(x.shape[0], -1, 2, 2)
+
+
 # How operations with a module use it, where they do not just call it.
 CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "linear": _on_last_dimension, "squash": _on_last_dimension, "gate": _gated, "mask": _masked,
-    "functional_norm": _normalised, "perceptron": _behind_the_unknown,
+    "functional_norm": _normalised, "perceptron": _behind_the_unknown, "generated": _maps_of,
 }  # fmt: skip
 
 
@@ -313,6 +390,11 @@ def _added_in_place(call: Call, x: Tensor, y: Tensor) -> list[Tensor]:
     total = x.clone()
     total += y
     return [total]
+
+
+def _put_back(call: Call, x: Tensor) -> list[Tensor]:
+    largest, places = F.max_pool2d(x, 2, return_indices=True)
+    return [F.max_unpool2d(largest, places, 2)]
 
 
 # Operations without a module, on the call and its operands.
@@ -339,6 +421,14 @@ FUNCTIONS: dict[str, Callable[..., list[Tensor]]] = {
     "repeat": lambda call, x: [x.repeat(1, 2, 1, 1)],
     "unshuffle": lambda call, x: [F.pixel_unshuffle(x, 2)],
     "largest_channel": lambda call, x: [x.amax(1, keepdim=True)],
+    "glu": lambda call, x: [F.glu(x, 1)],
+    "larger": lambda call, x, y: [torch.max(x, y)],
+    "chosen": lambda call, x, y: [torch.where(x > 0.1, y, torch.lerp(x, y, 0.2))],
+    "turned": lambda call, x: [x.flip(2).roll(1, 3).cumsum(2) / x.shape[2] - torch.max(x, 3, keepdim=True)[0]],
+    "places": _put_back,
+    "powers": lambda call, x: [(x.sigmoid() + 0.1).pow(1.5).masked_fill(x > 2, 0.5) + torch.zeros_like(x)],
+    "rolled": lambda call, x: [x.roll(1, 1)],
+    "sorted_channels": lambda call, x: [x.sort(1)[0]],
 }
 
 

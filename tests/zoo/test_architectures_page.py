@@ -54,7 +54,7 @@ def test_tells_what_traced_it() -> None:
 
 def test_reasons_are_grouped() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 5, 1), nn.GroupNorm(1, 5), nn.Conv2d(5, 2, 1)
+        nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4), nn.Conv2d(4, 5, 1), nn.GroupNorm(1, 5), nn.Conv2d(5, 2, 1)
     )
     row = describe(model, torch.randn(2, 3, 4, 4))
     assert sum(row.frozen.values()) == sum(size for size in row.frozen.values())

@@ -41,7 +41,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 uniform(parameter, -0.3, 0.3)
-            elif parameter.dim() == 1 or parameter.numel() == max(parameter.shape):  # also layer scales (C, 1, 1)
+            elif parameter.dim() == 1 or parameter.numel() == max(
+                parameter.shape, default=0
+            ):  # also layer scales (C, 1, 1)
                 uniform(parameter, 0.6, 1.4)
     return model
 

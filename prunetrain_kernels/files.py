@@ -11,7 +11,11 @@ from prunetrain_kernels.errors import InputError, PruneTrainError
 
 
 def write_atomically(
-    path: Path, data: bytes | Callable[[BinaryIO], None], error: type[PruneTrainError] = InputError
+    path: Path,
+    data: bytes | Callable[[BinaryIO], None],
+    error: type[PruneTrainError] = InputError,
+    *,
+    previous: Path | None = None,
 ) -> None:
     """Writes a file whole: under another name in the same folder, flushed to the disk, then renamed to `path`.
 
@@ -21,6 +25,7 @@ def write_atomically(
         path: the file; its folder must exist.
         data: the bytes, or a function that writes them to the binary file it is called with.
         error: the class of the error that is raised where the disk refuses.
+        previous: where the file goes that was at `path`, once the new one is complete; None to replace it.
 
     Raises:
         PruneTrainError: an `error`, where the disk refuses (full, read-only, no such folder). Other exceptions of
@@ -43,6 +48,8 @@ def write_atomically(
                 disk.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None:
+            _keep(path, previous)
         os.replace(aside, path)
     except BaseException as failure:
         with contextlib.suppress(OSError):
@@ -57,6 +64,20 @@ def write_atomically(
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Gives a file another name, in place of whatever had it; under its own there is always one file or the other."""
+    aside = previous.with_name(f".{previous.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        os.link(path, aside)
+        os.replace(aside, previous)
+    except FileNotFoundError:  # nothing to keep
+        return
+    except OSError:  # a file system without links: for a moment there is no file at `path`, only the previous one
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        os.replace(path, previous)
 
 
 class _DiskErrors:

@@ -34,11 +34,11 @@ from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
 from prunetrain_kernels.train.present import Limits, fuse_all, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.prunetrain_checks import check_arguments, check_coefficient, check_names, check_parts
-from prunetrain_kernels.train.reconfiguration import carry_out
-from prunetrain_kernels.train.saved_state import load_state, state_dict_of
+from prunetrain_kernels.train.reconfiguration import Outcome, carry_out
+from prunetrain_kernels.train.saved_state import check_state, load_state, state_dict_of
 from prunetrain_kernels.train.state import Parts, PruningState, multiples
 from prunetrain_kernels.train.target import BY, Steering, interval_of, target_of
-from prunetrain_kernels.train.transaction import ranks_in
+from prunetrain_kernels.train.transaction import Everything, ranks_in
 
 __all__ = ["PruneReport", "PruneTrain"]
 
@@ -265,25 +265,36 @@ class PruneTrain(PruningState):
             ZeroingError: setting the sparse slices to zero moves the output by more than `zeroing_tolerance`.
             PruneTrainError: the pruned network computes something else.
         """
+        with Everything(self) as change:
+            outcome = self._pruned(change)
+            self.present, self.warned_of_layout = outcome.present, outcome.warned_of_layout
+            if self.steering is not None and outcome.met is not None:
+                self.steering.met = outcome.met
+            self.history.append(outcome.entry)
+            change.done = True  # from here on it lasts, and nothing fails
+        return outcome.report
+
+    def _pruned(self, change: Everything) -> Outcome:
+        """The reconfiguration; if slices on their way to a target may not go yet, only with those that are sparse."""
         dying = self.dying()
         try:
-            outcome = carry_out(self, dying)
+            return carry_out(self, dying, change)
         except ZeroingError:
             if not dying > self.threshold:
                 raise
-            outcome = carry_out(self, 0.0)
-        # From here on nothing fails.
-        self.present, self.warned_of_layout = outcome.present, outcome.warned_of_layout
-        if self.steering is not None and outcome.met is not None:
-            self.steering.met = outcome.met
-        self.history.append(outcome.entry)
-        return outcome.report
+        change.put_back()
+        return carry_out(self, 0.0, change)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors; the model's own shape is in `save_pruned`'s file."""
         return state_dict_of(self)
+
+    def check_state_dict(self, state: dict[str, Any], origin: str = "the PruneTrain state") -> None:
+        """Raises CheckpointError where `load_state_dict` would, as far as that is known before the model has the saved
+        shape; `origin` is where the state comes from, in words."""
+        check_state(self, state, origin)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a saved state; the model must have the saved shape already (`load_pruned` sees to both).

@@ -111,6 +111,8 @@ class _Tracer(ThreadTracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception:
             # The innermost module sees the exception first.
             self.failed_in = self.failed_in or self.path_of_module(m)
@@ -172,6 +174,8 @@ def trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
         tracer = _Tracer(set(closed))
         try:
             return tracer.trace(model, settings), closed
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception as error:
             reason = first_line(error) + _where(error)
             if not tracer.failed_in or tracer.failed_in in closed:

@@ -44,8 +44,8 @@ def foreign_payload(path: str | Path, content: Any, model: nn.Module, which: str
     tensors = {} if state is None else _without_prefix(state, model)
     if state is None or tensors.keys().isdisjoint(model.state_dict()):
         raise CheckpointError(
-            f"'{path}' is no checkpoint of prunetrain_kernels ({FORMAT}), and no weights of {type(model).__name__} are in it"
-            f"{'' if which == 'model' else ' under ' + ', '.join(names)}."
+            f"'{path}' is no checkpoint of prunetrain_kernels ({FORMAT}), and no weights of {type(model).__name__} are "
+            f"in it{'' if which == 'model' else ' under ' + ', '.join(names)}."
         )
     around: dict[str, Any] = {} if state is content else content
     optimizer = next((around[key] for key in OPTIMIZER if isinstance(around.get(key), dict)), None)

@@ -332,6 +332,8 @@ def _outputs_after(model: nn.Module, comparison: Comparison, inputs: tuple[Tenso
     """The outputs of a changed model; raises PruneTrainError where it does not run any more."""
     try:
         return comparison.outputs(model, inputs)
+    except (MemoryError, torch.OutOfMemoryError):  # says nothing about the model
+        raise
     except Exception as error:
         raise failure_after_pruning(error) from error
 

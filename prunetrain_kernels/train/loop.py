@@ -28,13 +28,13 @@ from prunetrain_kernels.cost import share, share_text
 from prunetrain_kernels.data import epoch_order
 from prunetrain_kernels.data.dataset import seeded_generator
 from prunetrain_kernels.errors import DivergedError, InputError
-from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.distributed import answering
 from prunetrain_kernels.train.forecast import Forecast
 from prunetrain_kernels.train.layout import leave_channels_last
 from prunetrain_kernels.train.prune_report import PruneReport
+from prunetrain_kernels.train.run_checkpoint import PREVIOUS, load_run, save_run, take_random_numbers
 from prunetrain_kernels.train.setup import Training
 from prunetrain_kernels.train.step import CapturedStep
 from prunetrain_kernels.train.tally import Costs, EpochSums, Totals, costs_now, is_finite, summary_of
@@ -169,7 +169,8 @@ def begin_folder(training: Training) -> None:
     if not training.ranks.first:
         return
     try:
-        training.checkpoint.unlink(missing_ok=True)
+        for path in (training.checkpoint.with_name(PREVIOUS), training.checkpoint):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot remove '{training.checkpoint}': {error.strerror or error}.") from error
     environment = setup.environment(training.device, training.ranks)
@@ -178,7 +179,8 @@ def begin_folder(training: Training) -> None:
 
 def restore(training: Training) -> Progress:
     """Takes up the folder's checkpoint."""
-    extra = load_pruned(training.checkpoint, training.model, training.optimizer, training.prunetrain, training.copies)
+    states = {"scheduler": training.scheduler.state_dict(), "scaler": training.scaler.state_dict()}
+    extra = load_run(training.folder, training.saved_parts, states)
     if isinstance(training.step, CapturedStep):
         training.step.rates_to_device()
     training.scheduler.load_state_dict(extra["scheduler"])
@@ -186,10 +188,7 @@ def restore(training: Training) -> Progress:
     training.log.load_state_dict(extra["log"])
     channels_last = stays_channels_last(training, channels_last=training.config.channels_last)
     progress = Progress(channels_last, present_costs(training), extra["epoch"], Totals(**extra["totals"]))
-    # last: nothing may draw between here and the next step
-    torch.set_rng_state(extra["rng"])
-    if training.device.type == "cuda" and extra["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(extra["cuda_rng"], training.device)
+    take_random_numbers(extra, training.device)  # last: nothing may draw between here and the next step
     return progress
 
 
@@ -524,12 +523,9 @@ def validate(training: Training, progress: Progress, network: nn.Module) -> floa
 def save(training: Training, progress: Progress) -> None:
     """Writes the checkpoint, which carries everything."""
     device = training.device
-    save_pruned(
+    save_run(
         training.checkpoint,
-        training.model,
-        training.optimizer,
-        training.prunetrain,
-        training.copies,
+        training.saved_parts,
         epoch=progress.epoch,
         scheduler=training.scheduler.state_dict(),
         scaler=training.scaler.state_dict(),

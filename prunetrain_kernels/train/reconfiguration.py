@@ -114,12 +114,14 @@ def _prune(state: PruningState, keep: Keep, change: AllOrNothing) -> tuple[Recon
     done = rewrite(plan, change)
     if not done.changed:
         return done, state.present, 0
+    pruned, fits = AllOrNothing([state.model, *state.also], state.optimizers), 0
     present = look_again(state.model, state.present, state.amp, None if done.removed else keep)
     present = replace(present, original=state.original.after(done))
-    if state.batch is None:
-        return done, present, 0
-    with eagerly(state.model):
-        return done, present, state.batch.fitting(state.model, present.example_inputs, state.optimizer)
+    if state.batch is not None:
+        with eagerly(state.model):
+            fits = state.batch.fitting(state.model, present.example_inputs, state.optimizer)
+    pruned.put_back()  # counting that fails makes a cost unknown, and may have left its own changes behind
+    return done, present, fits
 
 
 def _report(

@@ -13,7 +13,7 @@ from torch import nn
 from prunetrain_kernels.compiled import eagerly, forget_compiled
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.graph import ChannelGraph, trace_channels
-from prunetrain_kernels.prune.schema import Place, flag, listed, mapping, number, plain, tensor, whole
+from prunetrain_kernels.prune.schema import Place, flag, listed, mapping, number, plain, tensor, text, whole
 from prunetrain_kernels.train.distributed import rebuild_buckets
 from prunetrain_kernels.train.original import OriginalChannels
 from prunetrain_kernels.train.present import look_again
@@ -92,8 +92,7 @@ def check_state(state: PruningState, saved: dict[str, Any], origin: str) -> None
     mapping(saved["kept"], place["kept"])
     check_network(state.original, saved, manages_batch=state.batch is not None)
     for name in listed(saved["removed"], place["removed"]):
-        if name not in state.original.dense_layers:
-            raise place["removed"].wrong(name, "a layer of the network")
+        text(name, place["removed"])
     for name, sides in saved["kept"].items():
         _check_kept(sides, state.original.dense_layers[name][1:], place["kept"][name])
     if state.batch is not None:

@@ -394,4 +394,4 @@ def _load_into(path: str | Path, kind: str, target: HasState | Optimizer, state:
     try:
         target.load_state_dict(state)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"the {kind} state in '{path}' does not fit: {error}") from error
+        raise CheckpointError(f"the {kind} state in '{path}' does not fit: {first_line(error)}.") from error

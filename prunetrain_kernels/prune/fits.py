@@ -259,8 +259,11 @@ def _check_groups(
     origin: str, optimizer: Optimizer, saved: dict[str, Any], shapes: Mapping[int, Sequence[int]]
 ) -> None:
     """Raises CheckpointError unless an optimizer's groups will have the saved ones' parameters, options and state."""
-    groups = groups_of(optimizer)
-    if "param_groups" not in saved or "state" not in saved or not groups:  # a wrapper that has a form of its own
+    groups, place = groups_of(optimizer), Place(origin)["optimizer"]
+    missing = {"param_groups", "state"} - saved.keys()
+    if missing & optimizer.state_dict().keys():
+        raise place.wrong(saved, f"a dict with '{min(missing)}'")
+    if missing or not groups:  # a wrapper that has a form of its own
         return
     staying = [[p for p in group["params"] if id(p) in shapes] for group in groups]
     counts, saved_counts = [len(g) for g in staying], [len(group["params"]) for group in saved["param_groups"]]
@@ -269,7 +272,6 @@ def _check_groups(
             f"the optimizer state in {origin} is of groups of {saved_counts} parameters, but the optimizer here would "
             f"have {counts}; build it from the freshly built model's parameters, grouped as before."
         )
-    place = Place(origin)["optimizer"]
     for i, (group, there) in enumerate(zip(groups, saved["param_groups"], strict=True)):
         for name in getattr(optimizer, "defaults", {}):
             if name in group and name in there:
@@ -280,7 +282,7 @@ def _check_groups(
         entries = saved["state"].get(n)
         for name, value in entries.items() if isinstance(entries, dict) else ():
             where = place["state"][n][name]
-            if name in LIKE_PARAMETER and value is not None:
+            if name in LIKE_PARAMETER and not (name == "momentum_buffer" and value is None):
                 if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shapes[id(p)]):
                     raise where.wrong(value, f"a tensor of shape {tuple(shapes[id(p)])}")
             elif name == "step" and not isinstance(value, Tensor):

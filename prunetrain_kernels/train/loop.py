@@ -34,7 +34,7 @@ from prunetrain_kernels.train.distributed import answering
 from prunetrain_kernels.train.forecast import Forecast
 from prunetrain_kernels.train.layout import leave_channels_last
 from prunetrain_kernels.train.prune_report import PruneReport
-from prunetrain_kernels.train.run_checkpoint import PREVIOUS, load_run, save_run, take_random_numbers
+from prunetrain_kernels.train.run_checkpoint import PREVIOUS, load_run, save_run, take_random_numbers, taking_up
 from prunetrain_kernels.train.setup import Training
 from prunetrain_kernels.train.step import CapturedStep
 from prunetrain_kernels.train.tally import Costs, EpochSums, Totals, costs_now, is_finite, summary_of
@@ -130,7 +130,8 @@ def begin(config: TrainConfig, *, resume: bool, overwrite: bool, show: bool) -> 
     start = setup.dense_start(config) if saved is None and config.start_from is not None else None
     training = setup.training_of(config, device, saved, start, show=show)
     if saved is not None:
-        progress = restore(training)
+        with taking_up(training.checkpoint):
+            progress = restore(training)
     else:
         progress = begin_anew(training, None if start is None else start["model"])
     if training.ranks.first:

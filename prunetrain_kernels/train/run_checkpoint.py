@@ -7,6 +7,7 @@ newest is damaged or missing, the run goes on from the one before, and says so.
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunetrain_kernels.errors import CheckpointError
+from prunetrain_kernels.errors import CheckpointError, PruneTrainError
+from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.checkpoint import HasState, load_payload, payload_of, read_checkpoint, write_payload
 from prunetrain_kernels.prune.schema import Place, alike, listed, mapping, plain, tensor, text, whole
 from prunetrain_kernels.train.tally import Totals
 from prunetrain_kernels.versions import VERSION
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+TEXT_COLUMNS = ("phase", "unknown_costs")  # of log.csv; in the others are numbers
 # Entries of schedulers in files that other versions of PyTorch wrote.
 OF_OTHER_VERSIONS = ("verbose", "_is_initial", "_get_lr_called_within_step", "_initial_step")
 
@@ -143,6 +146,12 @@ def _check_extra(extra: dict[str, Any], place: Place) -> None:
     whole(extra["epoch"], place["epoch"])
     for name in ("scheduler", "scaler", "log"):
         mapping(extra[name], place[name])
+    rows = listed(mapping(extra["log"], place["log"], ("epochs",))["epochs"], place["log"]["epochs"])
+    if len(rows) != extra["epoch"]:
+        raise place["log"]["epochs"].wrong(rows, f"a list of {extra['epoch']} epochs, as many as are finished,")
+    for i, row in enumerate(rows):
+        for name, value in mapping(row, place["log"]["epochs"][i]).items():
+            _check_cell(value, place["log"]["epochs"][i][name], is_text=name in TEXT_COLUMNS)
     _check_totals(extra["totals"], place["totals"])
     for name, needed in (("rng", True), ("cuda_rng", False)):
         if needed or extra[name] is not None:
@@ -157,6 +166,13 @@ def _check_extra(extra: dict[str, Any], place: Place) -> None:
             mapping(extra[name], place[name])
     if extra.get("threads") is not None:
         whole(extra["threads"], place["threads"], least=1)
+
+
+def _check_cell(value: Any, place: Place, *, is_text: bool) -> None:
+    """A cell of log.csv: empty, or of its column's kind."""
+    plain(value, place)
+    if value is not None and isinstance(value, str) != is_text:
+        raise place.wrong(value, "a text" if is_text else "a number")
 
 
 def _json_of(value: Any, place: Place) -> dict[str, Any]:
@@ -182,6 +198,20 @@ def _check_totals(saved: Any, place: Place) -> None:
                 plain(one, place[name][key])
         elif isinstance(value, bool) or not isinstance(value, int | float):  # unknown sums are NaN
             raise place[name].wrong(value, "a number")
+
+
+@contextmanager
+def taking_up(path: Path) -> Iterator[None]:
+    """Turns what a file with wrong contents leads to, inside, into a CheckpointError."""
+    try:
+        yield
+    except (PruneTrainError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"'{path}' has wrong contents, which cannot be taken up ({first_line(error)}); take a copy from before it "
+            "was changed."
+        ) from error
 
 
 def take_random_numbers(extra: dict[str, Any], device: torch.device) -> None:

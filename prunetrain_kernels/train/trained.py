@@ -94,7 +94,14 @@ def load_trained(run: Path, input_shape: tuple[int, ...] | None = None, classes:
         )
     with torch.device("cpu"):
         model = build(config.model, on.classes, in_channels=on.shape[0])
-    load_payload(path, payload, model, None, (None, ()))
+    try:
+        load_payload(path, payload, model, None, (None, ()))
+    except CheckpointError as error:
+        if not told:
+            raise
+        raise InputError(
+            f"the network does not take images of {on.shape}, or has not {on.classes} classes: {error}"
+        ) from error
     try:
         with torch.no_grad():
             model.eval()(examples)

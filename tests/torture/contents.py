@@ -23,13 +23,13 @@ from tests.torture.flips import is_sentence, load, saved
 from tests.torture.report import Outcomes
 from tests.torture.subjects import built, identities_of, values_of
 
-NETWORK = '''
+NETWORK = """
 from tests.torture.subjects import Subject
 
 
 def subject(num_classes=10, in_channels=3):
     return Subject(8, num_classes, in_channels)
-'''
+"""
 RUN = ("train", "--model", "tortured_network:subject", "--data", "synthetic:48x6x6", "--epochs", "2", "--batch", "16",
        "--interval", "1", "--threads", "1", "--device", "cpu")  # fmt: skip
 ABSENT = object()
@@ -59,7 +59,10 @@ def wrong_values(value: Any, chance: random.Random) -> list[Any]:
     if isinstance(value, Tensor):
         wrong += [value[..., :-1] if value.dim() else value, torch.cat([value, value]) if value.dim() else value]
         wrong += [value.unsqueeze(0), value.to(torch.int64), value.double(), value.flatten(), value.tolist()]
-        wrong += [value.clone().fill_(math.nan) if value.is_floating_point() else value - 1000, value[:0] if value.dim() else value]
+        wrong += [
+            value.clone().fill_(math.nan) if value.is_floating_point() else value - 1000,
+            value[:0] if value.dim() else value,
+        ]
         wrong += [torch.empty_like(value, device="meta")]
     if isinstance(value, int) and not isinstance(value, bool):
         wrong += [value + 1, value - 1, 10**9, float(value), str(value)]

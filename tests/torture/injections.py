@@ -1,4 +1,4 @@
-"""`KeyboardInterrupt` and `MemoryError` at calls and lines inside `PruneTrain.reconfigure`: before or after, never between.
+"""`KeyboardInterrupt` and `MemoryError` at calls and lines inside `PruneTrain.reconfigure`: all of it, or nothing.
 
 Calls are those of all Python code that runs inside, PyTorch's and the standard library's too; lines those of the
 package. The exception is raised where the trace function is called, as the handler of a signal would do it. Left out is
@@ -7,7 +7,7 @@ what PyTorch calls from C++ where no exception may pass: there it ends the proce
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,11 +68,11 @@ def _inside_of_dispatching(frame: FrameType | None) -> bool:
     return False
 
 
-def run(count: int = 1000, seed: int = 0) -> Outcomes:
+def run(count: int = 1000, seed: int = 0, ways: Sequence[str] = WAYS) -> Outcomes:
     """So many injections, spread evenly over the ways to train, at events drawn at random."""
     outcomes, chance = Outcomes("injections", ("before", "after", "went on")), random.Random(seed)
-    for i, way in enumerate(WAYS):
-        share = count * (i + 1) // len(WAYS) - count * i // len(WAYS)
+    for i, way in enumerate(ways):
+        share = count * (i + 1) // len(ways) - count * i // len(ways)
         if not share:
             continue
         sound = patient(way)
@@ -95,9 +95,11 @@ def run(count: int = 1000, seed: int = 0) -> Outcomes:
                 outcomes.add("went on")  # costs and memory may be unknown; the batch then stays
                 one = None
             else:
-                parts = ", ".join(difference(before, now)) or "objects"
-                parts += f"; beside a whole one {', '.join(difference(after, now))}; {'raised' if raised else 'not raised'}"
-                outcomes.fault(f"{way}, {error.__name__} at event {number} ({where}): a half state of {parts}")
+                changed, lacking = (", ".join(difference(then, now)) for then in (before, after))
+                outcomes.fault(
+                    f"{way}, {error.__name__} at event {number} ({where}), {'' if raised else 'not '}raised: changed "
+                    f"are {changed or 'objects'}; unlike a whole reconfiguration {lacking}"
+                )
                 one = None
     return outcomes
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import eagerly, forget_compiled, is_compiled_module
 from prunetrain_kernels.cost import autocast_around
-from prunetrain_kernels.errors import InputError, ZeroingError
+from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.gating import ConvolutionCost
 from prunetrain_kernels.prune.also import copies_of, unwrapped
 from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE
@@ -34,7 +34,7 @@ from prunetrain_kernels.train.mini_batch import MiniBatch, bytes_beside
 from prunetrain_kernels.train.present import Limits, fuse_all, look_first
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.prunetrain_checks import check_arguments, check_coefficient, check_names, check_parts
-from prunetrain_kernels.train.reconfiguration import Outcome, carry_out
+from prunetrain_kernels.train.reconfiguration import carry_out
 from prunetrain_kernels.train.saved_state import check_state, load_state, state_dict_of
 from prunetrain_kernels.train.state import Parts, PruningState, multiples
 from prunetrain_kernels.train.target import BY, Steering, interval_of, target_of
@@ -266,24 +266,13 @@ class PruneTrain(PruningState):
             PruneTrainError: the pruned network computes something else.
         """
         with Everything(self) as change:
-            outcome = self._pruned(change)
+            outcome = carry_out(self, change)
             self.present, self.warned_of_layout = outcome.present, outcome.warned_of_layout
             if self.steering is not None and outcome.met is not None:
                 self.steering.met = outcome.met
             self.history.append(outcome.entry)
             change.done = True  # from here on it lasts, and nothing fails
         return outcome.report
-
-    def _pruned(self, change: Everything) -> Outcome:
-        """The reconfiguration; if slices on their way to a target may not go yet, only with those that are sparse."""
-        dying = self.dying()
-        try:
-            return carry_out(self, dying, change)
-        except ZeroingError:
-            if not dying > self.threshold:
-                raise
-        change.put_back()
-        return carry_out(self, 0.0, change)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -292,8 +281,8 @@ class PruneTrain(PruningState):
         return state_dict_of(self)
 
     def check_state_dict(self, state: dict[str, Any], origin: str = "the PruneTrain state") -> None:
-        """Raises CheckpointError where `load_state_dict` would, as far as that is known before the model has the saved
-        shape; `origin` is where the state comes from, in words."""
+        """Raises CheckpointError, in the name of `origin`, where `load_state_dict` would, as far as that is known before
+        the model has the saved shape."""
         check_state(self, state, origin)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

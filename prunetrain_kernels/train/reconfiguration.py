@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from prunetrain_kernels.compiled import eagerly
+from prunetrain_kernels.errors import ZeroingError
 from prunetrain_kernels.graph import Keep
 from prunetrain_kernels.graph.gating import BATCH
 from prunetrain_kernels.prune.changes import Reconfiguration
@@ -49,16 +50,29 @@ class Outcome:
     warned_of_layout: bool
 
 
-def carry_out(state: PruningState, dying: float, change: AllOrNothing) -> Outcome:
+def carry_out(state: PruningState, change: AllOrNothing) -> Outcome:
     """Reconfigures the networks and their optimizer, grows the mini-batch, and rebuilds DDP's buckets.
 
+    If slices that die on the way to a target may not go yet, only those go that are sparse.
+
     Args:
-        dying: as in `ChannelGraph.keep`.
         change: has noted `Everything` of this state.
 
     Raises:
         RanksDifferError, ZeroingError, PruneTrainError: as `PruneTrain.reconfigure`.
     """
+    dying = state.dying()
+    try:
+        return _carry_out(state, dying, change)
+    except ZeroingError:
+        if not dying > state.threshold:
+            raise
+    change.put_back()
+    return _carry_out(state, 0.0, change)
+
+
+def _carry_out(state: PruningState, dying: float, change: AllOrNothing) -> Outcome:
+    """`carry_out`; `dying` as in `ChannelGraph.keep`."""
     start = time.perf_counter()
     state.compilations.look()
     with eagerly(state.model):

@@ -13,7 +13,6 @@ from tests.torture import contents, flips, injections
 from tests.torture.__main__ import main
 from tests.torture.report import Outcomes
 
-
 SAMPLES: list[tuple[Callable[[int, int], Outcomes], int]] = [
     (flips.run, 8),
     (contents.run, 8),

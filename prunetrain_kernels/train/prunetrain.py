@@ -281,7 +281,7 @@ class PruneTrain(PruningState):
         return state_dict_of(self)
 
     def check_state_dict(self, state: dict[str, Any], origin: str = "the PruneTrain state") -> None:
-        """Raises CheckpointError, in the name of `origin`, where `load_state_dict` would, as far as that is known before
+        """Raises CheckpointError, in the name of `origin`, where `load_state_dict` would, if that is known before
         the model has the saved shape."""
         check_state(self, state, origin)
 

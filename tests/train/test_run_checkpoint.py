@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from whole_runs import SHORT, checkpoint_of, config, tiny_module, withering  # noqa: F401 - fixtures
+from whole_runs import SHORT, checkpoint_of, config, tiny_module  # noqa: F401 - a fixture
 
 from prunetrain_kernels import CheckpointError
 from prunetrain_kernels.files import write_atomically

@@ -285,8 +285,10 @@ def _check_groups(
             if name in LIKE_PARAMETER and not (name == "momentum_buffer" and value is None):
                 if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shapes[id(p)]):
                     raise where.wrong(value, f"a tensor of shape {tuple(shapes[id(p)])}")
-            elif name == "step" and not isinstance(value, Tensor):
-                number(value, where, least=0)
+            elif name == "step":
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    raise where.wrong(value, "one number")
+                number(value.item() if isinstance(value, Tensor) else value, where, least=0)
 
 
 def check_options_loaded(origin: str, optimizers: Sequence[Any]) -> None:

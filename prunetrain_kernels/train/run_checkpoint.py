@@ -195,7 +195,9 @@ def _check_totals(saved: Any, place: Place) -> None:
                     raise place[name].wrong(one, "a number")
         elif isinstance(present[name], dict):
             for key, one in mapping(value, place[name]).items():
-                plain(one, place[name][key])
+                _check_cell(one, place[name][key], is_text=key in ("unknown", "why"))
+                if one is None and key not in ("unknown", "why"):  # what is unknown is NaN
+                    raise place[name][key].wrong(one, "a number")
         elif isinstance(value, bool) or not isinstance(value, int | float):  # unknown sums are NaN
             raise place[name].wrong(value, "a number")
 

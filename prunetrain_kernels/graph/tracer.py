@@ -117,6 +117,8 @@ class _Tracer(ThreadTracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception:
             # The innermost module sees the exception first.
             self.failed_in = self.failed_in or self.path_of_module(m)
@@ -178,6 +180,8 @@ def trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
         tracer = _Tracer(set(closed), records_buffers=records_buffers)
         try:
             return tracer.trace(model, settings), closed
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception as error:
             if SLICED_BY_A_SIZE in str(error) and not records_buffers:
                 records_buffers = True

@@ -10,7 +10,7 @@ import warnings
 import torch
 
 # The parts, and how often each is done by default; a part is a module here with `run(count, seed)`.
-PARTS = {"flips": 200, "contents": 500, "injections": 1000, "kills": 200}
+PARTS = {"flips": 200, "contents": 500, "injections": 1000, "kills": 200, "soak": 300}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -233,6 +233,9 @@ def restore(training: Training, stop: StopRequest) -> Progress:
     """Takes up the folder's checkpoint."""
     states = {"scheduler": training.scheduler.state_dict(), "scaler": training.scaler.state_dict()}
     extra = load_run(training.folder, training.saved_parts, states)
+    first, training.prunetrain.first_batch = training.prunetrain.first_batch, None
+    if first is not None:  # this loop's batches are as large by themselves, but for an epoch's last one
+        first.forget()
     if isinstance(training.step, CapturedStep):
         training.step.rates_to_device()
     training.scheduler.load_state_dict(extra["scheduler"])

@@ -51,7 +51,7 @@ class FirstBatch:
 
     def compare(self) -> None:
         """Called in the first step: the last forward before it was of the step's images."""
-        self._handle.remove()
+        self.forget()
         if self.images is not None and self.images != self.expected:
             warnings.warn(
                 f"the first batch after loading has {self.images} images, but the loaded mini-batch is of "
@@ -60,6 +60,10 @@ class FirstBatch:
                 "is well.)",
                 stacklevel=5,  # who calls regularize or add_gradient_
             )
+
+    def forget(self) -> None:
+        """Watches no more."""
+        self._handle.remove()
 
 
 class MiniBatch:

@@ -1,6 +1,7 @@
 """Two generations of a run's checkpoint, and what is said where something differs."""
 
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from whole_runs import SHORT, checkpoint_of, config, tiny_module  # noqa: F401 - a fixture
 
 from prunetrain_kernels import CheckpointError
+from prunetrain_kernels.errors import TrainingStopped
 from prunetrain_kernels.files import write_atomically
 from prunetrain_kernels.train import loop
 from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.run_checkpoint import CHECKPOINT, PREVIOUS, newest
+from prunetrain_kernels.train.stopping import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,48 @@ def test_other_threads_and_versions_are_said(whole: Path, tmp_path: Path, monkey
     said = "\n".join(resumed(run, monkeypatch))
     assert "the run had 7 threads and has 1 now" in said
     assert "the run had torch 1.0 and has" in said
+
+
+@pytest.fixture(scope="module")
+def inside(tmp_path_factory: pytest.TempPathFactory, tiny_module: Any) -> Path:  # noqa: F811
+    """A run that was stopped inside its first epoch."""
+    folder, stop = tmp_path_factory.mktemp("inside") / "run", StopRequest()
+    stop.number = signal.SIGTERM
+    with pytest.raises(TrainingStopped, match="after step 1 of epoch 1"):
+        train(config(folder, **SHORT, data="synthetic:40x6x6"), progress=False, stop=stop)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trained", 1),
+        ("lasso", "x"),
+        ("sent", None),
+        ("sums", []),
+        ("sums/steps", -1),
+        ("sums/batch", 2.5),
+        ("sums/lr", None),
+        ("sums/flops", True),
+        ("sums/unknown", 3),
+        ("sums/forward", 3),
+        ("sums/step_times", [None]),
+        ("sums/losses", torch.zeros(2)),
+        ("sums/losses", torch.zeros(0, 2)),
+    ],
+    ids=str,
+)
+def test_wrong_contents_of_an_epoch_that_is_not_finished(name: str, value: Any, inside: Path, tmp_path: Path) -> None:
+    payload = checkpoint_of(inside)
+    assert payload["extra"]["epoch"] == 0
+    torch.save(payload, path := tmp_path / CHECKPOINT)
+    newest(path)
+    within = payload["extra"]["within"]
+    part, _, last = name.rpartition("/")
+    (within[part] if part else within)[last] = value
+    torch.save(payload, path)
+    with pytest.raises(CheckpointError, match=rf"within.*\['{last}'\] is "):
+        newest(path)
 
 
 def test_the_file_before_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:

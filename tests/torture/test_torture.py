@@ -14,8 +14,8 @@ from tests.torture.__main__ import main
 from tests.torture.report import Outcomes
 
 SAMPLES: list[tuple[Callable[[int, int], Outcomes], int]] = [
-    (flips.run, 8),
-    (contents.run, 8),
+    (flips.run, 10),
+    (contents.run, 10),
     (partial(injections.run, ways=("inside",)), 3),
 ]
 
@@ -33,9 +33,9 @@ def nothing(*_: Any, **__: Any) -> None:
 
 
 BLINDED: list[tuple[Callable[[int, int], Outcomes], int, Any, str]] = [
-    (flips.run, 8, archive, "_check_members"),
-    (partial(injections.run, ways=("inside",)), 2, AllOrNothing, "put_back"),
-    (contents.run, 10, checkpoint, "check_payload"),
+    (flips.run, 4, archive, "_check_members"),
+    (partial(injections.run, ways=("inside",)), 1, AllOrNothing, "put_back"),
+    (contents.run, 5, checkpoint, "check_payload"),
 ]
 
 

@@ -6,6 +6,7 @@
 #   make bench   all benchmark suites, tiny, on the GPU or CPU that is there (bench/README.md has the real ones)
 #   make sanitize  the native library's tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make headers   fetches PyTorch 2.11's headers (80 MB), against which tests/test_headers.py then compiles
+#   make torture  breaks checkpoints, reconfigurations and runs on purpose, hundreds of times (tests/torture)
 #   make zoo     the slow half of the zoo: more networks, thousands of random ones; writes docs/architectures.md
 #   make docs    the documentation as a site, with the Python interface, in build/site
 #   make plots   all figures from the committed results, and docs/results.md; once per release
@@ -29,7 +30,7 @@ DEMO_OPTIONS := --model vgg7 --data digits --image-size 24 --epochs 28 --batch 3
 DEMO_PRUNING := --target-flops 0.35 --target-by 0.15 --penalty-ratio 0.6 --proximal
 
 .DEFAULT_GOAL := help
-.PHONY: help check demo docs test lint bench sanitize headers zoo plots clean
+.PHONY: help check demo docs test lint bench sanitize headers torture zoo plots clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -91,6 +92,11 @@ $(OLDEST)/torch/include: | $(VENV)/installed-dev
 	$(BIN)/python -c 'import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); \
 	  z.extractall(sys.argv[2], [n for n in z.namelist() if n.startswith("torch/include/")])' $(OLDEST)/*.whl $(OLDEST)
 	rm $(OLDEST)/*.whl
+
+# 200 bit flips, 500 wrong contents, 1,000 injections, 200 kills, a soak of 300 reconfigurations in each way: the parts'
+# own counts (tests/torture/__main__.py).
+torture: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
 
 zoo: $(VENV)/installed-zoo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow tests/zoo

@@ -606,6 +606,8 @@ def _costs(model: nn.Module, example: tuple[Tensor, ...], options: argparse.Name
 
 def _export(options: argparse.Namespace) -> int:
     trained = load_trained(options.run_folder, options.input, options.classes)
+    if trained.fallback:
+        explain(f"prunetrain: {trained.fallback}")
     print(export_program(trained.model, (trained.examples,), options.out, options.format))
     shape = ", ".join(map(str, trained.examples.shape[1:]))
     print(f"epoch {trained.epoch}; input: float32 images (N, {shape})", end="")

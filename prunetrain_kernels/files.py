@@ -19,7 +19,11 @@ from prunetrain_kernels.errors import InputError, PruneTrainError
 
 
 def write_atomically(
-    path: Path, data: bytes | Callable[[BinaryIO], None], error: type[PruneTrainError] = InputError
+    path: Path,
+    data: bytes | Callable[[BinaryIO], None],
+    error: type[PruneTrainError] = InputError,
+    *,
+    previous: Path | None = None,
 ) -> None:
     """Writes a file whole: under another name in the same folder, flushed to the disk, then renamed to `path`.
 
@@ -29,6 +33,7 @@ def write_atomically(
         path: the file; its folder must exist.
         data: the bytes, or a function that writes them to the binary file it is called with.
         error: the class of the error that is raised where the disk refuses.
+        previous: where the file goes that was at `path`, once the new one is complete; None to replace it.
 
     Raises:
         PruneTrainError: an `error`, where the disk refuses (full, read-only, no such folder). Other exceptions of
@@ -51,6 +56,8 @@ def write_atomically(
                 disk.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None:
+            _keep(path, previous)
         os.replace(aside, path)
     except BaseException as failure:
         with contextlib.suppress(OSError):
@@ -72,6 +79,22 @@ def flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Gives a file another name, in place of whatever had it; under its own there is always one file or the other."""
+    aside = aside_of(previous)
+    try:
+        os.link(path, aside)
+        os.replace(aside, previous)
+    except FileNotFoundError:  # nothing to keep
+        return
+    except OSError:  # a file system without links: for a moment there is no file at `path`, only the previous one
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        os.replace(path, previous)
+    finally:
+        _ASIDE.discard(aside.name)
 
 
 class _DiskErrors:

@@ -1,8 +1,9 @@
-"""Which PyTorch this package has been tried with."""
+"""The version of this package, and which PyTorch it has been tried with."""
 
 import re
 import warnings
 
+VERSION = "0.2.0"  # of this package
 NEWEST_TRIED = (2, 14)  # docs/backends.md has what was run, and when
 
 

@@ -137,6 +137,8 @@ class _Tracing:
         ):
             try:
                 outputs = named_tensors_in(run_program(cloned(runs.inputs), self.traced.values, training=mode))
+            except MemoryError:  # says nothing about the model
+                raise
             except Exception as error:
                 if not runs.modes:
                     raise
@@ -166,6 +168,8 @@ def _equal_in_double(runs: Runs, run_program: Runner, start: Start, *, training:
             drawing(runs.model, start.seed),
         ):
             of_program = named_tensors_in(run_program(cloned(inputs), {}, training=training))
+    except MemoryError:  # says nothing about the model
+        raise
     except Exception:
         return False
     return difference(of_model, of_program).is_rounding
@@ -223,6 +227,8 @@ class Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         try:
             result = super().run_node(n)
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception as error:
             raise TraceError(
                 f"the model fails on the example inputs at '{n.name}' ({n.op} {n.target}): {first_line(error)}; pass "

@@ -191,6 +191,8 @@ def runs_of(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Runs:
         for training in (False, True):
             try:
                 outputs = runs.outputs(training=training, start=Start())
+            except MemoryError:  # says nothing about the model
+                raise
             except Exception as error:
                 why[training] = first_line(error)
                 continue
@@ -226,6 +228,8 @@ def _runs_in_one_mode(
             for training in runs.modes:
                 runs.outputs(training=training, start=Start())
             return runs
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception as error:
             why.setdefault(True, first_line(error))
     return Runs(model, first.get(False, examples), examples, (False,) if first else (), why)

@@ -66,6 +66,8 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
         if graph is None or _is_incomplete(graph):
             try:
                 exported = _graph(runs, "torch.export")
+            except MemoryError:  # says nothing about the model
+                raise
             except Exception as error:
                 if graph is None:
                     raise TraceError(_why_not(runs, failed, error)) from failed

@@ -126,6 +126,8 @@ class _Tracer(ThreadTracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception:
             # The innermost module sees the exception first.
             self.failed_in = self.failed_in or self.path_of_module(m)
@@ -198,6 +200,8 @@ def _trace(model: nn.Module, settings: dict[str, Any] | None, *, sees_buffers: s
         tracer = _Tracer(set(closed), sees_buffers=sees_buffers)
         try:
             return tracer.trace(model, settings), closed
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception as error:
             if SLICED_BY_A_SIZE in str(error) and sees_buffers != "all":
                 sees_buffers = "all"

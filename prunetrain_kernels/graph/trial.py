@@ -103,6 +103,8 @@ class _Trial:
         """Whether the model runs on the inputs."""
         try:
             run(self.model, self.inputs, training=training, start=start)
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception:
             return False
         return True
@@ -122,11 +124,15 @@ class _Trial:
         """How the network without the channels differs from the one with zeros, in words; empty if it does not."""
         try:
             expected = run(self.model, self.inputs, training=training, start=start, tensors=zeroed)
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception:
             return ""  # it does not run on weights of zero, so there is nothing to compare with
         try:
             with _sizes_fitting(self.modules, smaller, self.counts, self.heads):
                 outputs = run(self.model, self.inputs, training=training, start=start, tensors=smaller)
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception as error:
             return f"without some of its channels the forward fails: {first_line(error)}"
         gap = difference(expected, outputs)
@@ -148,6 +154,8 @@ class _Trial:
                 counts = self.counts if tensors is smaller else {}
                 with _sizes_fitting(self.modules, tensors, counts, heads):
                     outputs.append(run(self.model, inputs, training=training, start=start, tensors=wide))
+        except MemoryError:  # says nothing about the model
+            raise
         except Exception:
             return False
         return difference(*outputs).is_rounding

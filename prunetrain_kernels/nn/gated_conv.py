@@ -225,8 +225,7 @@ def gate_(
     backend: str | None = None,
 ) -> None:
     """Turns a convolution whose weight holds its live channels already into a `GatedConv2d`, or changes the indices of
-    one, or with neither index turns it into an `nn.Conv2d` again. Any pairing ends. In place; `gating_of` notes what
-    was, for `restore_gating_`."""
+    one, or with neither index turns it into an `nn.Conv2d` again. Any pairing ends. In place."""
     if input_index is None and output_index is None:
         if isinstance(conv, GatedConv2d):
             for side in SIDES:
@@ -239,23 +238,6 @@ def gate_(
         conv.in_channels, conv.out_channels = in_channels, out_channels
         return
     _become_gated(conv, in_channels, out_channels, input_index, output_index, backend)
-
-
-def gating_of(conv: nn.Conv2d) -> dict[str, Any]:
-    """Everything that `gate_` and `pair` change on a convolution."""
-    return {"class": type(conv), "attributes": dict(vars(conv)), "buffers": dict(conv._buffers),
-            "transient": set(conv._non_persistent_buffers_set)}  # fmt: skip
-
-
-def restore_gating_(conv: nn.Conv2d, state: dict[str, Any]) -> None:
-    """Undoes `gate_` and `pair` on a convolution: `state` is what `gating_of` noted before."""
-    conv.__class__ = state["class"]
-    vars(conv).clear()
-    vars(conv).update(state["attributes"])
-    conv._buffers.clear()
-    conv._buffers.update(state["buffers"])
-    conv._non_persistent_buffers_set.clear()
-    conv._non_persistent_buffers_set.update(state["transient"])
 
 
 def pair(conv: GatedConv2d, batch_norm: BatchNormAct2d) -> None:

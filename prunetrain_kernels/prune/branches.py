@@ -31,6 +31,7 @@ from prunetrain_kernels.graph.channels import Channels
 from prunetrain_kernels.graph.dead import DeadBranch
 from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.rules import expand_sum_and_relu, register_expansion, register_rule
+from prunetrain_kernels.prune.original_sizes import pass_on_note
 
 Geometry = dict[str, list[int]]
 
@@ -213,6 +214,7 @@ def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts a module in another one's place under every name: a ModuleList may hold it too, say."""
     old = model.get_submodule(name)
     new.train(old.training)
+    pass_on_note(old, new)
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child is old:

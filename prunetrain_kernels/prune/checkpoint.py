@@ -1,13 +1,14 @@
 """A shrunk model saved to a file, and rebuilt from a freshly built original.
 
 The file holds plain values and tensors only, so `torch.load(weights_only=True)` reads it. It is written aside and
-renamed: a full disk or a killed process leaves the previous checkpoint as it was.
+renamed: a full disk or a killed process leaves the previous checkpoint as it was. It is read in four steps: the archive
+to the last bit (`archive.py`), its contents by themselves (`schema.py`), whether they are of this network and these
+optimizers (`fits.py`), and only then the loading, which is undone whatever goes wrong.
 """
 
-import errno
 import io
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,18 +18,30 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from prunetrain_kernels.errors import CheckpointError, InputError
-from prunetrain_kernels.files import reason, write_atomically
-from prunetrain_kernels.graph.gating import why_not_gated
-from prunetrain_kernels.nn.gated_conv import SIDES, restore_gating
-from prunetrain_kernels.ops.channel_index import ChannelIndex
+from prunetrain_kernels.files import write_atomically
+from prunetrain_kernels.nn.gated_conv import restore_gating
+from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.also import Copy, copies_of, unwrapped
-from prunetrain_kernels.prune.branches import parameters_that_go, restore_stand_ins, swap_in
-from prunetrain_kernels.prune.optimizer_holdings import Kept, groups_of, holdings_of
+from prunetrain_kernels.prune.archive import read_archive
+from prunetrain_kernels.prune.branches import parameters_that_go, swap_in
+from prunetrain_kernels.prune.fits import (
+    check_built,
+    check_kinds,
+    check_optimizers_fit,
+    check_options_loaded,
+    fitting_stand_ins,
+    tensors_of,
+    wrapped_in,
+)
+from prunetrain_kernels.prune.foreign import foreign_payload
+from prunetrain_kernels.prune.optimizer_holdings import Kept, groups_of, holdings_of, params_of
 from prunetrain_kernels.prune.optimizers import all_optimizers, as_list, drop
-from prunetrain_kernels.prune.shape import describe_shape
-from prunetrain_kernels.prune.slices import memory_format, set_data, sizes_told_by
-
-FORMAT = "prunetrain_kernels.checkpoint/1"
+from prunetrain_kernels.prune.original_sizes import note_original_sizes, original_sizes
+from prunetrain_kernels.prune.schema import FORMAT, check_payload
+from prunetrain_kernels.prune.shape import describe_shape, set_sizes
+from prunetrain_kernels.prune.slices import memory_format, set_data
+from prunetrain_kernels.prune.undo import AllOrNothing
+from prunetrain_kernels.versions import VERSION
 
 
 class HasState(Protocol):
@@ -63,20 +76,53 @@ def save_pruned(
             value; an older file at that path is untouched.
         InputError: a copy is not like the model.
     """
+    write_payload(path, payload_of(model, optimizer, prunetrain, also, extra))
+
+
+def payload_of(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    prunetrain: HasState | None,
+    also: Sequence[nn.Module],
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """What `save_pruned` writes, by the same arguments; tensors are those of the training, not copies."""
     model, _ = unwrapped(model)
-    payload = {
+    return {
         "format": FORMAT,
+        "versions": {"prunetrain_kernels": VERSION, "torch": str(torch.__version__)},
         "network": type(model).__name__,
+        "original": original_sizes(model),
         **describe_shape(model),
         "model": dict(model.state_dict()),
         "also": [_state_of(copy) for copy in copies_of(model, also)],
         "optimizer": _optimizer_state(optimizer),
-        "wrapped_optimizers": [[one.state_dict() for one in wrapped] for wrapped in _wrapped(as_list(optimizer))],
+        "wrapped_optimizers": [[one.state_dict() for one in inside] for inside in wrapped_in(as_list(optimizer))],
         "prunetrain": None if prunetrain is None else prunetrain.state_dict(),
         "extra": extra,
     }
+
+
+def write_payload(path: str | Path, payload: dict[str, Any], *, previous: Path | None = None) -> None:
+    """Writes what `payload_of` gives.
+
+    Args:
+        previous: where the file goes that was at `path`; None to replace it.
+    """
     _check_plain(payload)
-    write_atomically(Path(path), lambda file: torch.save(payload, file), CheckpointError)
+    with _checksums():
+        write_atomically(Path(path), lambda file: torch.save(payload, file), CheckpointError, previous=previous)
+
+
+@contextmanager
+def _checksums() -> Iterator[None]:
+    """Files have their checksums inside, even where the program has told PyTorch to leave them out."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def load_pruned(
@@ -85,54 +131,134 @@ def load_pruned(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     prunetrain: HasState | None = None,
     also: Sequence[nn.Module] = (),
+    *,
+    which: str = "model",
 ) -> dict[str, Any]:
     """Shrinks a freshly built original `model` to the saved one, in place, and fills it.
 
+    Also takes a file of another program that holds the `state_dict()` of a pruned network, by itself or under "model",
+    "state_dict" or "model_state_dict": beside what `pruned_shape` gave, or without where nothing but channels went.
+
     Args:
-        path: a file that `save_pruned` wrote.
+        path: a file that `save_pruned` wrote, or such a file.
         model: the network as it was first built, on any device.
         optimizer: holds `model`'s parameters; loses those of removed layers and takes the saved state. Pass as many
             optimizers as were saved, wrapped in the same way.
         prunetrain: takes its saved state.
         also: freshly made copies of `model`, as many as were saved and in the same order; shrunk and filled too.
+        which: "ema" fills `model` with the copy that was saved through `also`, for evaluation; "also[1]" with the
+            second of several.
 
     Returns:
         The values that were passed to `save_pruned` as `extra`.
 
     Raises:
         CheckpointError: the file is missing or damaged, is of another network or of an optimizer with other groups, or
-            lacks the optimizer or PruneTrain state that is asked for; model and optimizer are untouched in these cases.
-            Or the PruneTrain state does not fit what was passed, or an optimizer keeps what its state does not restore.
-        InputError: a copy is not like the model.
+            lacks the optimizer or PruneTrain state that is asked for, or that state does not fit what was passed.
+            Model, copies, optimizer and PruneTrain are untouched, to the last bit, in all cases.
+        InputError: a copy is not like the model, or `which` is no such name.
     """
-    payload = read_checkpoint(path)
+    content = read_archive(path)
     model, _ = unwrapped(model)
-    copies = copies_of(model, also)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        check_payload(path, content)
+    else:
+        content = foreign_payload(path, content, model, which)
+    return load_payload(path, content, model, optimizer, (prunetrain, also), which=which)
+
+
+def load_payload(
+    path: str | Path,
+    payload: dict[str, Any],
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    followers: tuple[HasState | None, Sequence[nn.Module]],
+    *,
+    which: str = "model",
+) -> dict[str, Any]:
+    """`load_pruned` with the content of a file that has been read and checked already.
+
+    Args:
+        followers: its `prunetrain` and `also`.
+    """
+    prunetrain, also = followers
+    origin = f"'{path}'"
+    model, _ = unwrapped(model)
+    copies, optimizers = copies_of(model, also), as_list(optimizer)
+    filling = [(model, _chosen(path, payload, which, trains=bool(optimizers or prunetrain)))]
     saved: list[dict[str, Any]] = payload.get("also", [])
     if copies and len(copies) != len(saved):
-        raise CheckpointError(f"'{path}' holds {len(saved)} copies of the model, and `also` has {len(copies)}.")
-    stand_ins = _checked_stand_ins(path, model, payload["model"], payload)
-    gone = parameters_that_go(model, stand_ins)
-    copies_stand_ins = [
-        _checked_stand_ins(path, copy.network, one["network"], payload)
-        for copy, one in zip(copies, saved, strict=False)  # copies that nobody asks for stay in the file
-    ]
-    optimizers = as_list(optimizer)
-    _check_optimizers(path, optimizers, payload, gone)
-    if prunetrain is not None and payload["prunetrain"] is None:
-        raise CheckpointError(f"'{path}' holds no PruneTrain state; it was saved without one.")
-
-    drop(optimizers, gone, [])
-    built_with = holdings_of(optimizers, model).kept if optimizers else []
-    _rebuild(model, payload["model"], stand_ins, payload)
-    for copy, one, new in zip(copies, saved, copies_stand_ins, strict=False):
-        _rebuild(copy.network, one["network"], new, payload)
-        copy.module.load_state_dict(one["wrapper"], strict=False)
-    _load_optimizers(path, optimizers, payload)
-    _check_restored(path, optimizers, built_with)
+        raise CheckpointError(f"{origin} holds {len(saved)} copies of the model, and `also` has {len(copies)}.")
+    # copies that nobody asks for stay in the file
+    filling += [(copy.network, one["network"]) for copy, one in zip(copies, saved, strict=False)]
+    stand_ins = []
+    for network, state in filling:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        stand_ins.append(fitting_stand_ins(origin, network, payload, shapes))
+        check_kinds(origin, network, state, payload)
+    gone = parameters_that_go(model, stand_ins[0])
+    states = _saved_states(payload), payload.get("wrapped_optimizers")
+    check_optimizers_fit(origin, optimizers, states, _shapes_to_come(model, optimizers, filling[0][1], gone))
     if prunetrain is not None:
-        _load_into(path, "PruneTrain", prunetrain, payload["prunetrain"])
+        if payload["prunetrain"] is None:
+            raise CheckpointError(f"{origin} holds no PruneTrain state; it was saved without one.")
+        getattr(prunetrain, "check_state_dict", _no_check)(payload["prunetrain"], origin)
+
+    with AllOrNothing([model, *(copy.module for copy in copies)], optimizers, copying=True) as change:
+        try:
+            drop(optimizers, gone)
+            built_with = holdings_of(optimizers, model).kept if optimizers else []
+            for (network, state), new in zip(filling, stand_ins, strict=True):
+                _rebuild(network, state, new, payload)
+                check_built(origin, network)
+            for copy, one in zip(copies, saved, strict=False):
+                copy.module.load_state_dict(one["wrapper"], strict=False)
+            _load_optimizers(path, optimizers, payload)
+            _check_restored(path, optimizers, built_with)
+            check_options_loaded(origin, all_optimizers(optimizers))
+            if prunetrain is not None:
+                _load_into(path, "PruneTrain", prunetrain, payload["prunetrain"])
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:  # of a library that the file leads astray, where the checks before do not
+            raise CheckpointError(f"{origin} cannot be loaded: {first_line(error)}; nothing was changed.") from error
+        change.done = True
     return dict(payload["extra"])
+
+
+def _no_check(saved: dict[str, Any], origin: str) -> None:
+    """Of an object that checks its state while it loads it."""
+
+
+def _chosen(path: str | Path, payload: dict[str, Any], which: str, *, trains: bool) -> dict[str, Tensor]:
+    """The tensors for the model: its own, or those of a copy that was saved with it."""
+    if which == "model" or payload.get("foreign"):
+        state: dict[str, Tensor] = payload["model"]
+        return state
+    names = [f"also[{i}]" for i in range(len(payload.get("also", [])))]
+    if which != "ema" and which not in names:
+        known = ", ".join(f"'{name}'" for name in ("model", "ema", *names))
+        raise InputError(f"which='{which}' is none of {known}.")
+    if trains:
+        raise InputError(f"which='{which}' is for evaluation; load the optimizer and PruneTrain with the model itself.")
+    if not names:
+        raise CheckpointError(f"'{path}' holds no copy of the model; it was saved without `also`.")
+    if which == "ema" and len(names) > 1:
+        raise CheckpointError(
+            f"'{path}' holds {len(names)} copies of the model; choose one of which={', '.join(names)}."
+        )
+    chosen: dict[str, Tensor] = payload["also"][0 if which == "ema" else names.index(which)]["network"]
+    return chosen
+
+
+def _shapes_to_come(
+    model: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Tensor], gone: set[int]
+) -> dict[int, tuple[int, ...]]:
+    """The shape, once all is loaded, of each parameter that the optimizers will hold, by `id`."""
+    held = [p for one in all_optimizers(optimizers) for p in params_of(one) if id(p) not in gone]
+    shapes = {id(p): tuple(p.shape) for p in held}
+    named = model.named_parameters(remove_duplicate=False)
+    return shapes | {id(p): tuple(state[name].shape) for name, p in named if name in state and id(p) in shapes}
 
 
 def _state_of(copy: Copy) -> dict[str, dict[str, Tensor]]:
@@ -143,93 +269,27 @@ def _state_of(copy: Copy) -> dict[str, dict[str, Tensor]]:
     return {"network": dict(inside), "wrapper": around}
 
 
-def _checked_stand_ins(
-    path: str | Path, model: nn.Module, state: dict[str, Tensor], payload: dict[str, Any]
-) -> dict[str, nn.Module]:
-    """The modules that make a freshly built model the saved one, if the saved tensors are of this network."""
-    stand_ins = restore_stand_ins(model, payload["stand_ins"])
-    _check_gated(path, model, payload, payload.get("gated", {}))
-    _check_fits(path, model, state, payload)
-    return stand_ins
-
-
 def _rebuild(
     model: nn.Module, state: dict[str, Tensor], stand_ins: dict[str, nn.Module], payload: dict[str, Any]
 ) -> None:
     """Turns a freshly built network into the saved one, with its tensors."""
+    note_original_sizes(model)
     swap_in(model, stand_ins)
     restore_gating(model, payload.get("gated", {}))
     _fill(model, state, payload["sizes"])
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The file's content: plain values and tensors on the CPU.
+    """The content of a file that `save_pruned` wrote: plain values and tensors on the CPU, each of its kind.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not a checkpoint of this package.
+        CheckpointError: the file is missing, damaged, not a checkpoint of this package, or has wrong contents.
     """
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint at '{path}'.") from None
-    except Exception as error:
-        # In a truncated file PyTorch seeks to where nothing is: an OSError too, but none of the disk's.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise CheckpointError(f"cannot read the checkpoint '{path}': {reason(error)}.") from error
-        raise CheckpointError(f"'{path}' is damaged or no checkpoint: PyTorch cannot read it.") from error
+    payload = read_archive(path)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise CheckpointError(f"'{path}' is no checkpoint of prunetrain_kernels ({FORMAT}).")
+    check_payload(path, payload)
     return payload
-
-
-def _check_fits(path: str | Path, model: nn.Module, state: dict[str, Tensor], payload: dict[str, Any]) -> None:
-    """Raises CheckpointError unless the saved tensors are slices of the model's and those that are missing went with
-    removed layers."""
-    other = f"'{path}' is of another network ({payload['network']}): "
-    model_state = model.state_dict()
-    indices = {f"{name}.{side}_index" for name in payload.get("gated", {}) for side in SIDES}
-    unknown = [name for name in state if name not in model_state and name not in indices]
-    if unknown:
-        raise CheckpointError(f"{other}it has '{unknown[0]}', which {type(model).__name__} has not.")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    gone = {id(modules[name]) for name in payload["stand_ins"]}
-    replaced = tuple(f"{name}." for name, module in modules.items() if id(module) in gone)  # under all its names
-    missing = [name for name in model_state if name not in state and not name.startswith(replaced)]
-    if missing:
-        raise CheckpointError(f"{other}it lacks '{missing[0]}' of {type(model).__name__}.")
-    for name, saved in state.items():
-        if name in indices:
-            continue
-        shape, full = tuple(saved.shape), tuple(model_state[name].shape)
-        # Channels are in the first two dimensions; a kernel keeps its size.
-        if len(shape) != len(full) or shape[2:] != full[2:] or any(s > f for s, f in zip(shape, full, strict=True)):
-            raise CheckpointError(
-                f"{other}'{name}' is {shape} there and {full} here; build the model as it was first built "
-                "(same classes and width, not pruned)."
-            )
-
-
-def _check_gated(path: str | Path, model: nn.Module, payload: dict[str, Any], gated: dict[str, dict[str, Any]]) -> None:
-    """Raises CheckpointError unless the saved gated layers are convolutions of the model that can be gated so."""
-    modules = dict(model.named_modules())
-    for name, gating in gated.items():
-        conv = modules.get(name)
-        why = "there is none" if conv is None else why_not_gated(conv)
-        if not why and isinstance(conv, nn.Conv2d):
-            for side, channels in zip(SIDES, (conv.in_channels, conv.out_channels), strict=True):
-                count = gating[f"{side}_channels"]
-                if count > channels:
-                    why = f"its {side} has {channels} channels, not {count}"
-                elif gating[f"{side}_index"] is not None:
-                    try:
-                        ChannelIndex(gating[f"{side}_index"], count)
-                    except InputError as error:
-                        why = str(error).rstrip(".")
-        if why:
-            raise CheckpointError(
-                f"'{path}' is of another network ({payload['network']}): it gates the convolution '{name}', which "
-                f"{type(model).__name__} cannot: {why}."
-            )
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------------
@@ -246,58 +306,13 @@ def _saved_states(payload: dict[str, Any]) -> list[dict[str, Any]]:
     return saved if isinstance(saved, list) else [] if saved is None else [saved]
 
 
-def _wrapped(optimizers: Sequence[Optimizer]) -> list[list[Any]]:
-    """The optimizers that each optimizer wraps, from the outermost inwards."""
-    return [[one for one in all_optimizers(outer) if one is not outer] for outer in optimizers]
-
-
-def _check_optimizers(
-    path: str | Path, optimizers: Sequence[Optimizer], payload: dict[str, Any], gone: set[int]
-) -> None:
-    """Raises CheckpointError unless the saved optimizer states are for as many parameters and groups as will stay."""
-    if not optimizers:
-        return
-    saved = _saved_states(payload)
-    if not saved:
-        raise CheckpointError(f"'{path}' holds no optimizer state; it was saved without one.")
-    if len(saved) != len(optimizers):
-        raise CheckpointError(
-            f"'{path}' holds the states of {len(saved)} optimizers, and {len(optimizers)} were passed; pass as many, "
-            "in the same order."
-        )
-    for optimizer, state in zip(optimizers, saved, strict=True):
-        _check_groups(path, optimizer, state, gone)
-    inner_states = payload.get("wrapped_optimizers")
-    if inner_states is None:  # older files have none
-        return
-    for wrapped, states in zip(_wrapped(optimizers), inner_states, strict=True):
-        if len(wrapped) != len(states):
-            raise CheckpointError(
-                f"an optimizer in '{path}' wraps {len(states)} others, and here it wraps {len(wrapped)}; build it as "
-                "before."
-            )
-        for optimizer, state in zip(wrapped, states, strict=True):
-            _check_groups(path, optimizer, state, gone)
-
-
-def _check_groups(path: str | Path, optimizer: Optimizer, saved: dict[str, Any], gone: set[int]) -> None:
-    """Raises CheckpointError unless an optimizer's groups will have as many parameters as the saved ones."""
-    if "param_groups" not in saved or not groups_of(optimizer):  # a wrapper that has a form of its own
-        return
-    counts = [sum(id(p) not in gone for p in group["params"]) for group in groups_of(optimizer)]
-    saved_counts = [len(group["params"]) for group in saved["param_groups"]]
-    if counts != saved_counts:
-        raise CheckpointError(
-            f"the optimizer state in '{path}' is of groups of {saved_counts} parameters, but the optimizer here would "
-            f"have {counts}; build it from the freshly built model's parameters, grouped as before."
-        )
-
-
 def _load_optimizers(path: str | Path, optimizers: Sequence[Optimizer], payload: dict[str, Any]) -> None:
     """Loads the state of each optimizer and then of those inside it; the objects that they share stay shared."""
     saved = _saved_states(payload)
     inside = payload.get("wrapped_optimizers") or [[] for _ in optimizers]
-    for outer, wrapped, state, states in zip(optimizers, _wrapped(optimizers), saved, inside, strict=bool(optimizers)):
+    for outer, wrapped, state, states in zip(
+        optimizers, wrapped_in(optimizers), saved, inside, strict=bool(optimizers)
+    ):
         before = [(one, groups_of(one), getattr(one, "param_groups", []), getattr(one, "state", {})) for one in wrapped]
         before.insert(0, (outer, groups_of(outer), getattr(outer, "param_groups", []), getattr(outer, "state", {})))
         _load_into(path, "optimizer", outer, state)
@@ -363,16 +378,14 @@ def _check_plain(payload: dict[str, Any]) -> None:
 
 def _fill(model: nn.Module, state: dict[str, Tensor], sizes: dict[str, dict[str, int]]) -> None:
     """Gives a model the saved tensors, of whatever shape, and its modules the size attributes that belong to them."""
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = tensors_of(model)
     for name, saved in state.items():
         tensor = tensors[name]
         data = saved.to(device=tensor.device, dtype=tensor.dtype)
         if memory_format(tensor) is not torch.contiguous_format:
             data = data.contiguous(memory_format=memory_format(tensor))
         set_data(tensor, data.clone() if data.data_ptr() == saved.data_ptr() else data)
-    for name, module in model.named_modules():
-        for attribute, value in (sizes_told_by(module) | sizes.get(name, {})).items():
-            setattr(module, attribute, value)
+    set_sizes(model, sizes)
 
 
 def _load_into(path: str | Path, kind: str, target: HasState | Optimizer, state: dict[str, Any] | None) -> None:
@@ -381,4 +394,4 @@ def _load_into(path: str | Path, kind: str, target: HasState | Optimizer, state:
     try:
         target.load_state_dict(state)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"the {kind} state in '{path}' does not fit: {error}") from error
+        raise CheckpointError(f"the {kind} state in '{path}' does not fit: {first_line(error)}.") from error

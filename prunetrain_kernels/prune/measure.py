@@ -110,6 +110,8 @@ def _tried(
     """The outputs in a mode, or None and why there are none: a detector without targets, one image in batch norm."""
     try:
         return outputs_of(model, inputs, training=training, other_chance=other_chance), ""
+    except MemoryError:  # says nothing about the model
+        raise
     except Exception as error:
         return None, first_line(error)
 

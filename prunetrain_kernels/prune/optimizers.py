@@ -9,7 +9,6 @@ import copy
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -32,8 +31,6 @@ from prunetrain_kernels.prune.optimizer_holdings import (
     is_optimizer,
     params_of,
 )
-
-Undo = list[Callable[[], None]] | ExitStack
 
 # Optimizers that cannot follow, by the name of their class or of one that they inherit from, and why.
 SHARDED = "keeps its state in shards over processes, whose sizes are fixed when it is built"
@@ -324,14 +321,12 @@ def _stepped(optimizer: Any) -> Holdings:
 # -- cutting -----------------------------------------------------------------------------------------------------------
 
 
-def slice_state(optimizers: Sequence[Optimizer], tensor: Tensor, cut: Callable[[Tensor], Tensor], undo: Undo) -> None:
+def slice_state(optimizers: Sequence[Optimizer], tensor: Tensor, cut: Callable[[Tensor], Tensor]) -> None:
     """Cuts every tensor that is kept for a parameter and has its shape; call it while the parameter has its old shape.
 
     The tensors stay the same objects, as parameters do: whoever holds one holds the right one.
     """
     for kept in _holdings(optimizers).of(tensor):
-        before = kept.data
-        _later(undo, lambda kept=kept, before=before: setattr(kept, "data", before))  # type: ignore[misc]
         with torch.no_grad():
             kept.data = cut(kept)  # the object itself, by which `cut` may know which state it is
 
@@ -344,7 +339,7 @@ def state_of(optimizer: Any, parameter: Tensor) -> Mapping[str, Any]:
     return entry if isinstance(entry, Mapping) else {}
 
 
-def drop(optimizers: Sequence[Optimizer], gone: set[int], undo: Undo) -> None:
+def drop(optimizers: Sequence[Optimizer], gone: set[int]) -> None:
     """Takes removed parameters, and what is kept for them, out of the optimizers; an empty group stays, because
     schedulers count it.
 
@@ -372,7 +367,6 @@ def drop(optimizers: Sequence[Optimizer], gone: set[int], undo: Undo) -> None:
         remaining = [entry for entry, p in zip(before, list(parameters), strict=True) if id(p) not in gone]
         if len(remaining) < len(before):
             # The list stays the same object: some optimizers keep a reference to it.
-            _later(undo, lambda entries=entries, before=before: entries.__setitem__(slice(None), before))  # type: ignore[misc]
             entries[:] = remaining
     mappings = {id(mapping): mapping for mapping, _, parameter in holdings.keyed if id(parameter) in gone}
     keys = {id(mapping): [] for mapping in mappings.values()}  # type: dict[int, list[Any]]
@@ -380,27 +374,11 @@ def drop(optimizers: Sequence[Optimizer], gone: set[int], undo: Undo) -> None:
         if id(parameter) in gone:
             keys[id(mapping)].append(key)
     for mapping in mappings.values():
-        entries = dict(mapping)
-        # All of it, so that the order of entries is as before too.
-        _later(undo, lambda mapping=mapping, entries=entries: _refill(mapping, entries))  # type: ignore[misc]
         for key in keys[id(mapping)]:
             mapping.pop(key, None)
-
-
-def _refill(mapping: Any, entries: dict[Any, Any]) -> None:
-    mapping.clear()
-    mapping.update(entries)
 
 
 def _holdings(optimizers: Sequence[Optimizer]) -> Holdings:
     """What the optimizers keep: as `check_optimizers` has noted it, or from a new search."""
     known = optimizers.holdings if isinstance(optimizers, OptimizerList) else None
     return holdings_of(optimizers) if known is None else known
-
-
-def _later(undo: Undo, step: Callable[[], Any]) -> None:
-    """Notes a step that undoes a change."""
-    if isinstance(undo, ExitStack):
-        undo.callback(step)
-    else:
-        undo.append(step)

@@ -6,7 +6,7 @@ are cut, dead branches replaced. *Measure*: the outputs on the example inputs `a
 Where zeroing moved them further than the user allows, or cutting by more than rounding, all of it is undone and an
 error raised: a wrong guess never trains on.
 
-All that happens from the first change on is one transaction: `reconfiguring` undoes it, whatever is raised inside.
+All that happens from the first change on is one transaction (`undo.py`): whatever is raised inside, all is put back.
 
 Parameter objects keep their identity: `param.data` is replaced and `param.grad` cleared, so optimizers, schedulers and
 whoever else holds a parameter hold the right one. Every optimizer state tensor of a parameter's shape is sliced with
@@ -14,8 +14,8 @@ it, whatever the optimizer is called.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from prunetrain_kernels.graph.gating import batch_norm_behind
 from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
-from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, gating_of, pair, restore_gating_, unpair
+from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, pair, unpair
 from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.probe import Difference, difference, outputs_of, refuse_sharded
 from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
@@ -53,6 +53,7 @@ from prunetrain_kernels.prune.optimizers import (
     slice_state,
     state_of,
 )
+from prunetrain_kernels.prune.original_sizes import note_original_sizes
 from prunetrain_kernels.prune.slices import (
     DeviceIndices,
     Slicing,
@@ -63,6 +64,7 @@ from prunetrain_kernels.prune.slices import (
     slicings_of,
     sparse_features,
 )
+from prunetrain_kernels.prune.undo import AllOrNothing
 
 __all__ = ["LayerChange", "Reconfiguration", "reconfigure", "reconfiguring"]
 
@@ -103,10 +105,10 @@ def reconfigure(
         PruneTrainError: cutting moved an output by more than rounding, or changed its shape, or a copy fails;
             everything has been undone.
     """
-    with reconfiguring(
-        model, optimizer, keep, also, zeroing_tolerance=zeroing_tolerance, keep_momentum=keep_momentum
-    ) as done:
-        pass
+    plan = planned(model, optimizer, keep, also, zeroing_tolerance=zeroing_tolerance, keep_momentum=keep_momentum)
+    with AllOrNothing(plan.models, plan.optimizers) as change:
+        done = carry_out(plan, change)
+        change.done = True
     return done
 
 
@@ -123,42 +125,17 @@ def reconfiguring(
     """`reconfigure` that lasts only if the `with` block ends well: whatever is raised inside it, `KeyboardInterrupt`
     and `MemoryError` too, undoes the reconfiguration to the last bit. So the pruned model can be tried before it is
     accepted. Arguments and errors are those of `reconfigure`."""
-    start = time.perf_counter()
-    check_tolerance(zeroing_tolerance)
-    plan = _planned(model, optimizer, keep, also, keep_momentum=keep_momentum)
-    _check(plan)
-    before = _count(plan.model)
-    with ExitStack() as undo:
-        moves = _apply_and_measure(plan, zeroing_tolerance, undo)
-        if plan.changes:
-            undo.callback(forget_compiled)  # what the block compiles is of a shape that will be gone
-            forget_compiled()
-        yield Reconfiguration(
-            layers=layer_changes(keep),
-            removed=tuple(name for branch in keep.branches for name in branch.layers),
-            branches=len(keep.branches),
-            max_abs_dy=moves.cutting.largest,
-            max_abs_dy_zeroing=moves.zeroing.largest,
-            scale=moves.scale,
-            seconds=time.perf_counter() - start,
-            parameters_before=before,
-            parameters_after=_count(plan.model),
-            changed=plan.changes,
-            also_max_abs_dy=tuple(moved.largest for moved in moves.also),
-            compared=str(moves.comparison or ""),
-        )
-        undo.pop_all()  # the block ended well: nothing is undone
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    plan = planned(model, optimizer, keep, also, zeroing_tolerance=zeroing_tolerance, keep_momentum=keep_momentum)
+    with AllOrNothing(plan.models, plan.optimizers) as change:
+        yield carry_out(plan, change)
+        change.done = True
 
 
 # -- plan and check ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A reconfiguration that is decided, but not begun.
 
     Attributes:
@@ -169,6 +146,8 @@ class _Plan:
         gone: ids of the parameters that go with the branches.
         prunes: some tensor is cut or some module replaced.
         changes: that, or some layer is computed in another form.
+        zeroing_tolerance: as of `reconfigure`.
+        seconds: that planning took.
     """
 
     model: nn.Module
@@ -181,21 +160,26 @@ class _Plan:
     gone: set[int]
     prunes: bool
     changes: bool
+    zeroing_tolerance: float
+    seconds: float
 
     @property
     def models(self) -> list[nn.Module]:
         return [self.model, *self.copies]
 
 
-def _planned(
+def planned(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None,
     keep: Keep,
     also: Sequence[nn.Module],
     *,
+    zeroing_tolerance: float,
     keep_momentum: bool,
-) -> _Plan:
-    """The plan; raises InputError where the model, or a copy, is not the one `keep` was chosen for."""
+) -> Plan:
+    """The plan of a reconfiguration; raises InputError where something cannot follow, as `reconfigure`."""
+    start = time.perf_counter()
+    check_tolerance(zeroing_tolerance)
     model, _ = unwrapped(model)
     refuse_sharded(model)
     keep.graph.check(model)
@@ -212,7 +196,9 @@ def _planned(
         *(parameters_that_go(network, new) for network, new in zip((model, *copies), stand_ins, strict=True))
     )
     prunes = any(slicing.cuts for slicing in slicings) or bool(stand_ins[0])
-    return _Plan(
+    cut = {id(s.tensor) for s in slicings if s.cuts and isinstance(s.tensor, nn.Parameter)}
+    check_optimizers(model, optimizers, cut | gone, copies)
+    return Plan(
         model=model,
         copies=copies,
         optimizers=optimizers,
@@ -223,11 +209,13 @@ def _planned(
         gone=gone,
         prunes=prunes,
         changes=prunes or _regates(model, keep),
+        zeroing_tolerance=zeroing_tolerance,
+        seconds=time.perf_counter() - start,
     )
 
 
 def _zeroings(model: nn.Module, keep: Keep) -> list[tuple[Tensor, list[tuple[int, Tensor]]]]:
-    """The weights with sparse slices, as in `_Plan`."""
+    """The weights with sparse slices, as in `Plan`."""
     modules, zeroings = dict(model.named_modules()), []
     for layer in keep.graph.layers.values():
         weight = modules[layer.name]._parameters["weight"]
@@ -250,13 +238,34 @@ def _regates(model: nn.Module, keep: Keep) -> bool:
     return False
 
 
-def _check(plan: _Plan) -> None:
-    """Raises InputError where something that the optimizers hold could not follow."""
-    cut = {id(s.tensor) for s in plan.slicings if s.cuts and isinstance(s.tensor, nn.Parameter)}
-    check_optimizers(plan.model, plan.optimizers, cut | plan.gone, plan.copies)
-
-
 # -- apply and measure -------------------------------------------------------------------------------------------------
+
+
+def carry_out(plan: Plan, change: AllOrNothing) -> Reconfiguration:
+    """Does what was planned, inside a `change` that has noted the plan's models and optimizers before."""
+    start, before, keep = time.perf_counter(), _count(plan.model), plan.keep
+    moves = _apply_and_measure(plan)
+    if plan.changes:
+        change.when_undone(forget_compiled)  # what is compiled from now on is of a shape that will be gone
+        forget_compiled()
+    return Reconfiguration(
+        layers=layer_changes(keep),
+        removed=tuple(name for branch in keep.branches for name in branch.layers),
+        branches=len(keep.branches),
+        max_abs_dy=moves.cutting.largest,
+        max_abs_dy_zeroing=moves.zeroing.largest,
+        scale=moves.scale,
+        seconds=plan.seconds + time.perf_counter() - start,
+        parameters_before=before,
+        parameters_after=_count(plan.model),
+        changed=plan.changes,
+        also_max_abs_dy=tuple(moved.largest for moved in moves.also),
+        compared=str(moves.comparison or ""),
+    )
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -275,37 +284,39 @@ class _Moves:
     also: tuple[Difference, ...] = ()
 
 
-def _apply_and_measure(plan: _Plan, zeroing_tolerance: float, undo: ExitStack) -> _Moves:
-    """Carries the plan out, each step with its undoing; raises where it moves the outputs too far."""
+def _apply_and_measure(plan: Plan) -> _Moves:
+    """Carries the plan out; raises where it moves the outputs too far."""
     # Slices that are all zeros already, as after a proximal step, need no copy of the weight and no second measurement.
     zeroes = any(_has_nonzeros(weight, slices) for weight, slices in plan.zeroings)
     if not (plan.changes or zeroes):
-        _forget_momentum(plan, undo)
+        _forget_momentum(plan)
         return _Moves()
     model, inputs = plan.model, plan.keep.graph.example_inputs
     comparison, as_given = comparison_of(model, inputs, alike_in_both_modes=plan.keep.graph.alike_in_both_modes)
     zeroed, zeroing = as_given, difference(as_given, as_given)
     scale = zeroing.scale
     if zeroes:
-        _zero_slices(plan, undo)
+        _zero_slices(plan)
         zeroed = _outputs_after(model, comparison, inputs)
         zeroing = zeroing_difference(as_given, zeroed)
-        check_zeroing(zeroing, zeroing_tolerance)
+        check_zeroing(zeroing, plan.zeroing_tolerance)
     if not plan.changes:
-        _forget_momentum(plan, undo)
+        _forget_momentum(plan)
         return _Moves(comparison, scale, zeroing)
     copies_inputs = [inputs_for(copy, model, inputs) for copy in plan.copies]
     copies_before = [_evaluated(copy, x) for copy, x in zip(plan.copies, copies_inputs, strict=True)]
-    if plan.prunes:
-        _slice_all(plan, undo)
-        for network, new in zip(plan.models, plan.stand_ins, strict=True):
-            _replace(network, new, undo)
-        drop(plan.optimizers, plan.gone, _journal(undo))
-        for network in plan.models:
-            _set_sizes(network, plan.keep, undo)
     for network in plan.models:
-        _gate(network, plan.keep, undo)
-    _forget_momentum(plan, undo)
+        note_original_sizes(network)
+    if plan.prunes:
+        _slice_all(plan)
+        for network, new in zip(plan.models, plan.stand_ins, strict=True):
+            swap_in(network, new)
+        drop(plan.optimizers, plan.gone)
+        for network in plan.models:
+            _set_sizes(network, plan.keep)
+    for network in plan.models:
+        _gate(network, plan.keep)
+    _forget_momentum(plan)
     pruned = _outputs_after(model, comparison, inputs)
     copies_after = [
         _outputs_after(copy, Comparison(evaluation=True), x) for copy, x in zip(plan.copies, copies_inputs, strict=True)
@@ -323,22 +334,10 @@ def _outputs_after(model: nn.Module, comparison: Comparison, inputs: tuple[Tenso
     """The outputs of a changed model; raises PruneTrainError where it does not run any more."""
     try:
         return comparison.outputs(model, inputs)
+    except (MemoryError, torch.OutOfMemoryError):  # says nothing about the model
+        raise
     except Exception as error:
         raise failure_after_pruning(error) from error
-
-
-def _journal(undo: ExitStack) -> list[Callable[[], None]]:
-    """A list in which functions note how to undo what they do. Its steps are run with `undo`, the last one first, and
-    each of them even if another fails."""
-    steps: list[Callable[[], None]] = []
-
-    def undo_all() -> None:
-        with ExitStack() as stack:
-            for step in steps:
-                stack.callback(step)
-
-    undo.callback(undo_all)
-    return steps
 
 
 def _has_nonzeros(weight: Tensor, slices: list[tuple[int, Tensor]]) -> bool:
@@ -346,37 +345,29 @@ def _has_nonzeros(weight: Tensor, slices: list[tuple[int, Tensor]]) -> bool:
     return any(bool(weight.detach().index_select(dim, indices).any()) for dim, indices in slices)
 
 
-def _zero_slices(plan: _Plan, undo: ExitStack) -> None:
+def _zero_slices(plan: Plan) -> None:
     """Sets the sparse slices to zero."""
     for weight, slices in plan.zeroings:
-        before = weight.data
-        undo.callback(setattr, weight, "data", before)
-        after = before.clone()
+        after = weight.data.clone()
         for dim, indices in slices:
             after.index_fill_(dim, indices, 0)
         weight.data = after
 
 
-def _slice_all(plan: _Plan, undo: ExitStack) -> None:
+def _slice_all(plan: Plan) -> None:
     """Cuts every tensor, and the optimizers' state with it."""
-    indices, journal = DeviceIndices(), _journal(undo)
+    indices = DeviceIndices()
     for slicing in plan.slicings:
         if not slicing.cuts:
             continue
-        tensor, data = slicing.tensor, slicing.tensor.data
-        slice_state(plan.optimizers, tensor, lambda state, slicing=slicing: slicing.cut(state, indices), journal)  # type: ignore[misc]
-        undo.callback(_restore, tensor, data, tensor.grad)
-        set_data(tensor, slicing.cut(data, indices))
+        tensor = slicing.tensor
+        slice_state(plan.optimizers, tensor, lambda state, slicing=slicing: slicing.cut(state, indices))  # type: ignore[misc]
+        set_data(tensor, slicing.cut(tensor.data, indices))
 
 
-def _restore(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
-    set_data(tensor, data)
-    tensor.grad = grad
-
-
-def _forget_momentum(plan: _Plan, undo: ExitStack) -> None:
+def _forget_momentum(plan: Plan) -> None:
     """Sets the momentum of slices that were set to zero and stay to zero."""
-    indices, journal = DeviceIndices(), _journal(undo)
+    indices = DeviceIndices()
     for slicing in plan.slicings:
         if not slicing.zeros:
             continue
@@ -386,16 +377,10 @@ def _forget_momentum(plan: _Plan, undo: ExitStack) -> None:
         def forgotten(state: Tensor, slicing: Slicing = slicing, names: dict[int, str] = names) -> Tensor:
             return slicing.zeroed(state, indices) if is_momentum(names.get(id(state), ""), state) else state
 
-        slice_state(plan.optimizers, slicing.tensor, forgotten, journal)
+        slice_state(plan.optimizers, slicing.tensor, forgotten)
 
 
-def _replace(model: nn.Module, stand_ins: dict[str, nn.Module], undo: ExitStack) -> None:
-    if stand_ins:
-        undo.callback(swap_in, model, {name: model.get_submodule(name) for name in stand_ins})
-        swap_in(model, stand_ins)
-
-
-def _set_sizes(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
+def _set_sizes(model: nn.Module, keep: Keep) -> None:
     """Sets module attributes such as `out_channels` to the sizes of the tensors."""
     spaces = {layer.name: (layer.output, 1) for layer in keep.graph.layers.values()}
     followers = keep.graph.followers.values()
@@ -408,23 +393,15 @@ def _set_sizes(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
         else:
             sizes = sizes_told_by(module) | sizes_for(module, kept * block)
         for attribute, value in sizes.items():
-            undo.callback(setattr, module, attribute, getattr(module, attribute))
             setattr(module, attribute, value)
 
 
-def _pair_again(conv: GatedConv2d, batch_norm: BatchNormAct2d) -> None:
-    """Does as `pair`, but without its check: while changes are undone the sizes may not fit yet."""
-    conv.paired = True
-    batch_norm.__dict__["_places_of"] = (conv,)
-
-
-def _gate(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
+def _gate(model: nn.Module, keep: Keep) -> None:
     """Makes convolutions, whose weights have only their live channels by now, gated or plain; and lets the batch norms
     behind gated ones place their outputs."""
     graph, modules = keep.graph, dict(model.named_modules())
     for module in modules.values():
         if isinstance(module, BatchNormAct2d) and isinstance(module.places_of, GatedConv2d):
-            undo.callback(_pair_again, module.places_of, module)
             unpair(module)
     for layer in graph.layers.values():
         conv = modules[layer.name]
@@ -432,7 +409,6 @@ def _gate(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
         gates = choice is not None and choice.form.gated
         if not isinstance(conv, nn.Conv2d) or not (gates or isinstance(conv, GatedConv2d)):
             continue
-        undo.callback(restore_gating_, conv, gating_of(conv))
         kept = keep.channels[layer.input], keep.channels[layer.output]
         inputs, outputs = (
             None if len(live) == len(side) else ChannelIndex(torch.isin(side, live).nonzero().flatten(), len(side))
@@ -444,5 +420,4 @@ def _gate(model: nn.Module, keep: Keep, undo: ExitStack) -> None:
         if isinstance(conv, GatedConv2d) and outputs is not None and behind is not None:
             batch_norm = modules[behind]
             if isinstance(batch_norm, BatchNormAct2d):
-                undo.callback(unpair, batch_norm)
                 pair(conv, batch_norm)

@@ -29,7 +29,6 @@ from prunetrain_kernels.cost import share, share_text
 from prunetrain_kernels.data import epoch_order
 from prunetrain_kernels.data.dataset import seeded_generator
 from prunetrain_kernels.errors import DivergedError, InputError, TrainingStopped
-from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.distributed import Ranks, answering, telling_why
@@ -37,6 +36,7 @@ from prunetrain_kernels.train.forecast import Forecast
 from prunetrain_kernels.train.layout import leave_channels_last
 from prunetrain_kernels.train.logged import TensorBoard, check_tensorboard
 from prunetrain_kernels.train.prune_report import PruneReport
+from prunetrain_kernels.train.run_checkpoint import PREVIOUS, load_run, save_run, take_random_numbers, taking_up
 from prunetrain_kernels.train.setup import Training
 from prunetrain_kernels.train.step import CapturedStep
 from prunetrain_kernels.train.stopping import StopRequest, name_of
@@ -178,7 +178,8 @@ def begin(
     start = ranks.all_or_none(lambda: setup.dense_start(config)) if from_dense else None
     training = setup.training_of(config, place, saved, start, show=show)
     if saved is not None:
-        progress = restore(training, stop)
+        with taking_up(training.checkpoint):
+            progress = restore(training, stop)
     else:
         progress = begin_anew(training, None if start is None else start["model"], stop)
     if training.ranks.first:
@@ -220,7 +221,8 @@ def begin_folder(training: Training) -> None:
     if not training.ranks.first:
         return
     try:
-        training.checkpoint.unlink(missing_ok=True)
+        for path in (training.checkpoint.with_name(PREVIOUS), training.checkpoint):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot remove '{training.checkpoint}': {error.strerror or error}.") from error
     environment = setup.environment(training.device, training.ranks)
@@ -229,7 +231,11 @@ def begin_folder(training: Training) -> None:
 
 def restore(training: Training, stop: StopRequest) -> Progress:
     """Takes up the folder's checkpoint."""
-    extra = load_pruned(training.checkpoint, training.model, training.optimizer, training.prunetrain, training.copies)
+    states = {"scheduler": training.scheduler.state_dict(), "scaler": training.scaler.state_dict()}
+    extra = load_run(training.folder, training.saved_parts, states)
+    first, training.prunetrain.first_batch = training.prunetrain.first_batch, None
+    if first is not None:  # this loop's batches are as large by themselves, but for an epoch's last one
+        first.forget()
     if isinstance(training.step, CapturedStep):
         training.step.rates_to_device()
     training.scheduler.load_state_dict(extra["scheduler"])
@@ -244,10 +250,7 @@ def restore(training: Training, stop: StopRequest) -> Progress:
         progress.trained, training.watch.seconds = within["trained"], within["lasso"]
         training.sent.total = within["sent"]
         progress.sums.load_state_dict(within["sums"], training.ranks.rank, training.ranks.world)
-    # last: nothing may draw between here and the next step
-    torch.set_rng_state(extra["rng"])
-    if training.device.type == "cuda" and extra["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(extra["cuda_rng"], training.device)
+    take_random_numbers(extra, training.device)  # last: nothing may draw between here and the next step
     return progress
 
 
@@ -631,12 +634,9 @@ def save(training: Training, progress: Progress) -> None:
 
 def write_checkpoint(training: Training, progress: Progress, within: dict[str, Any] | None) -> None:
     device = training.device
-    save_pruned(
+    save_run(
         training.checkpoint,
-        training.model,
-        training.optimizer,
-        training.prunetrain,
-        training.copies,
+        training.saved_parts,
         epoch=progress.epoch,
         within=within,
         scheduler=training.scheduler.state_dict(),

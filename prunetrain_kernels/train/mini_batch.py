@@ -51,7 +51,7 @@ class FirstBatch:
 
     def compare(self) -> None:
         """Called in the first step: the last forward before it was of the step's images."""
-        self._handle.remove()
+        self.forget()
         if self.images is not None and self.images != self.expected:
             warnings.warn(
                 f"the first batch after loading has {self.images} images, but the loaded mini-batch is of "
@@ -60,6 +60,10 @@ class FirstBatch:
                 "is well.)",
                 stacklevel=5,  # who calls regularize or add_gradient_
             )
+
+    def forget(self) -> None:
+        """Watches no more."""
+        self._handle.remove()
 
 
 class MiniBatch:
@@ -307,7 +311,7 @@ def scale_learning_rate(optimizer: Optimizer | Sequence[Optimizer], scheduler: A
         for key in _GROUP_RATES:
             if key in group:
                 group[key] = group[key] * factor
-    for single in _schedulers(scheduler):
+    for single in schedulers_in(scheduler):
         for name in _RATE_LISTS:
             rates = getattr(single, name, None)
             if isinstance(rates, list):
@@ -320,25 +324,7 @@ def scale_learning_rate(optimizer: Optimizer | Sequence[Optimizer], scheduler: A
             setattr(single, name, [rate * factor for rate in value] if isinstance(value, list) else value * factor)
 
 
-def rates_put_back(optimizer: Optimizer | Sequence[Optimizer], scheduler: Any) -> Callable[[], None]:
-    """Puts every rate that `scale_learning_rate` changes back to what it is now, when it is called: the same objects
-    with the same values."""
-    names = ("lr", *_GROUP_RATES, *_RATE_LISTS, *_RATES, *_TIMM_RATES)
-    holders = [*groups_to_schedule(optimizer), *(vars(single) for single in _schedulers(scheduler))]
-    rates = [(holder, name, holder[name]) for holder in holders for name in names if name in holder]
-    tensors = [(rate, rate.clone()) for _, _, rate in rates if isinstance(rate, Tensor)]
-
-    def put_back() -> None:
-        for holder, name, rate in rates:
-            holder[name] = rate
-        with torch.no_grad():
-            for tensor, value in tensors:
-                tensor.copy_(value)
-
-    return put_back
-
-
-def _schedulers(scheduler: Any) -> list[Any]:
+def schedulers_in(scheduler: Any) -> list[Any]:
     """A scheduler, or those in a list, and all that they chain; each once."""
     schedulers: list[Any] = []
     waiting = list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]

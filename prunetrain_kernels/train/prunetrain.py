@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import eagerly, forget_compiled, is_compiled_module
 from prunetrain_kernels.cost import autocast_around
-from prunetrain_kernels.errors import InputError, ZeroingError
+from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph.gating import ConvolutionCost
 from prunetrain_kernels.prune.also import copies_of, unwrapped
 from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE
@@ -43,10 +43,10 @@ from prunetrain_kernels.train.prunetrain_checks import (
     check_parts,
 )
 from prunetrain_kernels.train.reconfiguration import carry_out
-from prunetrain_kernels.train.saved_state import load_state, state_dict_of
+from prunetrain_kernels.train.saved_state import check_state, load_state, state_dict_of
 from prunetrain_kernels.train.state import Parts, PruningState, multiples
 from prunetrain_kernels.train.target import BY, Steering, interval_of, target_of
-from prunetrain_kernels.train.transaction import ranks_in
+from prunetrain_kernels.train.transaction import Everything, ranks_in
 
 __all__ = ["PruneReport", "PruneTrain"]
 
@@ -66,10 +66,10 @@ class PruneTrain(PruningState):
     RanksDifferError and nothing is changed. DDP's buckets are rebuilt in place, so the wrapped model stays the same
     object; the mini-batch, which is that of one rank, grows to what the smallest rank holds.
 
-    A model may be compiled, by `torch.compile(model)` or `model.compile()`, before or after. A reconfiguration has
-    everything that was compiled in this process compiled anew, so that neither code for an old shape runs nor the
-    compiler's limit of shapes is met; if it gives up all the same, `advance` warns. Parts must be compiled in place,
-    not replaced by `torch.compile(part)`. FLOPs, memory and max|dy| are measured of the model uncompiled.
+    A model may be compiled, by `torch.compile(model)` or `model.compile()`, before or after. A reconfiguration has all
+    that was compiled in this process compiled anew, so that no code for an old shape runs and the compiler's limit of
+    shapes is not met; if it gives up all the same, `advance` warns. Compile parts in place, not by
+    `torch.compile(part)`. FLOPs, memory and max|dy| are measured of the model uncompiled.
 
     Args:
         model: any CNN that `trace_channels` can follow, before its first training step; plain, compiled, or wrapped in
@@ -90,8 +90,7 @@ class PruneTrain(PruningState):
             on any device. They lose the same channels and are fused too; save them by `save_pruned(..., also=[ema])`.
         amp: the dtype of the training's autocast, torch.bfloat16 or torch.float16, under which memory is measured (else
             a batch stays half of what fits); by default that of the autocast around this call, or none.
-        zeroing_tolerance, keep_momentum: as for `reconfigure`.
-        epochs: of the whole training, for `forecast`; a target needs it.
+        zeroing_tolerance, keep_momentum: as for `reconfigure`; epochs: of all the training, which a target needs.
         target: FLOPs of one inference to end with, as a share of the dense network's, such as 0.5: lambda is adjusted
             at every epoch's end, and the lasso rests once the target is met; whether, or why not, is said at the end.
         target_training: FLOPs of the whole training instead, as a share of what the dense network would take.
@@ -274,18 +273,13 @@ class PruneTrain(PruningState):
             ZeroingError: setting the sparse slices to zero moves the output by more than `zeroing_tolerance`.
             PruneTrainError: the pruned network computes something else.
         """
-        dying = self.dying()
-        try:
-            outcome = carry_out(self, dying)
-        except ZeroingError:
-            if not dying > self.threshold:
-                raise
-            outcome = carry_out(self, 0.0)
-        # From here on nothing fails.
-        self.present, self.warned_of_layout = outcome.present, outcome.warned_of_layout
-        if self.steering is not None and outcome.met is not None:
-            self.steering.met = outcome.met
-        self.history.append(outcome.entry)
+        with Everything(self) as change:
+            outcome = carry_out(self, change)
+            self.present, self.warned_of_layout = outcome.present, outcome.warned_of_layout
+            if self.steering is not None and outcome.met is not None:
+                self.steering.met = outcome.met
+            self.history.append(outcome.entry)
+            change.done = True  # from here on it lasts, and nothing fails
         return outcome.report
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -293,6 +287,10 @@ class PruneTrain(PruningState):
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors; the model's own shape is in `save_pruned`'s file."""
         return state_dict_of(self)
+
+    def check_state_dict(self, state: dict[str, Any], origin: str = "the PruneTrain state") -> None:
+        """Raises CheckpointError, of `origin`, where `load_state_dict` would, as far as the shape does not matter."""
+        check_state(self, state, origin)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a saved state; the model must have the saved shape already (`load_pruned` sees to both).

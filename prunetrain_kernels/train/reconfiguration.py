@@ -1,20 +1,23 @@
 """One reconfiguration of a training: choose what stays, rewrite the model and its optimizer, look at the new shape.
 
-`carry_out` changes the model, the copies, the optimizer, the mini-batch and DDP's buckets, all of them or none. What
-`PruneTrain` itself has to take over is computed beside it and returned as an `Outcome`.
+`carry_out` changes the model, the copies, the optimizer, the mini-batch and DDP's buckets, inside a change that has
+noted `Everything` and can put it back. What `PruneTrain` itself has to take over is computed beside it and returned as
+an `Outcome`.
 """
 
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from prunetrain_kernels.compiled import eagerly
+from prunetrain_kernels.errors import ZeroingError
 from prunetrain_kernels.graph import Keep
 from prunetrain_kernels.graph.gating import BATCH
 from prunetrain_kernels.prune.changes import Reconfiguration
-from prunetrain_kernels.prune.reconfigure import reconfiguring
+from prunetrain_kernels.prune.reconfigure import carry_out as rewrite
+from prunetrain_kernels.prune.reconfigure import planned
+from prunetrain_kernels.prune.undo import AllOrNothing
 from prunetrain_kernels.train.distributed import rebuild_buckets
 from prunetrain_kernels.train.layout import warn_of_layout
 from prunetrain_kernels.train.present import Present, look_again
@@ -25,8 +28,6 @@ from prunetrain_kernels.train.transaction import (
     agreed,
     grow,
     on_all_ranks,
-    put_back_batch,
-    put_back_buckets,
 )
 
 
@@ -49,34 +50,46 @@ class Outcome:
     warned_of_layout: bool
 
 
-def carry_out(state: PruningState, dying: float) -> Outcome:
+def carry_out(state: PruningState, change: AllOrNothing) -> Outcome:
     """Reconfigures the networks and their optimizer, grows the mini-batch, and rebuilds DDP's buckets.
 
+    If slices that die on the way to a target may not go yet, only those go that are sparse.
+
     Args:
-        dying: as in `ChannelGraph.keep`.
+        change: has noted `Everything` of this state.
 
     Raises:
-        RanksDifferError, ZeroingError, PruneTrainError: as `PruneTrain.reconfigure`; then everything is as it was.
+        RanksDifferError, ZeroingError, PruneTrainError: as `PruneTrain.reconfigure`.
     """
+    dying = state.dying()
+    try:
+        return _carry_out(state, dying, change)
+    except ZeroingError:
+        if not dying > state.threshold:
+            raise
+    change.put_back()
+    return _carry_out(state, 0.0, change)
+
+
+def _carry_out(state: PruningState, dying: float, change: AllOrNothing) -> Outcome:
+    """`carry_out`; `dying` as in `ChannelGraph.keep`."""
     start = time.perf_counter()
     state.compilations.look()
     with eagerly(state.model):
         keep, limited = _agreed_keep(state, dying)
     batch_before = state.batch_size
-    with ExitStack() as transaction:
-        transaction.push(put_back_buckets(state.ddp))
-        done, present, fits = on_all_ranks(state.ranks, lambda: _prune(state, keep, transaction))
-        if done.changed and state.batch is not None:
-            with eagerly(state.model):
-                grow(state, fits)
-        if done.changed and state.ddp is not None:
-            rebuild_buckets(state.ddp)
-        warned = state.warned_of_layout
-        if done.changed and not warned:  # the warning may be an error to the user
-            warned = warn_of_layout(state.model)
-        report = _report(state, done, present, batch_before=batch_before, seconds=time.perf_counter() - start)
-        entry = {**report.entry(), "coefficient": state.coefficient}
-        return Outcome(report, entry, present, _meets_target(state, present, limited=limited), warned)
+    done, present, fits = on_all_ranks(state.ranks, lambda: _prune(state, keep, change))
+    if done.changed and state.batch is not None:
+        with eagerly(state.model):
+            grow(state, fits)
+    if done.changed and state.ddp is not None:
+        rebuild_buckets(state.ddp)
+    warned = state.warned_of_layout
+    if done.changed and not warned:  # the warning may be an error to the user
+        warned = warn_of_layout(state.model)
+    report = _report(state, done, present, batch_before=batch_before, seconds=time.perf_counter() - start)
+    entry = {**report.entry(), "coefficient": state.coefficient}
+    return Outcome(report, entry, present, _meets_target(state, present, limited=limited), warned)
 
 
 def _agreed_keep(state: PruningState, dying: float) -> tuple[Keep, bool]:
@@ -101,28 +114,28 @@ def _agreed_keep(state: PruningState, dying: float) -> tuple[Keep, bool]:
     return agreed(state.ranks, keep, timed=state.policy == "auto"), limited
 
 
-def _prune(state: PruningState, keep: Keep, transaction: ExitStack) -> tuple[Reconfiguration, Present, int]:
-    """What one rank does by itself: the reconfiguration, which `transaction` can still undo, a look at the network in
-    its new shape, and the images per step that fit now."""
-    done = transaction.enter_context(
-        reconfiguring(
-            state.model,
-            state.optimizer,
-            keep,
-            state.also,
-            zeroing_tolerance=state.zeroing_tolerance,
-            keep_momentum=state.keep_momentum,
-        )
+def _prune(state: PruningState, keep: Keep, change: AllOrNothing) -> tuple[Reconfiguration, Present, int]:
+    """What one rank does by itself: the reconfiguration, a look at the network in its new shape, and the images per
+    step that fit now."""
+    plan = planned(
+        state.model,
+        state.optimizer,
+        keep,
+        state.also,
+        zeroing_tolerance=state.zeroing_tolerance,
+        keep_momentum=state.keep_momentum,
     )
+    done = rewrite(plan, change)
     if not done.changed:
         return done, state.present, 0
+    pruned, fits = AllOrNothing([state.model, *state.also], state.optimizers), 0
     present = look_again(state.model, state.present, state.amp, None if done.removed else keep)
     present = replace(present, original=state.original.after(done))
-    if state.batch is None:
-        return done, present, 0
-    transaction.push(put_back_batch(state.batch, state.optimizer, state.scheduler))
-    with eagerly(state.model):
-        return done, present, state.batch.fitting(state.model, present.example_inputs, state.optimizer)
+    if state.batch is not None:
+        with eagerly(state.model):
+            fits = state.batch.fitting(state.model, present.example_inputs, state.optimizer)
+    pruned.put_back()  # counting that fails makes a cost unknown, and may have left its own changes behind
+    return done, present, fits
 
 
 def _report(

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,25 +32,32 @@ from prunetrain_kernels.data import (
 from prunetrain_kernels.data.decode import cores
 from prunetrain_kernels.data.reader import CACHE_LIMIT
 from prunetrain_kernels.errors import CheckpointError, InputError
-from prunetrain_kernels.files import is_regular, kind_of, remove_leftovers
+from prunetrain_kernels.files import remove_leftovers
 from prunetrain_kernels.machine import processor
 from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import synchronize_batch_norm
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.probe import first_line
-from prunetrain_kernels.prune.checkpoint import read_checkpoint
 from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig, multipliers
 from prunetrain_kernels.train.distributed import Ranks, SentBytes, distributed, one_after_the_other
 from prunetrain_kernels.train.mini_batch import MiniBatch, scale_learning_rate
 from prunetrain_kernels.train.prunetrain import PruneTrain
+from prunetrain_kernels.train.run_checkpoint import (
+    CHECKPOINT,
+    PREVIOUS,
+    has_checkpoint,
+    is_finished,
+    newest,
+    options_of,
+    what_differs,
+)
 from prunetrain_kernels.train.run_lock import locked
 from prunetrain_kernels.train.run_log import RunLog
 from prunetrain_kernels.train.step import Average, CapturedStep, Step
 from prunetrain_kernels.train.tally import Stopwatch
 
 SMALLEST_BATCH = 2  # batch norm refuses one image
-CHECKPOINT = "checkpoint.pt"
-RUN_FILES = ("config.json", "log.csv", "channels.csv", "slices.npz", "summary.json", CHECKPOINT)
+RUN_FILES = ("config.json", "log.csv", "channels.csv", "slices.npz", "summary.json", CHECKPOINT, PREVIOUS)
 # options that a resumed run, or another rank, may have otherwise: they decide no result
 NOT_COMPARED = ("out", "cache", "tensorboard", "cache_limit", "workers", "threads", "rank_timeout", "zeroing_tolerance")
 AHEAD = 3  # batches whose images are being read, the one that is asked for next included
@@ -147,6 +154,11 @@ class Training:
     def copies(self) -> list[nn.Module]:
         """What follows the model."""
         return [] if self.average is None else [self.average.network]
+
+    @property
+    def saved_parts(self) -> tuple[nn.Module, torch.optim.Optimizer, PruneTrain, list[nn.Module]]:
+        """What a checkpoint holds the states of."""
+        return self.model, self.optimizer, self.prunetrain, self.copies
 
     @property
     def parts(self) -> int:
@@ -310,23 +322,22 @@ def pruning_options(config: TrainConfig) -> dict[str, Any]:
 def saved_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """The checkpoint to go on from, if any; refuses to write over a run that nobody said to replace."""
     folder = Path(config.out)
-    checkpoint = folder / CHECKPOINT
     try:
-        has_checkpoint = checkpoint.exists()
-        if not (resume or overwrite) and (has_checkpoint or (folder / "config.json").exists()):
+        has_one = has_checkpoint(folder)
+        if not (resume or overwrite) and (has_one or (folder / "config.json").exists()):
             raise InputError(f"'{folder}' holds a run already; add --resume to go on, --overwrite to replace it.")
         if folder.is_dir():
             remove_leftovers(folder, RUN_FILES)
     except OSError as error:
         raise InputError(f"the run folder '{folder}' cannot be used: {error.strerror or error}.") from error
-    if overwrite or not has_checkpoint:
+    if overwrite or not has_one:
         return None
-    check_checkpoint_file(checkpoint)
-    saved = read_checkpoint(checkpoint)
+    checkpoint, saved, note = newest(folder)
+    saved["note"] = note
     if "config" not in saved["extra"]:
         raise CheckpointError(f"'{checkpoint}' was not written by `prunetrain train`; choose another --out.")
     defaults = json.loads(json.dumps(asdict(TrainConfig(out=""))))  # of options that came later
-    before = {**defaults, **json.loads(saved["extra"]["config"])}
+    before = options_of(checkpoint, saved["extra"], defaults)
     for option, value in json.loads(json.dumps(asdict(config))).items():
         if option == "start_from" and value is not None and before[option] is not None:
             continue  # it is not read again, so it may have moved
@@ -336,13 +347,6 @@ def saved_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str
                 "resume with the same options, or choose another --out."
             )
     return saved
-
-
-def check_checkpoint_file(path: Path) -> None:
-    """Raises CheckpointError for a pipe, a device or a socket, which may be waited for without end."""
-    with suppress(OSError):  # which whoever reads it says better
-        if not is_regular(path):
-            raise CheckpointError(f"'{path}' is {kind_of(path)}, not a checkpoint; give another file.")
 
 
 @contextmanager
@@ -397,7 +401,11 @@ def compare_data(
     start: dict[str, Any] | None,
     say: Callable[[str], None],
 ) -> None:
-    """Refuses data that are not those of the run that goes on, or that this one starts from."""
+    """Refuses data that are not those of the run that goes on, or that this one starts from; says what else differs."""
+    if saved is not None:
+        for line in (saved["note"], *what_differs(saved["extra"], saved.get("versions", {}))):
+            if line:
+                say(line)
     known = [check_same_data(config, saved, record)] if saved is not None else []
     known += [check_start_data(config, start, record)] if start is not None else []
     if not all(known):
@@ -561,14 +569,13 @@ def dense_start(config: TrainConfig) -> dict[str, Any]:
     assert config.start_from is not None
     path = Path(config.start_from)
     if path.is_dir():
-        path = path / "checkpoint.pt"
+        path = path / CHECKPOINT
     if path.parent.resolve() == Path(config.out).resolve():
         raise InputError(f"--start-from {config.start_from} is the run folder itself; choose another --out.")
-    check_checkpoint_file(path)
-    payload = read_checkpoint(path)
+    path, payload, _ = newest(path)
     if "config" not in payload["extra"]:
         raise CheckpointError(f"'{path}' was not written by `prunetrain train`; --start-from needs one that was.")
-    trained = json.loads(payload["extra"]["config"])
+    trained = options_of(path, payload["extra"], json.loads(json.dumps(asdict(TrainConfig(out="")))))
     if trained["model"] != config.model:
         raise CheckpointError(
             f"--start-from {config.start_from} is a {trained['model']}, not a {config.model}; give the same --model."
@@ -577,7 +584,7 @@ def dense_start(config: TrainConfig) -> dict[str, Any]:
         raise CheckpointError(
             f"--start-from {config.start_from} was pruned while it trained; give a run trained with --dense."
         )
-    if payload["extra"]["epoch"] < trained["epochs"] + trained["fine_tune_epochs"]:
+    if not is_finished(payload["extra"], trained):
         raise CheckpointError(
             f"--start-from {config.start_from} is unfinished, {payload['extra']['epoch']} of {trained['epochs']} "
             "epochs; finish it first with --resume."

@@ -13,9 +13,10 @@ from prunetrain_kernels.data import ImageData, batch, record_of
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.models import build
 from prunetrain_kernels.probe import first_line
-from prunetrain_kernels.prune.checkpoint import load_pruned, read_checkpoint
+from prunetrain_kernels.prune.checkpoint import load_payload
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import TrainConfig
+from prunetrain_kernels.train.run_checkpoint import newest, options_of
 
 EXAMPLES = 8
 
@@ -32,6 +33,7 @@ class Trained:
         epoch: finished epochs.
         class_names: in the order of the logits; None as for `mean`.
         note: why the examples are random although the data were looked for, "" where they are not.
+        fallback: why the network is that of the checkpoint before the newest, "" where it is not.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Trained:
     epoch: int
     class_names: tuple[str, ...] | None = None
     note: str = ""
+    fallback: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,13 @@ def load_trained(run: Path, input_shape: tuple[int, ...] | None = None, classes:
         InputError: an older run whose data are not where they were, a shape or count that is not the run's, or a model
             that cannot be built.
     """
-    path = run / setup.CHECKPOINT if run.is_dir() else run
-    setup.check_checkpoint_file(path)
-    payload = read_checkpoint(path)
+    path, payload, fallback = newest(run)
     extra = payload["extra"]
     if "config" not in extra:
         raise CheckpointError(f"'{path}' was not written by `prunetrain train`; use export_program on your own model.")
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    config = TrainConfig(**{name: value for name, value in json.loads(extra["config"]).items() if name in known})
+    known = json.loads(json.dumps(dataclasses.asdict(TrainConfig(out=""))))
+    options = options_of(path, extra, known)
+    config = TrainConfig(**{name: options[name] for name in known})
     told = input_shape is not None and classes is not None
     data, note = (None, "") if told else _data(config, path, payload)
     on = _trained_on(config, path, extra, data, (input_shape, classes))
@@ -92,13 +94,20 @@ def load_trained(run: Path, input_shape: tuple[int, ...] | None = None, classes:
         )
     with torch.device("cpu"):
         model = build(config.model, on.classes, in_channels=on.shape[0])
-    load_pruned(path, model)
+    try:
+        load_payload(path, payload, model, None, (None, ()))
+    except CheckpointError as error:
+        if not told:
+            raise
+        raise InputError(
+            f"the network does not take images of {on.shape}, or has not {on.classes} classes: {error}"
+        ) from error
     try:
         with torch.no_grad():
             model.eval()(examples)
     except (RuntimeError, ValueError) as error:  # the first layer's channels are whatever was saved
         raise InputError(f"the network does not take images of {on.shape}: {first_line(error)}.") from error
-    return Trained(model, examples, on.mean, on.std, extra["epoch"], on.class_names, note)
+    return Trained(model, examples, on.mean, on.std, extra["epoch"], on.class_names, note, fallback)
 
 
 def _data(config: TrainConfig, path: Path, payload: dict[str, Any]) -> tuple[ImageData | None, str]:

@@ -1,22 +1,21 @@
 """What makes a reconfiguration all or nothing, on one rank or many: agreeing, putting back, a batch that fits."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from prunetrain_kernels.errors import InputError, PruneTrainError, RankLostError, RanksDifferError
 from prunetrain_kernels.graph import Keep
+from prunetrain_kernels.prune.undo import AllOrNothing
 from prunetrain_kernels.train.distributed import Ranks, check_rebuildable, rebuild_buckets
-from prunetrain_kernels.train.mini_batch import MiniBatch, rates_put_back
+from prunetrain_kernels.train.mini_batch import schedulers_in
 from prunetrain_kernels.train.state import PruningState
 
 _Result = TypeVar("_Result")
-Leave = Callable[..., None]  # what `ExitStack.push` takes: called with the exception's type first, or None
 
 
 # -- what the ranks agree on -------------------------------------------------------------------------------------------
@@ -82,31 +81,25 @@ def on_all_ranks(ranks: Ranks, act: Callable[[], _Result]) -> _Result:
 # -- what is put back where a reconfiguration fails --------------------------------------------------------------------
 
 
-def put_back_batch(batch: MiniBatch, optimizer: Optimizer | Sequence[Optimizer], scheduler: Any) -> Leave:
-    """Makes an exit for `ExitStack.push` that, on an exception, puts the mini-batch and all learning rates back to what
-    they are now."""
-    before, put_rates_back = dict(vars(batch)), rates_put_back(optimizer, scheduler)
+class Everything(AllOrNothing):
+    """All that a reconfiguration of a training may change, as it is now: networks, optimizers, the schedulers' rates,
+    the mini-batch, and what `PruneTrain` knows."""
 
-    def leave(kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            vars(batch).update(before)
-            put_rates_back()
+    def __init__(self, state: PruningState) -> None:
+        parts = (state.batch, state.course, state.steering, state.compilations, *schedulers_in(state.scheduler))
+        objects = [state, *(part for part in parts if part is not None)]
+        super().__init__([state.model, *state.also], state.optimizers, objects)
+        self._ddp = state.ddp
 
-    return leave
-
-
-def put_back_buckets(ddp: DistributedDataParallel | None) -> Leave:
-    """Makes an exit for `ExitStack.push` that, on an exception, rebuilds DDP's buckets.
-
-    Where all ranks fail together, the old tensors are back, but with new gradient accumulators, which DDP must find. A
-    rank that is interrupted alone must not wait for the others there."""
-
-    def leave(kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        """Puts everything back, DDP's buckets last: the old tensors have new gradient accumulators, which it must find.
+        Only where all ranks fail together: one that is interrupted alone must not wait for the others there."""
+        if self.done:
+            return
+        self.put_back()
         together = kind is not None and issubclass(kind, Exception) and not issubclass(kind, RankLostError)
-        if ddp is not None and together:
-            rebuild_buckets(ddp)
-
-    return leave
+        if self._ddp is not None and together:
+            rebuild_buckets(self._ddp)
 
 
 # -- a batch that fits every rank --------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_two_networks_that_teach_each_other() -> None:
 
 
 @pytest.mark.parametrize("policy", ["union", "gating"])
-@pytest.mark.parametrize("step", ["_slice_all", "_replace", "drop", "_set_sizes", "_gate", "_outputs_after"])
+@pytest.mark.parametrize("step", ["_slice_all", "swap_in", "drop", "_set_sizes", "_gate", "_outputs_after"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_model_and_copy_are_undone_together(step: str, call: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, _, keep = dying("in-place-bottleneck", policy)

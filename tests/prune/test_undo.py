@@ -48,7 +48,7 @@ def ready(
     [
         "_zero_slices",
         "_slice_all",
-        "_replace",
+        "swap_in",
         "drop",
         "_set_sizes",
         "_gate",

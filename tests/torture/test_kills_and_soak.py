@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from soak import WAYS, Held, is_flat, soak
+from soak import Held, is_flat, soak
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_a_few_kills_lose_nothing() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.torture.kills", "--count=3", "--seed=1"],
+        [sys.executable, "-m", "tests.torture.kills", "--count=1", "--seed=1"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -22,14 +22,13 @@ def test_a_few_kills_lose_nothing() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.fullmatch(r"3 kills \(.*\) in \d+ runs: 0 lost\n", done.stdout)
+    assert re.fullmatch(r"1 kills \(.*\) in \d+ runs: 0 lost\n", done.stdout)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system does not tell what a process holds")
-@pytest.mark.parametrize("way", WAYS)
-def test_a_few_reconfigurations_hold_nothing(way: str) -> None:
-    held = soak(way, 8, looks=4)
-    assert [each.after for each in held] == [2, 4, 6, 8]
+def test_a_few_reconfigurations_hold_nothing() -> None:
+    held = soak("plain", 4, looks=4)
+    assert [each.after for each in held] == [1, 2, 3, 4]
     assert is_flat(held)
 
 

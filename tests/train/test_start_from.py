@@ -14,8 +14,10 @@ from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.prune.checkpoint import read_checkpoint, save_pruned
 from prunetrain_kernels.train import loop
 from prunetrain_kernels.train.config import TrainConfig
+from prunetrain_kernels.train.distributed import Ranks
 from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.run_log import read_run
+from prunetrain_kernels.train.stopping import StopRequest
 
 
 def config(out: Path, **changes: Any) -> TrainConfig:
@@ -53,7 +55,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def test_it_starts_with_the_dense_networks_tensors_and_a_fresh_optimizer(dense: Path, tmp_path: Path) -> None:
     trained = read_checkpoint(dense / "checkpoint.pt")["model"]
     options = config(tmp_path / "run", start_from=str(dense / "checkpoint.pt"))
-    run, progress = loop.begin(options, resume=False, overwrite=False, show=False)
+    run, progress = loop.begin(options, (torch.device("cpu"), Ranks()), None, StopRequest(), show=False)
     started = run.model.state_dict()
     assert started.keys() == trained.keys()
     assert any("running_var" in name for name in trained)

@@ -54,6 +54,7 @@ def stopped_and_resumed(options: TrainConfig, monkeypatch: pytest.MonkeyPatch) -
     raise AssertionError
 
 
+@pytest.mark.filterwarnings("error:the first batch after loading")  # which is for loaders of the user's own
 @pytest.mark.parametrize("changes", WAYS, ids=["grown", "fused"])
 def test_stopped_again_and_again_it_ends_like_the_undisturbed_run(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunetrain_kernels import MiniBatch, PruneTrain, ZeroingError
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.models import resnet20
+from prunetrain_kernels.prune import undo
 from prunetrain_kernels.prune.branches import ConstantConv
 from prunetrain_kernels.regularizer import GroupLasso
 from prunetrain_kernels.train import layout, reconfiguration
@@ -180,8 +181,7 @@ def test_a_later_step_is_that_of_a_run_without_the_failure(monkeypatch: pytest.M
 def test_a_step_of_the_undoing_that_fails_leaves_none_of_the_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, prunetrain = training()
     before = state(model, optimizer, prunetrain)
-    undone = __import__("prunetrain_kernels.prune.reconfigure", fromlist=["swap_in"])
-    old, calls = undone._restore, []
+    old, calls = undo.set_data, []
 
     def fails(*args: Any) -> None:
         old(*args)
@@ -189,7 +189,7 @@ def test_a_step_of_the_undoing_that_fails_leaves_none_of_the_others_out(monkeypa
         if len(calls) == 2:
             raise ValueError("an undoing step failed")
 
-    monkeypatch.setattr(undone, "_restore", fails)
+    monkeypatch.setattr(undo, "set_data", fails)
     monkeypatch.setattr(GroupLasso, "after", None)
     with pytest.raises(ValueError, match="an undoing step failed") as error:
         prunetrain.reconfigure()

@@ -201,7 +201,7 @@ def _child(options: TrainConfig, kill: tuple[str, int] | None) -> None:
 
         return run
 
-    def half_written(path: Path, data: Callable[[Any], None], *error: Any) -> None:
+    def half_written(path: Path, data: Callable[[Any], None], *error: Any, **options: Any) -> None:
         counts["save"] += 1
         if kill == ("half", counts["save"]):
             whole = io.BytesIO()
@@ -209,7 +209,7 @@ def _child(options: TrainConfig, kill: tuple[str, int] | None) -> None:
             unfinished = Path(path).with_name(f".{path.name}.{os.getpid()}-0123abcd.tmp")
             unfinished.write_bytes(whole.getvalue()[: whole.tell() // 2])
             die()
-        write(path, data, *error)
+        write(path, data, *error, **options)
         if kill == ("save", counts["save"]):
             die()  # the checkpoint is there, the log is not
 

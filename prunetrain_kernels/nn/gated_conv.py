@@ -307,14 +307,14 @@ def restore_gating(model: nn.Module, described: dict[str, dict[str, Any]]) -> No
 
 
 def _gated_rule(flow: Flow, node: fx.Node, name: str, module: GatedConv2d) -> bool:
-    source = node.args[0] if len(node.args) == 1 else None
-    shape, channels = flow.shape(source), flow.channels_of(source)
+    shape = flow.shape(node.args[0]) if len(node.args) == 1 else None
     plain = module._parameters.keys() <= {"weight", "bias"} and not hasattr(module, "parametrizations")
-    if channels is None or shape is None or not plain:
+    if shape is None or len(shape) != 4 or not plain:
         return False
-    value = channels.plain()
-    if value.dims != (1,) or len(shape) != 4:
+    read = flow.read_in(node, 1, module.in_channels)  # as of the plain convolution that it was
+    if read is None:
         return False
+    value = read.plain()
     live_in, live_out = (None if i is None else i.long().cpu() for i in (module.input_index, module.output_index))
     return flow.make_layer(node, name, "conv", value, module.out_channels, (live_in, live_out))
 

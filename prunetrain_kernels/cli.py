@@ -6,8 +6,10 @@ import io
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from prunetrain_kernels.cost import (
     or_unknown,
     step_memory,
 )
-from prunetrain_kernels.errors import InputError, PruneTrainError, TrainingStopped
+from prunetrain_kernels.errors import InputError, PruneTrainError, PruneTrainWarning, TrainingStopped
 from prunetrain_kernels.graph import prunable, trace_channels
 from prunetrain_kernels.models import NAMES, OLD_NAMES, build
 from prunetrain_kernels.prune.program import FORMATS, export_program
@@ -68,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code: int = options.run(options)
+        with warnings.catch_warnings():
+            _say_warnings_plainly()
+            code: int = options.run(options)
         sys.stdout.flush()
         return code
     except TrainingStopped as stopped:
@@ -100,6 +104,19 @@ def _resuming(arguments: Sequence[str]) -> str:
     """The command that goes on with a training."""
     kept = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
     return shlex.join(["prunetrain", *kept, "--resume"]) + (" (by torchrun, as before)" if RANKS > 1 else "")
+
+
+def _say_warnings_plainly() -> None:
+    """The package's own warnings are one line for a terminal, without the place in the code."""
+    show = warnings.showwarning
+
+    def say(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+        if issubclass(category, PruneTrainWarning):
+            print(f"prunetrain: {_who()}warning: {message}", file=sys.stderr, flush=True)
+        else:
+            show(message, category, filename, lineno, *more)
+
+    warnings.showwarning = say  # type: ignore[assignment]
 
 
 def _who() -> str:

@@ -175,6 +175,11 @@ class GroupLasso:
         lasso._take_up(graph)
         return lasso
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no layer has a group."""
+        return not self._groups
+
     def weights(self) -> tuple[list[nn.Parameter], list[Groups]]:
         """The model's present weights, and which of their groups are penalised; removed layers are left out."""
         pairs = [(self._weight(name), groups) for name, groups in self._groups.items()]

@@ -376,11 +376,15 @@ sys.exit(cli.main({arguments(folder)!r}))
         [sys.executable, "-c", script], capture_output=True, text=True, env=_environment(), check=False
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("prunetrain: error: cannot write")
-    assert len(done.stderr.splitlines()) == 1
+    assert [line[:32] for line in without_warnings(done.stderr)] == ["prunetrain: error: cannot write "]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["extra"]["epoch"] == 1
     assert cli.main(arguments(folder, "--resume")) == 0
     assert (folder / "summary.json").exists()
+
+
+def without_warnings(stderr: str) -> list[str]:
+    """The lines, but for those that say that so short a training will prune nothing."""
+    return [line for line in stderr.splitlines() if not line.startswith("prunetrain: warning: the lasso can move")]
 
 
 def _environment() -> dict[str, str]:
@@ -546,7 +550,7 @@ sys.exit(cli.main(sys.argv[1:]))
     )
     os.close(writing)
     assert done.returncode == code
-    assert done.stderr == ""
+    assert without_warnings(done.stderr) == []
 
 
 @pytest.mark.parametrize("layers", [[], ["--layers"]])

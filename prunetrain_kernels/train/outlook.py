@@ -9,37 +9,39 @@ from torch import Tensor, nn
 
 from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.cost import Unknown, count_flops_by_layer, or_unknown
-from prunetrain_kernels.errors import InputError, PruneTrainWarning
-from prunetrain_kernels.graph.prunable import Prunable, prunable
+from prunetrain_kernels.errors import PruneTrainWarning
+from prunetrain_kernels.graph.prunable import prunable
 from prunetrain_kernels.train.present import Present
 from prunetrain_kernels.train.state import PruningState
 
 LOG = logging.getLogger("prunetrain_kernels")
 LITTLE = 0.2  # of the channels: below this share a user is warned
 MOST_STEPS = 1e6  # twice those of 90 epochs of ImageNet in batches of 256
-HOW_TO_SET = "Pass PruneTrain(coefficient=...), a lambda of your choice, such as 1e-4"
+HOW_TO_SET = "Give coefficient= (--coefficient), a lambda of your choice, such as 1e-4"
 
 
-def look_ahead(model: nn.Module, present: Present, *, has_lasso: bool) -> Prunable:
+def look_ahead(model: nn.Module, present: Present, *, wants_lasso: bool) -> bool:
     """Logs how much of a network can go; warns where that is little, and of parts that nobody looks into.
 
     Args:
-        has_lasso: whether there is to be a lasso.
+        wants_lasso: whether there is to be a lasso.
 
-    Raises:
-        InputError: nothing can go, and there is to be a lasso.
+    Returns:
+        Whether there is one: a network of which nothing can go trains on without.
     """
     what = prunable(present.graph, _flops_by_layer(model, present))
     LOG.info("%s: %s", type(model).__name__, what)
     _warn_of_hidden_parts(model)
-    if has_lasso and not present.lasso.weights()[0]:
-        raise InputError(
-            f"nothing of {type(model).__name__} can be pruned: {what.reasons()}; train it without a lasso "
-            "(penalty_ratio=0), or change these operations."
+    if wants_lasso and present.lasso.is_empty:
+        warnings.warn(
+            f"nothing of {type(model).__name__} can be pruned, so it is trained as it is, without a lasso: "
+            f"{what.reasons()}.",
+            PruneTrainWarning,
+            stacklevel=4,
         )
-    if has_lasso and what.share < LITTLE:
+    elif wants_lasso and what.share < LITTLE:
         warnings.warn(f"little of {type(model).__name__} can be pruned: {what}", PruneTrainWarning, stacklevel=4)
-    return what
+    return wants_lasso and not present.lasso.is_empty
 
 
 def _flops_by_layer(model: nn.Module, present: Present) -> Any:

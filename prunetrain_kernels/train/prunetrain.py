@@ -177,9 +177,9 @@ class PruneTrain(PruningState):
             )
         if fuse:
             forget_compiled()
-        look_ahead(self.model, self.present, has_lasso=penalty_ratio > 0)
+        has_lasso = look_ahead(self.model, self.present, wants_lasso=penalty_ratio > 0)
         self.dense_flops = self.flops
-        self.course = Course.counting(self.optimizers, self.lasso, epochs) if penalty_ratio else None
+        self.course = Course.counting(self.optimizers, self.lasso, epochs) if has_lasso else None
         self.steering = None if wanted is None else Steering.towards(wanted, self.present, self.model, int(round_to))
         settings = (penalty_ratio, interval, threshold, relative, policy, round_to, zeroing_tolerance, keep_momentum)
         more = (epochs, wanted, limits, coefficient, sorted(self.lasso.coefficients.items()))

@@ -200,7 +200,7 @@ class PruningState:
         """Whether there is a lasso to add: not with a ratio of 0, nor while fine-tuning (`regularizing = False`), nor
         once the target is met."""
         rests = self.steering is not None and self.steering.met
-        return self.regularizing and self.penalty_ratio > 0 and not rests
+        return self.regularizing and self.penalty_ratio > 0 and not rests and not self.lasso.is_empty
 
     @property
     def lasso_inside(self) -> bool:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunetrain_kernels import GroupLasso, InputError, PruneTrain, PruneTrainWarning, trace_channels
 from prunetrain_kernels.graph import prunable
+from prunetrain_kernels.optim import SGD
 
 
 class Encoder(nn.Module):
@@ -58,9 +60,9 @@ def test_much_that_can_go_is_no_warning(caplog: pytest.LogCaptureFixture) -> Non
     assert "16 of 16 channels (100.0 %) can go, on which 100.0 % of the inference FLOPs depend" in caplog.text
 
 
-def test_nothing_that_can_go_is_an_error_with_a_lasso_only() -> None:
+def test_nothing_that_can_go_is_a_warning_and_no_lasso() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
-    with pytest.raises(InputError, match="LayerNorm"):
+    with pytest.warns(PruneTrainWarning, match=r"nothing of Sequential can be pruned, .*LayerNorm"):
         prunetrain_of(model)
     with pytest.raises(InputError, match="LayerNorm"):
         GroupLasso(model, (torch.randn(4, 6),))
@@ -84,7 +86,7 @@ def test_channels_that_stay_have_no_lasso() -> None:
 def test_under_gating_frozen_channels_that_a_convolution_can_leave_out_have_a_lasso() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1, bias=False),
-        nn.GroupNorm(2, 8),
+        nn.GroupNorm(1, 8),
         nn.Conv2d(8, 8, 1, bias=False),
         nn.ReLU(),
         nn.Conv2d(8, 2, 1),
@@ -141,3 +143,36 @@ def test_a_summary_counts_what_it_says() -> None:
     assert (summary.channels, summary.all_channels, summary.flops) == (4, 36, None)
     assert sum(summary.held.values()) == 32
     assert str(summary).startswith("4 of 36 channels (11.1 %) can go; 32 because ")
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, SGD], ids=["torch's SGD", "ours"])
+def test_a_network_of_which_nothing_can_go_trains_on_with_a_word(make: Any) -> None:
+    """As one without a lasso: the same steps, bit for bit, and reports of nothing."""
+    x, y = torch.randn(6, 3, 5, 5), torch.arange(6) % 4
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4))
+
+    trained = []
+    for penalty_ratio in (0.25, 0.0):
+        model = network()
+        optimizer = make(model.parameters(), lr=0.1, momentum=0.9)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prunetrain = PruneTrain(model, optimizer, (x,), penalty_ratio, interval=1, epochs=2)
+        told = [str(w.message) for w in caught if issubclass(w.category, PruneTrainWarning)]
+        assert len(told) == (penalty_ratio > 0)
+        assert all("nothing of Sequential can be pruned, so it is trained as it is" in text for text in told)
+        assert not prunetrain.active
+        for _ in range(2):
+            optimizer.zero_grad()
+            prunetrain.regularize(F.cross_entropy(model(x), y)).backward()
+            prunetrain.add_gradient_(F.cross_entropy(model(x), y).detach())
+            optimizer.step()
+            report = prunetrain.epoch_end()
+            assert report is not None
+            assert not report.reconfiguration.changed
+        assert "no lasso" in repr(prunetrain) or penalty_ratio
+        trained.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(trained[0].values(), trained[1].values(), strict=True))

@@ -114,7 +114,7 @@ def user_module() -> Iterator[str]:
 
 def test_known_names() -> None:
     papers = {"resnet20", "resnet32", "resnet50", "resnet56", "vgg11", "vgg13", "imagenet_resnet50"}
-    assert set(MODELS) == papers | {"vgg7"}
+    assert set(MODELS) == papers | {"vgg7", "resnet50_cifar"}
     model = build("resnet20", 7, in_channels=1)
     assert model.get_submodule("fc").out_features == 7
     assert model.get_submodule("conv1").in_channels == 1

@@ -31,7 +31,10 @@ def check_kinds(arguments: Mapping[str, Any]) -> None:
     """
     batch, interval = arguments["batch"], arguments["interval"]
     if not (batch is None or isinstance(batch, MiniBatch) or _is_whole(batch)):
-        raise InputError(f"batch must be a whole number of images, a MiniBatch or None, not {batch!r}.")
+        raise InputError(
+            f"batch must be a whole number of images, a MiniBatch or None, not {batch!r}; the batch to begin with is "
+            "the loader's, such as batch=loader.batch_size."
+        )
     for name in (*NUMBERS, *(() if interval is None else ("interval",))):
         value = arguments[name]
         if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(float(value)):

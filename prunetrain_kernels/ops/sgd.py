@@ -315,7 +315,8 @@ def _sgd_kernel(
         begins = tl.load(first + index)
         lr = tl.load(tl.load(learning_rates + group).to(tl.pointer_type(ACC)))
         settings = hyper + group * SETTINGS
-        LANES: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+        # of two bytes more than 16 bytes need: with offsets in multiples of 8 sm_90 spills a register
+        LANES: tl.constexpr = 16 if DTYPE.primitive_bitwidth == 16 else 4
         if is_vector(height, columns, numel, param | grad | buffer, LANES):
             _sgd_tile(
                 param, grad, buffer, entry, height, columns, inner, channels, numel, row0, column0, used, begins,

@@ -315,7 +315,7 @@ def _sgd_kernel(
         begins = tl.load(first + index)
         lr = tl.load(tl.load(learning_rates + group).to(tl.pointer_type(ACC)))
         settings = hyper + group * SETTINGS
-        # of two bytes more than 16 bytes need: with offsets in multiples of 8 sm_90 spills a register
+        # 16-bit rows begin at multiples of 32 bytes: at multiples of 16 the kernel would spill a register on sm_90
         LANES: tl.constexpr = 16 if DTYPE.primitive_bitwidth == 16 else 4
         if is_vector(height, columns, numel, param | grad | buffer, LANES):
             _sgd_tile(

@@ -30,6 +30,7 @@ from prunetrain_kernels.prune.fits import (
     check_optimizers_fit,
     check_options_loaded,
     fitting_stand_ins,
+    group_options,
     tensors_of,
     wrapped_in,
 )
@@ -213,9 +214,10 @@ def load_payload(
                 check_built(origin, network)
             for copy, one in zip(copies, saved, strict=False):
                 copy.module.load_state_dict(one["wrapper"], strict=False)
+            options = group_options(all_optimizers(optimizers))
             _load_optimizers(path, optimizers, payload)
             _check_restored(path, optimizers, built_with)
-            check_options_loaded(origin, all_optimizers(optimizers))
+            check_options_loaded(origin, all_optimizers(optimizers), options)
             if prunetrain is not None:
                 _load_into(path, "PruneTrain", prunetrain, payload["prunetrain"])
         except (CheckpointError, MemoryError):

@@ -291,10 +291,17 @@ def _check_groups(
                 number(value.item() if isinstance(value, Tensor) else value, where, least=0)
 
 
-def check_options_loaded(origin: str, optimizers: Sequence[Any]) -> None:
-    """Raises CheckpointError where the groups of optimizers lack options after loading, which the next step needs."""
-    for optimizer in optimizers:
-        for group in groups_of(optimizer):
-            for name in getattr(optimizer, "defaults", {}):
-                if name not in group:
-                    raise CheckpointError(f"{origin} has wrong contents: the optimizer's groups have no '{name}'.")
+def group_options(optimizers: Sequence[Any]) -> list[set[str]]:
+    """The names of the options in each group of the optimizers."""
+    return [set(group) for optimizer in optimizers for group in groups_of(optimizer)]
+
+
+def check_options_loaded(origin: str, optimizers: Sequence[Any], before: Sequence[set[str]]) -> None:
+    """Raises CheckpointError where the groups of optimizers lack options after loading, which the next step needs.
+
+    Args:
+        before: `group_options` of the optimizers before.
+    """
+    for had, has in zip(before, group_options(optimizers), strict=False):
+        if had - has:
+            raise CheckpointError(f"{origin} has wrong contents: the optimizer's groups have no '{min(had - has)}'.")

@@ -346,6 +346,7 @@ def test_no_optimizer_at_all() -> None:
 def test_an_undone_pruning_leaves_what_it_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from prunetrain_kernels.prune.optimizer_holdings import holdings_of
     from prunetrain_kernels.prune.optimizers import as_list, check_optimizers, drop, slice_state
+    from prunetrain_kernels.prune.undo import AllOrNothing
 
     model, x = small_net("in-place-bottleneck")
     optimizer = FOLLOW[name](model)
@@ -362,13 +363,11 @@ def test_an_undone_pruning_leaves_what_it_keeps(name: str, monkeypatch: pytest.M
 
     before = kept()
     weight, gone = model.get_submodule("blocks.0.conv1").weight, model.get_submodule("blocks.0.conv3").weight
-    undo: list[Callable[[], None]] = []
     check_optimizers(model, optimizers, {id(weight), id(gone)})
-    slice_state(optimizers, weight, lambda value: value[:3].clone(), undo)
-    drop(optimizers, {id(gone)}, undo)
-    assert not same(before, kept())
-    for step in reversed(undo):
-        step()
+    with AllOrNothing([model], optimizers):
+        slice_state(optimizers, weight, lambda value: value[:3].clone())
+        drop(optimizers, {id(gone)})
+        assert not same(before, kept())
     assert same(before, kept())
 
 

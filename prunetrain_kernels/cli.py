@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with warnings.catch_warnings():
-            _say_warnings_plainly()
+            _say_warnings_plainly(silent=getattr(options, "quiet", False))
             code: int = options.run(options)
         sys.stdout.flush()
         return code
@@ -106,13 +106,14 @@ def _resuming(arguments: Sequence[str]) -> str:
     return shlex.join(["prunetrain", *kept, "--resume"]) + (" (by torchrun, as before)" if RANKS > 1 else "")
 
 
-def _say_warnings_plainly() -> None:
-    """The package's own warnings are one line for a terminal, without the place in the code."""
+def _say_warnings_plainly(*, silent: bool) -> None:
+    """The package's own warnings are one line for a terminal, without the place in the code; none if `silent`."""
     show = warnings.showwarning
 
     def say(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
         if issubclass(category, PruneTrainWarning):
-            print(f"prunetrain: {_who()}warning: {message}", file=sys.stderr, flush=True)
+            if not silent:
+                print(f"prunetrain: {_who()}warning: {message}", file=sys.stderr, flush=True)
         else:
             show(message, category, filename, lineno, *more)
 
@@ -421,7 +422,11 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="go on from the folder's checkpoint, on the same data; start if there is none",
     )
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    running.add_argument("--quiet", action="store_true", help="no progress bar and no lines per epoch")
+    running.add_argument(
+        "--quiet",
+        action="store_true",
+        help="no progress bar, no lines per epoch and no warnings of what little will be pruned",
+    )
 
 
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

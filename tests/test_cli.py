@@ -19,6 +19,7 @@ import torch
 
 from prunetrain_kernels import cli
 from prunetrain_kernels.models import MODELS
+from prunetrain_kernels.prune.checkpoint import read_checkpoint
 from prunetrain_kernels.train import loop
 from prunetrain_kernels.train.config import TrainConfig
 
@@ -307,8 +308,17 @@ def test_a_damaged_checkpoint(damage: str, finished: Path, tmp_path: Path, capsy
     else:
         path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "text": b"hello"}[damage])
     damaged = path.read_bytes()
+    previous = folder / "checkpoint.previous.pt"
+    before = previous.read_bytes()
+    previous.write_bytes(before[:100])
     assert "checkpoint.pt" in refusal(capsys, *arguments(folder, "--resume"))
     assert path.read_bytes() == damaged
+    if damage == "other":  # a whole file of something else: nobody's damaged checkpoint to go on behind
+        return
+    previous.write_bytes(before)
+    assert cli.main([option for option in arguments(folder, "--resume") if option != "--quiet"]) == 0
+    assert "taking 'checkpoint.previous.pt' instead, of epoch 1" in capsys.readouterr().out
+    assert read_checkpoint(path)["extra"]["epoch"] == 2
 
 
 def test_a_checkpoint_of_another_network(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

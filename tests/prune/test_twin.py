@@ -65,7 +65,7 @@ def test_trains_like_its_twin(name: str, dying: bool, kind: str) -> None:
             assert torch.equal(module.num_batches_tracked, other.num_batches_tracked)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-2)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 3e-2)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("last", ["layer2.1.conv2", "layer2.0.downsample.0"], ids=["branch", "projection-shortcut"])
 def test_resnet20_trains_like_its_twin(last: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)

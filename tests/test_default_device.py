@@ -285,6 +285,7 @@ def graphs() -> dict[str, Any]:
         step(model, optimizer)
         model.load_state_dict(network().state_dict())
         channels = pk.trace_channels(model, (X,))
+        assert isinstance(graph.prunable(channels), graph.Prunable)
         assert isinstance(channels, pk.ChannelGraph)
         keep = channels.keep(model, relative=relative, policy=policy, round_to=round_to, cost=convolution.flops)
         assert isinstance(keep, pk.Keep)
@@ -325,6 +326,7 @@ def data_sets(folder: Path) -> dict[str, Any]:
         )  # fmt: skip
         record = data.record_of(images)
         assert data.difference_of_data(record, record) is None
+        assert isinstance(data.digest_of_contents(images), str)
         result[f"{name}: numbers"] = (images.mean, images.std, images.classes, record)
     return result
 
@@ -382,6 +384,9 @@ def training(folder: Path, *, policy: str, fuse: bool) -> dict[str, Any]:
     )
     extra = pk.load_pruned(path, again, optimizer2, trainer2, also=[second])
     losses += [step(again, optimizer2, trainer2.regularize)]
+    third = network(sparse=False)
+    pk.apply_shape(third, pk.pruned_shape(again))
+    assert [p.shape for p in third.parameters()] == [p.shape for p in again.parameters()]
     history = [{k: v for k, v in entry.items() if "seconds" not in k} for entry in trainer.history]
     return {
         "losses": losses,
@@ -498,7 +503,7 @@ PUBLIC = (pk, ops, fused, optim, cost, graph, models, data, prune)
 # What is not called here: exceptions, what needs a GPU, and what others return.
 NOT_RUN = {
     "measure_step_memory_cuda", "imagenet_resnet50", "resnet20", "resnet32", "resnet50", "resnet56", "vgg7", "vgg11",
-    "vgg13",
+    "vgg13", "resnet50_cifar", "NAMES", "OLD_NAMES",
     # numbers and words, no tensors
     "UNKNOWN", "Unknown", "autocast_around", "batches_near", "is_unknown", "known_or_none", "or_unknown", "reasons",
     "share", "share_text",

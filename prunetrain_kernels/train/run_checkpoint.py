@@ -176,7 +176,7 @@ def _check_within(within: Any, place: Place) -> None:
     number(within["lasso"], place["lasso"], least=0)
     number(within["sent"], place["sent"], least=0)
     sums, there = within["sums"], place["sums"]
-    fresh = EpochSums(1, 0.0, torch.device("cpu")).state_dict(torch.zeros(1, 2))
+    fresh = EpochSums(1, 0.0, torch.device("cpu")).state_dict(torch.zeros(1, 2, device="cpu"))
     mapping(sums, there, tuple(fresh))
     for name, value in sums.items():
         if name not in fresh:

@@ -128,8 +128,8 @@ class EpochSums:
         """Takes up a `state_dict`; on another number of ranks, the first one takes the losses of all."""
         losses = state["losses"]
         row = losses[rank] if len(losses) == world else losses.sum(0) * (rank == 0)
-        self.loss = torch.as_tensor(row[0]).to(self.loss.device, self.loss.dtype)
-        self.correct = torch.as_tensor(row[1]).to(self.correct.device, self.correct.dtype)
+        self.loss = torch.as_tensor(row[0], device="cpu").to(self.loss.device, self.loss.dtype)
+        self.correct = torch.as_tensor(row[1], device="cpu").to(self.correct.device, self.correct.dtype)
         self.step_times = list(state["step_times"])
         self.start = time.perf_counter() - state["passed"]
         for name in state.keys() - {"losses", "step_times", "passed"}:

@@ -596,7 +596,7 @@ def _info(options: argparse.Namespace) -> int:
             print("\n".join(f"  {count / 1e6:>10,.3f}  {name}" for name, count in by_layer.items()))
     if options.forecast:
         names = ("batch", "epochs", "lr", "momentum", "decay_at")
-        config = TrainConfig(out="", **{name: getattr(options, name) for name in names})
+        config = TrainConfig(out="none", **{name: getattr(options, name) for name in names})
         config.check()
         print("\n" + table_text(ratio_table(model, example, config, classes=options.classes, images=options.images)))
     return 0

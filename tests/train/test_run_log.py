@@ -379,7 +379,7 @@ def test_files_of_another_content_are_named(folder: Path, name: str, data: bytes
 def test_a_file_that_may_not_be_read_is_named(folder: Path) -> None:
     (folder / "summary.json").unlink()
     (folder / "summary.json").mkdir()
-    with pytest.raises(InputError, match=r"cannot read .*summary\.json: Is a directory"):
+    with pytest.raises(InputError, match=r"cannot read .*summary\.json: a folder, not a regular file"):
         read_run(folder)
 
 

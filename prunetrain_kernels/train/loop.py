@@ -43,6 +43,7 @@ from prunetrain_kernels.train.stopping import StopRequest, name_of
 from prunetrain_kernels.train.tally import Costs, EpochSums, Totals, costs_now, is_finite, summary_of
 
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
+ASK_EVERY = 8  # steps on several GPUs between questions whether the run is to end
 VALIDATION_BATCH = 500
 SAID_AT_THE_END = "target of .* not met"  # by `finish`, so that PruneTrain need not warn of it
 
@@ -333,7 +334,8 @@ def train_epoch(training: Training, progress: Progress, epoch: int) -> None:
             look(training, progress, epoch)
         if training.prunetrain.interval % 1 and reconfigures(training, epoch):
             advance(training, progress, epoch, epoch + position / images_in_epoch)
-        stop_if_asked(training, progress)
+        if asks_after(sums.steps, training.ranks, training.device):
+            stop_if_asked(training, progress)
     look(training, progress, epoch)
     if progress.trained:
         return
@@ -589,6 +591,12 @@ def validate(training: Training, progress: Progress, network: nn.Module) -> floa
                 correct += (network(images).argmax(1) == labels).sum()
     network.train()
     return float(training.ranks.sum(correct)) / total
+
+
+def asks_after(steps: int, ranks: Ranks, device: torch.device) -> bool:
+    """Whether `stop_if_asked` is called after this step. Ranks have to agree, for which the host waits for a GPU: there
+    not after every step, but after so few that the signal's grace (`stopping.GRACE`) is not over."""
+    return ranks.world == 1 or device.type != "cuda" or steps % ASK_EVERY == 0
 
 
 def stop_if_asked(training: Training, progress: Progress) -> None:

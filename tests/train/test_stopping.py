@@ -24,6 +24,7 @@ from prunetrain_kernels.cli import main
 from prunetrain_kernels.errors import TrainingStopped
 from prunetrain_kernels.train import loop
 from prunetrain_kernels.train.config import TrainConfig
+from prunetrain_kernels.train.distributed import Ranks
 from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.stopping import StopRequest
 
@@ -167,3 +168,9 @@ def test_signals(tmp_path: Path, tiny_module: Path) -> None:  # noqa: F811
     assert main([*refused, "--resume", "--quiet"]) == 0, "the lock of a process that is gone is nobody's"
     assert {path.name for path in run.iterdir() if path.name.startswith(".")} == set()
     assert torch.load(run / "checkpoint.pt", weights_only=True)["extra"]["epoch"] == 3
+
+
+def test_several_gpus_are_not_waited_for_after_every_step() -> None:
+    steps = range(1, 33)
+    for world, device, asked in ((1, "cuda", 32), (2, "cpu", 32), (2, "cuda", 4)):
+        assert sum(loop.asks_after(step, Ranks(0, world), torch.device(device)) for step in steps) == asked

@@ -87,6 +87,8 @@ def _keep(path: Path, previous: Path) -> None:
     try:
         os.link(path, aside)
         os.replace(aside, previous)
+        # Two names of one file are not renamed, as where a process was killed between this rename and the next.
+        aside.unlink(missing_ok=True)
     except FileNotFoundError:  # nothing to keep
         return
     except OSError:  # a file system without links: for a moment there is no file at `path`, only the previous one

@@ -1,5 +1,6 @@
 """Files that are never left half-written."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,12 @@ def test_written_files_are_as_readable_as_any(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     write_atomically(tmp_path / "atomic", b"")
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_previous_file_that_is_already_the_same_leaves_nothing_beside(tmp_path: Path) -> None:
+    """As a process leaves it that was killed after the old file got its second name: renaming does nothing then."""
+    path, previous = tmp_path / "run.pt", tmp_path / "run.previous.pt"
+    write_atomically(path, b"first")
+    os.link(path, previous)
+    write_atomically(path, b"second", previous=previous)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"run.pt": b"second", "run.previous.pt": b"first"}

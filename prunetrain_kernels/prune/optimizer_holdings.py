@@ -10,7 +10,7 @@ they share with the function around them, the objects of bound methods, argument
 from collections.abc import Mapping, MutableMapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -20,8 +20,6 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.probe import held_by
 
-# Attributes that every optimizer of PyTorch has: groups and state are searched apart, the others are no state.
-OF_PYTORCH = frozenset(vars(Optimizer([torch.zeros(1, device="cpu")], {}))) | {"step"}  # schedulers wrap `step`
 NOT_OPENED = (
     type(None), bool, int, float, complex, str, bytes, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType,
     partial, torch.dtype, torch.device, torch.Generator, torch.layout,
@@ -31,6 +29,15 @@ FUNCTIONS = (FunctionType, MethodType, partial)
 # deep as containers are.
 DEEPEST = 8
 DEEPEST_OBJECT = 2
+
+
+@cache
+def of_pytorch() -> frozenset[str]:
+    """Attributes that every optimizer of PyTorch has: groups and state are searched apart, the others are no state.
+
+    Asked for when it is needed: the first optimizer that a process makes loads torch's compiler, for seconds.
+    """
+    return frozenset(vars(Optimizer([torch.zeros(1, device="cpu")], {}))) | {"step"}  # schedulers wrap `step`
 
 
 @dataclass
@@ -169,7 +176,7 @@ class _Search:
         self.around.add(id(optimizer))
         cut_by_itself = getattr(type(optimizer), "follows_by_itself", ())
         held = class_containers(optimizer) | held_by(optimizer)
-        attributes = {n: v for n, v in held.items() if n not in OF_PYTORCH and n not in cut_by_itself}
+        attributes = {n: v for n, v in held.items() if n not in of_pytorch() and n not in cut_by_itself}
         for value in attributes.values():  # first, so that what they keep in their state has that path
             if is_optimizer(value):
                 self.visit(value, "", None, 0, 0)

@@ -21,7 +21,6 @@ from prunetrain_kernels.probe import random_state
 from prunetrain_kernels.prune.optimizer_holdings import (
     FUNCTIONS,
     NOT_OPENED,
-    OF_PYTORCH,
     Holdings,
     Kept,
     bound_in,
@@ -29,6 +28,7 @@ from prunetrain_kernels.prune.optimizer_holdings import (
     groups_of,
     holdings_of,
     is_optimizer,
+    of_pytorch,
     params_of,
 )
 
@@ -280,7 +280,7 @@ def _tiny_copy(optimizer: Optimizer) -> Any | None:
     for name, value in vars(optimizer).items():
         if id(value) in lists:
             attributes[name] = lists[id(value)]
-        elif name not in OF_PYTORCH:
+        elif name not in of_pytorch():
             if not _is_plain(value):
                 return None
             attributes[name] = copy.deepcopy(value)

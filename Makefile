@@ -1,7 +1,8 @@
 # Two commands do everything, set-up included, on Linux with Python 3.11 or later:
 #   make demo    trains a network on real images that come with the package, until it has shrunk, and draws a report
 #   make check   lint, types of what is changed and the quick tests (tests/quick.txt): a minute, for the inner loop
-#   make test    lint, format, types and all tests
+#   make test    lint, format, types, and the tests but those that tests/long.txt names: a quarter of an hour
+#   make test-all  every test, the zoo's too: an hour, before a release and each night
 #   make test TORCH=2.14.1  the tests with another PyTorch, in an environment of its own (.venv-2.14.1)
 #   make bench   all benchmark suites, tiny, on the GPU or CPU that is there (bench/README.md has the real ones)
 #   make sanitize  the native library's tests with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -30,7 +31,7 @@ DEMO_OPTIONS := --model vgg7 --data digits --image-size 24 --epochs 28 --batch 3
 DEMO_PRUNING := --target-flops 0.35 --target-by 0.15 --penalty-ratio 0.6 --proximal
 
 .DEFAULT_GOAL := help
-.PHONY: help check demo docs test lint bench sanitize headers torture zoo plots clean
+.PHONY: help check demo docs test test-all lint bench sanitize headers torture zoo plots clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -81,6 +82,12 @@ check: $(VENV)/installed-dev
 # Types are checked against the pinned PyTorch alone: its stubs change from release to release.
 test: $(VENV)/installed-zoo $(if $(TORCH),,lint)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	$(MAKE) sanitize
+
+# Times go to build/test-times.txt, from which `python -m tests.times` makes the list of what is too long for `make test`.
+test-all: $(VENV)/installed-zoo $(if $(TORCH),,lint)
+	rm -f build/test-times.txt
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=more $(BIN)/python -m pytest -p tests.times -n 2 -q -m ""
 	$(MAKE) sanitize
 
 # The oldest PyTorch's headers, from its smallest wheel (80 MB; headers are the same for every system).

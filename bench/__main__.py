@@ -221,6 +221,7 @@ def _add_kernels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all columns to this CSV")
     _add_record(parser, "write all columns to bench/results/offline/kernels.csv")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name holds this; all if left out")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th of these cases, from the I-th (0) on")
 
 
 def _add_costs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -259,12 +260,14 @@ def _kernels(options: argparse.Namespace) -> int:
     from bench.suites import kernels
 
     chosen = kernels.architectures(options.arch)
-    if options.record and (options.only or chosen != list(kernels.ARCHITECTURES)):
+    share = kernels.share(options.share)
+    if options.record and (options.only or share != (0, 1) or chosen != list(kernels.ARCHITECTURES)):
         raise InputError(
-            f"--record replaces {kernels.RECORD} by the whole table; leave --only and --arch out, or name another file "
-            "with --out"
+            f"--record replaces {kernels.RECORD} by the whole table; leave --only, --share and --arch out, or name "
+            "another file with --out"
         )
-    return kernels.command(chosen, options.out or (kernels.RECORD if options.record else None), options.only)
+    out = options.out or (kernels.RECORD if options.record else None)
+    return kernels.command(chosen, out, options.only, share=share)
 
 
 if __name__ == "__main__":

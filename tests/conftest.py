@@ -7,6 +7,8 @@ There the run fails if its tests passed without a kernel having been launched on
 In a module that says `T0_BACKENDS = (...)` each T0 test runs once for each: "kernels" (the interpreter), "native"
 (csrc/cpu) and "reference" (plain PyTorch); but one marked `kernels_only`. Tests without a tier's mark see operators as
 a user without a GPU does: in the native library if it is built.
+
+Tests that `tests/long.txt` names are marked `slow` (tests/times.py), unless the command line asks for single tests.
 """
 
 import os
@@ -20,6 +22,7 @@ os.environ["TRITON_INTERPRET"] = "1" if os.environ.get("PRUNETRAIN_TEST_DEVICE",
 import torch
 
 from prunetrain_kernels.ops import launch, native
+from tests import times
 
 DEVICE = os.environ.get("PRUNETRAIN_TEST_DEVICE", "cpu")
 if DEVICE not in ("cpu", "cuda"):
@@ -39,6 +42,16 @@ if INTERPRETABLE:
 def device() -> torch.device:
     """Where T0 tests run the kernels."""
     return torch.device(DEVICE)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked `slow`
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if any("::" in argument for argument in config.args):
+        return
+    long = times.read_list()
+    for item in items:
+        if item.nodeid in long:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from prunetrain_kernels.graph import Flow, rules
+from tests import times
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/design.md"
@@ -235,8 +236,8 @@ def test_sections_of_the_design_that_the_code_names_are_there() -> None:
 def test_make_help_names_every_target() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())  # type: ignore[index]
-    assert targets == set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
-    assert targets == set(re.findall(r"^#   make ([a-z]+) ", text, re.MULTILINE))
+    assert targets == set(re.findall(r"^([a-z-]+):", text, re.MULTILINE))
+    assert targets == set(re.findall(r"^#   make ([a-z-]+) ", text, re.MULTILINE))
 
 
 def test_the_quick_tests_are_there() -> None:
@@ -247,6 +248,31 @@ def test_the_quick_tests_are_there() -> None:
         path, _, function = name.partition("::")
         assert (ROOT / path).exists(), name
         assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8") or not function, name
+
+
+def test_the_long_tests_are_there() -> None:
+    """A test that was renamed would run in `make test` again, whatever it takes."""
+    texts: dict[str, str] = {}
+    for name in times.read_list():
+        path, _, case = name.partition("::")
+        function = case.partition("[")[0]
+        text = texts.setdefault(path, (ROOT / path).read_text(encoding="utf-8"))
+        assert f"def {function}(" in text, f"{name}: make test-all, then python -m tests.times"
+    assert texts
+
+
+def test_what_is_long_is_chosen_by_its_time() -> None:
+    seconds = {
+        "t.py::a[1]": 2.0,
+        "t.py::a[2]": 1.0,
+        "t.py::a[3]": 0.1,
+        "t.py::b": 2.0,
+        "t.py::c": 9.0,
+        "t.py::d[x]": 0.6,
+    }
+    assert times.chosen(seconds).keys() == {"t.py::a[1]", "t.py::a[2]", "t.py::c"}
+    always = sorted(times.ALWAYS)[0]
+    assert not times.chosen({always: 1000.0})
 
 
 def test_the_walk_through_a_rule_holds(monkeypatch: pytest.MonkeyPatch) -> None:

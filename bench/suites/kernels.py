@@ -79,26 +79,39 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def command(chosen: Sequence[int], out: Path | None, only: str = "") -> int:
+def share(text: str) -> tuple[int, int]:
+    """The index and the number of shares, from a text such as "2/11"."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"--share takes I/N such as 2/11, with I from 0 to N - 1, not {text!r}")
+    return int(index), int(count)
+
+
+def command(chosen: Sequence[int], out: Path | None, only: str = "", *, share: tuple[int, int] = (0, 1)) -> int:
     """Compiles every case whose name holds `only` for some architectures; returns 1 if a promise is broken, else 0.
 
     The rows are printed, and written to `out` if it is given.
+
+    Args:
+        share: (i, n) for every n-th of these cases, from the i-th on.
 
     Raises:
         InputError: this process cannot compile, or no case has that name.
     """
     with offline(chosen[0]):  # says at once if this process cannot compile
         pass
-    some = [case for case in cases() if only in case.name]
+    index, count = share
+    some = [case for case in cases() if only in case.name][index::count]
     if not some:
-        raise InputError(f"no case's name holds {only!r}; leave --only out to see them all")
+        raise InputError(f"no case's name holds {only!r}; leave --only (and --share) out to see them all")
+    is_whole = not only and count == 1
     rows: list[Row] = []
     faults: list[str] = []
     for arch in chosen:
         result = report(some, arch)
         rows += result.rows
         faults += result.faults
-        if not only:
+        if is_whole:
             faults += reuse_faults(reuse(), arch)
     print(table(rows))
     print(f"\n{len(rows)} kernels of {len(some)} cases", end="")
@@ -109,7 +122,7 @@ def command(chosen: Sequence[int], out: Path | None, only: str = "") -> int:
         print(f"; with all columns in {out}")
     for fault in faults:
         print(f"FAULT: {fault}")
-    if not faults and not only:
+    if not faults and is_whole:
         print("No spills, stack, atomics or fp64; vector widths as promised; changed shapes compile nothing new.")
     return 1 if faults else 0
 

@@ -58,6 +58,17 @@ def test_every_kernel_of_every_operator(arch: int, tmp_path: Path) -> None:
         assert all(int(row["load_v4"]) > 0 and int(row["store_v4"]) > 0 for row in wide)
 
 
+@pytest.mark.parametrize(("arch", "share"), [(70, "0/22"), (80, "14/22"), (90, "6/11")])
+def test_a_share_of_the_kernels(arch: int, share: str) -> None:
+    """For `make test`: other calls of the operators for each architecture; what they promise is looked at as above."""
+    run = compiling("-m", "bench", "kernels", "--arch", str(arch), "--share", share)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "FAULT" not in run.stdout
+    operators = {line.split(".")[0] for line in run.stdout.splitlines() if "." in line.split(" ")[0]}
+    assert operators <= OPERATORS
+    assert len(operators) >= len(OPERATORS) - 2
+
+
 @pytest.fixture(scope="module")
 def toys() -> dict[str, object]:
     """The report over kernels that have the faults it looks for, and over sound ones."""

@@ -1,7 +1,8 @@
 """Networks of random calls, randomly zeroed: pruned in any way they compute and train on as they did.
 
-`HYPOTHESIS_PROFILE=long pytest tests/zoo/test_properties.py` tries thousands, other ones each time; what is tried
-otherwise is always the same. A failure is shrunk to the shortest program that fails, which is printed.
+`HYPOTHESIS_PROFILE=long pytest tests/zoo/test_properties.py` tries thousands, other ones each time. What is tried
+otherwise is always the same: few for `make test`, more for `make test-all` (the profile "more"). A failure is shrunk to
+the shortest program that fails, which is printed.
 """
 
 import copy
@@ -43,9 +44,11 @@ COMMON = {
     "suppress_health_check": list(HealthCheck),
     "phases": [Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink],
 }
-settings.register_profile("ci", max_examples=60, derandomize=True, database=None, **COMMON)
+settings.register_profile("few", max_examples=15, derandomize=True, database=None, **COMMON)
+settings.register_profile("more", max_examples=60, derandomize=True, database=None, **COMMON)
 settings.register_profile("long", max_examples=3000, **COMMON)
-PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+NAME = os.environ.get("HYPOTHESIS_PROFILE", "few")
+PROFILE = settings.get_profile(NAME)
 
 OPERATIONS = FOLLOWED * 2 + STRANGE
 NEAR = [0, 0, 0, 0, 0, 1, 1, 2, 3, 5, IMAGES]  # mostly the latest values
@@ -84,7 +87,7 @@ def some_cost(conv: Convolution, form: Form) -> float:
 
 
 @PROFILE
-@with_drawn_examples(80)
+@with_drawn_examples(20 if NAME == "few" else 80)
 @given(
     steps=st.lists(steps, min_size=2, max_size=14),
     seed=st.integers(0, 1000),

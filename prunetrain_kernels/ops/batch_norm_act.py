@@ -37,13 +37,16 @@ without the library, plain PyTorch serves.
 
 Three launches each way, the second a small one: partial results of one tile of columns and one chunk of rows (see
 `layout`) go to private slots, which are folded in fixed order; the last pass runs in reverse order, to meet what the
-first left in L2. Statistics are those of `channel_statistics`, which has their pass, their fold and the running update.
+first left in L2. Statistics are those of `channel_statistics`, which has their pass and their fold; in a plain call the
+fold updates the running ones too, while programs of torch.compile and padded placements have a fourth launch for it.
 
 The passes are operators of their own, so that a process group can reduce the statistics and the sums between them, as
 SyncBatchNorm does. `batch_norm_act` is the differentiable whole.
 """
 
 import math
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +64,7 @@ from prunetrain_kernels.ops.channel_statistics import (
     TILE,
     TILE_ROWS,
     Placement,
+    Running,
     as_native_reads,
     batch_norm_statistics,
     batch_norm_update_running_,
@@ -91,7 +95,7 @@ from prunetrain_kernels.ops.launch import (
     triton,
     use_kernels,
 )
-from prunetrain_kernels.ops.layout import dense, is_channels_last, matrix_of
+from prunetrain_kernels.ops.layout import Matrix, dense, is_channels_last, matrix_of
 from prunetrain_kernels.ops.native import DTYPE, ops, use_native
 
 __all__ = [  # what other files import from here; some of it lives in `channel_statistics`
@@ -108,7 +112,10 @@ __all__ = [  # what other files import from here; some of it lives in `channel_s
     "merge_statistics",
 ]
 
-_APPLY_ROWS = 64  # rows of one program of the apply passes: the columns' parameters are read once for four tiles
+# Rows of one program of the apply passes: the columns' parameters are read once for four tiles of rows, or for fewer of
+# a small activation, whose programs would not fill a GPU.
+_APPLY_ROWS = 64
+_APPLY_PROGRAMS = 1024
 
 # Flags are keyword-only, except of a registered operator and its shape function: these have one flat list of arguments,
 # in the order that programs exported by older versions know. The `noqa: FBT` below are at those doors.
@@ -206,13 +213,13 @@ def _plain_sum(x: Tensor, norm: _Norm, residual: Tensor | None, placement: Place
 
 def _plain_apply(
     x: Tensor, norm: _Norm, residual: Tensor | None, placement: Placement, *, relu: bool, record: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """y, and the mask or nothing."""
     y = _plain_sum(x, norm, residual, placement)
     out = _apply_outputs(x, residual, placement.inverse)[0]
     y = _stored_as(y, torch.empty_like(out, dtype=y.dtype))
     recorded = relu and record and residual is not None
-    mask = _pack_bits((y <= 0).logical_not_()) if recorded else _nothing(x, torch.uint8)
+    mask = _pack_bits((y <= 0).logical_not_()) if recorded else None
     return _stored_as(y.relu_() if relu else y, out), mask
 
 
@@ -567,13 +574,13 @@ def _native(x: Tensor, inverse: Tensor | None) -> bool:
 
 def _native_forward(
     x: Tensor, norm: _Norm, residual: Tensor | None, *, measure: bool, relu: bool, record: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """y and mask of dense tensors; to `measure` is to write x's statistics to the norm's."""
     mean, var = (norm.mean, norm.var) if measure else as_native_reads(x, norm.mean, norm.var)
     y, mask = _apply_outputs(x, residual, None, mask=relu and record)
     ops().batch_norm_forward(
-        x, mean, var, measure, *as_native_reads(x, norm.weight, norm.bias), residual, y,
-        mask if mask.numel() else None, DTYPE[x.dtype], storage_neighbours(x), norm.eps, relu,
+        x, mean, var, measure, *as_native_reads(x, norm.weight, norm.bias), residual, y, mask, DTYPE[x.dtype],
+        storage_neighbours(x), norm.eps, relu,
     )  # fmt: skip
     return y, mask
 
@@ -581,8 +588,8 @@ def _native_forward(
 def _native_gradients(
     dy: Tensor, x: Tensor, norm: _Norm, mask: Tensor | None, sums: tuple[Tensor, Tensor] | None, count: float, *,
     relu: bool, write_sums: bool, x_gradient: bool, residual_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dresidual, sum_dy, sum_dy_xhat of dense tensors, empty if not wanted; a count of 0: constant statistics."""
+) -> tuple[Tensor | None, Tensor | None, Any, Any]:  # fmt: skip
+    """dx, dresidual, sum_dy, sum_dy_xhat of dense tensors, None if not wanted; a count of 0: constant statistics."""
     sum_dy, sum_dy_xhat = channel_pair(x, x.shape[1]) if write_sums else as_native_reads(x, *(sums or (None, None)))
     dx = torch.empty_like(x) if x_gradient else None
     dresidual = torch.empty_like(dy) if residual_gradient else None
@@ -590,15 +597,15 @@ def _native_gradients(
         dy, x, *as_native_reads(x, *norm[:4]), mask, sum_dy, sum_dy_xhat, write_sums, dx, dresidual,
         DTYPE[x.dtype], storage_neighbours(x), count, norm.eps, relu,
     )  # fmt: skip
-    dx, dresidual, sum_dy, sum_dy_xhat = (_nothing(x) if t is None else t for t in (dx, dresidual, sum_dy, sum_dy_xhat))
     return dx, dresidual, sum_dy, sum_dy_xhat
 
 
 # -- the passes, operators each ----------------------------------------------------------------------------------------
 
 
-def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
+def _some(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What a registered operator returns where there is no tensor: an empty one."""
+    return torch.empty(0, dtype=dtype or like.dtype, device=like.device) if tensor is None else tensor
 
 
 def _one_layout(x: Tensor, other: Tensor | None, *, channels_last: bool | None = None) -> tuple[Tensor, Any]:
@@ -617,20 +624,30 @@ def _one_layout(x: Tensor, other: Tensor | None, *, channels_last: bool | None =
 
 def _apply_outputs(
     x: Tensor, residual: Tensor | None, inverse: Tensor | None, *, mask: bool = False
-) -> tuple[Tensor, Tensor]:
-    """y, and the mask that belongs to it if one is asked for and there is a residual, else nothing."""
+) -> tuple[Tensor, Tensor | None]:
+    """y, and the mask that belongs to it if one is asked for and there is a residual."""
     if residual is None and inverse is not None:
         y = _spread(x, len(inverse))
     else:
         y = torch.empty_like(x if residual is None else residual)
-    length = (y.numel() + 7) // 8 if mask and residual is not None else 0
-    return y, torch.empty(length, dtype=torch.uint8, device=x.device)
+    if not mask or residual is None:
+        return y, None
+    return y, torch.empty((y.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
+
+
+@lru_cache(maxsize=4096)
+def _apply_grid(m: Matrix) -> tuple[int, tuple[int]]:
+    """Rows per program of an apply pass, and how many programs there are."""
+    tiles, rows = tiles_across(m), _APPLY_ROWS
+    while rows > TILE_ROWS and tiles * -(-m.rows // rows) < _APPLY_PROGRAMS:
+        rows //= 2
+    return rows, (tiles * -(-m.rows // rows),)
 
 
 def _apply(
     x: Tensor, norm: _Norm, residual: Tensor | None, placement: Placement, *, relu: bool, record: bool
-) -> tuple[Tensor, Tensor]:
-    """`batch_norm_apply`."""
+) -> tuple[Tensor, Tensor | None]:
+    """`batch_norm_apply`; without a mask None."""
     x, residual = _one_layout(x, residual)
     if _native(x, placement.inverse):
         return _native_forward(x, norm, residual, measure=False, relu=relu, record=record)
@@ -638,10 +655,11 @@ def _apply(
         return _plain_apply(x, norm, residual, placement, relu=relu, record=record)
     y, mask = _apply_outputs(x, residual, placement.inverse, mask=relu and record)
     m = matrix_of(y)
+    rows, grid = _apply_grid(m)
     launch(
-        _apply_kernel, (tiles_across(m) * -(-m.rows // _APPLY_ROWS),),
-        x, *norm[:4], residual, placement.map, y, mask if mask.numel() else None,
-        *geometry(m, x.shape[1], placement.first, _APPLY_ROWS), norm.eps, RELU=relu,
+        _apply_kernel, grid,
+        x, *norm[:4], residual, placement.map, y, mask,
+        *geometry(m, x.shape[1], placement.first, rows), norm.eps, RELU=relu,
         PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
     )  # fmt: skip
     return y, mask
@@ -668,12 +686,14 @@ def batch_norm_apply(
         y: x's dtype and layout, the shape of the sum; mask: uint8, one bit per element of y in storage order, or empty.
     """
     norm = _Norm(mean, var, weight, bias, eps)
-    return _apply(x, norm, residual, Placement(inverse, first, padded), relu=relu, record=record)
+    y, mask = _apply(x, norm, residual, Placement(inverse, first, padded), relu=relu, record=record)
+    return y, _some(mask, x, torch.uint8)
 
 
 @batch_norm_apply.register_fake
 def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record, padded=False, first=-1):  # noqa: FBT002
-    return _apply_outputs(*_one_layout(x, residual), inverse, mask=relu and record)
+    y, mask = _apply_outputs(*_one_layout(x, residual), inverse, mask=relu and record)
+    return y, _some(mask, x, torch.uint8)
 
 
 def _check_mask(mask: Tensor | None, dy: Tensor) -> None:
@@ -688,7 +708,8 @@ def _launch_sums(
 ) -> tuple[Tensor, Tensor]:
     """Both sums by kernels, of tensors in one layout."""
     m = matrix_of(dy)
-    rows, grid, slots = reduction(m, x)
+    rows, grid, count = reduction(m)
+    slots = channel_pair(x, count)
     counts = geometry(m, x.shape[1], placement.first, rows)
     results = channel_pair(x, placement.parameter_channels(x))
     launch(
@@ -696,25 +717,26 @@ def _launch_sums(
         PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
     )  # fmt: skip
     of_results = IN_ORDER if placement.padded else placement
-    fold(_fold_sums_kernel, m.channels, slots, of_results, *results, *counts, slots.shape[1] // m.channels)
+    fold(_fold_sums_kernel, m.channels, slots, of_results, *results, *counts, count // m.channels)
     return results
 
 
 def _launch_gradient(
     dy: Tensor, x: Tensor, norm: _Norm, mask: Tensor | None, sums: tuple[Tensor, Tensor] | None, count: float,
     placement: Placement, *, relu: bool, residual_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dx, and dresidual or nothing, by a kernel, of tensors in one layout."""
     m = matrix_of(dy)
+    rows, grid = _apply_grid(m)
     dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
     x_read = x if sums is not None or (relu and mask is None) else None
     launch(
-        _gradient_kernel, (tiles_across(m) * -(-m.rows // _APPLY_ROWS),),
+        _gradient_kernel, grid,
         dy, x_read, *norm[:4], mask, placement.map, *(sums or (None, None)), dx, dresidual,
-        *geometry(m, x.shape[1], placement.first, _APPLY_ROWS), norm.eps, float(count), RELU=relu,
+        *geometry(m, x.shape[1], placement.first, rows), norm.eps, float(count), RELU=relu,
         PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
     )  # fmt: skip
-    return dx, _nothing(x) if dresidual is None else dresidual
+    return dx, dresidual
 
 
 @register("batch_norm_backward_sums")
@@ -785,14 +807,15 @@ def batch_norm_backward_apply(
             dy, x, norm, mask, sums, 0.0 if sums is None else count, relu=relu, write_sums=False, x_gradient=True,
             residual_gradient=residual_gradient,
         )  # fmt: skip
-        return dx, dresidual
-    if not use_kernels(x):
+    elif not use_kernels(x):
         g = _plain_through_act(dy, x, norm, mask, placement, relu=relu)
         dx = _plain_input_gradient(g, x, norm, sums, count, placement)
-        return dx, _stored_as(g.clone() if g is dy else g, dy) if residual_gradient else _nothing(x)
-    return _launch_gradient(
-        dy, x, norm, mask, sums, count, placement, relu=relu, residual_gradient=residual_gradient
-    )  # fmt: skip
+        dresidual = _stored_as(g.clone() if g is dy else g, dy) if residual_gradient else None
+    else:
+        dx, dresidual = _launch_gradient(
+            dy, x, norm, mask, sums, count, placement, relu=relu, residual_gradient=residual_gradient
+        )  # fmt: skip
+    return _some(dx, x), _some(dresidual, x)
 
 
 @batch_norm_backward_apply.register_fake
@@ -801,7 +824,7 @@ def _(
     channels_last=False, padded=False, first=-1,  # noqa: FBT002
 ):  # fmt: skip
     x, dy = _one_layout(x, dy, channels_last=channels_last)
-    return torch.empty_like(x), torch.empty_like(dy) if residual_gradient else _nothing(x)
+    return torch.empty_like(x), _some(torch.empty_like(dy) if residual_gradient else None, x)
 
 
 for _pass in (batch_norm_apply, batch_norm_backward_sums, batch_norm_backward_apply):
@@ -908,12 +931,12 @@ def _forward(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, record: bool, of_batch: bool = False,  # noqa: FBT001, FBT002
     padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, mean, var, mask. With `mean` and `var` given those are used, and the ones returned are empty: but if they are
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """y, mean, var, mask. With `mean` and `var` given those are used, and the ones returned are None: but if they are
     `of_batch`, x's own, one per channel of x, and others are needed, of a padded x, those."""
     placement = Placement(inverse, first, padded)
     measure = mean is None or var is None
-    returned = channel_pair(x, 0)
+    returned: tuple[Tensor | None, Tensor | None] = (None, None)
     if _native(x, inverse):
         x, residual = _one_layout(x, residual)
         if mean is None or var is None:
@@ -933,22 +956,34 @@ def _returns_statistics(mean: Tensor | None, *, of_batch: bool, padded: bool) ->
     return mean is None or (of_batch and padded)
 
 
-_batch_norm_act = register("batch_norm_act")(_forward)
+@register("batch_norm_act")
+def _batch_norm_act(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, record: bool, of_batch: bool = False,  # noqa: FBT001, FBT002
+    padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_forward`, with empty tensors where that has None."""
+    y, m, v, mask = _forward(
+        x, mean, var, weight, bias, residual, inverse, eps, relu, record, of_batch, padded, first
+    )  # fmt: skip
+    statistics = channel_pair(x, 0) if m is None or v is None else (m, v)
+    return y, *statistics, _some(mask, x, torch.uint8)
 
 
 @_batch_norm_act.register_fake
 def _(x, mean, var, weight, bias, residual, inverse, eps, relu, record, of_batch=False, padded=False, first=-1):  # noqa: FBT002
     y, mask = _apply_outputs(*_one_layout(x, residual), inverse, mask=relu and record)
     returned = _returns_statistics(mean, of_batch=of_batch, padded=padded)
-    return y, *channel_pair(x, Placement(inverse, first, padded).parameter_channels(x) if returned else 0), mask
+    statistics = channel_pair(x, Placement(inverse, first, padded).parameter_channels(x) if returned else 0)
+    return y, *statistics, _some(mask, x, torch.uint8)
 
 
 def _gradients(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     inverse: Tensor | None, eps: float, relu: bool, channels_last: bool, training: bool,  # noqa: FBT001
     x_gradient: bool, sums: bool, residual_gradient: bool, padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dresidual, sum_dy, sum_dy_xhat: those asked for; the others are empty."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx, dresidual, sum_dy, sum_dy_xhat: those asked for; the others are None."""
     _check_mask(mask, dy)
     norm, placement = _Norm(mean, var, weight, bias, eps), Placement(inverse, first, padded)
     x, dy = _one_layout(x, dy, channels_last=channels_last)
@@ -959,29 +994,41 @@ def _gradients(
             dy, x, norm, mask, None, count, relu=relu, write_sums=sums or through_statistics, x_gradient=x_gradient,
             residual_gradient=residual_gradient,
         )  # fmt: skip
-        return dx, dresidual, *(both_sums if sums else channel_pair(x, 0))
-    dx, dresidual, no_sums = _nothing(x), _nothing(x), channel_pair(x, 0)
+        return dx, dresidual, *(both_sums if sums else (None, None))
+    dx = dresidual = None
     if not use_kernels(x):
-        sum_dy, sum_dy_xhat = no_sums
+        sum_dy = sum_dy_xhat = None
         g = _plain_through_act(dy, x, norm, mask, placement, relu=relu)
         if x_gradient or sums:
             wanted = [x_gradient, sums, sums]
             plain = _plain_gradients(g, x, norm, placement, training=training, wanted=wanted)
-            dx = _stored_as(plain[0], x) if x_gradient else dx
-            sum_dy_xhat, sum_dy = plain[1:] if sums else no_sums
+            dx = _stored_as(plain[0], x) if x_gradient else None
+            sum_dy_xhat, sum_dy = plain[1:] if sums else (None, None)
         if residual_gradient:
             dresidual = _stored_as(g.clone() if g is dy else g, dy)
         return dx, dresidual, sum_dy, sum_dy_xhat
-    summed = _launch_sums(dy, x, norm, mask, placement, relu=relu) if sums or through_statistics else no_sums
+    summed = _launch_sums(dy, x, norm, mask, placement, relu=relu) if sums or through_statistics else None
     if x_gradient or residual_gradient:
         dx, dresidual = _launch_gradient(
             dy, x, norm, mask, summed if through_statistics else None, x.numel() // x.shape[1], placement,
             relu=relu, residual_gradient=residual_gradient,
         )  # fmt: skip
-    return dx if x_gradient else _nothing(x), dresidual, *(summed if sums else no_sums)
+    return dx if x_gradient else None, dresidual, *(summed if sums and summed is not None else (None, None))
 
 
-_batch_norm_act_backward = register("batch_norm_act_backward")(_gradients)
+@register("batch_norm_act_backward")
+def _batch_norm_act_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    inverse: Tensor | None, eps: float, relu: bool, channels_last: bool, training: bool,  # noqa: FBT001
+    x_gradient: bool, sums: bool, residual_gradient: bool, padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_gradients`, with empty tensors where that has None."""
+    dx, dresidual, sum_dy, sum_dy_xhat = _gradients(
+        dy, x, mean, var, weight, bias, mask, inverse, eps, relu, channels_last, training, x_gradient, sums,
+        residual_gradient, padded, first,
+    )  # fmt: skip
+    both = channel_pair(x, 0) if sum_dy is None or sum_dy_xhat is None else (sum_dy, sum_dy_xhat)
+    return _some(dx, x), _some(dresidual, x), *both
 
 
 @_batch_norm_act_backward.register_fake
@@ -990,33 +1037,36 @@ def _(
     residual_gradient, padded=False, first=-1,  # noqa: FBT002
 ):  # fmt: skip
     x, dy = _one_layout(x, dy, channels_last=channels_last)
-    dx = torch.empty_like(x) if x_gradient else _nothing(x)
     return (
-        dx,
-        torch.empty_like(dy) if residual_gradient else _nothing(x),
+        _some(torch.empty_like(x) if x_gradient else None, x),
+        _some(torch.empty_like(dy) if residual_gradient else None, x),
         *channel_pair(x, Placement(inverse, first, padded).parameter_channels(x) if sums else 0),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, mean, var, weight, bias, residual, inverse, ctx.eps, ctx.relu, _, of_batch, ctx.padded, ctx.first = inputs
     y, *statistics, mask = output
     ctx.training = mean is None or of_batch
     ctx.channels_last = is_channels_last(y) and not y.is_contiguous()
     mean, var = statistics if _returns_statistics(mean, of_batch=of_batch, padded=ctx.padded) else (mean, var)
-    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     recorded = mask if ctx.relu and residual is not None else None
     ctx.save_for_backward(x, mean, var, weight, bias, recorded, inverse)
 
 
-def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, mean, var, weight, bias and residual."""
     if dy is None:
-        return (None,) * 13
+        return (None,) * 6
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise InputError("batch_norm_act has no gradient for statistics; detach them.")
     x, mean, var, weight, bias, mask, inverse = ctx.saved_tensors
     of_x, of_weight, of_bias, of_residual = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
+    dx: Any
+    dresidual: Any
+    sum_dy: Any
+    sum_dy_xhat: Any
     if is_differentiated_again(dy):
         norm, placement = _Norm(mean, var, weight, bias, ctx.eps), Placement(inverse, ctx.first, ctx.padded)
         dx, dresidual, sum_dy, sum_dy_xhat = _composed_gradients(
@@ -1031,22 +1081,37 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     dweight = sum_dy_xhat.to(weight.dtype) if of_weight else None
     dbias = sum_dy.to(bias.dtype) if of_bias else None
     of_addend = (dresidual if ctx.relu else dy) if of_residual else None
-    return dx if of_x else None, None, None, dweight, dbias, of_addend, *(None,) * 7
+    return dx if of_x else None, None, None, dweight, dbias, of_addend
 
 
-_batch_norm_act.register_autograd(_backward, setup_context=_save)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, inputs, output)
+
+
+def _backward_of_operator(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return *_backward(ctx, dy), *(None,) * 7
+
+
+_batch_norm_act.register_autograd(_backward_of_operator, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
     """The operator for plain calls, which do not pay for PyTorch's dispatcher; see `is_eager`."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)  # with a `setup_context`, PyTorch inspects the signature of `forward` at every call
-        return output
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        *tensors, options = inputs  # PyTorch looks at each argument several times
+        y, mean, var, mask = _forward(*tensors, *options)
+        if mean is not None and var is not None:
+            ctx.mark_non_differentiable(mean, var)
+        # with a `setup_context`, PyTorch inspects the signature of `forward` at every call
+        _save(ctx, (*tensors, *options), (y, mean, var, mask))
+        return y, mean, var
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, dy), None
 
 
 def _check(
@@ -1054,6 +1119,8 @@ def _check(
     statistics: tuple[Tensor, Tensor] | None, maps: Maps | None,
 ) -> bool:  # fmt: skip
     """Whether parameters are of more channels than x has."""
+    if maps is None and statistics is None and _is_usual(x, parameters.values(), residual):
+        return False
     if not 2 <= x.dim() <= 5:
         raise InputError(f"batch_norm_act got an input of {x.dim()} dimensions; give (N, C) to (N, C, D, H, W).")
     if x.dtype not in (*KERNEL_DTYPES, torch.float64):
@@ -1101,6 +1168,22 @@ def _check(
         if residual.dtype != x.dtype:
             raise InputError(f"the residual is {residual.dtype} and the input {x.dtype}; convert one to the other.")
     return padded
+
+
+def _is_usual(x: Tensor, parameters: Iterable[Tensor | None], residual: Tensor | None) -> bool:
+    """Whether a call without a scatter is certainly right: what most calls are, and what is quick to see."""
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if dtype not in KERNEL_DTYPES or not 2 <= len(shape) <= 5:
+        return False
+    of_channels = shape[1:2]
+    for value in parameters:
+        if value is not None and (
+            value.shape != of_channels
+            or (value.dtype is not torch.float32 and value.dtype is not dtype)
+            or value.device != device
+        ):
+            return False
+    return residual is None or (residual.shape == shape and residual.dtype is dtype and residual.device == device)
 
 
 def batch_norm_act(
@@ -1183,25 +1266,40 @@ def batch_norm_act_by_maps(
         if training and count and running_mean is not None and running_var is not None:
             _composed_update_running(running_mean, running_var, measured[0], measured[1], count, momentum)
         return composed
-    act = _Eager.apply if eager else _batch_norm_act
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
-    options = (weight, bias, residual, placement.inverse, eps, relu, record, training, padded, placement.first)
+    options = (placement.inverse, eps, relu, record, training, padded, placement.first)
+
+    def act(mean: Tensor | None, var: Tensor | None) -> Any:
+        tensors = (x, mean, var, weight, bias, residual)
+        return _Eager.apply(*tensors, options) if eager else _batch_norm_act(*tensors, *options)
+
     if not training:
-        y, *_ = act(x, running_mean, running_var, *options)
-        return y
+        return act(running_mean, running_var)[0]
     mean: Any = None
     var: Any = None
     if statistics is not None:
         mean, var = statistics
-    returns_statistics = _returns_statistics(mean, of_batch=True, padded=padded)
-    y, *returned, _ = act(x, mean, var, *options)
+    running = Running(running_mean, running_var, count / max(count - 1, 1), momentum)
+    updated = eager and mean is None and not padded and _fold_updates(x, running)
+    if updated:
+        mean, var = measure_statistics(x, placement, running)
+    y, new_mean, new_var, *_ = act(mean, var)
     if running_mean is not None and running_var is not None:
-        mean, var = returned if returns_statistics else (mean, var)
-        update = update_running_ if eager else batch_norm_update_running_
-        update(running_mean, running_var, mean, var, count, momentum)
+        if not updated:
+            returned = _returns_statistics(mean, of_batch=True, padded=padded)
+            mean, var = (new_mean, new_var) if returned else (mean, var)
+            update = update_running_ if eager else batch_norm_update_running_
+            update(running_mean, running_var, mean, var, count, momentum)
         if eager:
             increment_version([running_mean, running_var])
     return y
+
+
+def _fold_updates(x: Tensor, running: Running) -> bool:
+    """Whether the launch that folds x's statistics may add them to the running ones as well."""
+    if running.mean is None or running.var is None or not use_kernels(x):
+        return False
+    return running.mean.is_contiguous() and running.var.is_contiguous() and (x.is_contiguous() or is_channels_last(x))
 
 
 def _values_per_channel(

@@ -14,7 +14,8 @@ Bytes, E those of x: statistics E, read once; the slots and all that is per chan
 
 Two launches: a pass, in which each program takes a tile of columns and a chunk of rows (see `layout`) and keeps a
 Welford mean and M2 per lane, merges its lanes and writes them to private slots; and a fold of the slots in fixed order,
-which serves slots that another kernel wrote as well (`fold_statistics`). Rows per program follow from the shape alone,
+which serves slots that another kernel wrote as well (`fold_statistics`), and updates running statistics if it is given
+them (`Running`): a launch less than by `batch_norm_update_running_`. Rows per program follow from the shape alone,
 so that every device adds in the same order. The sums of a batch norm's backward pass are laid out and folded likewise.
 
 On the CPU the pass and the update are native operators (csrc/cpu/batch_norm_act.h); without the library they are
@@ -25,6 +26,7 @@ statistics are wanted of the L or, zero where x has none, of the C.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +130,24 @@ class LiveChannels(NamedTuple):
 
 IN_ORDER = Placement()  # x has y's channels, in their order
 
+
+class Running(NamedTuple):
+    """Running statistics that new ones are to be added to, in place.
+
+    Attributes:
+        mean, var: contiguous (C,), any float dtype.
+        unbiased: n / (n - 1), of the n values per channel behind the new variance.
+        momentum: weight of the new ones.
+    """
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    unbiased: float = 1.0
+    momentum: float = 0.0
+
+
+NOT_RUNNING = Running()
+
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 # Every number of a launch: channel counts change as a network shrinks, and must not compile anything new.
@@ -204,9 +224,16 @@ def slots_of(start, channel, slots, columns, inner, channels, group, FOLD_SLOTS:
     return chunk, column, chunk.to(tl.int64) * columns + column, (slot < slots) & (channel >= 0) & (channel < channels)
 
 
+@triton.jit
+def _update_running(running, channel, new, momentum, here, ACC: tl.constexpr):
+    """running = (1 - momentum) running + momentum new, of some channels."""
+    value = momentum * new + (1 - momentum) * tl.load(running + channel, mask=here, other=0).to(ACC)
+    tl.store(running + channel, value.to(running.dtype.element_ty), mask=here)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _fold_statistics_kernel(
-    means, m2s, inverse, mean_out, var_out, space,
+    means, m2s, inverse, mean_out, var_out, running_mean, running_var, unbiased, momentum, space,
     full_rows, rest, columns8, inner, channels, group, live, first, tiles, rows_per_program, slots,
     PLACES: tl.constexpr, ACC: tl.constexpr, FOLD_CHANNELS: tl.constexpr, FOLD_SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -225,8 +252,12 @@ def _fold_statistics_kernel(
         m2 += tl.load(m2s + at, mask=here, other=0) + delta * delta * n * share
         n += more
     total, mean, m2 = _merged(n, mean, m2, tl.arange(0, FOLD_SLOTS)[None, :] == 0, 1)
+    var = m2 / tl.maximum(total, 1)
     tl.store(mean_out + out, mean, mask=out < space)
-    tl.store(var_out + out, m2 / tl.maximum(total, 1), mask=out < space)
+    tl.store(var_out + out, var, mask=out < space)
+    if running_mean is not None:
+        _update_running(running_mean, out, mean, momentum, out < space, ACC)
+        _update_running(running_var, out, var * unbiased, momentum, out < space, ACC)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -246,20 +277,18 @@ def _update_running_kernel(
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = channel < channels
     m = tl.load(mean + channel, mask=here, other=0).to(ACC)
-    v = tl.load(var + channel, mask=here, other=0).to(ACC) * unbiased
-    m = momentum * m + (1 - momentum) * tl.load(running_mean + channel, mask=here, other=0).to(ACC)
-    v = momentum * v + (1 - momentum) * tl.load(running_var + channel, mask=here, other=0).to(ACC)
-    tl.store(running_mean + channel, m.to(running_mean.dtype.element_ty), mask=here)
-    tl.store(running_var + channel, v.to(running_var.dtype.element_ty), mask=here)
+    v = tl.load(var + channel, mask=here, other=0).to(ACC)
+    _update_running(running_mean, channel, m, momentum, here, ACC)
+    _update_running(running_var, channel, v * unbiased, momentum, here, ACC)
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------------
 
 
 def channel_pair(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Two uninitialised results per channel, (channels,), fp32 (fp64 of an fp64 x)."""
-    dtype = accumulator_dtype(x.dtype)
-    return torch.empty(channels, dtype=dtype, device=x.device), torch.empty(channels, dtype=dtype, device=x.device)
+    """Two uninitialised results per channel (or slots of them), (channels,), fp32 (fp64 of an fp64 x)."""
+    dtype, device = accumulator_dtype(x.dtype), x.device
+    return torch.empty(channels, dtype=dtype, device=device), torch.empty(channels, dtype=dtype, device=device)
 
 
 def storage_neighbours(x: Tensor) -> int:
@@ -278,6 +307,7 @@ def tiles_across(m: Matrix) -> int:
     return -(-m.columns // TILE_COLUMNS)
 
 
+@lru_cache(maxsize=4096)
 def geometry(m: Matrix, live: int, first: int, rows_per_program: int) -> tuple[int, ...]:
     """COUNTS from `full_rows` to `rows_per_program`, for an x of `live` channels, `first` that of a run; below the full
     rows there is one of `rest` columns, if any."""
@@ -286,17 +316,17 @@ def geometry(m: Matrix, live: int, first: int, rows_per_program: int) -> tuple[i
     return full_rows, rest, *layout, live, first, tiles_across(m), rows_per_program
 
 
-def reduction(m: Matrix, like: Tensor) -> tuple[int, tuple[int], Tensor]:
-    """Rows per program, of the shape alone, so that every device adds in the same order; the grid; and slots
-    (2, chunks * columns) for two results per column and chunk, in the accumulation dtype of `like`."""
+@lru_cache(maxsize=4096)
+def reduction(m: Matrix) -> tuple[int, tuple[int], int]:
+    """Rows per program, of the shape alone, so that every device adds in the same order; the grid; and how many slots
+    each of two results has, one for each column and chunk (`channel_pair` makes them)."""
     rows = 1 << (-(-m.rows * tiles_across(m) // _PROGRAMS) - 1).bit_length()
     rows = min(max(rows, TILE_ROWS), _WIDEST_CHUNK)
     chunks = -(-m.rows // rows)
-    slots = torch.empty(2, chunks * m.columns, dtype=accumulator_dtype(like.dtype), device=like.device)
-    return rows, (tiles_across(m) * chunks,), slots
+    return rows, (tiles_across(m) * chunks,), chunks * m.columns
 
 
-def fold(kernel: Any, channels: int, slots: Sequence[Tensor] | Tensor, placement: Placement, *arguments: Any) -> None:
+def fold(kernel: Any, channels: int, slots: Sequence[Tensor], placement: Placement, *arguments: Any) -> None:
     """Launches a kernel that folds two results' slots over `channels` outputs; `arguments` follow the map."""
     launch(
         kernel, (-(-channels // FOLD_CHANNELS),), *slots, placement.map, *arguments,
@@ -306,11 +336,11 @@ def fold(kernel: Any, channels: int, slots: Sequence[Tensor] | Tensor, placement
 
 
 def fold_statistics(
-    slots: Sequence[Tensor] | Tensor, mean: Tensor, var: Tensor, counts: Sequence[int], parts: int,
-    placement: Placement = IN_ORDER,
+    slots: Sequence[Tensor], mean: Tensor, var: Tensor, counts: Sequence[int], parts: int, *,
+    placement: Placement = IN_ORDER, running: Running = NOT_RUNNING,
 ) -> None:  # fmt: skip
     """Mean and biased variance of each channel from the means and M2 of columns and chunks of rows, written to `mean`
-    and `var`.
+    and `var`, and added to what is `running`.
 
     Args:
         slots: means and M2, each (chunks * columns,), fp32 or fp64.
@@ -318,16 +348,18 @@ def fold_statistics(
         counts: the `geometry` of the matrix that the slots were made of.
         parts: slots of one channel.
         placement: where the matrix' channels lie among the outputs'.
+        running: of as many channels as the outputs, or nothing.
     """
-    channels = len(mean)
-    fold(_fold_statistics_kernel, channels, slots, placement, mean, var, channels, *counts, parts)
+    channels = mean.numel()
+    fold(_fold_statistics_kernel, channels, slots, placement, mean, var, *running, channels, *counts, parts)
 
 
 # -- statistics of a tensor --------------------------------------------------------------------------------------------
 
 
-def measure_statistics(x: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
-    """`batch_norm_statistics` by a placement: of the space's channels if it is padded, else of x's own."""
+def measure_statistics(x: Tensor, placement: Placement, running: Running = NOT_RUNNING) -> tuple[Tensor, Tensor]:
+    """`batch_norm_statistics` by a placement: of the space's channels if it is padded, else of x's own. Only where
+    kernels serve x, and it is not empty, may they be added to something `running`."""
     x = dense(x)
     whole = placement if placement.padded else IN_ORDER
     channels = whole.parameter_channels(x)
@@ -345,10 +377,11 @@ def measure_statistics(x: Tensor, placement: Placement) -> tuple[Tensor, Tensor]
         mean, var = torch.batch_norm_update_stats(x.to(mean.dtype), None, None, 0.0)
         return place_statistics(mean, var, whole)
     m = matrix_of(x)
-    rows, grid, slots = reduction(m, x)
+    rows, grid, count = reduction(m)
+    slots = channel_pair(x, count)
     counts = geometry(m, m.channels, whole.first, rows)
     launch(_statistics_kernel, grid, x, *slots, *counts, ACC=accumulator(x.dtype), **TILE)
-    fold_statistics(slots, mean, var, counts, slots.shape[1] // m.channels, whole)
+    fold_statistics(slots, mean, var, counts, count // m.channels, placement=whole, running=running)
     return mean, var
 
 

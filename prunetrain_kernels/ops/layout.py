@@ -13,8 +13,8 @@ well. The last row may be cut short: positions at or beyond `numel` do not exist
 """
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ TILE_COLUMNS = 128
 _WIDEST_ROW = 1024  # columns up to which periods are grouped to fill tiles
 
 
-@dataclass(frozen=True)
-class Matrix:
+class Matrix(NamedTuple):
     """An activation as rows x columns.
 
     Attributes:

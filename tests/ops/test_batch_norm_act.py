@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fences import fenced, layout
 from torch import Tensor
 
+from bench import launches
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops.batch_norm_act import (
     batch_norm_act,
@@ -24,6 +25,7 @@ from prunetrain_kernels.ops.batch_norm_act import (
     merge_statistics,
 )
 from prunetrain_kernels.ops.channel_index import ChannelIndex
+from prunetrain_kernels.ops.layout import matrix
 
 t0 = pytest.mark.t0
 T0_BACKENDS = ("kernels", "native", "reference")
@@ -248,6 +250,35 @@ def test_running_statistics(count: int, dtype: torch.dtype, path: str, device: t
     view = torch.stack(start, 1)  # running statistics that are not contiguous
     batch_norm_act(x, view[:, 0], view[:, 1], training=True, momentum=0.3)
     assert torch.allclose(view, torch.stack(got, 1), rtol=1e-3 if dtype == torch.float16 else 1e-6)
+
+
+@t0
+@pytest.mark.kernels_only
+@pytest.mark.parametrize("running", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3), (40, 37), (3, 8, 5, 5)], ids=str)
+def test_the_fold_updates_running_statistics_as_their_own_launch_does(
+    shape: tuple[int, ...], running: torch.dtype, device: torch.device
+) -> None:
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(6)).to(device) * 3 - 1).to(running)
+    start = torch.linspace(-1, 1, shape[1], device=device).to(running), torch.ones(shape[1], device=device).to(running)
+    folded, alone = [t.clone() for t in start], [t.clone() for t in start]
+    with launches.counted() as counts:
+        batch_norm_act(x, *folded, training=True, momentum=0.3)
+    assert sum(counts.values()) == 3
+    assert not any("update_running" in str(kernel) for kernel in counts)
+    batch_norm_update_running_(*alone, *batch_norm_statistics(x), x.numel() // shape[1], 0.3)
+    for a, b in zip(folded, alone, strict=True):
+        # compiled, the two kernels may contract products and sums in other places
+        assert torch.allclose(a, b, rtol=2 * torch.finfo(running).eps, atol=1e-7)
+    assert not torch.equal(folded[0], start[0])
+
+
+def test_a_small_activation_is_split_into_more_programs() -> None:
+    large, small = matrix(256 * 256 * 56 * 56, 256, 1), matrix(128 * 64 * 8 * 8, 64, 1)
+    assert module._apply_grid(large)[0] == module._APPLY_ROWS
+    rows, (programs,) = module._apply_grid(small)
+    assert rows == module.TILE_ROWS
+    assert programs == 256  # of 64 rows each there would be 64, fewer than a large GPU has multiprocessors
 
 
 @t0

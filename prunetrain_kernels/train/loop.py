@@ -181,8 +181,11 @@ def begin(
     if saved is not None:
         with taking_up(training.checkpoint):
             progress = restore(training, stop)
+        progress.board = board_of(training, after=progress.epoch)
     else:
+        board = board_of(training)  # before the folder's first file: it may not be writable
         progress = begin_anew(training, None if start is None else start["model"], stop)
+        progress.board = board
     if training.ranks.first:
         training.log.save()
     images = len(training.data.train_labels)
@@ -194,8 +197,6 @@ def begin(
         disable=None if show and training.ranks.first else True,
         dynamic_ncols=True,
     )
-    if config.tensorboard is not None and training.ranks.first:
-        progress.board = TensorBoard(Path(config.tensorboard), after=progress.epoch)
     if progress.costs.unknown:
         training.say(f"costs that stay unknown, here and in the log: {progress.costs.unknown}")
     if saved is not None:
@@ -203,6 +204,12 @@ def begin(
         training.say(f"resuming after epoch {progress.epoch} of {training.total_epochs}{step}")
     progress.mark = time.perf_counter()
     return training, progress
+
+
+def board_of(training: Training, *, after: int = 0) -> TensorBoard:
+    """TensorBoard's files, in the first process and if they are asked for; `after` so many epochs."""
+    folder = training.config.tensorboard
+    return TensorBoard(None if folder is None or not training.ranks.first else Path(folder), after)
 
 
 def begin_anew(training: Training, start: dict[str, Tensor] | None, stop: StopRequest) -> Progress:

@@ -114,6 +114,8 @@ class PruneTrain(PruningState):
         original: the dense network's channels that are left; `kept`, `removed` and `dense_layers` are its fields.
         also: the networks inside the copies.
         graph, lasso: of the channels that the model has now.
+        lock: a `threading.RLock` that `reconfigure` and `load_pruned` hold while the model and its copies are in other
+            modes and shapes: another thread runs them inside `with prunetrain.lock:`. Nothing else takes it.
         flops, dense_flops: FLOPs per image, now and at first. Costs are information: where one cannot be counted it is
             NaN, `flops.unknown` says why, and all else goes on.
 
@@ -266,14 +268,15 @@ class PruneTrain(PruningState):
         """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it.
 
         All of it or nothing: whatever is raised, on whichever rank, the model, the copies, the optimizer, the learning
-        rates and this object are as they were, to the last bit, and training can go on.
+        rates and this object are as they were, to the last bit, and training can go on. It holds `lock` meanwhile, and
+        waits for another thread that has it.
 
         Raises:
             RanksDifferError: on every rank, when they do not all keep the same channels, or not all of them succeed.
             ZeroingError: setting the sparse slices to zero moves the output by more than `zeroing_tolerance`.
             PruneTrainError: the pruned network computes something else.
         """
-        with Everything(self) as change:
+        with self.lock, Everything(self) as change:
             outcome = carry_out(self, change)
             self.present, self.warned_of_layout = outcome.present, outcome.warned_of_layout
             if self.steering is not None and outcome.met is not None:
@@ -298,7 +301,8 @@ class PruneTrain(PruningState):
         Raises:
             CheckpointError: the state is of another network, or of a run that managed its batch otherwise.
         """
-        load_state(self, state)
+        with self.lock:
+            load_state(self, state)
         if self.batch is not None and not self.is_compiled:  # where a hook would have it compiled anew
             self.first_batch = FirstBatch(self.model, self.batch.size)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunetrain_kernels.errors import CheckpointError, PruneTrainError
+from prunetrain_kernels.files import is_folder, is_there
 from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.checkpoint import HasState, load_payload, payload_of, read_checkpoint, write_payload
 from prunetrain_kernels.prune.schema import Place, alike, flag, listed, mapping, number, plain, tensor, text, whole
@@ -49,7 +50,7 @@ def save_run(
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run folder holds a checkpoint, of whichever generation."""
-    return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
+    return any(is_there(folder / name) for name in (CHECKPOINT, PREVIOUS))
 
 
 def newest(path: Path) -> tuple[Path, dict[str, Any], str]:
@@ -61,12 +62,12 @@ def newest(path: Path) -> tuple[Path, dict[str, Any], str]:
     Raises:
         CheckpointError: none can be read; the message is about the newest.
     """
-    path = path / CHECKPOINT if path.is_dir() else path
+    path = path / CHECKPOINT if is_folder(path) else path
     previous = path.with_name(PREVIOUS)
     try:
         return path, read_run(path), ""
     except CheckpointError as error:
-        if path.name != CHECKPOINT or not previous.exists():
+        if path.name != CHECKPOINT or not is_there(previous):
             raise
         failed = error
     try:

@@ -32,7 +32,7 @@ from prunetrain_kernels.data import (
 from prunetrain_kernels.data.decode import cores
 from prunetrain_kernels.data.reader import CACHE_LIMIT
 from prunetrain_kernels.errors import CheckpointError, InputError
-from prunetrain_kernels.files import remove_leftovers
+from prunetrain_kernels.files import is_folder, is_there, reason, remove_leftovers
 from prunetrain_kernels.machine import processor
 from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import synchronize_batch_norm
@@ -324,12 +324,12 @@ def saved_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str
     folder = Path(config.out)
     try:
         has_one = has_checkpoint(folder)
-        if not (resume or overwrite) and (has_one or (folder / "config.json").exists()):
+        if not (resume or overwrite) and (has_one or is_there(folder / "config.json")):
             raise InputError(f"'{folder}' holds a run already; add --resume to go on, --overwrite to replace it.")
-        if folder.is_dir():
+        if is_folder(folder):
             remove_leftovers(folder, RUN_FILES)
     except OSError as error:
-        raise InputError(f"the run folder '{folder}' cannot be used: {error.strerror or error}.") from error
+        raise InputError(f"the run folder '{folder}' cannot be used: {reason(error)}.") from error
     if overwrite or not has_one:
         return None
     checkpoint, saved, note = newest(folder)
@@ -568,7 +568,7 @@ def dense_start(config: TrainConfig) -> dict[str, Any]:
     """The checkpoint of the dense network that `config.start_from` names."""
     assert config.start_from is not None
     path = Path(config.start_from)
-    if path.is_dir():
+    if is_folder(path):
         path = path / CHECKPOINT
     if path.parent.resolve() == Path(config.out).resolve():
         raise InputError(f"--start-from {config.start_from} is the run folder itself; choose another --out.")

@@ -662,6 +662,8 @@ def write_checkpoint(training: Training, progress: Progress, within: dict[str, A
         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         config=json.dumps(asdict(training.config)),
         data=training.batches.record,
+        ranks=training.ranks.world,
+        device=device.type,
     )
 
 

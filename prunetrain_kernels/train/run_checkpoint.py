@@ -126,14 +126,26 @@ def _of_kind(value: Any, default: Any) -> bool:
     return default is None or any(isinstance(default, a) and isinstance(value, b) for a, b in kinds)
 
 
-def what_differs(extra: dict[str, Any], versions: dict[str, str]) -> Iterator[str]:
-    """Lines on what changes a resumed run's results by rounding: threads, versions. Older files tell neither."""
-    threads = extra.get("threads")
+def what_differs(extra: dict[str, Any], versions: dict[str, str], *, ranks: int, device: str) -> Iterator[str]:
+    """Lines on what changes a resumed run's results: threads, processes, device, versions. Older files tell none.
+
+    Args:
+        ranks, device: the number of processes and the kind of device, such as "cpu", that it has now.
+    """
+    threads, processes, kind = (extra.get(name) for name in ("threads", "ranks", "device"))
     if threads is not None and threads != torch.get_num_threads():
         yield (
             f"the run had {threads} threads and has {torch.get_num_threads()} now: sums in another order, so its "
             f"results differ by rounding from those of a run that was never stopped (--threads {threads})"
         )
+    if processes is not None and processes != ranks:
+        yield (
+            f"the run had {processes} process{'es' * (processes > 1)} and has {ranks} now: each makes another share of a "
+            "batch, so its results differ by rounding, and without --sync-batch-norm by the batches' statistics too, "
+            "from those of a run that was never stopped"
+        )
+    if kind is not None and kind != device:
+        yield f"the run was on {kind} and is on {device} now: its results differ by rounding"
     for name, now in (("torch", str(torch.__version__)), ("prunetrain_kernels", VERSION)):
         if versions.get(name, now) != now:
             yield f"the run had {name} {versions[name]} and has {now} now: its results may differ by rounding"
@@ -166,8 +178,11 @@ def _check_extra(extra: dict[str, Any], place: Place) -> None:
         mapping(extra["data"], place["data"])
     if extra.get("within") is not None:
         _check_within(extra["within"], place["within"])
-    if extra.get("threads") is not None:
-        whole(extra["threads"], place["threads"], least=1)
+    for name in ("threads", "ranks"):
+        if extra.get(name) is not None:
+            whole(extra[name], place[name], least=1)
+    if extra.get("device") is not None:
+        text(extra["device"], place["device"])
 
 
 def _check_within(within: Any, place: Place) -> None:

@@ -24,7 +24,6 @@ from prunetrain_kernels.data import (
     ResizedCrop,
     batch,
     difference_of_data,
-    digest_of_contents,
     load,
     read_ahead,
     record_of,
@@ -223,9 +222,15 @@ def training_of(
     say: Callable[[str], None] = tqdm.write if show and ranks.first else _say_nothing
     log = RunLog(Path(config.out))
     data = ranks.all_or_none(lambda: one_after_the_other(ranks, lambda: load_data(config, device, say)))
-    batches = Batches(data, record_of(data), config.seed, device, ranks)
-    ranks.agree("the data", data.image_shape, json.dumps(batches.record))
-    ranks.agree("the image files", ranks.all_or_none(lambda: digest_of_contents(data)) if ranks.world > 1 else "")
+    batches = Batches(data, ranks.all_or_none(lambda: record_of(data)), config.seed, device, ranks)
+    contents = [batches.record[split]["contents"] for split in ("train", "val")]
+    whats = [{**batches.record[split], "contents": None} for split in ("train", "val")]
+    ranks.agree("the data", data.image_shape, json.dumps({**batches.record, "train": whats[0], "val": whats[1]}))
+    ranks.agree("the image files", *contents)
+    if saved is not None:
+        differs = what_differs(saved["extra"], saved.get("versions", {}), ranks=ranks.world, device=device.type)
+        for line in filter(None, (saved["note"], *differs)):
+            say(line)
     compare_data(config, batches.record, saved, start, say)
     model = build_model(config, data, device, ranks)
     optimizer = optimizer_of(config, model)
@@ -402,10 +407,6 @@ def compare_data(
     say: Callable[[str], None],
 ) -> None:
     """Refuses data that are not those of the run that goes on, or that this one starts from; says what else differs."""
-    if saved is not None:
-        for line in (saved["note"], *what_differs(saved["extra"], saved.get("versions", {}))):
-            if line:
-                say(line)
     known = [check_same_data(config, saved, record)] if saved is not None else []
     known += [check_start_data(config, start, record)] if start is not None else []
     if not all(known):

@@ -36,7 +36,7 @@ def lines() -> list[str]:
 
 
 def main() -> int:
-    """Prints `lines`, and returns 0, or 2 for a setting that is wrong; with arguments runs the command that they are."""
+    """Prints `lines`, and returns 0, or 2 for a wrong setting; with arguments runs the command that they are."""
     if sys.argv[1:]:
         return cli.main()
     try:

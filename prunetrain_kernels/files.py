@@ -78,12 +78,13 @@ def write_atomically(
 def check_replaceable(path: Path, error: type[PruneTrainError] = InputError) -> None:
     """Raises an `error` where something has the name that a file must not replace: a folder, a pipe, a device."""
     try:
-        if not is_regular(path):
-            raise error(f"cannot write {path}: it is {kind_of(path)}, not a regular file")
+        kind = "" if is_regular(path) else kind_of(path)
     except (FileNotFoundError, NotADirectoryError):  # the latter has its sentence where the file is opened
         return
     except (OSError, ValueError) as failure:
         raise error(f"cannot write {path}: {reason(failure)}") from failure
+    if kind:
+        raise error(f"cannot write {path}: it is {kind}, not a regular file")
 
 
 def flush_folder(folder: Path) -> None:
@@ -137,7 +138,7 @@ def reason(error: OSError | ValueError) -> str:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a path leads to a folder. Raises InputError where that cannot be known: no permission, too long a name."""
+    """Whether a path leads to a folder. Raises InputError where nobody can know: no permission, too long a name."""
     status = _status(path)
     return status is not None and stat.S_ISDIR(status.st_mode)
 

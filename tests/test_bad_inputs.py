@@ -350,7 +350,9 @@ def test_absurd_values(changes: dict[str, Any]) -> None:
         TrainConfig(**{"out": "run", **changes}).check()
 
 
-@pytest.mark.parametrize("shape", ["3x99999x99999", "999999999999x3x3", "\u00b2x3x3", "\u0663x8x8", "3x8x8x8", "3x8x-8"])
+@pytest.mark.parametrize(
+    "shape", ["3x99999x99999", "999999999999x3x3", "\u00b2x3x3", "\u0663x8x8", "3x8x8x8", "3x8x-8"]
+)
 @pytest.mark.parametrize("command", [["info"], ["export", "run", "--out=x.pt"]], ids=["info", "export"])
 def test_images_that_nobody_has(command: list[str], shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -20,6 +20,7 @@ MOST_EPOCHS = 100_000  # forecasts walk through all of them
 MOST_THREADS = 1024  # the system has no room for many more, and OpenMP then ends the process without a word
 LONGEST_WAIT = 1e9  # seconds, which are 31 years
 LARGEST = 1e20  # of a rate or weight decay: what fp32 holds, with room for the growth of the batch
+RATE = f"be a positive number below {LARGEST:g}"
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -159,7 +160,7 @@ class TrainConfig:
             ("epochs", 1 <= self.epochs <= MOST_EPOCHS, f"be from 1 to {MOST_EPOCHS:,}"),
             ("fine-tune-epochs", 0 <= self.fine_tune_epochs <= MOST_EPOCHS, f"be from 0 to {MOST_EPOCHS:,}"),
             ("batch", self.batch >= 2, "be at least 2 (batch norm needs more than one image)"),
-            ("lr", 0 < self.lr < LARGEST, f"be a positive number below {LARGEST:g}"),
+            ("lr", 0 < self.lr < LARGEST, RATE),
             ("momentum", 0 <= self.momentum < 1, "be from 0 up to, but not including, 1"),
             ("weight-decay", 0 <= self.weight_decay < LARGEST, f"be 0 or more, and below {LARGEST:g}"),
             ("decay", 0 < self.decay < math.inf, "be a positive number"),
@@ -170,11 +171,7 @@ class TrainConfig:
             ("ema", self.ema is None or 0 <= self.ema < 1, "be from 0 up to, but not including, 1"),
             ("decay-at", all(0 < d <= 1 for d in self.decay_at), "be shares of the epochs, between 0 and 1"),
             ("penalty-ratio", 0 <= self.penalty_ratio < 1, "be from 0 up to, but not including, 1"),
-            (
-                "coefficient",
-                self.coefficient is None or 0 < self.coefficient < LARGEST,
-                f"be a positive number below {LARGEST:g}",
-            ),
+            ("coefficient", self.coefficient is None or 0 < self.coefficient < LARGEST, RATE),
             ("interval", 0 < (self.interval or 0) < math.inf, "be a positive number of epochs"),
             *(
                 (name, value is None or 0 < value < 1, "be a share of the dense network's, between 0 and 1")
@@ -212,7 +209,7 @@ class TrainConfig:
             ("workers", self.workers is None or 1 <= self.workers <= MOST_THREADS, f"be from 1 to {MOST_THREADS}"),
             ("cache-limit", self.cache_limit is None or self.cache_limit >= 0, "be a number of bytes, 0 or more"),
             ("threads", self.threads is None or 1 <= self.threads <= MOST_THREADS, f"be from 1 to {MOST_THREADS}"),
-            ("rank-timeout", 0 < self.rank_timeout < LONGEST_WAIT, f"be a positive number of seconds below {LONGEST_WAIT:g}"),
+            ("rank-timeout", 0 < self.rank_timeout < LONGEST_WAIT, f"be seconds, above 0 and below {LONGEST_WAIT:g}"),
             ("seed", -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits"),
         )
 

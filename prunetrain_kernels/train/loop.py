@@ -37,6 +37,7 @@ from prunetrain_kernels.train.layout import leave_channels_last
 from prunetrain_kernels.train.logged import TensorBoard, check_tensorboard
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.run_checkpoint import PREVIOUS, load_run, save_run, take_random_numbers, taking_up
+from prunetrain_kernels.train.run_lock import check_held
 from prunetrain_kernels.train.setup import Training
 from prunetrain_kernels.train.step import CapturedStep
 from prunetrain_kernels.train.stopping import StopRequest, name_of
@@ -642,6 +643,7 @@ def save(training: Training, progress: Progress) -> None:
     """Has the first rank write the checkpoint, which carries everything, and the log; the others wait."""
     within = state_within(training, progress)
     if training.ranks.first:
+        check_held(training.folder, training.say)
         write_checkpoint(training, progress, within)
         training.log.save()
     training.ranks.wait()

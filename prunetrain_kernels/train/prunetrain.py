@@ -112,10 +112,8 @@ class PruneTrain(PruningState):
         history: one entry per reconfiguration: epoch, seconds, max_abs_dy, train_flops, ...
         course: how the slices have moved so far, None without a lasso; `steering`: lambda's way to a target, or None.
         original: the dense network's channels that are left; `kept`, `removed` and `dense_layers` are its fields.
-        also: the networks inside the copies.
+        also: the networks inside the copies; `lock`: another thread holds it to run any of them (docs/checkpoints.md).
         graph, lasso: of the channels that the model has now.
-        lock: a `threading.RLock` that `reconfigure` and `load_pruned` hold while the model and its copies are in other
-            modes and shapes: another thread runs them inside `with prunetrain.lock:`. Nothing else takes it.
         flops, dense_flops: FLOPs per image, now and at first. Costs are information: where one cannot be counted it is
             NaN, `flops.unknown` says why, and all else goes on.
 
@@ -268,8 +266,7 @@ class PruneTrain(PruningState):
         """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it.
 
         All of it or nothing: whatever is raised, on whichever rank, the model, the copies, the optimizer, the learning
-        rates and this object are as they were, to the last bit, and training can go on. It holds `lock` meanwhile, and
-        waits for another thread that has it.
+        rates and this object are as they were, to the last bit, and training can go on. Holds `lock` meanwhile.
 
         Raises:
             RanksDifferError: on every rank, when they do not all keep the same channels, or not all of them succeed.
@@ -301,8 +298,7 @@ class PruneTrain(PruningState):
         Raises:
             CheckpointError: the state is of another network, or of a run that managed its batch otherwise.
         """
-        with self.lock:
-            load_state(self, state)
+        load_state(self, state)
         if self.batch is not None and not self.is_compiled:  # where a hook would have it compiled anew
             self.first_batch = FirstBatch(self.model, self.batch.size)
 

@@ -140,8 +140,8 @@ def what_differs(extra: dict[str, Any], versions: dict[str, str], *, ranks: int,
         )
     if processes is not None and processes != ranks:
         yield (
-            f"the run had {processes} process{'es' * (processes > 1)} and has {ranks} now: each makes another share of a "
-            "batch, so its results differ by rounding, and without --sync-batch-norm by the batches' statistics too, "
+            f"the run had {processes} process{'es' * (processes > 1)} and has {ranks} now: each makes another share of "
+            "a batch, so its results differ by rounding, and without --sync-batch-norm by the batches' statistics too, "
             "from those of a run that was never stopped"
         )
     if kind is not None and kind != device:

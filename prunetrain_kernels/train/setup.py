@@ -30,6 +30,7 @@ from prunetrain_kernels.data import (
 )
 from prunetrain_kernels.data.decode import cores
 from prunetrain_kernels.data.reader import CACHE_LIMIT
+from prunetrain_kernels.data.record import SPLITS
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.files import is_folder, is_there, reason, remove_leftovers
 from prunetrain_kernels.machine import processor
@@ -221,12 +222,8 @@ def training_of(
     ranks.agree("the checkpoints to go on from", -1 if saved is None else saved["extra"]["epoch"])
     say: Callable[[str], None] = tqdm.write if show and ranks.first else _say_nothing
     log = RunLog(Path(config.out))
-    data = ranks.all_or_none(lambda: one_after_the_other(ranks, lambda: load_data(config, device, say)))
-    batches = Batches(data, ranks.all_or_none(lambda: record_of(data)), config.seed, device, ranks)
-    contents = [batches.record[split]["contents"] for split in ("train", "val")]
-    whats = [{**batches.record[split], "contents": None} for split in ("train", "val")]
-    ranks.agree("the data", data.image_shape, json.dumps({**batches.record, "train": whats[0], "val": whats[1]}))
-    ranks.agree("the image files", *contents)
+    batches = batches_of(config, place, say)
+    data = batches.data
     if saved is not None:
         differs = what_differs(saved["extra"], saved.get("versions", {}), ranks=ranks.world, device=device.type)
         for line in filter(None, (saved["note"], *differs)):
@@ -259,6 +256,18 @@ def training_of(
         config, device, ranks, batches, model, ddp, sent, optimizer, rates, amp, scaler, average, example, prunetrain,
         step, watch, compilations, log, say,
     )  # fmt: skip
+
+
+def batches_of(config: TrainConfig, place: tuple[torch.device, Ranks], say: Callable[[str], None]) -> Batches:
+    """The data, once all ranks have read the same."""
+    device, ranks = place
+    data = ranks.all_or_none(lambda: one_after_the_other(ranks, lambda: load_data(config, device, say)))
+    record = ranks.all_or_none(lambda: record_of(data))
+    of_files = {split: record[split]["contents"] for split in SPLITS}
+    rest = {**record, **{split: {**record[split], "contents": None} for split in SPLITS}}
+    ranks.agree("the data", data.image_shape, json.dumps(rest))
+    ranks.agree("the image files", json.dumps(of_files))
+    return Batches(data, record, config.seed, device, ranks)
 
 
 def example_of(batches: Batches, *, channels_last: bool) -> tuple[Tensor, ...]:

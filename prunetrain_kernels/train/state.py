@@ -81,7 +81,7 @@ class PruningState:
         attachment: the `Attachment` whose hooks add the lasso, or None where the loop does.
         first_batch: watches for a batch of another size than the loaded one, until the first step after a resume.
         warned_of_layout: whether the user knows that channels_last has become unsafe.
-        lock: held by whoever rewrites the networks, or runs them otherwise than as they are; another thread that runs them takes it for each forward.
+        lock: held while the networks are rewritten; another thread that runs them takes it for each forward.
     """
 
     penalty_ratio: float

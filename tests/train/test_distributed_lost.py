@@ -91,10 +91,12 @@ def test_a_rank_killed_in_an_epoch_ends_the_job_which_resumes(tmp_path: Path, ne
     assert list(read_run(out).log.epoch) == [1, 2, 3]
 
 
-def _trained(rank: int, options: TrainConfig, resume: bool) -> None:
-    train(options, resume=resume, progress=False)
+def _both(rank: int, stopped: TrainConfig, undisturbed: TrainConfig) -> None:
+    train(stopped, resume=True, progress=False)
+    train(undisturbed, progress=False)
 
 
+@pytest.mark.slow  # torchrun and its ranks each import PyTorch: 20 seconds of CPU
 def test_sigterm_to_torchrun_saves_the_step_and_says_so_once(tmp_path: Path, nets: Path, on_ranks: OnRanks) -> None:
     """As a scheduler takes a job away: it ends with its step kept, and goes on to what it would have been."""
     options = config(tmp_path / "run", model="nets_for_ranks:Slow", epochs=2)
@@ -128,9 +130,7 @@ def test_sigterm_to_torchrun_saves_the_step_and_says_so_once(tmp_path: Path, net
     assert held["epoch"] < 2
     assert held["ranks"] == 2
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")] == []
-    assert on_ranks(2, _trained, options, True) == [None, None]
-    undisturbed = replace(options, out=str(tmp_path / "undisturbed"))
-    assert on_ranks(2, _trained, undisturbed, False) == [None, None]
+    assert on_ranks(2, _both, options, replace(options, out=str(tmp_path / "undisturbed"))) == [None, None]
     assert_same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 

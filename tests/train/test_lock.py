@@ -95,7 +95,7 @@ def test_a_thread_runs_the_average_during_fifty_reconfigurations() -> None:
 
 
 def test_who_holds_it_and_when(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Another thread gets the lock before and after a reconfiguration and a load, also where they fail; never inside."""
+    """Another thread gets the lock before and after a reconfiguration and a load, failed ones too; never inside."""
     model, optimizer, average, prunetrain = made(8)
 
     def free() -> bool:

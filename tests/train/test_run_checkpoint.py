@@ -72,7 +72,9 @@ def test_both_damaged_is_refused_with_the_reason_of_the_newest(whole: Path, tmp_
         newest(run)
 
 
-def test_other_threads_processes_devices_and_versions_are_said(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_threads_processes_devices_and_versions_are_said(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     payload = checkpoint_of(run)

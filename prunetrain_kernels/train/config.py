@@ -209,7 +209,7 @@ class TrainConfig:
             ("workers", self.workers is None or 1 <= self.workers <= MOST_THREADS, f"be from 1 to {MOST_THREADS}"),
             ("cache-limit", self.cache_limit is None or self.cache_limit >= 0, "be a number of bytes, 0 or more"),
             ("threads", self.threads is None or 1 <= self.threads <= MOST_THREADS, f"be from 1 to {MOST_THREADS}"),
-            ("rank-timeout", 0 < self.rank_timeout < LONGEST_WAIT, f"be seconds, above 0 and below {LONGEST_WAIT:g}"),
+            ("rank-timeout", 0 < self.rank_timeout < LONGEST_WAIT, f"be a positive number below {LONGEST_WAIT:g}"),
             ("seed", -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits"),
         )
 

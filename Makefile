@@ -8,7 +8,7 @@
 #   make sanitize  the native library's tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make headers   fetches PyTorch 2.11's headers (80 MB), against which tests/test_headers.py then compiles
 #   make torture  breaks checkpoints, reconfigurations and runs on purpose, hundreds of times (tests/torture)
-#   make zoo     the slow half of the zoo: more networks, thousands of random ones; writes docs/architectures.md
+#   make zoo     slow tests: more networks, thousands of random ones, a signal to torchrun; writes docs/architectures.md
 #   make docs    the documentation as a site, with the Python interface, in build/site
 #   make plots   all figures from the committed results, and docs/results.md; once per release
 #   make lint    format, lint and types alone
@@ -106,7 +106,7 @@ torture: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
 
 zoo: $(VENV)/installed-zoo
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow tests/zoo
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow tests/zoo tests/train
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q tests/zoo/test_properties.py
 	$(BIN)/python -m bench architectures
 

@@ -1,4 +1,4 @@
-"""`python -m prunetrain_kernels`: which paths operators take on this machine, and why."""
+"""`python -m prunetrain_kernels`: which paths operators take on this machine, and why; with arguments, `prunetrain`."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from prunetrain_kernels import __version__
+from prunetrain_kernels import __version__, cli
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops import cuda_native, launch, native
 
@@ -36,7 +36,9 @@ def lines() -> list[str]:
 
 
 def main() -> int:
-    """Prints `lines`; 2 for a setting that is wrong."""
+    """Prints `lines`, and returns 0, or 2 for a wrong setting; with arguments runs the command that they are."""
+    if sys.argv[1:]:
+        return cli.main()
     try:
         print("\n".join(lines()))
     except InputError as error:

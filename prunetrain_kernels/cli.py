@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import io
+import math
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -40,6 +42,7 @@ DATA_HELP = (
 )
 
 RANK, RANKS = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))  # by torchrun
+LARGEST_IMAGE = 2**28  # numbers in one, which are a gigabyte
 BROKEN_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE stopped
 
 
@@ -436,8 +439,8 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Prints a table of one or more run folders side by side, and draws them: FLOPs, channels, memory "
         "and batch, channel sparsity, accuracy, as PNG files and one HTML page that opens without a network.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; finished or still training")
-    parser.add_argument("--out", type=Path, help="folder for the report (default: FIRST_RUN/report)")
+    parser.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="a run folder; finished or still training")
+    parser.add_argument("--out", type=_path, help="folder for the report (default: FIRST_RUN/report)")
     parser.set_defaults(run=_report)
 
 
@@ -468,7 +471,7 @@ def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add(
         "--run",
         dest="run_folder",
-        type=Path,
+        type=_path,
         metavar="FOLDER",
         help="where a run that trains, or has ended, is going; no --model needed",
     )
@@ -483,8 +486,8 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "The file takes batches of any size; it is run against the network before it takes its place.",
         epilog="example: prunetrain export runs/digits --format onnx --out digits.onnx",
     )
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, or its checkpoint.pt")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file; replaced if it is there")
+    parser.add_argument("run_folder", type=_path, metavar="RUN", help="a run folder, or its checkpoint.pt")
+    parser.add_argument("--out", type=_path, required=True, metavar="FILE", help="the file; replaced if it is there")
     parser.add_argument(
         "--format",
         choices=tuple(FORMATS),
@@ -527,10 +530,19 @@ def _bytes(text: str) -> int:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+    shape = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text.lower())
+    if shape is None:
         raise argparse.ArgumentTypeError(f"'{text}' is no image shape such as 3x32x32")
-    return tuple(int(part) for part in parts)
+    sizes = tuple(int(part) for part in shape.groups())
+    if math.prod(sizes) > LARGEST_IMAGE:
+        raise argparse.ArgumentTypeError(f"'{text}' has more than {LARGEST_IMAGE:,} numbers; give a smaller image")
+    return sizes
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no name of a file or folder")
+    return Path(text)
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------

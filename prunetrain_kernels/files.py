@@ -27,7 +27,8 @@ def write_atomically(
 ) -> None:
     """Writes a file whole: under another name in the same folder, flushed to the disk, then renamed to `path`.
 
-    Whatever goes wrong, a file that was there stays as it was, and no other file is left.
+    Whatever goes wrong, a file that was there stays as it was, and no other file is left. What is no regular file, such
+    as /dev/null or a pipe, is never replaced.
 
     Args:
         path: the file; its folder must exist.
@@ -36,10 +37,14 @@ def write_atomically(
         previous: where the file goes that was at `path`, once the new one is complete; None to replace it.
 
     Raises:
-        PruneTrainError: an `error`, where the disk refuses (full, read-only, no such folder). Other exceptions of
-            `data` pass through.
+        PruneTrainError: an `error`, where the disk refuses (full, read-only, no such folder), or something that is no
+            regular file has the name. Other exceptions of `data` pass through.
     """
     path = Path(path)
+    if not path.name:
+        raise error(f"cannot write '{path}': that is no name of a file")
+    for name in filter(None, (path, previous)):
+        check_replaceable(name, error)
     aside = aside_of(path)
     try:
         with open(aside, "xb") as file:
@@ -68,6 +73,18 @@ def write_atomically(
     finally:
         _ASIDE.discard(aside.name)
     flush_folder(path.parent)
+
+
+def check_replaceable(path: Path, error: type[PruneTrainError] = InputError) -> None:
+    """Raises an `error` where something has the name that a file must not replace: a folder, a pipe, a device."""
+    try:
+        kind = "" if is_regular(path) else kind_of(path)
+    except (FileNotFoundError, NotADirectoryError):  # the latter has its sentence where the file is opened
+        return
+    except (OSError, ValueError) as failure:
+        raise error(f"cannot write {path}: {reason(failure)}") from failure
+    if kind:
+        raise error(f"cannot write {path}: it is {kind}, not a regular file")
 
 
 def flush_folder(folder: Path) -> None:
@@ -117,9 +134,29 @@ class _DiskErrors:
         return getattr(self._file, name)
 
 
-def reason(error: OSError) -> str:
-    """The system's message, such as "No space left on device"."""
-    return error.strerror or str(error)
+def reason(error: OSError | ValueError) -> str:
+    """The system's message, such as "No space left on device"; a ValueError is Python's, about a name."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a path leads to a folder. Raises InputError where nobody can know: no permission, too long a name."""
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether a path leads to anything. Raises InputError as `is_folder`."""
+    return _status(path) is not None
+
+
+def _status(path: str | Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read '{path}': {reason(error)}.") from error
 
 
 def is_regular(path: str | Path) -> bool:

@@ -18,7 +18,9 @@ from torch import nn
 from prunetrain_kernels import PruneTrain
 from prunetrain_kernels.cli import main
 from prunetrain_kernels.data import load, loaders
-from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.errors import CheckpointError, InputError
+from prunetrain_kernels.files import write_atomically
+from prunetrain_kernels.train import report
 from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.mini_batch import MiniBatch
 
@@ -128,7 +130,70 @@ def test_an_out_that_is_no_folder(out: str, tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-def test_names_that_are_no_utf8(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_never_replaces_what_is_no_file(
+    kind: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Renaming a file over /dev/null would take it from the whole machine."""
+    place = tmp_path / "there.pt"
+    put(place, kind)
+    before = os.lstat(place)
+    export = ["export", str(run), "--out", str(place)]
+    if kind == "link to nothing":
+        assert main(export) == 0
+        return
+    assert "there.pt: it is a" in refused(export, capsys)
+    for error in (InputError, CheckpointError):
+        for data in (b"x", lambda file: file.write(b"x")):
+            with pytest.raises(error, match=r"cannot write .*there\.pt: it is a"):
+                write_atomically(place, data, error)
+            with pytest.raises(error, match=r"cannot write .*there\.pt: it is a"):
+                write_atomically(tmp_path / "new.pt", data, error, previous=place)
+    now = os.lstat(place)
+    assert (now.st_ino, now.st_mode) == (before.st_ino, before.st_mode)
+    assert not (tmp_path / "new.pt").exists()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+LONG = "x" * 5000
+IN_A_RUN = {
+    "report": ["report", "{}"],
+    "report out": ["report", "RUN", "--out", "{}"],
+    "info": ["info", "--run", "{}"],
+    "export": ["export", "{}", "--out", "x.pt"],
+    "export out": ["export", "RUN", "--format", "torchscript", "--out", "{}"],
+    "train": ["train", "--data=synthetic:20x8x8", "--model=vgg7", "--device=cpu", "--out", "{}"],
+    "cache": ["train", "--data={}", "--model=vgg7", "--device=cpu", "--out", "new"],
+    "start": ["train", "--data=synthetic:20x32x32", "--model=vgg7", "--device=cpu", "--out=new", "--start-from={}"],
+}
+
+
+@pytest.mark.parametrize("name", [LONG, f"{LONG}/a", "file/a", "loop", "pipe"], ids=lambda name: name[-6:])
+@pytest.mark.parametrize("command", IN_A_RUN)
+def test_names_that_cannot_be_used(
+    command: str, name: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parent)
+    (run.parent / "file").write_bytes(b"mine")
+    (run.parent / "loop").symlink_to("loop")
+    os.mkfifo(run.parent / "pipe")
+    before = {path: os.lstat(path).st_ino for path in run.parent.rglob("*")}
+    refused([part.replace("{}", name).replace("RUN", str(run)) for part in IN_A_RUN[command]], capsys)
+    after = {path: os.lstat(path).st_ino for path in run.parent.rglob("*") if path.name not in ("new", "report")}
+    assert {path: number for path, number in after.items() if path in before} == before
+    assert all(path.is_dir() for path in after.keys() - before.keys())
+
+
+@pytest.mark.parametrize("command", [name for name in IN_A_RUN if name not in ("train", "cache", "start")])
+def test_an_empty_name(command: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([part.replace("{}", "").replace("RUN", str(run)) for part in IN_A_RUN[command]])
+    assert "'' is no name of a file or folder" in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf8(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pillow = pytest.importorskip("PIL.Image", reason="pip install pillow")
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     for split in ("train", "val"):
@@ -142,6 +207,8 @@ def test_names_that_are_no_utf8(finished: Path, tmp_path: Path, capsys: pytest.C
     assert main(options) == 0
     assert main([*options, "--resume", "--quiet"]) == 0
     assert main(["report", f"{odd}/run"]) == 0
+    monkeypatch.setattr(report, "FIGURES", ())
+    assert main(["report", f"{odd}/run", str(finished), "--out", f"{odd}/both"]) == 0
     capsys.readouterr()
     assert "is not a folder" not in refused(["train", f"--data={odd}/missing", f"--out={odd}/x"], capsys)
 
@@ -226,6 +293,16 @@ def test_images_of_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load(str(root), cache=tmp_path)
 
 
+@pytest.mark.parametrize("where", [os.fsdecode(b"caf\xe9"), "pipe", LONG])
+def test_a_folder_for_tensorboard(where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    os.mkfifo(tmp_path / "pipe")
+    options = ["train", "--model=vgg7", "--data=synthetic:20x32x32", "--device=cpu", f"--out={tmp_path}/run"]
+    said = refused([*options, f"--tensorboard={tmp_path}/{where}", "--quiet"], capsys)
+    assert "cannot write TensorBoard's files to" in said
+    assert list((tmp_path / "run").iterdir()) == [], "no run has begun"
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, list[Any]] = {
@@ -245,6 +322,42 @@ def test_every_option_of_another_kind_is_refused(field: Any) -> None:
         setattr(config, field.name, value)
         with pytest.raises(InputError, match=rf"--{field.name.replace('_', '-')} must be "):
             config.check()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"threads": 2**31 - 1},
+        {"threads": -1},
+        {"workers": 2**31 - 1, "augment": "resized-crop", "crop": 8},
+        {"epochs": 2**31 - 1},
+        {"fine_tune_epochs": 2**31 - 1},
+        {"lr": 1e308},
+        {"weight_decay": 1e308},
+        {"coefficient": 1e308},
+        {"decay": 1e308},
+        {"decay": 1e15, "decay_at": (0.1, 0.2)},
+        {"rank_timeout": 1e308},
+        {"cache": ""},
+        {"tensorboard": ""},
+        {"start_from": ""},
+    ],
+    ids=str,
+)
+def test_absurd_values(changes: dict[str, Any]) -> None:
+    name = next(iter(changes)).replace("_", "-")
+    with pytest.raises(InputError, match=rf"^--{name} "):
+        TrainConfig(**{"out": "run", **changes}).check()
+
+
+@pytest.mark.parametrize(
+    "shape", ["3x99999x99999", "999999999999x3x3", "\u00b2x3x3", "\u0663x8x8", "3x8x8x8", "3x8x-8"]
+)
+@pytest.mark.parametrize("command", [["info"], ["export", "run", "--out=x.pt"]], ids=["info", "export"])
+def test_images_that_nobody_has(command: list[str], shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, f"--input={shape}"])
+    assert "argument --input: '" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor
 from prunetrain_kernels.data.dataset import ImageData
 from prunetrain_kernels.data.decode import pillow_version
 from prunetrain_kernels.data.reader import ImageFiles
-from prunetrain_kernels.data.source import content_of
+from prunetrain_kernels.data.source import content_of, size_of
 
 HASHED_BYTES = 256 * 2**20  # of the pixels of one split, which takes half a second
 _HASHED_CHUNK = 16 * 2**20  # bytes of them at a time
@@ -40,7 +40,10 @@ def record_of(data: ImageData) -> Record:
         version that decoded the images, None where nothing was decoded; for each of `train` and `val`: `counts` of
         images per class, and digests of the `labels` in their order, of the `pixels`, and of the `files` (names, sizes)
         where pixels are too many to be read, None elsewhere. Of images that stay files, `pixels` is of their centres,
-        and the digest of the files always there.
+        the digest of the files always there, and `contents` one of their bytes, of evenly spaced ones of 256 MiB.
+
+    Raises:
+        InputError: a file cannot be read.
     """
     splits = {
         "train": (data.train_images, data.train_labels, data.files[0]),
@@ -58,6 +61,7 @@ def record_of(data: ImageData) -> Record:
                 "labels": _digest_of(labels),
                 "pixels": _digest_of_pixels(images),
                 "files": files if images.numel() > HASHED_BYTES or isinstance(images, ImageFiles) else None,
+                "contents": _digest_of_contents(images) if isinstance(images, ImageFiles) else None,
             }
             for split, (images, labels, files) in splits.items()
         },
@@ -65,23 +69,13 @@ def record_of(data: ImageData) -> Record:
 
 
 def digest_of_contents(data: ImageData) -> str:
-    """A digest of the bytes of image files that stay files, evenly spaced ones of some 256 MiB together.
-
-    The record has their names and sizes and the middles of the images. Of images in memory it has the pixels: "".
+    """A digest of the bytes of image files that stay files, as in their records. Of images in memory: "".
 
     Raises:
         InputError: a file cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for images in (data.train_images, data.val_images):
-        if isinstance(images, ImageFiles):
-            sizes = [Path(file).stat().st_size for file in images.files[:: max(1, len(images.files) // _SAMPLED)]]
-            used = min(len(images.files), max(1, int(HASHED_BYTES // max(1.0, sum(sizes) / len(sizes)))))
-            for row in (
-                torch.linspace(0, len(images.files) - 1, used, dtype=torch.float64, device="cpu").long().tolist()
-            ):
-                digest.update(content_of(Path(images.files[row])))
-    return digest.hexdigest()
+    splits = (data.train_images, data.val_images)
+    return "".join(_digest_of_contents(images) for images in splits if isinstance(images, ImageFiles))
 
 
 def difference_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -136,6 +130,9 @@ def _difference_of_splits(before: Mapping[str, Any], now: Mapping[str, Any]) -> 
             decoders = [record["pillow"] for record in (before, now)]
             by = f" (decoded by Pillow {decoders[0]} then, {decoders[1]} now)" if decoders[0] != decoders[1] else ""
             return f"the {called} images have other pixels{by}"
+        contents = [split.get("contents") for split in (old, new)]  # records of earlier versions have none
+        if None not in contents and contents[0] != contents[1]:
+            return f"the files of the {called} images have other contents"
     return None
 
 
@@ -153,6 +150,16 @@ def _difference_of_statistics(before: Mapping[str, Any], now: Mapping[str, Any])
 
 def _digest_of(tensor: Tensor) -> str:
     return hashlib.blake2b(tensor.cpu().contiguous().numpy().data, digest_size=16).hexdigest()
+
+
+def _digest_of_contents(images: ImageFiles) -> str:
+    """The digest of the bytes of evenly spaced files of 256 MiB together."""
+    sizes = [size_of(Path(file)) for file in images.files[:: max(1, len(images.files) // _SAMPLED)]]
+    used = min(len(images.files), max(1, int(HASHED_BYTES // max(1.0, sum(sizes) / len(sizes)))))
+    digest = hashlib.blake2b(digest_size=16)
+    for row in torch.linspace(0, len(images.files) - 1, used, dtype=torch.float64, device="cpu").long().tolist():
+        digest.update(content_of(Path(images.files[row])))
+    return digest.hexdigest()
 
 
 def _digest_of_pixels(images: Tensor | ImageFiles) -> str:

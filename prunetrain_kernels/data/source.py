@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,12 @@ def content_of(file: Path) -> bytes:
     """The bytes of a file; raises InputError where it cannot be read."""
     content: bytes = _reading(file, lambda: read_regular(file))
     return content
+
+
+def size_of(file: Path) -> int:
+    """The bytes that a file has; raises InputError where that cannot be known."""
+    status: os.stat_result = _reading(file, file.stat)
+    return status.st_size
 
 
 def check_regular_file(file: Path) -> None:

@@ -8,7 +8,7 @@ optimizers (`fits.py`), and only then the loading, which is undone whatever goes
 
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -205,7 +205,8 @@ def load_payload(
             raise CheckpointError(f"{origin} holds no PruneTrain state; it was saved without one.")
         getattr(prunetrain, "check_state_dict", _no_check)(payload["prunetrain"], origin)
 
-    with AllOrNothing([model, *(copy.module for copy in copies)], optimizers, copying=True) as change:
+    lock = getattr(prunetrain, "lock", None) or nullcontext()
+    with lock, AllOrNothing([model, *(copy.module for copy in copies)], optimizers, copying=True) as change:
         try:
             drop(optimizers, gone)
             built_with = holdings_of(optimizers, model).kept if optimizers else []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunetrain_kernels.errors import InputError, PruneTrainError
-from prunetrain_kernels.files import write_atomically
+from prunetrain_kernels.files import check_replaceable, is_folder, write_atomically
 from prunetrain_kernels.probe import difference, first_line, looking
 from prunetrain_kernels.prune.export import to_dense
 
@@ -98,14 +98,17 @@ def export_program(
 
 
 def _format_of(path: Path, format: str | None) -> str:
-    """The format to write; raises InputError if it is unknown, or the file has no folder."""
+    """The format to write; raises InputError if it is unknown, or there can be no such file."""
+    if not path.name:
+        raise InputError(f"'{path}' is no name of a file; give one such as network.onnx.")
     by_name = {ending: name for name, ending in FORMATS.items()}
     if format is None and path.suffix not in by_name:
         raise InputError(f"'{path}' does not say the format; let it end in {', '.join(by_name)}, or give the format.")
     if format is not None and format not in FORMATS:
         raise InputError(f"format '{format}' is not known; the formats are: {', '.join(FORMATS)}.")
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
+    check_replaceable(path)
     return format or by_name[path.suffix]
 
 

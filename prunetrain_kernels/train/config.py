@@ -16,6 +16,11 @@ from prunetrain_kernels.train.target import BY, interval_of
 
 AUGMENTATIONS = ("crop", "resized-crop")
 SCHEDULES = ("step", "cosine", "onecycle")
+MOST_EPOCHS = 100_000  # forecasts walk through all of them
+MOST_THREADS = 1024  # the system has no room for many more, and OpenMP then ends the process without a word
+LONGEST_WAIT = 1e9  # seconds, which are 31 years
+LARGEST = 1e20  # of a rate or weight decay: what fp32 holds, with room for the growth of the batch
+RATE = f"be a positive number below {LARGEST:g}"
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -143,18 +148,21 @@ class TrainConfig:
             largest = 2**63 if field.name in ("seed", "memory_budget", "cache_limit") else 2**31
             if kinds[0] == "int" and value >= largest:
                 raise InputError(f"--{field.name.replace('_', '-')} must be below {largest}, not {value}.")
-        if not self.out or any("\0" in str(value) for value in dataclasses.astuple(self)):
-            raise InputError(f"--out must name a folder, and no option may hold the character NUL, not {self.out!r}.")
+        if any("\0" in str(value) for value in dataclasses.astuple(self)):
+            raise InputError("no option may hold the character NUL, which no file's name can; leave it out.")
+        for name in ("out", "cache", "tensorboard", "start_from"):
+            if getattr(self, name) == "":
+                raise InputError(f"--{name.replace('_', '-')} must name a folder, not ''.")
 
     def _ranges(self) -> tuple[tuple[str, bool, str], ...]:
         """Each option that has a range: its name, whether it is in it, and what it must do."""
         return (
-            ("epochs", self.epochs >= 1, "be at least 1"),
-            ("fine-tune-epochs", self.fine_tune_epochs >= 0, "be 0 or more"),
+            ("epochs", 1 <= self.epochs <= MOST_EPOCHS, f"be from 1 to {MOST_EPOCHS:,}"),
+            ("fine-tune-epochs", 0 <= self.fine_tune_epochs <= MOST_EPOCHS, f"be from 0 to {MOST_EPOCHS:,}"),
             ("batch", self.batch >= 2, "be at least 2 (batch norm needs more than one image)"),
-            ("lr", 0 < self.lr < math.inf, "be a positive number"),
+            ("lr", 0 < self.lr < LARGEST, RATE),
             ("momentum", 0 <= self.momentum < 1, "be from 0 up to, but not including, 1"),
-            ("weight-decay", 0 <= self.weight_decay < math.inf, "be 0 or more"),
+            ("weight-decay", 0 <= self.weight_decay < LARGEST, f"be 0 or more, and below {LARGEST:g}"),
             ("decay", 0 < self.decay < math.inf, "be a positive number"),
             ("schedule", self.schedule in SCHEDULES, f"be one of {', '.join(SCHEDULES)}"),
             ("warmup", 0 <= self.warmup < max(self.epochs, 1), "be 0 or more, and fewer than the --epochs"),
@@ -163,7 +171,7 @@ class TrainConfig:
             ("ema", self.ema is None or 0 <= self.ema < 1, "be from 0 up to, but not including, 1"),
             ("decay-at", all(0 < d <= 1 for d in self.decay_at), "be shares of the epochs, between 0 and 1"),
             ("penalty-ratio", 0 <= self.penalty_ratio < 1, "be from 0 up to, but not including, 1"),
-            ("coefficient", self.coefficient is None or 0 < self.coefficient < math.inf, "be a positive number"),
+            ("coefficient", self.coefficient is None or 0 < self.coefficient < LARGEST, RATE),
             ("interval", 0 < (self.interval or 0) < math.inf, "be a positive number of epochs"),
             *(
                 (name, value is None or 0 < value < 1, "be a share of the dense network's, between 0 and 1")
@@ -198,10 +206,10 @@ class TrainConfig:
                 f"be an epoch of the run, 1 to {self.epochs}",
             ),
             ("augment", self.augment in AUGMENTATIONS, f"be one of {', '.join(AUGMENTATIONS)}"),
-            ("workers", self.workers is None or self.workers >= 1, "be at least 1"),
+            ("workers", self.workers is None or 1 <= self.workers <= MOST_THREADS, f"be from 1 to {MOST_THREADS}"),
             ("cache-limit", self.cache_limit is None or self.cache_limit >= 0, "be a number of bytes, 0 or more"),
-            ("threads", self.threads is None or self.threads >= 1, "be at least 1"),
-            ("rank-timeout", 0 < self.rank_timeout < math.inf, "be a positive number of seconds"),
+            ("threads", self.threads is None or 1 <= self.threads <= MOST_THREADS, f"be from 1 to {MOST_THREADS}"),
+            ("rank-timeout", 0 < self.rank_timeout < LONGEST_WAIT, f"be a positive number below {LONGEST_WAIT:g}"),
             ("seed", -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits"),
         )
 
@@ -238,6 +246,9 @@ class TrainConfig:
             and self.warmup >= round(self.epochs * min(self.decay_at, default=1))
         ):
             raise InputError(f"--warmup {self.warmup} ends after the first decay (--decay-at); make it shorter.")
+        growth = len(self.decay_at) * math.log(max(1.0, self.decay)) if self.schedule == "step" else 0.0
+        if math.log(self.lr) + growth >= math.log(LARGEST):
+            raise InputError(f"--decay {self.decay} makes the learning rate grow beyond {LARGEST:g}; give one below 1.")
         if self.batch % self.accumulate:
             raise InputError(f"--batch {self.batch} cannot be cut into {self.accumulate} equal parts (--accumulate).")
         if self.fuse and self.sync_batch_norm:

@@ -78,7 +78,7 @@ class TensorBoard:
 
         try:
             self._writer = SummaryWriter(str(directory), purge_step=after + 1 if after else None)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a ValueError: its name is no UTF-8
             raise InputError(f"cannot write TensorBoard's files to {directory}: {reason(error)}") from error
 
     def add(self, row: Mapping[str, Any], epoch: int) -> None:

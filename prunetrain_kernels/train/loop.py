@@ -37,6 +37,7 @@ from prunetrain_kernels.train.layout import leave_channels_last
 from prunetrain_kernels.train.logged import TensorBoard, check_tensorboard
 from prunetrain_kernels.train.prune_report import PruneReport
 from prunetrain_kernels.train.run_checkpoint import PREVIOUS, load_run, save_run, take_random_numbers, taking_up
+from prunetrain_kernels.train.run_lock import check_held
 from prunetrain_kernels.train.setup import Training
 from prunetrain_kernels.train.step import CapturedStep
 from prunetrain_kernels.train.stopping import StopRequest, name_of
@@ -181,8 +182,11 @@ def begin(
     if saved is not None:
         with taking_up(training.checkpoint):
             progress = restore(training, stop)
+        progress.board = board_of(training, after=progress.epoch)
     else:
+        board = board_of(training)  # before the folder's first file: it may not be writable
         progress = begin_anew(training, None if start is None else start["model"], stop)
+        progress.board = board
     if training.ranks.first:
         training.log.save()
     images = len(training.data.train_labels)
@@ -194,8 +198,6 @@ def begin(
         disable=None if show and training.ranks.first else True,
         dynamic_ncols=True,
     )
-    if config.tensorboard is not None and training.ranks.first:
-        progress.board = TensorBoard(Path(config.tensorboard), after=progress.epoch)
     if progress.costs.unknown:
         training.say(f"costs that stay unknown, here and in the log: {progress.costs.unknown}")
     if saved is not None:
@@ -203,6 +205,12 @@ def begin(
         training.say(f"resuming after epoch {progress.epoch} of {training.total_epochs}{step}")
     progress.mark = time.perf_counter()
     return training, progress
+
+
+def board_of(training: Training, *, after: int = 0) -> TensorBoard:
+    """TensorBoard's files, in the first process and if they are asked for; `after` so many epochs."""
+    folder = training.config.tensorboard
+    return TensorBoard(None if folder is None or not training.ranks.first else Path(folder), after)
 
 
 def begin_anew(training: Training, start: dict[str, Tensor] | None, stop: StopRequest) -> Progress:
@@ -635,6 +643,7 @@ def save(training: Training, progress: Progress) -> None:
     """Has the first rank write the checkpoint, which carries everything, and the log; the others wait."""
     within = state_within(training, progress)
     if training.ranks.first:
+        check_held(training.folder, training.say)
         write_checkpoint(training, progress, within)
         training.log.save()
     training.ranks.wait()
@@ -655,6 +664,8 @@ def write_checkpoint(training: Training, progress: Progress, within: dict[str, A
         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         config=json.dumps(asdict(training.config)),
         data=training.batches.record,
+        ranks=training.ranks.world,
+        device=device.type,
     )
 
 

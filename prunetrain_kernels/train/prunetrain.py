@@ -112,7 +112,7 @@ class PruneTrain(PruningState):
         history: one entry per reconfiguration: epoch, seconds, max_abs_dy, train_flops, ...
         course: how the slices have moved so far, None without a lasso; `steering`: lambda's way to a target, or None.
         original: the dense network's channels that are left; `kept`, `removed` and `dense_layers` are its fields.
-        also: the networks inside the copies.
+        also: the networks inside the copies; `lock`: another thread holds it to run any of them (docs/checkpoints.md).
         graph, lasso: of the channels that the model has now.
         flops, dense_flops: FLOPs per image, now and at first. Costs are information: where one cannot be counted it is
             NaN, `flops.unknown` says why, and all else goes on.
@@ -266,14 +266,14 @@ class PruneTrain(PruningState):
         """Prunes now what is sparse now, in model and optimizer; grows the mini-batch if PruneTrain manages it.
 
         All of it or nothing: whatever is raised, on whichever rank, the model, the copies, the optimizer, the learning
-        rates and this object are as they were, to the last bit, and training can go on.
+        rates and this object are as they were, to the last bit, and training can go on. Holds `lock` meanwhile.
 
         Raises:
             RanksDifferError: on every rank, when they do not all keep the same channels, or not all of them succeed.
             ZeroingError: setting the sparse slices to zero moves the output by more than `zeroing_tolerance`.
             PruneTrainError: the pruned network computes something else.
         """
-        with Everything(self) as change:
+        with self.lock, Everything(self) as change:
             outcome = carry_out(self, change)
             self.present, self.warned_of_layout = outcome.present, outcome.warned_of_layout
             if self.steering is not None and outcome.met is not None:

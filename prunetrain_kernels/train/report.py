@@ -79,7 +79,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
             write_atomically(path, png.getvalue())
             sections.append(_section(title, caption, png.getvalue()))
     page = out / "index.html"
-    write_atomically(page, _page(lines, sections).encode())
+    write_atomically(page, _page(lines, sections).encode(errors="backslashreplace"))  # names that are no UTF-8
     return page
 
 

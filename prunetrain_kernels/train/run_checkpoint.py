@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunetrain_kernels.errors import CheckpointError, PruneTrainError
+from prunetrain_kernels.files import is_folder, is_there
 from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.checkpoint import HasState, load_payload, payload_of, read_checkpoint, write_payload
 from prunetrain_kernels.prune.schema import Place, alike, flag, listed, mapping, number, plain, tensor, text, whole
@@ -49,7 +50,7 @@ def save_run(
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run folder holds a checkpoint, of whichever generation."""
-    return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
+    return any(is_there(folder / name) for name in (CHECKPOINT, PREVIOUS))
 
 
 def newest(path: Path) -> tuple[Path, dict[str, Any], str]:
@@ -61,12 +62,12 @@ def newest(path: Path) -> tuple[Path, dict[str, Any], str]:
     Raises:
         CheckpointError: none can be read; the message is about the newest.
     """
-    path = path / CHECKPOINT if path.is_dir() else path
+    path = path / CHECKPOINT if is_folder(path) else path
     previous = path.with_name(PREVIOUS)
     try:
         return path, read_run(path), ""
     except CheckpointError as error:
-        if path.name != CHECKPOINT or not previous.exists():
+        if path.name != CHECKPOINT or not is_there(previous):
             raise
         failed = error
     try:
@@ -125,14 +126,26 @@ def _of_kind(value: Any, default: Any) -> bool:
     return default is None or any(isinstance(default, a) and isinstance(value, b) for a, b in kinds)
 
 
-def what_differs(extra: dict[str, Any], versions: dict[str, str]) -> Iterator[str]:
-    """Lines on what changes a resumed run's results by rounding: threads, versions. Older files tell neither."""
-    threads = extra.get("threads")
+def what_differs(extra: dict[str, Any], versions: dict[str, str], *, ranks: int, device: str) -> Iterator[str]:
+    """Lines on what changes a resumed run's results: threads, processes, device, versions. Older files tell none.
+
+    Args:
+        ranks, device: the number of processes and the kind of device, such as "cpu", that it has now.
+    """
+    threads, processes, kind = (extra.get(name) for name in ("threads", "ranks", "device"))
     if threads is not None and threads != torch.get_num_threads():
         yield (
             f"the run had {threads} threads and has {torch.get_num_threads()} now: sums in another order, so its "
             f"results differ by rounding from those of a run that was never stopped (--threads {threads})"
         )
+    if processes is not None and processes != ranks:
+        yield (
+            f"the run had {processes} process{'es' * (processes > 1)} and has {ranks} now: each makes another share of "
+            "a batch, so its results differ by rounding, and without --sync-batch-norm by the batches' statistics too, "
+            "from those of a run that was never stopped"
+        )
+    if kind is not None and kind != device:
+        yield f"the run was on {kind} and is on {device} now: its results differ by rounding"
     for name, now in (("torch", str(torch.__version__)), ("prunetrain_kernels", VERSION)):
         if versions.get(name, now) != now:
             yield f"the run had {name} {versions[name]} and has {now} now: its results may differ by rounding"
@@ -165,8 +178,11 @@ def _check_extra(extra: dict[str, Any], place: Place) -> None:
         mapping(extra["data"], place["data"])
     if extra.get("within") is not None:
         _check_within(extra["within"], place["within"])
-    if extra.get("threads") is not None:
-        whole(extra["threads"], place["threads"], least=1)
+    for name in ("threads", "ranks"):
+        if extra.get(name) is not None:
+            whole(extra[name], place[name], least=1)
+    if extra.get("device") is not None:
+        text(extra["device"], place["device"])
 
 
 def _check_within(within: Any, place: Place) -> None:

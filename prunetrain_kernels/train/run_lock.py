@@ -12,14 +12,16 @@ import errno
 import json
 import os
 import shlex
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunetrain_kernels.errors import InputError
-from prunetrain_kernels.files import host, lives, reason
+from prunetrain_kernels.files import host, is_folder, kind_of, lives, reason
 
 try:
     import fcntl
@@ -29,6 +31,8 @@ except ImportError:  # not on Windows
 LOCK = ".run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _LONGEST_COMMAND = 300  # characters
+# A pipe is opened without waiting for its other end, and a link to somebody's file is not written through.
+_CAREFULLY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
 _PATIENCE = 1.0  # seconds until whoever has just locked the file has written its name
 
 
@@ -48,24 +52,70 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         raise InputError(f"--out {folder} is a file, not a folder; give another --out.") from None
     except OSError as error:
         raise InputError(f"cannot make the run folder {folder}: {reason(error)}.") from error
-    try:
-        descriptor = _taken(folder, say)
-    except OSError as error:
-        raise InputError(f"the run folder '{folder}' cannot be used: {reason(error)}.") from error
+    with _usable(folder):
+        hold = _Hold(_taken(folder, say), folder.stat().st_ino)
+    _HELD[str(folder)] = hold
     try:
         yield
     finally:
+        _HELD.pop(str(folder), None)
         with contextlib.suppress(OSError):  # while it is still held: nobody can hold a file that has no name
-            (folder / LOCK).unlink()
-        os.close(descriptor)
+            if _is_still(folder / LOCK, hold.descriptor):
+                (folder / LOCK).unlink()
+        os.close(hold.descriptor)
+
+
+def check_held(folder: Path, say: Callable[[str], None]) -> None:
+    """Before something is written into a run folder: that it is still the one which this process holds, if it does.
+
+    Only the lock's file having gone, it is taken anew.
+
+    Raises:
+        InputError: the folder has been removed or replaced, or another process has taken it since.
+    """
+    hold = _HELD.get(str(folder))
+    if hold is None:
+        return
+    with _usable(folder):
+        if not is_folder(folder) or folder.stat().st_ino != hold.inode:
+            raise InputError(
+                f"the run folder '{folder}' was removed or replaced while its run trained, and the checkpoint with it; "
+                "start anew, in a folder that stays."
+            )
+        if not _is_still(folder / LOCK, hold.descriptor):
+            before, hold.descriptor = hold.descriptor, _taken(folder, say)
+            os.close(before)
+
+
+@dataclass
+class _Hold:
+    """The open lock file of a run folder, and the folder's inode."""
+
+    descriptor: int
+    inode: int
+
+
+_HELD: dict[str, _Hold] = {}  # by this process
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"the run folder '{folder}' cannot be used: {reason(error)}.") from error
 
 
 def _taken(folder: Path, say: Callable[[str], None]) -> int:
     """The open lock file, once it is this process's."""
     path = folder / LOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _CAREFULLY, 0o644)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InputError(
+                    f"'{path}', which says who uses the folder, is {kind_of(path)}, not a file; remove it."
+                )
             why_not = _flock(descriptor)
             if why_not is not None:
                 say(
@@ -119,12 +169,17 @@ def _holder_in(descriptor: int) -> dict[str, Any]:
         holder = json.loads(os.pread(descriptor, 65536, 0))
         return {
             "pid": int(holder["pid"]),
-            "host": str(holder["host"]),
+            "host": _printable(holder["host"]),
             "since": float(holder["since"]),
-            "command": str(holder["command"]),
+            "command": _printable(holder["command"]),
         }
-    except (ValueError, TypeError, KeyError, OverflowError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return {}
+
+
+def _printable(text: Any) -> str:
+    """What stands in the file, as a part of one line."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:_LONGEST_COMMAND])
 
 
 def _patiently(descriptor: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from prunetrain_kernels.errors import CheckpointError, InputError
-from prunetrain_kernels.files import read_regular, reason, write_atomically
+from prunetrain_kernels.files import is_folder, is_there, read_regular, reason, write_atomically
 from prunetrain_kernels.probe import first_line
 
 if TYPE_CHECKING:
@@ -272,10 +272,10 @@ def read_run(directory: Path) -> Run:
     except ImportError as error:
         raise InputError(f"reading runs needs pandas ({error}): pip install 'prunetrain-kernels[demo]'") from error
     directory = Path(directory)
-    if not directory.is_dir():
-        what = "is a file, not a run folder" if directory.exists() else "does not exist"
+    if not is_folder(directory):
+        what = "is a file, not a run folder" if is_there(directory) else "does not exist"
         raise InputError(f"{directory} {what}; name the folder that `prunetrain train` wrote")
-    missing = [name for name in ("config.json", "log.csv") if not (directory / name).exists()]
+    missing = [name for name in ("config.json", "log.csv") if not is_there(directory / name)]
     if missing == ["log.csv"]:
         raise InputError(f"{directory} has no log.csv yet: its run has not finished an epoch")
     if missing:
@@ -289,7 +289,7 @@ def read_run(directory: Path) -> Run:
         channels=pd.DataFrame(_read_channels(directory / "channels.csv")),
         slices=slices,
         slice_epochs=slice_epochs,
-        summary=_read_json(directory / "summary.json") if (directory / "summary.json").exists() else None,
+        summary=_read_json(directory / "summary.json") if is_there(directory / "summary.json") else None,
     )
 
 
@@ -307,7 +307,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, Any]:
     """{column: list or array}; an absent file is an empty table."""
-    if not path.exists() and path.name != "log.csv":
+    if not is_there(path) and path.name != "log.csv":
         return {column: [] for column in columns}
     try:
         text = read_regular(path).decode("utf-8")
@@ -364,7 +364,7 @@ def _numbers(path: Path, column: str, cells: list[str]) -> np.ndarray:
 
 
 def _read_slices(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    if not path.exists():
+    if not is_there(path):
         return {}, np.empty(0)
     try:
         packed = read_regular(path)

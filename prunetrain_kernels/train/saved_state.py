@@ -46,7 +46,7 @@ def load_state(state: PruningState, saved: dict[str, Any]) -> None:
             otherwise; nothing has been taken up then.
     """
     check_state(state, saved, "the PruneTrain state")
-    with Everything(state) as change:
+    with state.lock, Everything(state) as change:
         _take_up(state, saved)
         change.done = True
     forget_compiled()

@@ -24,15 +24,15 @@ from prunetrain_kernels.data import (
     ResizedCrop,
     batch,
     difference_of_data,
-    digest_of_contents,
     load,
     read_ahead,
     record_of,
 )
 from prunetrain_kernels.data.decode import cores
 from prunetrain_kernels.data.reader import CACHE_LIMIT
+from prunetrain_kernels.data.record import SPLITS
 from prunetrain_kernels.errors import CheckpointError, InputError
-from prunetrain_kernels.files import remove_leftovers
+from prunetrain_kernels.files import is_folder, is_there, reason, remove_leftovers
 from prunetrain_kernels.machine import processor
 from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import synchronize_batch_norm
@@ -222,10 +222,12 @@ def training_of(
     ranks.agree("the checkpoints to go on from", -1 if saved is None else saved["extra"]["epoch"])
     say: Callable[[str], None] = tqdm.write if show and ranks.first else _say_nothing
     log = RunLog(Path(config.out))
-    data = ranks.all_or_none(lambda: one_after_the_other(ranks, lambda: load_data(config, device, say)))
-    batches = Batches(data, record_of(data), config.seed, device, ranks)
-    ranks.agree("the data", data.image_shape, json.dumps(batches.record))
-    ranks.agree("the image files", ranks.all_or_none(lambda: digest_of_contents(data)) if ranks.world > 1 else "")
+    batches = batches_of(config, place, say)
+    data = batches.data
+    if saved is not None:
+        differs = what_differs(saved["extra"], saved.get("versions", {}), ranks=ranks.world, device=device.type)
+        for line in filter(None, (saved["note"], *differs)):
+            say(line)
     compare_data(config, batches.record, saved, start, say)
     model = build_model(config, data, device, ranks)
     optimizer = optimizer_of(config, model)
@@ -254,6 +256,18 @@ def training_of(
         config, device, ranks, batches, model, ddp, sent, optimizer, rates, amp, scaler, average, example, prunetrain,
         step, watch, compilations, log, say,
     )  # fmt: skip
+
+
+def batches_of(config: TrainConfig, place: tuple[torch.device, Ranks], say: Callable[[str], None]) -> Batches:
+    """The data, once all ranks have read the same."""
+    device, ranks = place
+    data = ranks.all_or_none(lambda: one_after_the_other(ranks, lambda: load_data(config, device, say)))
+    record = ranks.all_or_none(lambda: record_of(data))
+    of_files = {split: record[split]["contents"] for split in SPLITS}
+    rest = {**record, **{split: {**record[split], "contents": None} for split in SPLITS}}
+    ranks.agree("the data", data.image_shape, json.dumps(rest))
+    ranks.agree("the image files", json.dumps(of_files))
+    return Batches(data, record, config.seed, device, ranks)
 
 
 def example_of(batches: Batches, *, channels_last: bool) -> tuple[Tensor, ...]:
@@ -324,12 +338,12 @@ def saved_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str
     folder = Path(config.out)
     try:
         has_one = has_checkpoint(folder)
-        if not (resume or overwrite) and (has_one or (folder / "config.json").exists()):
+        if not (resume or overwrite) and (has_one or is_there(folder / "config.json")):
             raise InputError(f"'{folder}' holds a run already; add --resume to go on, --overwrite to replace it.")
-        if folder.is_dir():
+        if is_folder(folder):
             remove_leftovers(folder, RUN_FILES)
     except OSError as error:
-        raise InputError(f"the run folder '{folder}' cannot be used: {error.strerror or error}.") from error
+        raise InputError(f"the run folder '{folder}' cannot be used: {reason(error)}.") from error
     if overwrite or not has_one:
         return None
     checkpoint, saved, note = newest(folder)
@@ -402,10 +416,6 @@ def compare_data(
     say: Callable[[str], None],
 ) -> None:
     """Refuses data that are not those of the run that goes on, or that this one starts from; says what else differs."""
-    if saved is not None:
-        for line in (saved["note"], *what_differs(saved["extra"], saved.get("versions", {}))):
-            if line:
-                say(line)
     known = [check_same_data(config, saved, record)] if saved is not None else []
     known += [check_start_data(config, start, record)] if start is not None else []
     if not all(known):
@@ -568,7 +578,7 @@ def dense_start(config: TrainConfig) -> dict[str, Any]:
     """The checkpoint of the dense network that `config.start_from` names."""
     assert config.start_from is not None
     path = Path(config.start_from)
-    if path.is_dir():
+    if is_folder(path):
         path = path / CHECKPOINT
     if path.parent.resolve() == Path(config.out).resolve():
         raise InputError(f"--start-from {config.start_from} is the run folder itself; choose another --out.")

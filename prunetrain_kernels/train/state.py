@@ -6,6 +6,7 @@ these functions as its methods.
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,6 +81,7 @@ class PruningState:
         attachment: the `Attachment` whose hooks add the lasso, or None where the loop does.
         first_batch: watches for a batch of another size than the loaded one, until the first step after a resume.
         warned_of_layout: whether the user knows that channels_last has become unsafe.
+        lock: held while the networks are rewritten; another thread that runs them takes it for each forward.
     """
 
     penalty_ratio: float
@@ -113,10 +115,17 @@ class PruningState:
         self.warned_of_layout = False
         self.attachment: Any = None
         self.first_batch: FirstBatch | None = None
+        self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hooks and the log, which are the original's: a copy is attached by itself."""
-        return {**vars(self), "attachment": None, "log": None, "first_batch": None}
+        """Without the hooks, the log and the lock, which are the original's: a copy is attached by itself."""
+        without = {**vars(self), "attachment": None, "log": None, "first_batch": None}
+        del without["lock"]
+        return without
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.lock = threading.RLock()
 
     def __repr__(self) -> str:
         """One line: how far the training is, and what is left of the network."""
@@ -271,7 +280,7 @@ class PruningState:
     def _would_meet_target(self, epochs: float) -> bool:
         """Whether the network would meet the target, if it lost now what is sparse."""
         assert self.steering is not None
-        with eagerly(self.model):
+        with self.lock, eagerly(self.model):
             keep = self.graph.keep(
                 self.model,
                 threshold=self.threshold,

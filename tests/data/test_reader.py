@@ -470,5 +470,10 @@ def test_the_record_holds_names_and_sizes_however_few_the_files(folder: Path, tm
         difference = difference_of_data(first, record_of(read(root)))
         assert difference is not None
         assert difference.startswith(f"the {called} images have other pixels")
+        file.write_bytes(before[:15] + bytes([before[15] ^ 1]) + before[16:])  # dots per inch: the pixels are as before
+        says = f"the files of the {called} images have other contents"
+        assert difference_of_data(first, record_of(read(root))) == says
+        older = {**first, split: {name: value for name, value in first[split].items() if name != "contents"}}
+        assert difference_of_data(older, record_of(read(root))) is None
         file.write_bytes(before)
     assert difference_of_data(first, record_of(read(root))) is None

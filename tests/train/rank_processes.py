@@ -21,7 +21,7 @@ from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.loop import train
 
 NETS = '''
-import itertools, os, signal
+import itertools, os, pathlib, signal, time
 import torch
 from torch import nn
 
@@ -56,6 +56,18 @@ class Net(nn.Module):
 
 def drops(num_classes=10, in_channels=3):
     return Net(num_classes, in_channels, 0.2)
+
+
+class Slow(Net):
+    """Tells a folder of every step that it is in, and takes its time, where the environment names that folder."""
+
+    steps = itertools.count(1)
+
+    def forward(self, x):
+        if self.training and type(x) is torch.Tensor and "SLOW" in os.environ:
+            pathlib.Path(os.environ["SLOW"], f"{os.environ['RANK']}-{next(self.steps)}").touch()
+            time.sleep(0.2)
+        return super().forward(x)
 
 
 class Dies(Net):

@@ -1,22 +1,28 @@
 """A rank that is killed, or does not answer, ends the job with one sentence, and the run goes on later."""
 
 import os
+import re
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import TORCHRUN, OnRanks, nets, on_ranks  # noqa: F401  (fixtures among them)
+from image_runs import command
+from rank_processes import TORCHRUN, OnRanks, config, nets, on_ranks  # noqa: F401  (fixtures among them)
+from whole_runs import assert_same_run, checkpoint_of
 
 from prunetrain_kernels.cli import main
 from prunetrain_kernels.errors import CheckpointError, RankLostError
 from prunetrain_kernels.train import loop
+from prunetrain_kernels.train.config import TrainConfig
 from prunetrain_kernels.train.distributed import (
     Ranks,
     answering,
 )
+from prunetrain_kernels.train.loop import train
 from prunetrain_kernels.train.run_log import read_run
 from prunetrain_kernels.train.stopping import heeding_signals
 
@@ -83,6 +89,49 @@ def test_a_rank_killed_in_an_epoch_ends_the_job_which_resumes(tmp_path: Path, ne
     assert read_run(out).summary is None
     assert main([*options, "--resume", "--quiet"]) == 0
     assert list(read_run(out).log.epoch) == [1, 2, 3]
+
+
+def _both(rank: int, stopped: TrainConfig, undisturbed: TrainConfig) -> None:
+    train(stopped, resume=True, progress=False)
+    train(undisturbed, progress=False)
+
+
+@pytest.mark.slow  # torchrun and its ranks each import PyTorch: 20 seconds of CPU
+def test_sigterm_to_torchrun_saves_the_step_and_says_so_once(tmp_path: Path, nets: Path, on_ranks: OnRanks) -> None:
+    """As a scheduler takes a job away: it ends with its step kept, and goes on to what it would have been."""
+    options = config(tmp_path / "run", model="nets_for_ranks:Slow", epochs=2)
+    (tmp_path / "steps").mkdir()
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(nets), str(Path(loop.__file__).parents[2])]),
+        "OMP_NUM_THREADS": "1", "SLOW": str(tmp_path / "steps"),
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [*TORCHRUN, "-m", "prunetrain_kernels", *command(options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    while not (tmp_path / "run" / "log.csv").exists() or len(list((tmp_path / "steps").iterdir())) < 6:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    lines = [line for line in said.splitlines() if line.startswith("prunetrain:") and "warning" not in line]
+    assert len(lines) == 1, said
+    assert re.fullmatch(
+        r"prunetrain: stopped by SIGTERM after step \d of epoch \d, which '.*/run/checkpoint.pt' holds; go on with: "
+        r"prunetrain train .* --resume \(by torchrun, as before\)",
+        lines[0],
+    )
+    assert "Traceback" not in said.split(lines[0])[0]
+    held = checkpoint_of(tmp_path / "run")["extra"]
+    assert held["epoch"] < 2
+    assert held["ranks"] == 2
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")] == []
+    assert on_ranks(2, _both, options, replace(options, out=str(tmp_path / "undisturbed"))) == [None, None]
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
 def _waits(ready: Path, said: Path) -> None:

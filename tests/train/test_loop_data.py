@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from image_runs import command, nets, short_run, write_image  # noqa: F401  (a fixture among them)
@@ -102,6 +104,10 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "validation image replaced": (
         lambda root: write_image(root / "val/a/0.bmp", 7),
         "the validation images have other",
+    ),
+    "copies added": (
+        lambda root: [shutil.copy(root / "train/a/0.bmp", root / f"train/a/copy{i}.bmp") for i in range(8)],
+        "class 'a' had 6 training images and has 14",
     ),
     "another order": (lambda root: (root / "train/a/0.bmp").rename(root / "train/a/7.bmp"), "other pixels"),
 }
@@ -240,6 +246,65 @@ def test_an_edited_parquet_file_is_refused(
     with pytest.raises(CheckpointError, match=says):
         train(config, resume=True, progress=False)
     write_parquet(tmp_path / "data", [0, 1] * 4)
+    train(config, resume=True, progress=False)
+
+
+def write_cifar(folder: Path, labels: list[int], pixels: np.ndarray) -> None:
+    """The files of CIFAR-10, with `labels` and (images, 3072) `pixels` in each batch."""
+    folder.mkdir(exist_ok=True)
+    batch = {"data": pixels, "labels": labels}
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("ab")}))
+
+
+def one_pixel(pixels: np.ndarray) -> np.ndarray:
+    changed = pixels.copy()
+    changed[1, 77] ^= 1
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("labels", "change", "says"),
+    [
+        ([0, 0, 1, 0], np.copy, "class 'a' had 10 training images and has 15"),
+        ([1, 0, 1, 0], np.copy, "the training images have other labels, or another order"),
+        ([0, 1, 0], lambda pixels: pixels[:3], "class 'b' had 10 training images and has 5"),
+        ([0, 1, 0, 1, 1], lambda pixels: pixels[[0, 1, 2, 3, 3]], "class 'b' had 10 training images and has 15"),
+        ([0, 1, 0, 1], one_pixel, "the training images have other pixels"),
+    ],
+    ids=["moved", "swapped", "removed", "copied", "one pixel"],
+)
+def test_an_edited_cifar_archive_is_refused(
+    labels: list[int], change: Callable[[Any], Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    write_cifar(folder, [0, 1, 0, 1], pixels)
+    config = short_run(tmp_path / "run", str(folder))
+    killed_after_one_epoch(config, monkeypatch)
+    write_cifar(folder, labels, change(pixels))
+    before = content(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=says):
+        train(config, resume=True, progress=False)
+    assert content(tmp_path / "run") == before
+    write_cifar(folder, [0, 1, 0, 1], pixels)
+    train(config, resume=True, progress=False)
+
+
+def test_a_file_changed_outside_of_what_validation_sees_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that stay files, of the same name and size; only the training's random crops see the corner."""
+    write_tree(tmp_path / "tree")
+    config = short_run(tmp_path / "run", str(tmp_path / "tree"), augment="resized-crop", crop=3, workers=1)
+    killed_after_one_epoch(config, monkeypatch)
+    file = tmp_path / "tree/train/b/3.bmp"
+    before = file.read_bytes()
+    file.write_bytes(before[:-3] + bytes([before[-3] ^ 1]) + before[-2:])
+    with pytest.raises(CheckpointError, match="the files of the training images have other contents; restore"):
+        train(config, resume=True, progress=False)
+    file.write_bytes(before)
     train(config, resume=True, progress=False)
 
 

@@ -259,7 +259,7 @@ def test_other_files_are_refused_when_a_run_goes_on(undisturbed: Path, tree: Pat
         ("--augment=resized-crop", "--augment resized-crop scales parts of the images to --crop N; give it too"),
         ("--workers=2", "--workers is about images that stay files; add --augment resized-crop"),
         ("--cache-limit=2G", "--cache-limit is about images that stay files; add --augment resized-crop"),
-        ("--augment=resized-crop --crop=8 --workers=0", "--workers must be at least 1, not 0"),
+        ("--augment=resized-crop --crop=8 --workers=0", "--workers must be from 1 to 1024, not 0"),
         (
             "--augment=resized-crop --crop=8 --cache-limit=-1",
             "--cache-limit must be a number of bytes, 0 or more, not -1",

@@ -72,16 +72,22 @@ def test_both_damaged_is_refused_with_the_reason_of_the_newest(whole: Path, tmp_
         newest(run)
 
 
-def test_other_threads_and_versions_are_said(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_threads_processes_devices_and_versions_are_said(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     payload = checkpoint_of(run)
     assert payload["extra"]["threads"] == 1
     payload["extra"]["threads"] = 7
+    assert (payload["extra"]["ranks"], payload["extra"]["device"]) == (1, "cpu")
+    payload["extra"] |= {"ranks": 3, "device": "cuda"}
     payload["versions"]["torch"] = "1.0"
     torch.save(payload, run / CHECKPOINT)
     said = "\n".join(resumed(run, monkeypatch))
     assert "the run had 7 threads and has 1 now" in said
+    assert "the run had 3 processes and has 1 now: each makes another share of a batch" in said
+    assert "the run was on cuda and is on cpu now" in said
     assert "the run had torch 1.0 and has" in said
 
 

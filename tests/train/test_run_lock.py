@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from prunetrain_kernels import files
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.files import aside_of, host, lives, remove_leftovers, write_atomically
 from prunetrain_kernels.train import run_lock
-from prunetrain_kernels.train.run_lock import LOCK, locked
+from prunetrain_kernels.train.run_lock import LOCK, check_held, locked
 
 
 @pytest.fixture
@@ -69,6 +70,91 @@ def test_the_file_of_a_dead_process_is_taken_over(
     with locked(tmp_path, said.append):
         assert json.loads((tmp_path / LOCK).read_bytes())["pid"] == os.getpid()
     assert not (tmp_path / LOCK).exists()
+
+
+ODD = {
+    "nested": b"[" * 60000,
+    "endless": b'{"pid": 1e999, "host": 1, "since": 0, "command": 0}',
+    "control": json.dumps({"pid": 7, "host": "a\nb", "since": 1e300, "command": "\x1b[2J" + "x" * 60000}).encode(),
+    "kinds": b'{"pid": [], "host": null, "since": "x", "command": {}}',
+    "zeros": bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_contents_end_in_a_short_sentence(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_PATIENCE", 0.01)
+    with locked(tmp_path, print):
+        with open(tmp_path / LOCK, "r+b") as file:
+            file.truncate()
+            file.write(ODD[name])
+        with pytest.raises(InputError, match="is in use by ") as refused, locked(tmp_path, print):
+            pass
+    assert len(str(refused.value)) < 1000
+    assert str(refused.value).isprintable()
+    with locked(tmp_path, print):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "loop"])
+def test_a_lock_that_is_no_file_is_left_alone(kind: str, tmp_path: Path) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    run.mkdir()
+    mine.write_bytes(b"somebody's")
+    path = run / LOCK
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(mine if kind == "link" else LOCK)
+    before = os.lstat(path)
+    with pytest.raises(
+        InputError, match=r"run' cannot be used: |\.run\.lock', which says who uses the folder, is a pipe"
+    ):
+        locked(run, print).__enter__()
+    assert mine.read_bytes() == b"somebody's"
+    assert (os.lstat(path).st_ino, os.lstat(path).st_mode) == (before.st_ino, before.st_mode)
+
+
+def replaced(run: Path) -> None:
+    run.rename(run.with_name("old"))
+    run.mkdir()
+
+
+CHANGES: dict[str, Any] = {
+    "removed": shutil.rmtree,
+    "replaced": replaced,
+    "a file": lambda run: (shutil.rmtree(run), run.write_bytes(b"mine")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folder_that_vanishes_or_is_another_one(change: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with locked(run, print):
+        check_held(run, print)
+        CHANGES[change](run)
+        with pytest.raises(InputError, match="was removed or replaced while its run trained"):
+            check_held(run, print)
+    assert change != "a file" or run.read_bytes() == b"mine"
+
+
+def test_a_lock_that_was_removed_is_taken_anew_unless_somebody_has(tmp_path: Path) -> None:
+    with locked(tmp_path, print):
+        (tmp_path / LOCK).unlink()
+        check_held(tmp_path, print)
+        assert json.loads((tmp_path / LOCK).read_bytes())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path, print):
+        (tmp_path / LOCK).unlink()
+        (tmp_path / LOCK).write_bytes(holder(pid=7, host="elsewhere"))
+        with open(tmp_path / LOCK) as other:
+            run_lock.fcntl.flock(other, run_lock.fcntl.LOCK_EX)
+            with pytest.raises(InputError, match="in use by process 7 on host elsewhere"):
+                check_held(tmp_path, print)
+    assert json.loads((tmp_path / LOCK).read_bytes())["pid"] == 7, "it is the other's"
+    check_held(tmp_path, print)  # of a folder that is not held, nothing
 
 
 def test_without_locks_another_machine_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

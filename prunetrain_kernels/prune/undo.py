@@ -242,7 +242,7 @@ def _ambient(devices: set[int]) -> Step:
 
 # Modes of FLOP counters, fake tensors and tracers; an interrupt at their exit leaves them on the stack.
 _STACKS: tuple[tuple[Callable[[], int], Callable[[], Any]], ...] = (
-    (torch._C._len_torch_dispatch_stack, torch._C._pop_torch_dispatch_stack),
+    (torch._C._len_torch_dispatch_stack, lambda: torch._C._pop_torch_dispatch_stack(None)),
     (torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack),
 )
 

@@ -1,17 +1,21 @@
 """A reconfiguration that cannot be trusted is undone to the last bit, and one that can leaves nothing stale behind."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from nets import kill, randomise, rest_of, same, small_net, snapshot, traced, train, twin_of, warm_up
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.optim import SGD, Adam, Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from prunetrain_kernels import InputError, Keep, PruneTrainError, reconfigure
 from prunetrain_kernels.nn import BatchNormAct2d, fuse
 from prunetrain_kernels.probe import Difference
 from prunetrain_kernels.prune import reconfigure as package_member
+from prunetrain_kernels.prune.undo import AllOrNothing
 
 module = __import__("prunetrain_kernels.prune.reconfigure", fromlist=["reconfigure"])
 
@@ -244,3 +248,27 @@ def test_buffers_that_move_in_evaluation_mode_are_left_alone() -> None:
 
 def test_the_package_offers_it() -> None:
     assert package_member is reconfigure
+
+
+@pytest.mark.parametrize("name", ["flop counter", "fake tensors", "both", "function mode"])
+def test_modes_whose_exit_was_interrupted_are_taken_off_the_stack(name: str) -> None:
+    modes: dict[str, list[Any]] = {
+        "flop counter": [FlopCounterMode(display=False)],
+        "fake tensors": [FakeTensorMode()],
+        "both": [FakeTensorMode(), FlopCounterMode(display=False)],
+        "function mode": [torch.device("meta")],
+    }
+    lengths = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+    before = [length() for length in lengths]
+
+    def interrupted() -> None:
+        with AllOrNothing([nn.Linear(1, 1)]):
+            for mode in modes[name]:
+                mode.__enter__()
+            assert [length() for length in lengths] != before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [length() for length in lengths] == before
+    assert torch.zeros(1, device="cpu").sum().item() == 0.0

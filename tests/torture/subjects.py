@@ -168,12 +168,15 @@ def _bytes(tensor: Tensor) -> tuple[Any, bytes]:
     return tuple(tensor.shape), tensor.detach().contiguous().numpy().tobytes()
 
 
+COUNTED = ("_fused_part",)  # numbers that go on counting through the whole process
+
+
 def _modules(model: nn.Module) -> list[Any]:
     return [
         (
             name,
             type(module).__name__,
-            sorted((k, v) for k, v in vars(module).items() if isinstance(v, int)),
+            sorted((k, v) for k, v in vars(module).items() if isinstance(v, int) and k not in COUNTED),
             sorted(vars(module)),
             [len(v) for k, v in sorted(vars(module).items()) if k.endswith("_hooks")],
         )

@@ -93,7 +93,7 @@ def test_reconfigurations_are_compiled_and_learn_what_an_uncompiled_twin_does(ho
         assert report is not None
         assert report.reconfiguration.changed
         assert report.compilations == 1
-        assert 0 < report.compile_seconds < 60
+        assert report.compile_seconds > 0
         assert "1 graph compiled in" in str(report)
     assert prunetrain.compilations.given_up == 0
     assert [entry["compilations"] for entry in prunetrain.history] == [1] * epochs

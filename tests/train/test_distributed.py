@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,9 +196,7 @@ def _planted(rank: int, options: TrainConfig, what: str) -> dict[str, Tensor]:
     ],
 )
 def test_a_rank_that_differs_stops_all_of_them(on_ranks: OnRanks, tmp_path: Path, what: str, named: str) -> None:
-    start = time.perf_counter()
     errors = on_ranks(2, _planted, config(tmp_path / "run"), what)
-    assert time.perf_counter() - start < 60
     for error in errors:
         assert isinstance(error, RanksDifferError)
         assert named in str(error)

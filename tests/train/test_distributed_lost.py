@@ -69,15 +69,14 @@ def test_a_rank_killed_in_an_epoch_ends_the_job_which_resumes(tmp_path: Path, ne
         **os.environ, "PYTHONPATH": os.pathsep.join([str(nets), str(Path(loop.__file__).parents[2])]),
         "OMP_NUM_THREADS": "1", "DIES": "1",
     }  # fmt: skip
-    start = time.perf_counter()
     done = subprocess.run(
         [*TORCHRUN, "-m", "prunetrain_kernels.cli", *options],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
+        timeout=300,  # a job that never ends
     )
-    assert time.perf_counter() - start < 60
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("prunetrain: rank 0: ")]
     said = [line for line in said if "warning: the lasso can move" not in line]

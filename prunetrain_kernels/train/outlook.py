@@ -96,7 +96,7 @@ def warn_if_lambda_is_tiny(state: PruningState) -> None:
 def warn_if_out_of_reach(state: PruningState) -> None:
     """Warns, at the end of the first epoch, if no slice can vanish until the last one, even if nothing resists."""
     course = state.course
-    if course is None or course.warned or state.steering is not None or not state.ranks.first:
+    if course is None or course.warned or not course.begun or state.steering is not None or not state.ranks.first:
         return
     if not course.has_momentum or course.epochs is None or not course.steps_per_epoch or not state.active:
         return
@@ -108,7 +108,7 @@ def warn_if_out_of_reach(state: PruningState) -> None:
         warnings.warn(
             f"the lasso can move a slice by {move:.1e} until epoch {course.epochs:g}, and the smallest one has a norm "
             f"of {smallest:.1e}: nothing is expected to be pruned. {HOW_TO_SET}, or train longer or at a higher "
-            "learning rate (docs/tuning.md).",
+            "learning rate (docs/choosing.md).",
             PruneTrainWarning,
             stacklevel=5,
         )
@@ -123,7 +123,7 @@ def warn_if_never_regularized(state: PruningState) -> None:
         "no step has had a lasso so far, so no slice was pulled to zero: add it by loss = prunetrain.regularize(loss), "
         "or by prunetrain.attach(first_loss).",
         PruneTrainWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import eagerly, forget_compiled, is_compiled_module
 from prunetrain_kernels.cost import autocast_around
-from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.errors import InputError, PruneTrainWarning
 from prunetrain_kernels.graph.gating import ConvolutionCost
 from prunetrain_kernels.prune.also import copies_of, unwrapped
 from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE
@@ -258,7 +258,7 @@ class PruneTrain(PruningState):
         if report is not None or multiples(self.epochs, 1) > multiples(before, 1):
             log_numbers(self)
         if self.steering is not None and self.steering.ends(before, self.now()):
-            warnings.warn(self.verdict(), stacklevel=3)
+            warnings.warn(self.verdict(), PruneTrainWarning, stacklevel=3)
         return report
 
     def reconfigure(self) -> PruneReport:

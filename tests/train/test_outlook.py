@@ -113,10 +113,13 @@ def test_out_of_reach_is_said_at_the_end_of_the_first_epoch(lr: float) -> None:
     assert bool([w for w in caught if "coefficient=" in str(w.message)]) == (lr < 1e-3)
 
 
-def test_a_loop_that_forgets_the_lasso_is_told() -> None:
-    prunetrain = prunetrain_of(plain(), interval=1)
-    with pytest.warns(PruneTrainWarning, match="no step has had a lasso"):
+@pytest.mark.parametrize("epochs", [None, 2])
+def test_a_loop_that_forgets_the_lasso_is_told(epochs: float | None) -> None:
+    """Once, at its own line, and not also that its lambda is too small: it has none."""
+    prunetrain = prunetrain_of(plain(), interval=1, epochs=epochs)
+    with pytest.warns(PruneTrainWarning) as caught:
         prunetrain.epoch_end()
+    assert [(str(w.message)[:23], w.filename) for w in caught] == [("no step has had a lasso", __file__)]
 
 
 def test_a_loop_with_the_lasso_is_not() -> None:

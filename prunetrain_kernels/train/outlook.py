@@ -11,6 +11,7 @@ from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.cost import Unknown, count_flops_by_layer, or_unknown
 from prunetrain_kernels.errors import PruneTrainWarning
 from prunetrain_kernels.graph.prunable import prunable
+from prunetrain_kernels.train.forecast import DIVERGED
 from prunetrain_kernels.train.present import Present
 from prunetrain_kernels.train.state import PruningState
 
@@ -122,6 +123,19 @@ def warn_if_never_regularized(state: PruningState) -> None:
     warnings.warn(
         "no step has had a lasso so far, so no slice was pulled to zero: add it by loss = prunetrain.regularize(loss), "
         "or by prunetrain.attach(first_loss).",
+        PruneTrainWarning,
+        stacklevel=5,
+    )
+
+
+def warn_if_diverged(state: PruningState) -> None:
+    """Warns, at the first epoch's end at which weights are not finite: such a training prunes nothing any more."""
+    course = state.course
+    if course is None or course.diverged or not state.ranks.first or not state.now().has_diverged():
+        return
+    course.diverged = True
+    warnings.warn(
+        f"weights are NaN or infinite after epoch {state.epochs:g}, so nothing will be pruned any more; {DIVERGED}.",
         PruneTrainWarning,
         stacklevel=5,
     )

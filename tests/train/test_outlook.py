@@ -179,3 +179,21 @@ def test_a_network_of_which_nothing_can_go_trains_on_with_a_word(make: Any) -> N
         assert "no lasso" in repr(prunetrain) or penalty_ratio
         trained.append(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(trained[0].values(), trained[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("target", [None, 0.5])
+def test_a_training_that_diverges_is_told_once_and_is_the_verdicts_reason(value: float, target: float | None) -> None:
+    prunetrain = prunetrain_of(plain(), interval=100, epochs=2, target=target)
+    step(prunetrain)
+    with torch.no_grad():
+        next(layer for layer in prunetrain.model.modules() if isinstance(layer, nn.Linear)).weight[0, 0] = value
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prunetrain.epoch_end()
+        prunetrain.epoch_end()
+    told = [w for w in caught if "NaN or infinite after epoch 1" in str(w.message)]
+    assert [w.filename for w in told] == [__file__]
+    assert all(word in str(told[0].message) for word in ("diverged", "learning rate"))
+    if target is not None:
+        assert "because weights are NaN or infinite; the training has diverged" in prunetrain.verdict()

@@ -340,7 +340,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add(
         "--policy-cost",
         default="roof",
-        help="how --policy auto finds out: roof (a closed form on this device's measured roof) or measure",
+        help="how --policy auto finds out: roof (estimates from bytes, FLOPs and this device's speed) or measure",
     )
     add(
         "--round-to",

@@ -78,8 +78,8 @@ class GroupLasso:
         example_inputs: the model's positional arguments, as for `trace_channels`.
         graph: the model's channel graph, if it is at hand already.
         eps: added to every squared norm.
-        policy: as for `ChannelGraph.keep`. Under "gating" and "auto" a convolution can leave out channels that its
-            space keeps, so slices of frozen spaces count there too, wherever the convolution can be gated.
+        policy: "union", "gating" or "auto", that of the reconfigurations. Under the latter two a convolution can
+            leave out channels that its space keeps, so slices of frozen spaces count too, where it can be gated.
         may_be_empty: whether a network of which nothing can go is no error; R(W) is 0 then.
         coefficients: multipliers of lambda by name. A name is that of a layer, or that of a module and then stands for
             all layers in it ("" for the whole model). Of several names that cover a layer the longest counts; a layer

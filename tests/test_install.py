@@ -1,12 +1,15 @@
 """Installing: with a compiler, without one, as a wheel that is used elsewhere, and beside which PyTorch."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import warnings
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,7 @@ STEP = (
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's own files, without what was built in it."""
     to = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, to)
     for name in ("csrc", "prunetrain_kernels"):
         shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -51,6 +54,47 @@ def use(wheel: Path, to: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def test_the_sdist_holds_what_a_build_needs_and_no_more(source: Path, tmp_path: Path) -> None:
+    """All of the package and of the native sources, as they are in the repository; no test, cache or library."""
+    here = tmp_path / "repository"
+    shutil.copytree(source, here, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    for name in ("tests/test_files.py", "prunetrain_kernels/__pycache__/x.pyc", "prunetrain_kernels/_cpu.abi3.so"):
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text("")
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (made,) = tmp_path.glob("*.tar.gz")
+    assert made.name == f"prunetrain_kernels-{prunetrain_kernels.__version__}.tar.gz"
+    with tarfile.open(made) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+        about = archive.extractfile(f"{made.name.removesuffix('.tar.gz')}/PKG-INFO")
+        assert about is not None
+        metadata = message_from_bytes(about.read())
+    wanted = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    wanted = {name for name in wanted if not name.startswith(("build/", "prunetrain_kernels.egg-info/"))}
+    assert wanted <= names
+    written = {"PKG-INFO", "setup.cfg"}
+    assert {n for n in names - wanted - written if not n.startswith("prunetrain_kernels.egg-info/")} == set()
+    assert (metadata["Name"], metadata["Version"]) == ("prunetrain-kernels", prunetrain_kernels.__version__)
+    assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("Apache-2.0", ">=3.11")
+    assert metadata["Description-Content-Type"] == "text/markdown"  # without which PyPI shows README as plain text
+    assert metadata.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert 'triton>=3.6; sys_platform == "linux"' in metadata.get_all("Requires-Dist", [])
+
+
+def left_over(built: Path) -> list[str]:
+    """Files of a wheel that are neither the package nor about it."""
+    names = zipfile.ZipFile(built).namelist()
+    wanted = re.compile(
+        r"prunetrain_kernels/(\w+/)*\w+\.py|prunetrain_kernels/(py\.typed|_cpu\.abi3\.so)"
+        r"|prunetrain_kernels-[\w.]+\.dist-info/(METADATA|WHEEL|RECORD|entry_points\.txt|top_level\.txt|licenses/LICENSE)"
+    )
+    return [name for name in names if not wanted.fullmatch(name) or "test" in name]
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_a_wheel_carries_the_library(source: Path, tmp_path: Path) -> None:
     done = wheel(source, tmp_path, CFLAGS="-O0")  # a tenth of the time
@@ -58,6 +102,7 @@ def test_a_wheel_carries_the_library(source: Path, tmp_path: Path) -> None:
     (built,) = tmp_path.glob("*.whl")
     assert built.name.startswith(f"prunetrain_kernels-{prunetrain_kernels.__version__}-cp311-abi3-")  # 3.11 and later
     assert "prunetrain_kernels/_cpu.abi3.so" in zipfile.ZipFile(built).namelist()
+    assert left_over(built) == []
     process = use(built, tmp_path / "elsewhere")
     assert process.stdout.split() == [str(tmp_path / "elsewhere/prunetrain_kernels/__init__.py"), "True"], (
         process.stderr
@@ -71,6 +116,7 @@ def test_without_a_compiler_it_installs_and_works(source: Path, tmp_path: Path) 
     assert "installing without the native CPU library" in done.stdout + done.stderr
     (built,) = tmp_path.glob("*.whl")
     assert not [name for name in zipfile.ZipFile(built).namelist() if name.endswith(".so")]
+    assert left_over(built) == []
     process = use(built, tmp_path / "elsewhere")
     assert process.stdout.split()[1] == "False"
     assert process.stderr.count("the package was installed without it") == 1

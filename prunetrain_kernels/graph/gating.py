@@ -2,7 +2,7 @@
 
 Under gating each convolution on a space computes only its own live channels. That saves FLOPs and costs an index, or a
 pass over memory, depending on how it is done (`cost/convolution.py`). `auto` asks, layer by layer, which way is the
-fastest: by a closed form on the device's measured roof, or by a short measurement.
+fastest: by an estimate from bytes, FLOPs and the device's measured speed, or by a short measurement.
 """
 
 import statistics

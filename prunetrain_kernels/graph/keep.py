@@ -193,8 +193,9 @@ def choose(
             which it is faster, each in its fastest form.
         round_to: each space keeps extra sparse channels, the largest first, until its count is a multiple of this or
             the space is whole again. A live channel is never cut. A gated layer's channels are rounded up likewise.
-        cost: how "auto" finds out: "roof" (also None), a closed form on the device's measured roof; "measure", a short
-            measurement of each form of each layer; or a function that gives the seconds of a `Convolution` in a `Form`.
+        cost: how "auto" finds out: "roof" (also None), an estimate from bytes, FLOPs and the device's measured speed;
+            "measure", a short measurement of each form of each layer; or a function that gives the seconds of a
+            `Convolution` in a `Form`.
         batch: images of the training step whose costs "auto" compares.
         dying: a channel none of whose slices, in any layer, has a weight as large as this goes too: its slices are
             sparse though above the threshold. Of no effect with `relative`.

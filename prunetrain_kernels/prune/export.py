@@ -42,8 +42,8 @@ def to_dense(model: nn.Module, example_inputs: tuple[Tensor, ...] | None = None)
 
     Args:
         model: pruned or not, gated or not, fused or not.
-        example_inputs: its positional arguments; needed if branches were removed, whose stand-ins do not know what they
-            get as input.
+        example_inputs: its positional arguments; needed if branches were removed: what replaces these does not know its
+            input.
 
     Raises:
         InputError: the model does not run on the example inputs, or they are needed and missing.

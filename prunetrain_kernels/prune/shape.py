@@ -132,7 +132,7 @@ def set_sizes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def describe_shape(model: nn.Module) -> Shape:
-    """The part of a model's present shape that its `state_dict` does not tell, as plain values: stand-ins of removed
+    """The part of a model's present shape that its `state_dict` does not tell, as plain values: replacements of removed
     layers, gated convolutions, sizes without a tensor."""
     return {
         "stand_ins": describe_stand_ins(model),

@@ -40,6 +40,8 @@ from prunetrain_kernels.train.present import Present
 
 SHORTEST = 1e-30  # reach that takes nothing to zero but what is there
 SMOOTHING = 0.5  # of the resistance: how much of it the latest epoch decides
+# what helps where weights are NaN or infinite
+DIVERGED = "the training has diverged: lower the learning rate, or see why by training without the lasso"
 
 Sides = tuple[Tensor, Tensor]  # numbers of a layer's input slices (C,) and output slices (K,), on the CPU
 
@@ -111,6 +113,10 @@ class Now:
 
     def slice_norms(self) -> dict[str, SliceNorms]:
         return self.present.lasso.slice_norms()
+
+    def has_diverged(self) -> bool:
+        """Whether a weight with a lasso is NaN or infinite."""
+        return not all(bool(side.isfinite().all()) for norms in self.slice_norms().values() for side in norms[:2])
 
     def penalty(self) -> float:
         """R(W), from the norms."""
@@ -321,7 +327,7 @@ class Course:
         passed: epochs at the last look; `steps_per_epoch`: as counted until then.
         norms: of all slices at the last look, NaN where pruned; `resistance`: smoothed, NaN where unknown.
         begun: whether a step with a lasso was noted.
-        warned: whether the user knows that nothing will be pruned.
+        warned: whether the user knows that nothing will be pruned; `diverged`: that weights are NaN or infinite.
     """
 
     optimizer: Optimizer
@@ -338,6 +344,7 @@ class Course:
     resistance: dict[str, Sides] = field(default_factory=dict)
     begun: bool = False
     warned: bool = False
+    diverged: bool = False
 
     @classmethod
     def counting(cls, optimizers: Sequence[Optimizer], lasso: GroupLasso, epochs: float | None) -> "Course":

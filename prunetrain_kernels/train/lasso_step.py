@@ -11,7 +11,12 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.prune.optimizer_holdings import params_of
 from prunetrain_kernels.regularizer import one_number, penalty_coefficient
-from prunetrain_kernels.train.outlook import warn_if_lambda_is_tiny, warn_if_never_regularized, warn_if_out_of_reach
+from prunetrain_kernels.train.outlook import (
+    warn_if_diverged,
+    warn_if_lambda_is_tiny,
+    warn_if_never_regularized,
+    warn_if_out_of_reach,
+)
 from prunetrain_kernels.train.state import PruningState, holds
 
 
@@ -109,6 +114,7 @@ def look_at_epoch(state: PruningState, *, is_due: bool) -> None:
     if state.steering is not None and now.coefficient:
         coefficient = state.steering.steered(state.course, now, state.penalty_ratio, since)
         state.coefficient = state.ranks.broadcast(coefficient)
+    warn_if_diverged(state)
     warn_if_out_of_reach(state)
 
 

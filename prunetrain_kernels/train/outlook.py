@@ -11,6 +11,7 @@ from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.cost import Unknown, count_flops_by_layer, or_unknown
 from prunetrain_kernels.errors import PruneTrainWarning
 from prunetrain_kernels.graph.prunable import prunable
+from prunetrain_kernels.train.forecast import DIVERGED
 from prunetrain_kernels.train.present import Present
 from prunetrain_kernels.train.state import PruningState
 
@@ -96,7 +97,7 @@ def warn_if_lambda_is_tiny(state: PruningState) -> None:
 def warn_if_out_of_reach(state: PruningState) -> None:
     """Warns, at the end of the first epoch, if no slice can vanish until the last one, even if nothing resists."""
     course = state.course
-    if course is None or course.warned or state.steering is not None or not state.ranks.first:
+    if course is None or course.warned or not course.begun or state.steering is not None or not state.ranks.first:
         return
     if not course.has_momentum or course.epochs is None or not course.steps_per_epoch or not state.active:
         return
@@ -108,7 +109,7 @@ def warn_if_out_of_reach(state: PruningState) -> None:
         warnings.warn(
             f"the lasso can move a slice by {move:.1e} until epoch {course.epochs:g}, and the smallest one has a norm "
             f"of {smallest:.1e}: nothing is expected to be pruned. {HOW_TO_SET}, or train longer or at a higher "
-            "learning rate (docs/tuning.md).",
+            "learning rate (docs/choosing.md).",
             PruneTrainWarning,
             stacklevel=5,
         )
@@ -123,7 +124,20 @@ def warn_if_never_regularized(state: PruningState) -> None:
         "no step has had a lasso so far, so no slice was pulled to zero: add it by loss = prunetrain.regularize(loss), "
         "or by prunetrain.attach(first_loss).",
         PruneTrainWarning,
-        stacklevel=4,
+        stacklevel=5,
+    )
+
+
+def warn_if_diverged(state: PruningState) -> None:
+    """Warns, at the first epoch's end at which weights are not finite: such a training prunes nothing any more."""
+    course = state.course
+    if course is None or course.diverged or not state.ranks.first or not state.now().has_diverged():
+        return
+    course.diverged = True
+    warnings.warn(
+        f"weights are NaN or infinite after epoch {state.epochs:g}, so nothing will be pruned any more; {DIVERGED}.",
+        PruneTrainWarning,
+        stacklevel=5,
     )
 
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.compiled import eagerly, forget_compiled, is_compiled_module
 from prunetrain_kernels.cost import autocast_around
-from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.errors import InputError, PruneTrainWarning
 from prunetrain_kernels.graph.gating import ConvolutionCost
 from prunetrain_kernels.prune.also import copies_of, unwrapped
 from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE
@@ -81,8 +81,12 @@ class PruneTrain(PruningState):
         penalty_ratio: share of the lasso in the first total loss, which sets lambda (Eq. 3); 0 means no lasso.
         interval: epochs between reconfigurations, whole or a fraction (paper: 10 for CIFAR, 5 for ImageNet). By default
             10; with a target a twentieth of the epochs, but at least 1.
-        threshold, relative, policy, round_to: as for `ChannelGraph.keep`.
-        cost: how the policy "auto" finds out what is faster: "roof", "measure", or a function; as for `choose`.
+        threshold: a slice whose largest absolute weight is below it counts as zero (1e-4, the paper's).
+        relative: the threshold is a share of the largest slice of the layer, on the same side, instead.
+        policy: "union": a channel goes when it is zero in all layers that share it, and no layer needs an index.
+            "gating": each layer also skips its own zero channels, by an index. "auto": per layer what is faster.
+        round_to: layers keep a multiple of so many channels, as far as they have them; the largest zero ones stay.
+        cost: how "auto" finds out what is faster: "roof" (from bytes and FLOPs), "measure" (times both), or a function.
         batch: a `MiniBatch`, or a starting size that may grow into the freed memory; None leaves the batch alone.
         scheduler: the learning-rate scheduler, or a list of several, whose base rates grow with the batch.
         fuse: swap batch norms, with the addition and ReLU behind them, for fused ones, in place (`nn.fuse`).
@@ -90,16 +94,20 @@ class PruneTrain(PruningState):
             on any device. They lose the same channels and are fused too; save them by `save_pruned(..., also=[ema])`.
         amp: the dtype of the training's autocast, torch.bfloat16 or torch.float16, under which memory is measured (else
             a batch stays half of what fits); by default that of the autocast around this call, or none.
-        zeroing_tolerance, keep_momentum: as for `reconfigure`; epochs: of all the training, which a target needs.
+        zeroing_tolerance: how far setting slices to zero may move an output, as a share of its scale (0.01: 1 %); more
+            is refused by a `ZeroingError`.
+        keep_momentum: leave the momentum of slices that are set to zero as it is; they move away from zero again then.
+        epochs: length of the training, without fine-tuning epochs after it; a target needs it, and forecasts use it.
         target: FLOPs of one inference to end with, as a share of the dense network's, such as 0.5: lambda is adjusted
             at every epoch's end, and the lasso rests once the target is met; whether, or why not, is said at the end.
         target_training: FLOPs of the whole training instead, as a share of what the dense network would take.
         target_by: the share of the epochs by which the target is to be met.
         exclude: names of layers, or of modules around some, whose channels all stay, and that have no lasso.
-        min_channels: as for `restricted`: no layer keeps fewer channels.
+        min_channels: no layer keeps fewer channels than this, or than it has.
         coefficient: lambda itself, for pretrained networks, whose first loss is no guide: a slice of norm n takes about
             n * (1 - momentum) / (lr * lambda) steps to vanish. A target begins with it.
-        coefficients: multiples of lambda for some layers, by name, as for `GroupLasso`; 0 leaves one without a lasso.
+        coefficients: multiples of lambda by the name of a layer, or of a module for all layers in it, such as
+            {"layer3": 2.0}; 0 leaves a layer without a lasso.
         log: called with the training's numbers after each epoch, and each reconfiguration between (`logged.numbers_of`
             lists them), on the first rank: `wandb.log`, `mlflow.log_metrics`, or `log(values, step=epoch)` of your own.
 
@@ -185,16 +193,7 @@ class PruneTrain(PruningState):
         more = (epochs, wanted, limits, coefficient, sorted(self.lasso.coefficients.items()))
         self.ranks.agree("the network and PruneTrain's arguments", settings, more, sorted(self.dense_layers.items()))
         self.batch = batch if batch is None or isinstance(batch, MiniBatch) else MiniBatch(int(batch))
-        self._start_batch()
-
-    def _start_batch(self) -> None:
-        """Measures what the dense network needs at the batch to start with, if PruneTrain manages the batch."""
-        if self.batch is None:
-            return
-        self.batch.ranks, self.batch.amp = self.ranks.world, self.amp
-        self.batch.beside = partial(bytes_beside, self.model, self.also, self.ddp)
-        with eagerly(self.model):
-            self.batch.start(self.model, self.graph.example_inputs, self.optimizer)
+        _start_batch(self)
 
     # -- in every step --------------------------------------------------------------------------------------------
 
@@ -259,7 +258,7 @@ class PruneTrain(PruningState):
         if report is not None or multiples(self.epochs, 1) > multiples(before, 1):
             log_numbers(self)
         if self.steering is not None and self.steering.ends(before, self.now()):
-            warnings.warn(self.verdict(), stacklevel=3)
+            warnings.warn(self.verdict(), PruneTrainWarning, stacklevel=3)
         return report
 
     def reconfigure(self) -> PruneReport:
@@ -301,6 +300,17 @@ class PruneTrain(PruningState):
         load_state(self, state)
         if self.batch is not None and not self.is_compiled:  # where a hook would have it compiled anew
             self.first_batch = FirstBatch(self.model, self.batch.size)
+
+
+def _start_batch(prunetrain: PruneTrain) -> None:
+    """Measures what the dense network needs at the batch to start with, if PruneTrain manages the batch."""
+    batch = prunetrain.batch
+    if batch is None:
+        return
+    batch.ranks, batch.amp = prunetrain.ranks.world, prunetrain.amp
+    batch.beside = partial(bytes_beside, prunetrain.model, prunetrain.also, prunetrain.ddp)
+    with eagerly(prunetrain.model):
+        batch.start(prunetrain.model, prunetrain.graph.example_inputs, prunetrain.optimizer)
 
 
 def _parts_of(

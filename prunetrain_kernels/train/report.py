@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.files import write_atomically
+from prunetrain_kernels.train import drawing
 from prunetrain_kernels.train.figures import DPI, FIGURES, STYLE, Line, lines_of, load_matplotlib
 from prunetrain_kernels.train.run_log import Run, read_run
 from prunetrain_kernels.train.run_numbers import (
@@ -24,6 +25,7 @@ from prunetrain_kernels.train.run_numbers import (
     as_significant,
     batches_of,
     dense_counterpart,
+    headline_of,
     lasso_share_of,
     last_value,
     on_one_line,
@@ -63,7 +65,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     except OSError as error:
         raise InputError(f"cannot make the report's folder {out}: {error.strerror or error}") from error
 
-    sections = []
+    sections = [_network(lines)]
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name's script that the font lacks is drawn as boxes
         for name, title, draw, nothing in FIGURES:
@@ -81,6 +83,21 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     page = out / "index.html"
     write_atomically(page, _page(lines, sections).encode(errors="backslashreplace"))  # names that are no UTF-8
     return page
+
+
+def _network(lines: Sequence[Line]) -> str:
+    """The drawing with its heading, or why there is none."""
+    drawn = drawing.drawings_of([(line.run, line.label, line.colour) for line in lines])
+    if not drawn:
+        return _section("The network", "No run has recorded its channels.")
+    note = (
+        "Every bar is a layer, from the input on the left. The higher it is, the more output channels the layer has: "
+        "grey in the dense network, coloured those that are kept"
+    )
+    gated = " (light: kept, but not computed by this layer)" if 'class="kept"' in drawn else ""
+    moved = ". Move the slider to see the network after an earlier reconfiguration" if "<input" in drawn else ""
+    note += f"{gated}. Point at a bar for its name and numbers{moved}."
+    return f'<section>\n<h2>The network</h2>\n<p class="note">{note}</p>\n{drawn}\n</section>\n'
 
 
 def _why_nothing(figure: str, runs: Sequence[Run]) -> str:
@@ -184,25 +201,30 @@ figcaption, p.note { color: #333; font-size: .9rem; max-width: 46rem; }
 """
 
 
+# nothing is loaded, and no script runs but the slider's
+POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {drawing.SCRIPT_SOURCE}"
+
+
 def _page(lines: Sequence[Line], sections: Sequence[str]) -> str:
     title = f"PruneTrain: {lines[0].label}" if len(lines) == 1 else f"PruneTrain: {len(lines)} runs"
-    sentence = sentence_of([line.run for line in lines])
+    sentence = headline_of([line.run for line in lines])
     gained = f"<p><strong>{html.escape(sentence)}</strong></p>\n" if sentence else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{html.escape(title)}</title>
-<style>{CSS}</style>
+<style>{CSS}{drawing.CSS}</style>
 </head>
 <body>
 <h1>{html.escape(title)}</h1>
 {gained}{_table(lines)}
 <p class="note">“Of dense”: what the run computed, moved or sent, against the dense network that it started as, for the
 same images; inference FLOPs and parameters are the last network’s. Bytes are decimal (1 GB = 10⁹ B).</p>
-{"".join(sections)}</body>
+{"".join(sections)}<script>{drawing.SCRIPT}</script>
+</body>
 </html>
 """
 

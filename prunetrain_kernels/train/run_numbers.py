@@ -180,9 +180,13 @@ def lasso_share_of(run: Run) -> float:
 def batches_of(run: Run) -> list[str]:
     """Every batch size the run used, in order."""
     listed = (run.summary or {}).get("batch_sizes")
-    sizes = listed if isinstance(listed, list) else [f"{size:g}" for size in column_of(run, "batch")]
+    sizes = listed if isinstance(listed, list) else [f"{size:g}" for size in _known(column_of(run, "batch"))]
     sizes = [on_one_line(size) for size in sizes]
     return [size for position, size in enumerate(sizes) if position == 0 or size != sizes[position - 1]]
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
 
 
 def removed_layers_of(run: Run) -> list[str]:
@@ -239,6 +243,20 @@ def sentence_of(runs: Sequence[Run]) -> str:
             else ""
         )
     return ""
+
+
+def headline_of(runs: Sequence[Run]) -> str:
+    """`sentence_of`, else what the first run that prunes has come to by itself; empty without such a run."""
+    compared = sentence_of(runs)
+    run = next((run for run in runs if not is_dense(run)), None)
+    if compared or run is None:
+        return compared
+    name = on_one_line(run.config.get("model", "")) or "the network"
+    share, accuracy = ratio_of(run, "inference_flops_ratio"), accuracy_of(run)
+    parts = [f"takes {as_percent(share, 0)} of the FLOPs per image that it began with"] if math.isfinite(share) else []
+    parts += [f"is right on {as_percent(accuracy)} of the validation images"] if math.isfinite(accuracy) else []
+    when = f"After {last_value(run, 'epoch'):g} epochs" if len(run.log) else ""
+    return f"{when} {name} {' and '.join(parts)}." if parts and when else ""
 
 
 # --- numbers as text -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from prunetrain_kernels.cost import Flops, share
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import Keep
 from prunetrain_kernels.graph.keep import fewest_channels
-from prunetrain_kernels.train.forecast import Course, Now, ShapeFlops, flops_at
+from prunetrain_kernels.train.forecast import DIVERGED, Course, Now, ShapeFlops, flops_at
 from prunetrain_kernels.train.present import Present
 
 BY = 0.25  # share of the training by which the target is to be met: the rest trains the smaller network
@@ -256,6 +256,8 @@ class Steering:
         if not self.falls_short(now):
             coarse = reached > target.share + 2 * target.within
             return f"{asked} met{' as nearly as whole channels allow' if coarse else ''}: {reached:.1%}"
+        if now.has_diverged():
+            return f"{asked} not met: {reached:.1%}, because weights are NaN or infinite; {DIVERGED}"
         strongest = now.coefficient >= self.largest * 0.999
         why = (
             "the lasso was as strong as it may be"

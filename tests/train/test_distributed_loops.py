@@ -135,7 +135,7 @@ def test_the_trainer_in_the_documentation_runs(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("epoch 2: epoch 2: training FLOPs")
+    assert done.stdout.startswith("epoch 2: training FLOPs")
     assert (tmp_path / "ranks.pt").exists()
 
 

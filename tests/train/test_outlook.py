@@ -113,10 +113,13 @@ def test_out_of_reach_is_said_at_the_end_of_the_first_epoch(lr: float) -> None:
     assert bool([w for w in caught if "coefficient=" in str(w.message)]) == (lr < 1e-3)
 
 
-def test_a_loop_that_forgets_the_lasso_is_told() -> None:
-    prunetrain = prunetrain_of(plain(), interval=1)
-    with pytest.warns(PruneTrainWarning, match="no step has had a lasso"):
+@pytest.mark.parametrize("epochs", [None, 2])
+def test_a_loop_that_forgets_the_lasso_is_told(epochs: float | None) -> None:
+    """Once, at its own line, and not also that its lambda is too small: it has none."""
+    prunetrain = prunetrain_of(plain(), interval=1, epochs=epochs)
+    with pytest.warns(PruneTrainWarning) as caught:
         prunetrain.epoch_end()
+    assert [(str(w.message)[:23], w.filename) for w in caught] == [("no step has had a lasso", __file__)]
 
 
 def test_a_loop_with_the_lasso_is_not() -> None:
@@ -176,3 +179,21 @@ def test_a_network_of_which_nothing_can_go_trains_on_with_a_word(make: Any) -> N
         assert "no lasso" in repr(prunetrain) or penalty_ratio
         trained.append(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(trained[0].values(), trained[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("target", [None, 0.5])
+def test_a_training_that_diverges_is_told_once_and_is_the_verdicts_reason(value: float, target: float | None) -> None:
+    prunetrain = prunetrain_of(plain(), interval=100, epochs=2, target=target)
+    step(prunetrain)
+    with torch.no_grad():
+        next(layer for layer in prunetrain.model.modules() if isinstance(layer, nn.Linear)).weight[0, 0] = value
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prunetrain.epoch_end()
+        prunetrain.epoch_end()
+    told = [w for w in caught if "NaN or infinite after epoch 1" in str(w.message)]
+    assert [w.filename for w in told] == [__file__]
+    assert all(word in str(told[0].message) for word in ("diverged", "learning rate"))
+    if target is not None:
+        assert "because weights are NaN or infinite; the training has diverged" in prunetrain.verdict()

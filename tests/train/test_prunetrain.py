@@ -1,7 +1,9 @@
 """PruneTrain in a stranger's loop: in every step, in every epoch, and what it refuses."""
 
 import copy
+import inspect
 import json
+import re
 from typing import Any
 
 import pytest
@@ -355,3 +357,14 @@ def test_a_model_that_cannot_be_traced_is_refused() -> None:
     model = Forked()
     with pytest.raises(TraceError):
         PruneTrain(model, sgd(model), EXAMPLE)
+
+
+# -- help(PruneTrain) --------------------------------------------------------------------------------------------------
+
+
+def test_help_has_a_line_for_each_argument_of_the_constructor() -> None:
+    """Each with what it means itself."""
+    arguments = (inspect.getdoc(PruneTrain) or "").split("\nArgs:\n")[1].split("\n\n")[0]
+    described = re.findall(r"^    (\w+): ", arguments, re.MULTILINE)
+    assert sorted(described) == sorted(inspect.signature(PruneTrain).parameters)
+    assert not re.search(r"\bas (for|of|in) `", arguments)  # another function's page

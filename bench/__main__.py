@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_roof(commands)
     _add_kernels(commands)
     _add_costs(commands)
+    _add_predict(commands)
     from bench import architectures, paper, results
 
     architectures.add_command(commands)
@@ -268,6 +269,32 @@ def _kernels(options: argparse.Namespace) -> int:
         )
     out = options.out or (kernels.RECORD if options.record else None)
     return kernels.command(chosen, out, options.only, share=share)
+
+
+# -- predict -----------------------------------------------------------------------------------------------------------
+
+
+def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="predicted times of the kernels on GPUs that are not here",
+        description="Predicts, for each kernel on the shapes of ResNet-50 (batch 256), ResNet-32 and VGG-13 (batch "
+        "128), its time from its machine code, its grid, its bytes and the GPU's data sheet: max(bytes / bandwidth, "
+        "instructions / issue rate, tensor-core FLOPs / rate) + waves + launch. Needs no GPU and measures nothing. "
+        "Prints a table per device; writes rows, marked `model`, only if --record or --out says so.",
+        epilog="example: python -m bench predict --device h200 --only 'BN+ReLU'",
+    )
+    parser.set_defaults(run=_predict)
+    parser.add_argument("--device", metavar="NAME", help="h200, a100 or v100 (default: one after the other)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose suite, network or layer holds this")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows to this CSV")
+    _add_record(parser, "replace bench/results/offline/predict-DEVICE.csv")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from bench.predict import command
+
+    return command.run(options.device, options.only, options.out, record=options.record)
 
 
 if __name__ == "__main__":

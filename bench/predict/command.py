@@ -1,7 +1,7 @@
 """The command `python -m bench predict`: tables of predicted times, and the rows that `bench compare` takes up."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,30 @@ class Prediction:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is predicted: one suite or all; the networks, or else the layers, whose names hold a text."""
+
+    suite: str | None = None
+    only: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.suite is None and not self.only
+
+    def families(self) -> tuple[str, ...]:
+        """Raises InputError for a suite of which nothing is predicted."""
+        if self.suite is not None and self.suite not in work.FAMILIES:
+            raise InputError(f"there is no suite {self.suite!r} to predict; choose among {', '.join(work.FAMILIES)}")
+        return work.FAMILIES if self.suite is None else (self.suite,)
+
+    def networks(self) -> tuple[Network, ...]:
+        return tuple(n for n in work.NETWORKS if self.only in n.title) or work.NETWORKS
+
+    def wants(self, piece: Work) -> bool:
+        return any(self.only in text for text in (piece.network, str(piece.what["layer"])))
+
+
 def predicted(of: Machine, piece: Work) -> Prediction:
     """The time of a piece of work on a machine."""
     dtype = str(piece.what["dtype"])
@@ -57,26 +81,28 @@ def predicted(of: Machine, piece: Work) -> Prediction:
     return Prediction(piece, time, max(piece.bytes / of.copy_gb_s / 1e3, multiplied))
 
 
-def run(device: str | None, only: str = "", out: Path | None = None, *, record: bool = False) -> int:
+def run(device: str | None, part: Part = Part(), out: Path | None = None, *, record: bool = False) -> int:  # frozen
     """Prints the tables of a device, or of all, and writes the rows: to `out`, or in place of the committed ones.
 
     Raises:
-        InputError: an unknown device, nothing that `only` names, a part to `record`; or kernels cannot be compiled.
+        InputError: an unknown device or suite, no such layer, a part to `record`; or kernels cannot be compiled.
     """
     chosen = [machine(device)] if device else list(MACHINES.values())
-    if record and only:
-        raise InputError(
-            f"--record replaces {RECORD}/predict-DEVICE.csv whole; leave --only out, or name another file with --out"
-        )
+    part.families()
+    if record and not part.is_whole:
+        raise InputError(f"--record replaces {RECORD}/predict-DEVICE.csv whole; leave --suite and --only out")
     environment = rows.environment(torch.device("cpu")) | {"threads": None, "driver": "", "cuda": "", "cudnn": ""}
     for of in chosen:
-        predictions = list(predict_all(of, only))
+        predictions = list(predict_all(of, part))
         if not predictions:
-            raise InputError(f"no layer, network or suite holds {only!r}; leave --only out to see them all")
-        print(table(of, predictions), flush=True)
-        if not only:
+            raise InputError(f"no network or layer holds {part.only!r}, or none of it runs on {of.name}")
+        sums = sums_of(predictions)
+        print(table(of, predictions, sums), flush=True)
+        if part.is_whole:
             print(beside_the_paper(of, predictions))
         lines = [prediction.row(of, environment) for prediction in predictions]
+        if not part.only:
+            lines += [each.row(of, environment) for each in sums if each.parts[0].work.what["suite"] == "bn"]
         if out:
             rows.append(out, lines)
             print(f"{len(lines)} predicted rows in {out}")
@@ -93,28 +119,70 @@ def _replace(of: Machine, lines: Sequence[dict[str, Any]]) -> Path:
     return aside.replace(path)
 
 
-def predict_all(of: Machine, only: str = "") -> Iterable[Prediction]:
-    """Predictions of all families and networks, those whose name holds `only`."""
-    for family in work.FAMILIES:
-        for network in work.NETWORKS:
-            # what is not asked for is not compiled, where the names of suite and network tell
-            for piece in work.all_work(of, network, family):
-                if any(only in text for text in (family, network.title, str(piece.what["layer"]))):
-                    yield predicted(of, piece)
+def predict_all(of: Machine, part: Part = Part()) -> Iterator[Prediction]:  # frozen
+    """Predictions of the suites, networks and layers that are asked for."""
+    for family in part.families():
+        for network in part.networks():
+            yield from (predicted(of, piece) for piece in work.all_work(of, network, family) if part.wants(piece))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def table(of: Machine, predictions: Sequence[Prediction]) -> str:
-    """Every prediction, and sums over the layers of a network, each as often as it has it."""
+@dataclass(frozen=True)
+class Sum:
+    """All layers of a network in one direction and dtype, each as often as the network has it; microseconds."""
+
+    parts: list[Prediction]
+
+    @property
+    def total(self) -> float:
+        return sum(part.count * part.time.total for part in self.parts)
+
+    @property
+    def roof(self) -> float:
+        return sum(part.count * part.roof for part in self.parts)
+
+    @property
+    def bound(self) -> str:
+        """What decides in the layers that take longest."""
+        times: dict[str, float] = defaultdict(float)
+        for part in self.parts:
+            times[part.time.bound] += part.count * part.time.total
+        return max(times, key=lambda bound: times[bound])
+
+    def row(self, of: Machine, environment: dict[str, Any]) -> dict[str, Any]:
+        """As suite `bn` writes its sums."""
+        one = self.parts[0].row(of, environment)
+        moved = sum(part.count * part.work.bytes for part in self.parts)
+        launched = sum(part.count * len(part.work.launches) for part in self.parts)
+        return one | {
+            "layer": bn.ALL, "count": sum(part.count for part in self.parts), "h": None, "w": None, "c_full": None,
+            "c_live": None, "p50_us": self.total, "launches": launched, "model_bytes": int(moved),
+            "roof_us": self.roof, "ratio_to_roof": self.roof / self.total,
+        }  # fmt: skip
+
+
+def sums_of(predictions: Sequence[Prediction]) -> list[Sum]:
+    """The sums over layers, of the suites whose layers are those of a network."""
+    groups: dict[tuple[str, ...], list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        what = prediction.work.what
+        if what["suite"] in ("bn", "gather", "conv"):
+            key = (what["suite"], prediction.work.network, what["direction"], what["dtype"])
+            name = str(what["layer"]).split()[0] if what["suite"] == "gather" else ""
+            groups[(*key, name)].append(prediction)
+    return [Sum(some) for some in groups.values()]
+
+
+def table(of: Machine, predictions: Sequence[Prediction], sums: Sequence[Sum]) -> str:
+    """Every prediction, and the sums."""
     lines = [
         f"\n{of}",
         "PREDICTED by a model, not measured. Share: of the roof by bytes and FLOPs, bandwidth as a copy reaches it.",
         f"{'suite':<7}{'network':<11}{'layer':<32}{'direction':<18}{'dtype':<6}{'predicted':>11}  "
         f"{'bound':<13}{'share':>5}  TFLOP/s",
     ]
-    sums: dict[tuple[str, ...], list[Prediction]] = defaultdict(list)
     for prediction in predictions:
         what, time = prediction.work.what, prediction.time
         rate = f"{prediction.tflop_s:>9.0f}" if prediction.work.flops else ""
@@ -123,17 +191,14 @@ def table(of: Machine, predictions: Sequence[Prediction]) -> str:
             f"{what['suite']:<7}{prediction.work.network:<11}{name:<32}{what['direction']:<18}"
             f"{what['dtype']:<6}{as_time(time.total):>11}  {time.bound:<13}{prediction.roof / time.total:>5.0%}{rate}"
         )
-        if what["suite"] in ("bn", "gather", "conv"):
-            sums[what["suite"], prediction.work.network, what["direction"], what["dtype"]].append(prediction)
-    lines.append("all layers of a network, each as often as the network has it, predicted:")
-    for (suite, network, direction, dtype), some in sums.items():
-        total, roof = (sum(p.count * value(p) for p in some) for value in (lambda p: p.time.total, lambda p: p.roof))
-        bounds: dict[str, float] = defaultdict(float)
-        for p in some:
-            bounds[p.time.bound] += p.count * p.time.total
+    if sums:
+        lines.append("all layers of a network, each as often as the network has it, predicted:")
+    for each in sums:
+        piece, what = each.parts[0].work, each.parts[0].work.what
+        name = str(what["layer"]).split()[0] if what["suite"] == "gather" else bn.ALL
         lines.append(
-            f"{suite:<7}{network:<11}{'all layers':<32}{direction:<18}{dtype:<6}{as_time(total):>11}  "
-            f"{max(bounds, key=lambda bound: bounds[bound]):<13}{roof / total:>5.0%}"
+            f"{what['suite']:<7}{piece.network:<11}{name:<32}{what['direction']:<18}{what['dtype']:<6}"
+            f"{as_time(each.total):>11}  {each.bound:<13}{each.roof / each.total:>5.0%}"
         )
     return "\n".join(lines)
 

@@ -86,7 +86,7 @@ def predict(launch: Launch, machine: Machine, dtype: str) -> Time:
     code, cycle = launch.code, 1 / machine.mhz  # us
     delivered = launch.bytes  # by L2
     instructions = rate = 0.0
-    per_sm, chain = 8, 2.0 * machine.latency
+    per_sm, chain = 8, 2.0 * machine.latency  # of an operation of PyTorch: 256 threads that load once or twice
     if code is not None:
         loops = turns(launch)
         per_sm = resident(code, machine)

@@ -12,6 +12,7 @@ from bench import profiles, rows
 from bench.harness import OURS, as_time
 from bench.predict import formula, work
 from bench.predict.formula import Time
+from bench.predict.machine_code import OLDEST
 from bench.predict.machines import MACHINES, Machine, machine
 from bench.predict.work import Network, Work
 from bench.suites import bn, fig7
@@ -179,7 +180,8 @@ def table(of: Machine, predictions: Sequence[Prediction], sums: Sequence[Sum]) -
     """Every prediction, and the sums."""
     lines = [
         f"\n{of}",
-        "PREDICTED by a model, not measured. Share: of the roof by bytes and FLOPs, bandwidth as a copy reaches it.",
+        "PREDICTED by a model, not measured. Share: of the roof by bytes and FLOPs, bandwidth as a copy reaches it."
+        + (" Instructions are those of sm_75: sm_70 is not disassembled any more." if of.arch < OLDEST else ""),
         f"{'suite':<7}{'network':<11}{'layer':<32}{'direction':<18}{'dtype':<6}{'predicted':>11}  "
         f"{'bound':<13}{'share':>5}  TFLOP/s",
     ]

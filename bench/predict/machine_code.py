@@ -4,6 +4,9 @@ Read from the machine code (cuobjdump -sass) of the cubin, since the PTX says li
 A loop is a branch backwards; of loops within loops the innermost counts. The main loop is the one with tensor-core
 instructions, else with the widest accesses to global memory, else with the most bytes: beside it a kernel has others
 for rows that are not aligned and for what is left of an unrolled loop.
+
+CUDA 13.1's disassembler, which comes with Triton 3.7.1, reads sm_75 and later. For a V100 the PTX that Triton made for
+sm_70 is assembled once more, for sm_75, whose instruction set is nearly the same, and these instructions are counted.
 """
 
 import re
@@ -17,7 +20,6 @@ from bench import offline
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 _BRANCH = re.compile(r"\bBRA\S*\s.*?\b0x([0-9a-f]+)$")
 _OPCODE = re.compile(r"^(?:@!?U?P\w+\s+)?(\S+)")
-_RESOURCES = re.compile(r"REG:(\d+) ")
 # HMMA.16816.F32: 16 x 8 x 16 of a warp. HGMMA.64x64x16.F32: of four warps.
 _HMMA = re.compile(r"^HMMA\.(\d+)\.")
 _HGMMA = re.compile(r"^HGMMA\.(\d+)x(\d+)x(\d+)\.")
@@ -57,22 +59,26 @@ class Code:
     wgmma: bool = False
 
 
+OLDEST = 75  # that is disassembled
+
+
 def read(kernel: Any, arch: int) -> Code:
     """The code of a kernel that Triton compiled for sm_`arch`."""
+    registers, _ = offline.resources(kernel.asm["cubin"], arch)
+    cubin = kernel.asm["cubin"] if arch >= OLDEST else offline.assembled(kernel.asm["ptx"], arch, OLDEST)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        command = [offline._tool("cuobjdump", arch), "-sass", "--dump-resource-usage", file.name]
+        command = [offline.tool("cuobjdump", arch), "-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     metadata = kernel.metadata
-    return parse(text, shared=metadata.shared, warps=metadata.num_warps, stages=metadata.num_stages)
+    return parse(text, registers, shared=metadata.shared, warps=metadata.num_warps, stages=metadata.num_stages)
 
 
-def parse(text: str, *, shared: int, warps: int, stages: int) -> Code:
-    """The code of one kernel, from what cuobjdump says of it."""
+def parse(text: str, registers: int, *, shared: int, warps: int, stages: int) -> Code:
+    """The code of one kernel, from what cuobjdump -sass says of it."""
     lines = [(int(address, 16), instruction) for address, instruction in _LINE.findall(text)]
-    registers = _RESOURCES.search(text)
-    if not lines or registers is None:
+    if not lines:
         raise RuntimeError(f"cuobjdump said nothing about the code: {text[:200]}")
     spans = _innermost(lines)
     inside = {i for first, last in spans for i in range(first, last + 1)}
@@ -81,7 +87,7 @@ def parse(text: str, *, shared: int, warps: int, stages: int) -> Code:
     padding = sum(1 for _, instruction in lines if _opcode(instruction) == "NOP")
     ahead = any(_opcode(instruction).startswith(("LDGSTS", "UTMALDG")) for _, instruction in lines)
     return Code(
-        len(lines) - len(inside) - padding, loop, int(registers.group(1)), shared, warps, stages if ahead else 1,
+        len(lines) - len(inside) - padding, loop, registers, shared, warps, stages if ahead else 1,
         wgmma="HGMMA" in text,
     )  # fmt: skip
 

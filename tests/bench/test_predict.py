@@ -121,7 +121,6 @@ def test_sums_add_up() -> None:
 
 SASS = """
  Function _kernel:
-  REG:40 STACK:0 SHARED:0 LOCAL:0
         /*0000*/                   MOV R1, c[0x0][0x28] ;       /* 0x00 */
         /*0010*/                   LDG.E R2, [R4.64] ;
         /*0020*/              @P0  LDG.E.128 R8, [R4.64] ;
@@ -139,18 +138,19 @@ SASS = """
 
 def test_the_main_loop_of_machine_code() -> None:
     """Of two loops inside a third the one with tensor cores; the third, the endless one and padding are none."""
-    code = machine_code.parse(SASS, shared=1024, warps=4, stages=3)
+    code = machine_code.parse(SASS, 40, shared=1024, warps=4, stages=3)
     assert code.loop == Loop(instructions=4, bytes=16 + 8, widest=16, flops=2 * 16 * 8 * 16)
     assert (code.straight, code.registers, code.stages, code.wgmma) == (5, 40, 1, False)
-    ahead = machine_code.parse(SASS.replace("LDG.E.128", "LDGSTS.E.BYPASS.128"), shared=0, warps=4, stages=3)
+    ahead = machine_code.parse(SASS.replace("LDG.E.128", "LDGSTS.E.BYPASS.128"), 40, shared=0, warps=4, stages=3)
     assert (ahead.stages, ahead.loop) == (3, code.loop)
 
 
 @pytest.mark.t1
-def test_kernels_are_compiled_and_predicted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["h200", "v100"])
+def test_kernels_are_compiled_and_predicted(name: str, tmp_path: Path) -> None:
     """The penalty of ResNet-32, offline: rows that are sound, marked as a model, of a time above the roof."""
     out = tmp_path / "predict.csv"
-    words = ("--device", "h200", "--suite", "lasso", "--only", "ResNet-32", "--out", str(out))
+    words = ("--device", name, "--suite", "lasso", "--only", "ResNet-32", "--out", str(out))
     run = compiling("-m", "bench", "predict", *words)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "PREDICTED by a model, not measured" in run.stdout
@@ -160,7 +160,7 @@ def test_kernels_are_compiled_and_predicted(tmp_path: Path) -> None:
     count = int(lines["value"]["n"])
     for row, size, launches in zip(lines.values(), (4, 16), (2, 3), strict=True):
         assert not rows.faults(row)
-        assert (row["mode"], row["device"]) == ("model", "NVIDIA H200 (predicted)")
+        assert (row["mode"], row["device"]) == ("model", f"NVIDIA {name.upper()} (predicted)")
         assert float(row["roof_us"]) < float(row["p50_us"]) < 50 * float(row["roof_us"])
         assert (int(row["launches"]), int(row["model_bytes"])) == (launches, size * count)
 

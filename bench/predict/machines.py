@@ -12,7 +12,8 @@ data sheets do not say:
     SM bytes a cycle   64 from L2 to each SM, same white paper
     latency            of a load that misses L2, cycles: Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via
                        Microbenchmarking" (arXiv 1804.06826) 375; Luo et al., "Benchmarking and Dissecting the Nvidia
-                       Hopper GPU Architecture via Microbenchmarking" (arXiv 2402.13499) 466 (A100), 479 (H100)
+                       Hopper GPU Architecture" (arXiv 2402.13499) 466 (A100), 479 (H100). Others measure more (460
+                       on a V100, 690 on a GH200: github.com/markdewing/AI_kernels); these are bounds from below
     mma.sync on Hopper 0.63 of the rate of wgmma: Luo et al., the same paper
     launch             0.5 us a kernel inside a CUDA graph: 3.4 us a kernel of 2.9 us, measured on a V100 in "Getting
                        Started with CUDA Graphs" (NVIDIA Technical Blog, 2019); taken for all three

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_roof(commands)
     _add_kernels(commands)
     _add_costs(commands)
+    _add_predict(commands)
     from bench import architectures, paper, results
 
     architectures.add_command(commands)
@@ -185,20 +186,33 @@ def _roof(options: argparse.Namespace) -> int:
 def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "compare",
-        help="two results files against each other",
+        help="two results files against each other, or predictions against measurements",
         description="Compares the newest rows of two results files, and lists what became slower or faster. Exit code "
-        "1 if anything became slower by more than the tolerance.",
+        "1 if anything became slower by more than the tolerance. Without files: sets the recorded predictions (`bench "
+        "predict`) beside what was measured on these GPUs, and names what is off by more than the tolerance; exit code "
+        "1 if anything is.",
     )
     parser.set_defaults(run=_compare)
-    parser.add_argument("before", type=Path, metavar="A.csv")
-    parser.add_argument("after", type=Path, metavar="B.csv")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="a share of the median (default: 0.1)")
+    parser.add_argument("before", type=Path, metavar="A.csv", nargs="?")
+    parser.add_argument("after", type=Path, metavar="B.csv", nargs="?")
+    parser.add_argument(
+        "--tolerance", type=float, help="a share of the median (default: 0.1), or of the predicted time (default: 0.2)"
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="of predictions and measurements (default: bench/results)"
+    )
 
 
 def _compare(options: argparse.Namespace) -> int:
     from bench import compare
 
-    return compare.report(options.before, options.after, options.tolerance)
+    if options.before is None:
+        tolerance = compare.PREDICTED if options.tolerance is None else options.tolerance
+        return compare.report_predictions(options.results or compare.RESULTS, tolerance)
+    if options.after is None or options.results is not None:
+        raise InputError("compare takes two files and no --results, or no file: then it compares with predictions")
+    tolerance = compare.TOLERANCE if options.tolerance is None else options.tolerance
+    return compare.report(options.before, options.after, tolerance)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -268,6 +282,35 @@ def _kernels(options: argparse.Namespace) -> int:
         )
     out = options.out or (kernels.RECORD if options.record else None)
     return kernels.command(chosen, out, options.only, share=share)
+
+
+# -- predict -----------------------------------------------------------------------------------------------------------
+
+
+def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="predicted times of the kernels on GPUs that are not here",
+        description="Predicts, for each kernel on the shapes of ResNet-50 (batch 256), ResNet-32 and VGG-13 (batch "
+        "128), its time from its machine code, its grid, its bytes and the GPU's data sheet: max(bytes / bandwidth, "
+        "instructions / issue rate, tensor-core FLOPs / rate) + waves + launch. Needs no GPU and measures nothing. "
+        "Prints a table per device; writes rows, marked `model`, only if --record or --out says so.",
+        epilog="example: python -m bench predict --device h200 --only 'BN+ReLU'",
+    )
+    parser.set_defaults(run=_predict)
+    parser.add_argument("--device", metavar="NAME", help="h200, a100 or v100 (default: one after the other)")
+    parser.add_argument("--suite", metavar="SUITE", help="only bn, sgd, lasso, gather, conv or fig7")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only the network, or the layers, whose name holds this"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows to this CSV")
+    _add_record(parser, "replace bench/results/offline/predict-DEVICE.csv")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from bench.predict import command
+
+    return command.run(options.device, command.Part(options.suite, options.only), options.out, record=options.record)
 
 
 if __name__ == "__main__":

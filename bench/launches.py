@@ -1,9 +1,12 @@
-"""Which kernels were launched, counted: the proof that tests and the smoke step reached the kernels."""
+"""Which kernels were launched: counted, the proof that tests and the smoke step reached the kernels; or noted with
+their grids and arguments, for predictions."""
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -38,6 +41,43 @@ def counted(*, stand_in: bool = False) -> Iterator[Counter[str]]:
     finally:
         for cls, run in zip(classes, before, strict=True):
             cls.run = run
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch: the kernel's name, as `name_of` gives it; its grid; its arguments by name, constants among them; and
+    what Triton compiled for it."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    compiled: Any
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
+
+
+@contextmanager
+def noted() -> Iterator[list[Launched]]:
+    """Lists the launches inside, in their order. Inside `offline(arch)` nothing runs, so that tensors of any size serve
+    that have no memory."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launched] = []
+    before = JITFunction.run
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        result = before(kernel, *arguments, grid=grid, warmup=warmup, **options)
+        by_name = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        launches.append(Launched(name_of(kernel), tuple(grid), by_name, result))
+        return result
+
+    JITFunction.run = run  # type: ignore[method-assign]
+    try:
+        yield launches
+    finally:
+        JITFunction.run = before  # type: ignore[method-assign]
 
 
 def name_of(kernel: Any) -> str:

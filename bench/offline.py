@@ -202,7 +202,7 @@ def _code(ptx: str) -> str:
     return "\n".join(line for line in lines if not line.lstrip().startswith((".file", ".loc", ".section", ".b8")))
 
 
-def _tool(name: str, arch: int) -> str:
+def tool(name: str, arch: int) -> str:
     """Path of a program that comes with triton."""
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
@@ -215,12 +215,12 @@ def _gpu_name(arch: int) -> str:
     return f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
 
 
-def _resources(cubin: bytes, arch: int) -> tuple[int, int]:
+def resources(cubin: bytes, arch: int) -> tuple[int, int]:
     """Registers and bytes of stack per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_tool("cuobjdump", arch), "--dump-resource-usage", file.name]
+        command = [tool("cuobjdump", arch), "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if usage is None:
@@ -234,12 +234,22 @@ def spills(ptx: str, arch: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [_tool("ptxas", arch), "-v", f"--gpu-name={_gpu_name(arch)}", str(source), "-o", f"{source}.cubin"]
+        command = [tool("ptxas", arch), "-v", f"--gpu-name={_gpu_name(arch)}", str(source), "-o", f"{source}.cubin"]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     numbers = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
     if numbers is None:
         raise RuntimeError(f"ptxas said nothing about spills: {text}")
     return int(numbers.group(1)), int(numbers.group(2))
+
+
+def assembled(ptx: str, arch: int, other: int) -> bytes:
+    """The cubin for sm_`other` of PTX that was made for sm_`arch`, an older one."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [tool("ptxas", arch), f"--gpu-name={_gpu_name(other)}", str(source), "-o", f"{source}.cubin"]
+        subprocess.run(command, check=True, capture_output=True)
+        return Path(f"{source}.cubin").read_bytes()
 
 
 def _specialisation(kernel: Any) -> str:
@@ -263,7 +273,7 @@ def inspect(kernel: Any, case: Case, arch: int) -> Row:
     ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
     code = _code(ptx)
     accesses = _accesses(code)
-    registers, stack = _resources(cubin, arch)
+    registers, stack = resources(cubin, arch)
     spill_stores, spill_loads = spills(ptx, arch) if stack else (0, 0)  # spilled values live on the stack
     loads, stores = accesses["ld"], accesses["st"]
     return Row(

@@ -27,7 +27,8 @@ WHAT = (
     "suite", "layer", "count", "provider", "part", "direction", "dtype", "layout", "n", "h", "w", "c_full", "c_live",
     "k", "r", "s", "stride", "mask_profile", "size",
 )  # fmt: skip
-# How, and what came out. `mode` is one of timing.MODES, a sum of them, or "model": a formula or a count, nothing timed.
+# How, and what came out. `mode` is one of timing.MODES, a sum of them, or "model": a formula or a count, nothing timed
+# (a time in such a row is predicted, by `bench predict`).
 # p20, p50, p80 are microseconds per call over `samples` calls. `model_bytes` must move by the design's count,
 # `counted_bytes` did by hardware counters. Peaks are those that the device itself reached here: copying (GB/s),
 # multiplying matrices of this dtype (TFLOP/s), starting a kernel or operator (us). `roof_us` =

@@ -1,7 +1,10 @@
-"""What the tests of `bench` share: a session on the CPU, the command `paper`, the rows of a CSV file."""
+"""What the tests of `bench` share: a session, the command `paper`, a process that compiles, the rows of a CSV file."""
 
 import argparse
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from bench.harness import Session
 from bench.paper import add_command
 
 CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).parents[2]
 ROOF = roof.Roof(10.0, {"fp32": 0.05}, 1.0)
 
 
@@ -38,3 +42,12 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, by column."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a process that compiles kernels, with one thread."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, *arguments]
+    options: dict[str, Any] = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 600}
+    return subprocess.run(command, env=environment, check=False, **options)

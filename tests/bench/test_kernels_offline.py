@@ -5,27 +5,16 @@ Kernels are compiled in processes of their own, because this one interprets them
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from bench_kit import compiling
 
 pytestmark = pytest.mark.t1
 
-ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (70, 80, 90)
 OPERATORS = {"group_lasso", "sgd", "group_soft_threshold", "batch_norm_act", "channel_index", "conv2d"}
 OPERATORS |= {"channel_statistics"}  # what two of them share
-
-
-def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in a process that compiles kernels, with one thread."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.graph.rules import rule_for
+from prunetrain_kernels.graph.traced import LISTED
+from prunetrain_kernels.inputs import ExampleInputs, arguments_of, mapped, named_inputs
 from prunetrain_kernels.probe import DEEPEST, ONE_BY_ONE, first_line, held_by
 
 _LOCK = threading.RLock()
@@ -81,8 +83,9 @@ class _Tracer(ThreadTracer):
     values control flow may depend.
     """
 
-    def __init__(self, closed: set[str], *, sees_buffers: str) -> None:
+    def __init__(self, closed: set[str], inputs: ExampleInputs, *, sees_buffers: str) -> None:
         super().__init__()
+        self.inputs = inputs
         self.closed = closed
         self.sees_buffers = sees_buffers
         self.failed_in: str | None = None
@@ -97,6 +100,30 @@ class _Tracer(ThreadTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         closed = module_qualified_name in self.closed
         return closed or rule_for(m) is not None or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,  # noqa: FBT001 - fx passes it so
+        concrete_args: Any = None,
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Begins the program with one placeholder for each tensor among the inputs, however deep; what is no tensor is
+        passed as it is."""
+        names = list(inspect.signature(root_fn).parameters)[1:]
+        named = iter(named_inputs(names, self.inputs))
+
+        def begin(_: Tensor) -> fx.Proxy:
+            name, listed = next(named)
+            proxy = self.create_proxy("placeholder", name, (), {})
+            proxy.node.meta[LISTED] = listed
+            return proxy
+
+        positional, keywords = arguments_of(mapped(self.inputs, begin))
+
+        def forward(root: nn.Module) -> Any:
+            return root_fn(root, *positional, **keywords)
+
+        return forward, [self.root]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -174,32 +201,31 @@ def _maker_of(value: Any, held: dict[str, Any]) -> Callable[..., Any]:
     return make
 
 
-def trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
+def trace(model: nn.Module, inputs: ExampleInputs) -> tuple[fx.Graph, dict[str, str]]:
     """The model's program in its present mode; and the submodules that tracing could not enter, with the reasons.
 
     Args:
-        inputs: how many positional arguments the model gets.
+        inputs: what the model is called with.
 
     Raises:
         UntraceableError: the model's own forward cannot be traced.
     """
-    settings = _settings(model, inputs)
     try:
-        first = _trace(model, settings, sees_buffers="floats")
+        first = _trace(model, inputs, sees_buffers="floats")
     except UntraceableError:
-        return _trace(model, settings, sees_buffers="none")
+        return _trace(model, inputs, sees_buffers="none")
     if not first[1]:
         return first
-    second = _trace(model, settings, sees_buffers="none")  # a forward may decide by a buffer's values where to go
+    second = _trace(model, inputs, sees_buffers="none")  # a forward may decide by a buffer's values where to go
     return second if len(second[1]) < len(first[1]) else first
 
 
-def _trace(model: nn.Module, settings: dict[str, Any] | None, *, sees_buffers: str) -> tuple[fx.Graph, dict[str, str]]:
+def _trace(model: nn.Module, inputs: ExampleInputs, *, sees_buffers: str) -> tuple[fx.Graph, dict[str, str]]:
     closed: dict[str, str] = {}
     while True:
-        tracer = _Tracer(set(closed), sees_buffers=sees_buffers)
+        tracer = _Tracer(set(closed), inputs, sees_buffers=sees_buffers)
         try:
-            return tracer.trace(model, settings), closed
+            return tracer.trace(model), closed
         except MemoryError:  # says nothing about the model
             raise
         except Exception as error:
@@ -212,18 +238,6 @@ def _trace(model: nn.Module, settings: dict[str, Any] | None, *, sees_buffers: s
                     f"the forward of {type(model).__name__} cannot be traced by torch.fx: {reason}"
                 ) from error
             closed[tracer.failed_in] = reason
-
-
-def _settings(model: nn.Module, inputs: int) -> dict[str, Any] | None:
-    """The plain defaults of the forward's further arguments (`return_features=False`): flow may depend on them."""
-    parameters = list(inspect.signature(model.forward).parameters.values())[inputs:]
-    plain = {
-        p.name: p.default
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and (p.default is None or isinstance(p.default, bool | int | float | str))
-    }
-    return plain or None
 
 
 def _where(error: Exception) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.runs import Runs, Start, describe_difference, in_double, own_tensors, run
 from prunetrain_kernels.graph.spaces import ChannelSpaces, expand
+from prunetrain_kernels.inputs import ExampleInputs, mapped, tensors_in
 from prunetrain_kernels.probe import difference, first_line
 
 # After so many cuts in search of the spaces that a forward depends on, all that are in doubt stay.
@@ -88,8 +89,8 @@ class _Trial:
         self.graph = graph
         self.model = runs.model
         self.modules = dict(runs.model.named_modules())
-        self.inputs = tuple(map(_varied, runs.inputs))
-        same_inputs = all(a is b for a, b in zip(self.inputs, runs.inputs, strict=True))
+        self.inputs: ExampleInputs = mapped(runs.inputs, _varied)
+        same_inputs = all(a is b for a, b in zip(tensors_in(self.inputs), tensors_in(runs.inputs), strict=True))
         self.starts = [
             (training, start)
             for training, start in starts

@@ -26,7 +26,8 @@ from prunetrain_kernels.graph.rules import rule_for
 from prunetrain_kernels.graph.runs import own_tensors
 from prunetrain_kernels.graph.shapes import counts, fixed_axes
 from prunetrain_kernels.graph.spaces import Space
-from prunetrain_kernels.graph.traced import Traced, joined_calls
+from prunetrain_kernels.graph.traced import LISTED, Traced, joined_calls
+from prunetrain_kernels.inputs import ExampleInputs
 
 # Methods and attributes that tell something of a tensor that has nothing to do with its channels.
 PLAIN_READERS = {"dim", "ndimension", "is_floating_point", "is_contiguous", "type", "element_size", "get_device"}
@@ -37,7 +38,7 @@ Place = tuple[int, int]  # a space, and a channel in it
 Modules = Mapping[str, nn.Module]
 
 
-def walk(model: nn.Module, programs: Sequence[Traced], examples: tuple[Tensor, ...]) -> ChannelGraph:
+def walk(model: nn.Module, programs: Sequence[Traced], examples: ExampleInputs) -> ChannelGraph:
     """The channel graph of the model, from its traced programs.
 
     Args:
@@ -72,7 +73,7 @@ def _visit(flow: Flow, modules: Modules, opaque: Mapping[str, str], node: fx.Nod
     outcome: Outcome = True
     if node.op == "placeholder":
         shape = flow.shape(node)
-        if shape is not None and len(shape) >= 2:
+        if shape is not None and len(shape) >= 2 and not node.meta.get(LISTED):
             ids = flow.new_space(shape[1], "it is the network's input")
             flow.ids.mark_inputs(ids)
             flow.set(node, Channels(ids))
@@ -266,7 +267,7 @@ def _freeze_module(flow: Flow, name: str, reason: str) -> None:
 
 
 def _graph(
-    flow: Flow, modules: Modules, opaque: dict[str, str], programs: list[fx.Graph], examples: tuple[Tensor, ...]
+    flow: Flow, modules: Modules, opaque: dict[str, str], programs: list[fx.Graph], examples: ExampleInputs
 ) -> ChannelGraph:
     """Numbers the spaces of all layers and followers, in place, and puts the graph together."""
     repeated, varied = joined_calls(programs)

@@ -78,8 +78,7 @@ class PruneTrain(PruningState):
         optimizer: any torch.optim optimizer that holds the model's parameters, or several in a list that hold them
             together; also one around another, such as SAM, Lookahead or Accelerate's. docs/optimizers.md says which
             can follow.
-        example_inputs: what the model is called with, a few examples, on its device: a tuple of positional arguments
-            such as (x,), or a dict of keyword arguments such as {"pixel_values": x}; nested as for `trace_channels`.
+        example_inputs: a few examples: a tuple of positional or a dict of keyword arguments, as for `trace_channels`.
         penalty_ratio: share of the lasso in the first total loss, which sets lambda (Eq. 3); 0 means no lasso.
         interval: epochs between reconfigurations, whole or a fraction (paper: 10 for CIFAR, 5 for ImageNet). By default
             10; with a target a twentieth of the epochs, but at least 1.

@@ -271,7 +271,10 @@ def test_one_sentence_says_what_is_wrong(case: str, tmp_path: Path) -> None:
     [
         ({"images": image(4, 3)}, r"does not take the keyword arguments .*its arguments are pixel_values, mask, scale"),
         ({"mask": MASK}, r"does not take the keyword arguments .*missing a required .*'pixel_values'"),
-        ((image(4, 3), MASK, 1.0, 2), "takes 1 inputs but example_inputs has 4; give one each, or a dict of keyword arguments"),
+        (
+            (image(4, 3), MASK, 1.0, 2),
+            "takes 1 inputs but example_inputs has 4; give one each, or a dict of keyword arguments",
+        ),
     ],
 )
 def test_arguments_that_the_forward_does_not_have(inputs: Any, why: str) -> None:

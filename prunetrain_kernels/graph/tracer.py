@@ -7,6 +7,7 @@ that another thread calls meanwhile, for inference, run as they are (`ThreadTrac
 
 import inspect
 import linecache
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ class UntraceableError(Exception):
 
 def _pieces_of(node: fx.Node, root: nn.Module) -> int | None:
     """The number of tensors that a call gives as a tuple; None where the program does not say it."""
+    if node.target is operator.getitem and isinstance(node.args[1], slice) and _is_size(node.args[0]):
+        return _length_of(node.args[1])
     sections = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
     if node.target in ("chunk", torch.chunk) and isinstance(sections, int):
         return sections
@@ -66,11 +69,32 @@ def _pieces_of(node: fx.Node, root: nn.Module) -> int | None:
     return 2 if with_places or node.target in (torch.var_mean, torch.std_mean) else None
 
 
+def _is_size(value: Any) -> bool:
+    """Whether a traced value is a tensor's size: `x.shape`, `x.size()`, `x.shape[2:]`."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.target is operator.getitem:
+        return isinstance(value.args[1], slice) and _is_size(value.args[0])
+    of_attribute = value.target is getattr and value.args[1] == "shape"
+    return of_attribute or (value.op == "call_method" and value.target == "size" and len(value.args) == 1)
+
+
+def _length_of(part: slice) -> int | None:
+    """The number of entries of `shape[:2]` or `shape[-2:]`, of a tensor that has them all; None where it depends on how
+    many there are, as for `shape[2:]`."""
+    start, stop = 0 if part.start is None else part.start, part.stop
+    if part.step not in (None, 1) or not isinstance(start, int) or not isinstance(stop, int | None):
+        return None
+    if stop is None:
+        return -start if start < 0 else None
+    return max(0, stop - start) if (start < 0) == (stop < 0) else None
+
+
 class _Proxy(fx.Proxy):
-    """fx's proxy, which also knows its length where it stands for the pieces of a chunk or split."""
+    """fx's proxy, which also knows its length where it stands for the pieces of a chunk or split, or of a size."""
 
     def __len__(self) -> int:
-        """The number of pieces, which `list(x.chunk(2, 1))` and `f(*x.chunk(2, 1))` ask for."""
+        """The number of pieces, which `list(x.chunk(2, 1))` and `f(*x.shape[:2])` ask for."""
         count = _pieces_of(self.node, self.tracer.root)  # type: ignore[attr-defined]
         return super().__len__() if count is None else count
 

@@ -21,6 +21,9 @@ from prunetrain_kernels.probe import difference, first_line
 # After so many cuts in search of the spaces that a forward depends on, all that are in doubt stay.
 MOST_CUTS = 120
 
+# Modules that are told their number of channels, and may have no tensor that tells it.
+TOLD_THEIR_CHANNELS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
 Tensors = dict[str, dict[str, Tensor]]
 Attributes = dict[str, dict[str, int]]  # by the module's name, then by the attribute's
 
@@ -188,9 +191,9 @@ class _Trial:
         zeroed: Tensors = {}
         smaller: Tensors = {}
         self.counts = {
-            follower.module: int((~cut[follower.space]).sum())
+            follower.module: int((~cut[follower.space]).sum()) * follower.block
             for follower in self.graph.followers.values()
-            if isinstance(self.modules[follower.module], nn.GroupNorm) and cut[follower.space].any()
+            if isinstance(self.modules[follower.module], TOLD_THEIR_CHANNELS) and cut[follower.space].any()
         }
         for name, key, dim, block, space_number in _sides(self.graph, self.modules):
             mask = cut[space_number]
@@ -270,7 +273,7 @@ def _sizes(module: nn.Module, tensors: dict[str, Tensor], count: int | None) -> 
     if isinstance(module, nn.GroupNorm):
         groups = module.num_groups * (count or module.num_channels) // module.num_channels
         return {"num_channels": count or module.num_channels, "num_groups": groups}
-    size = next((len(t) for t in tensors.values() if t.dim()), None)
+    size = next((len(t) for t in tensors.values() if t.dim()), count)
     if size is None:
         return {}
     names = ("num_features", "num_parameters")

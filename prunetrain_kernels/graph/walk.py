@@ -120,7 +120,12 @@ def _reads_size(flow: Flow, node: fx.Node) -> bool:
     if not isinstance(source, fx.Node):
         return False
     if isinstance(flow.value(source), torch.Size) and node.target is operator.getitem:
-        _reads_entries(flow, node, source.args[0], node.args[1])
+        entries = _entries_of_size(flow, node)
+        if entries is None:
+            return False
+        # of a part of a size its own entries are read, where all that is done with it is to take them
+        if isinstance(node.args[1], int) or any(user.target is not operator.getitem for user in node.users):
+            _reads_entries(flow, node, entries[0], entries[1][0] if isinstance(node.args[1], int) else entries[1])
         return True
     if flow.shape(source) is None:
         return False
@@ -135,6 +140,26 @@ def _reads_size(flow: Flow, node: fx.Node) -> bool:
     elif value is not None and not all(takes_whole_size(flow, user) for user in node.users):
         flow.freeze(value, COUNT_IS_READ)
     return True
+
+
+def _entries_of_size(flow: Flow, node: fx.Node) -> tuple[fx.Node, list[int]] | None:
+    """The tensor of whose size, or of a part of it, a node takes entries, and the dimensions that it takes."""
+    source, index = node.args[0], node.args[1]
+    if not isinstance(source, fx.Node):
+        return None
+    if source.target is operator.getitem and isinstance(flow.value(source), torch.Size):
+        inner = _entries_of_size(flow, source)
+        if inner is None:
+            return None
+        tensor, dims = inner
+    else:
+        tensor = source.args[0]  # type: ignore[assignment]
+        shape = flow.shape(tensor)
+        if not isinstance(tensor, fx.Node) or shape is None:
+            return None
+        dims = list(range(len(shape)))
+    places = [index % len(dims)] if isinstance(index, int) else sorted(_entries(index, len(dims)))
+    return tensor, [dims[place] for place in places]
 
 
 def _reads_entries(flow: Flow, node: fx.Node, source: Any, index: Any) -> None:
@@ -405,6 +430,8 @@ def _entries(index: Any, ndim: int) -> set[int]:
     """The dimensions whose sizes `size[index]` takes; all where the index is no plain number or slice."""
     if isinstance(index, int):
         return {index % ndim}
+    if isinstance(index, list):
+        return set(index)
     parts = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
     plain = all(i is None or isinstance(i, int) for i in parts)
     return set(range(*slice(*parts).indices(ndim))) if plain else set(range(ndim))

@@ -1,5 +1,5 @@
-"""The examples' detector and segmentation networks, trained on by the examples' own losses after a pruning: step by step
-the losses are those of a masked twin, in float64. torchvision's Faster R-CNN too, by its parts."""
+"""The examples' detector and segmentation networks, trained on by the examples' own losses after a pruning: step by
+step the losses are those of a masked twin, in float64. torchvision's Faster R-CNN too, by its parts."""
 
 import copy
 import importlib.util

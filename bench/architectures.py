@@ -37,7 +37,10 @@ trained on beside a masked twin in float64, saved, loaded, and pruned a second t
   this is what would be left if everything that may go went. A few channels can carry many FLOPs: compare both shares. A
   depthwise convolution's input and output are one channel.
 * **frozen**: the channels that stay whatever their weights, by reason. Every network's input and output are frozen; the
-  list leaves these out.
+  list leaves these out. Where "none can go", the operation that is named has a part of every channel in its result,
+  also of one that is 0, so pruning would not be exact. Where a number "is written out" or channels are picked "by
+  number", the forward holds their number as a constant (`split((26, 26))`, `view(n, 4, 16)`): with fewer it would fail,
+  or take others. What is "not followed" has no rule: whether pruning would be exact is not known, so nothing is cut.
 """
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.inputs import ExampleInputs, call
 
 # The largest difference that rounding explains, as a share of the output's scale. Products are summed in another order
 # when channels go, so a deep network in low precision moves by far more than one rounding.
@@ -203,9 +204,9 @@ def looking(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 
 def outputs_of(
-    model: nn.Module, inputs: Sequence[Any], *, training: bool = False, other_chance: bool = False
+    model: nn.Module, inputs: ExampleInputs, *, training: bool = False, other_chance: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors that `model(*inputs)` returns, by name, in evaluation (default) or training mode; detached.
+    """The tensors that the model returns on the inputs, by name, in evaluation (default) or training mode; detached.
 
     Every call starts from the same state of the random number generators, so that two calls draw the same numbers.
     With `other_chance` a call draws other numbers, which shows whether the outputs depend on chance.
@@ -216,7 +217,7 @@ def outputs_of(
     with looking(model, training=training):
         if other_chance:
             _draw(model)
-        return {name: tensor.detach() for name, tensor in named_tensors_in(model(*inputs)).items()}
+        return {name: tensor.detach() for name, tensor in named_tensors_in(call(model, inputs)).items()}
 
 
 def _draw(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from prunetrain_kernels.graph.gating import gateable_sides
 from prunetrain_kernels.graph.prunable import frozen_share, prunable
 from prunetrain_kernels.graph.spaces import Layer
 from prunetrain_kernels.graph.trace import trace_channels
+from prunetrain_kernels.inputs import ExampleInputs
 from prunetrain_kernels.ops.group_lasso import (
     EPS,
     Groups,
@@ -75,7 +76,7 @@ class GroupLasso:
 
     Args:
         model: any module that `trace_channels` can follow.
-        example_inputs: the model's positional arguments, as for `trace_channels`.
+        example_inputs: as for `trace_channels`.
         graph: the model's channel graph, if it is at hand already.
         eps: added to every squared norm.
         policy: "union", "gating" or "auto", that of the reconfigurations. Under the latter two a convolution can
@@ -94,7 +95,7 @@ class GroupLasso:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: tuple[Tensor, ...],
+        example_inputs: ExampleInputs,
         *,
         graph: ChannelGraph | None = None,
         eps: float = EPS,

@@ -32,6 +32,7 @@ from bench.profiles import Profile
 from prunetrain_kernels.graph import ChannelGraph, trace_channels
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.graph.spaces import expand
+from prunetrain_kernels.inputs import mapped
 from prunetrain_kernels.models import build
 from prunetrain_kernels.models.init import initialize
 from prunetrain_kernels.prune import reconfigure
@@ -85,7 +86,7 @@ class Training:
             optimizer.state[now]["momentum_buffer"] = buffer.to(device, dtype, copy=True)
         graph = self.graph
         if device is not None or dtype is not None:
-            example = tuple(x.to(device, dtype) for x in graph.example_inputs)
+            example = mapped(graph.example_inputs, lambda x: x.to(device, dtype))
             graph = trace_channels(model, example)
         return Training(self.network, model, optimizer, graph)
 

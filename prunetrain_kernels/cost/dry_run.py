@@ -19,6 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.inputs import (
+    ExampleInputs,
+    call,
+    checked_inputs,
+    images_in,
+    mapped,
+    of_batch,
+    shapes_of,
+    tensors_in,
+)
 from prunetrain_kernels.probe import (
     attributes_of,
     first_line,
@@ -37,12 +47,12 @@ class DryRun:
 
     model: nn.Module
     state: dict[str, Tensor]
-    inputs: tuple[Tensor, ...]
+    inputs: ExampleInputs
 
     @property
     def images(self) -> int:
-        """Size of dimension 0 of the first input."""
-        return self.inputs[0].shape[0]
+        """How many examples the inputs hold."""
+        return images_in(self.inputs)
 
     def forward(self) -> object:
         """What the model returns on `inputs`, by operators that can be counted: PyTorch's attention in one piece, which
@@ -50,7 +60,7 @@ class DryRun:
         fast = torch.backends.mha.get_fastpath_enabled()
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            return self.model(*self.inputs)
+            return call(self.model, self.inputs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -62,7 +72,7 @@ class DryRun:
 def dry_run(
     measure: Callable[[DryRun], Result],
     model: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: ExampleInputs,
     *,
     training: bool,
     amp: torch.dtype | None = None,
@@ -74,10 +84,9 @@ def dry_run(
     to `amp` (None: not at all), whatever the caller's modes. Everything about the model is as before on return.
 
     Raises:
-        InputError: `example_inputs` is no non-empty tuple of tensors whose first has the batch as dimension 0, or
-            `measure` fails on true copies, too.
+        InputError: `example_inputs` have another form than `inputs.py` says, or `measure` fails on true copies, too.
     """
-    check_example_inputs(example_inputs)
+    example_inputs = check_example_inputs(example_inputs)
     with ExitStack() as stack:
         for context in (
             torch.inference_mode(mode=False),
@@ -96,14 +105,13 @@ def dry_run(
     raise refusal(model, example_inputs, failed, training=training) from failed
 
 
-def refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception, *, training: bool) -> InputError:
+def refusal(model: nn.Module, inputs: ExampleInputs, error: Exception, *, training: bool) -> InputError:
     """The error that tells a user that the model failed on these inputs; an InputError stays as it is."""
     if isinstance(error, InputError):
         return error
-    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
     mode = "training" if training else "evaluation"
     return InputError(
-        f"{type(model).__name__} does not run on example inputs of shape {shapes} in {mode} mode: "
+        f"{type(model).__name__} does not run on example inputs of shape {shapes_of(inputs)} in {mode} mode: "
         f"{type(error).__name__}: {first_line(error)}."
     )
 
@@ -111,7 +119,7 @@ def refusal(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception, *, t
 def training_run(
     measure: Callable[[DryRun], Result],
     model: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: ExampleInputs,
     *,
     amp: torch.dtype | None = None,
 ) -> Result:
@@ -122,11 +130,11 @@ def training_run(
     Raises:
         InputError: as for `dry_run`.
     """
-    check_example_inputs(example_inputs)
+    example_inputs = check_example_inputs(example_inputs)
     try:
         return dry_run(measure, model, example_inputs, training=True, amp=amp)
     except InputError:
-        if len(example_inputs[0]) != 1:
+        if images_in(example_inputs) != 1:
             raise
         return dry_run(measure, model, of_batch(example_inputs, 2), training=True, amp=amp)
 
@@ -153,8 +161,8 @@ def run_on(run: DryRun, measure: Callable[[DryRun], Result]) -> Result:
 
 
 @contextmanager
-def _fakes(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Iterator[DryRun]:
-    inputs = [x.detach() for x in example_inputs]
+def _fakes(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[DryRun]:
+    inputs = mapped(example_inputs, Tensor.detach)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # not all tensors of a model are known to it
 
         def copy(tensor: Tensor) -> Tensor:
@@ -165,11 +173,11 @@ def _fakes(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Iterator[Dry
             return fake_copy
 
         with on_copies(model, copy) as state:
-            yield DryRun(model, state, tuple(fake.from_tensor(x) for x in inputs))
+            yield DryRun(model, state, mapped(inputs, fake.from_tensor))
 
 
 @contextmanager
-def _true_copies(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Iterator[DryRun]:
+def _true_copies(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[DryRun]:
     def copy(tensor: Tensor) -> Tensor:
         values = tensor.detach().clone()
         if isinstance(tensor, nn.Parameter):
@@ -177,10 +185,10 @@ def _true_copies(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Iterat
         return values.requires_grad_(tensor.requires_grad)
 
     restore_random_state = random_state()
-    devices = sorted({t.get_device() for t in (*example_inputs, *model.parameters()) if t.is_cuda})
+    devices = sorted({t.get_device() for t in (*tensors_in(example_inputs), *model.parameters()) if t.is_cuda})
     try:
         with torch.random.fork_rng(devices=devices), on_copies(model, copy) as state:
-            yield DryRun(model, state, tuple(x.detach().clone() for x in example_inputs))
+            yield DryRun(model, state, mapped(example_inputs, lambda x: x.detach().clone()))
     finally:
         restore_random_state()
 
@@ -248,48 +256,16 @@ def quiet() -> Iterator[None]:
         log.disabled = was_disabled
 
 
-def check_example_inputs(example_inputs: tuple[Tensor, ...]) -> None:
-    """Raises InputError unless `example_inputs` is a non-empty tuple of tensors, the first with at least one example.
-
-    The others may be anything that the model takes: a number, prototypes, a batch of another size.
-    """
-    if not isinstance(example_inputs, tuple) or not example_inputs:
-        raise InputError(
-            f"example_inputs must be a tuple of tensors such as (x,), got {type(example_inputs).__name__}."
-        )
-    for x in example_inputs:
-        if not isinstance(x, Tensor):
-            raise InputError(f"Every example input must be a tensor, got {type(x).__name__}.")
-    first = example_inputs[0]
-    if first.ndim == 0 or first.shape[0] == 0:
-        raise InputError(
-            f"The first example input must have the batch as dimension 0, got shape {tuple(first.shape)}: costs are "
-            "counted per image."
-        )
+def check_example_inputs(example_inputs: Any) -> ExampleInputs:
+    """The example inputs in the form of `inputs.py`; raises InputError unless there is at least one example."""
+    inputs = checked_inputs(example_inputs)
+    images_in(inputs)
+    return inputs
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The model's parameters and buffers, each once."""
     return [*model.named_parameters(), *model.named_buffers()]
-
-
-def of_batch(example_inputs: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
-    """The inputs with `batch` images: the given images repeated in order.
-
-    Inputs with as many entries along dimension 0 as the first input has images are resized; others stay as they are.
-    """
-    images = example_inputs[0].shape[0]
-    return tuple(_repeated(x, batch) if x.ndim and x.shape[0] == images else x.detach() for x in example_inputs)
-
-
-def _repeated(x: Tensor, batch: int) -> Tensor:
-    """(N, ...) -> (batch, ...), in the layout of `x`."""
-    memory_format = torch.contiguous_format
-    for rank, channels_last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.ndim == rank and x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
-            memory_format = channels_last
-    out = torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=memory_format)
-    return out.copy_(torch.cat([x.detach()] * -(-batch // x.shape[0]))[:batch])
 
 
 def scalar_of(outputs: object) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunetrain_kernels.cost.dry_run import DryRun, dry_run, training_run
 from prunetrain_kernels.cost.unknown import UNKNOWN, Unknown, or_unknown, share
+from prunetrain_kernels.inputs import ExampleInputs
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Flops:
         return share(self.training, dense.training), share(self.inference, dense.inference)
 
 
-def count_flops(model: nn.Module, example_inputs: tuple[Tensor, ...], *, amp: torch.dtype | None = None) -> Flops:
+def count_flops(model: nn.Module, example_inputs: ExampleInputs, *, amp: torch.dtype | None = None) -> Flops:
     """FLOPs per image of one training step and of one inference (paper Sec. 5, Tab. 1).
 
     The operators that `torch.utils.flop_counter` knows are counted: convolutions, linear layers, matrix products,
@@ -48,7 +49,7 @@ def count_flops(model: nn.Module, example_inputs: tuple[Tensor, ...], *, amp: to
 
     Args:
         model: any module on any device; nothing about it changes.
-        example_inputs: the model's positional arguments; dimension 0 of the first counts images.
+        example_inputs: what the model is called with (`inputs.py`); dimension 0 of the first tensor counts images.
         amp: dtype of the training's autocast, or None.
 
     Raises:
@@ -96,7 +97,7 @@ class FlopTable:
 
 
 def flop_table(
-    model: nn.Module, example_inputs: tuple[Tensor, ...], *, amp: torch.dtype | None = None
+    model: nn.Module, example_inputs: ExampleInputs, *, amp: torch.dtype | None = None
 ) -> tuple[Flops, FlopTable | None]:
     """`count_flops`, in which a number that cannot be counted is unknown, and the table for fewer channels.
 
@@ -162,7 +163,7 @@ def _step_flops_by_call(run: DryRun) -> tuple[Fraction, dict[str, Fraction]]:
 
 
 def count_flops_by_layer(
-    model: nn.Module, example_inputs: tuple[Tensor, ...], *, amp: torch.dtype | None = None
+    model: nn.Module, example_inputs: ExampleInputs, *, amp: torch.dtype | None = None
 ) -> dict[str, int]:
     """Inference FLOPs per image of each module that computes some itself, by its name in `model.named_modules()`.
 

@@ -13,7 +13,6 @@ from prunetrain_kernels.cost.dry_run import (
     check_example_inputs,
     dry_run,
     named_tensors,
-    of_batch,
     on_copies,
     quiet,
     refusal,
@@ -22,6 +21,7 @@ from prunetrain_kernels.cost.dry_run import (
     training_autocast,
 )
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.inputs import ExampleInputs, images_in, of_batch, tensors_in
 from prunetrain_kernels.probe import in_mode, named_tensors_in
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -41,7 +41,7 @@ class MemoryModel:
 
 def step_memory(
     model: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: ExampleInputs,
     optimizer: Optimizers = None,
     batches: tuple[int, int] | None = None,
     *,
@@ -60,8 +60,8 @@ def step_memory(
 
     Args:
         model: any module on any device; nothing about it changes.
-        example_inputs: the model's positional arguments; dimension 0 of the first counts images. For another size the
-            given images are repeated, in every input with as many entries along dimension 0.
+        example_inputs: what the model is called with (`inputs.py`); dimension 0 of the first tensor counts images. For
+            another size the given images are repeated, in every input with as many entries along dimension 0.
         optimizer: the one that trains the model, or a list of several.
         batches: two batch sizes of 2 or more; by default, and where a model refuses them, as many images as are given
             and twice as many (or half). On CUDA choose them close to the batch in use (`batches_near`): the peak of a
@@ -72,7 +72,7 @@ def step_memory(
         InputError: the model cannot be run on these inputs.
         torch.OutOfMemoryError: on CUDA, if a step does not fit.
     """
-    check_example_inputs(example_inputs)
+    example_inputs = check_example_inputs(example_inputs)
     if any(tensor.is_cuda for _, tensor in named_tensors(model)):
         return _first_that_runs(
             lambda pair: measure_step_memory_cuda(model, example_inputs, optimizer=optimizer, batches=pair, amp=amp),
@@ -93,7 +93,7 @@ def step_memory(
 
 def _first_that_runs(
     line: Callable[[tuple[int, int]], MemoryModel],
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: ExampleInputs,
     batches: tuple[int, int] | None,
 ) -> MemoryModel:
     """The result of `line` for the wanted pair of batch sizes, or else for the first pair that the model runs on.
@@ -101,7 +101,7 @@ def _first_that_runs(
     Raises:
         InputError: the model runs on none of them; the error is that of the first pair.
     """
-    images = example_inputs[0].shape[0]
+    images = images_in(example_inputs)
     pairs = [(images, 2 * images), (2 * images, 4 * images)]
     if images > 1:
         pairs[1] = (images // 2, images)
@@ -118,14 +118,14 @@ def _first_that_runs(
     raise first
 
 
-def batches_near(model: nn.Module, example_inputs: tuple[Tensor, ...], size: int) -> tuple[int, int]:
+def batches_near(model: nn.Module, example_inputs: ExampleInputs, size: int) -> tuple[int, int]:
     """Two sizes for `step_memory` close to a batch of `size` images.
 
     Where the example inputs are several, but fewer, the sizes are multiples of their number: a batch may consist of
     pairs, or of the frames of clips, which are no examples by themselves. On CUDA no size exceeds `size`, because a
     step of more images may not fit.
     """
-    images = example_inputs[0].shape[0]
+    images = images_in(example_inputs)
     copies = size // images
     if images > 1 and copies > 1:
         return copies // 2 * images, copies * images
@@ -136,7 +136,7 @@ def batches_near(model: nn.Module, example_inputs: tuple[Tensor, ...], size: int
 
 def measure_step_memory_cuda(
     model: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: ExampleInputs,
     loss_fn: Callable[[object], Tensor] | None = None,
     optimizer: Optimizers = None,
     batches: tuple[int, int] = (16, 32),
@@ -164,7 +164,7 @@ def measure_step_memory_cuda(
     """
     if len(batches) != 2 or min(batches) < 1 or batches[0] == batches[1]:
         raise InputError(f"batches must be two different batch sizes, got {batches}.")
-    check_example_inputs(example_inputs)
+    example_inputs = check_example_inputs(example_inputs)
     device = _cuda_device(model)
     resident = _state_bytes(model) + _optimizer_bytes(model, optimizer)
     peaks = []
@@ -205,7 +205,7 @@ def _cuda_device(model: nn.Module) -> torch.device:
 def _real_step(
     model: nn.Module,
     state: dict[str, Tensor],
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: ExampleInputs,
     batch: int,
     loss_fn: Callable[[object], Tensor] | None,
 ) -> None:
@@ -239,7 +239,7 @@ def _activation_bytes(run: DryRun) -> int:
             total += size
         return tensor
 
-    for x in run.inputs:
+    for x in tensors_in(run.inputs):
         count(x)
     with saved_tensors_hooks(count, lambda tensor: tensor):
         run.forward()

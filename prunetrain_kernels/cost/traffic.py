@@ -8,12 +8,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunetrain_kernels.cost.dry_run import DryRun, training_run
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.inputs import ExampleInputs
 
 PASSES_PER_STEP = 8  # forward: read x twice, write y; backward: read x and dy twice, write dx
 
 
 def batch_norm_bytes(
-    model: nn.Module, example_inputs: tuple[Tensor, ...], batch: int = 1, *, amp: torch.dtype | None = None
+    model: nn.Module, example_inputs: ExampleInputs, batch: int = 1, *, amp: torch.dtype | None = None
 ) -> int:
     """Bytes that the model's batch norms must move in one training step of `batch` images (paper Fig. 8 b, d).
 
@@ -27,7 +28,7 @@ def batch_norm_bytes(
     Args:
         model: any module on any device; nothing about it changes. It runs on the inputs as they are given; a single
             image that it refuses in training mode is given twice.
-        example_inputs: the model's positional arguments; dimension 0 of the first counts images.
+        example_inputs: what the model is called with (`inputs.py`); dimension 0 of the first tensor counts images.
         batch: images per step.
         amp: dtype of the training's autocast, or None: under it activations are of that dtype, and half the bytes.
 

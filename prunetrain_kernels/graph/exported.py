@@ -7,6 +7,7 @@ written out, and freezes; -1 stays -1. And layers have become functions of their
 swapped for others, so there is no gating and no layer removal.
 """
 
+import inspect
 import io
 import logging
 import operator
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.graph.operations import UNARY
-from prunetrain_kernels.graph.traced import Shape, Values
+from prunetrain_kernels.graph.traced import LISTED, Shape, Values
+from prunetrain_kernels.inputs import ExampleInputs, arguments_of, named_inputs
 
 POINTWISE = {
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "hardtanh",
@@ -38,7 +40,8 @@ SAME_ARGUMENTS: dict[str, Any] = {
     "dropout": F.dropout, "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
     "cat": torch.cat, "concat": torch.cat, "stack": torch.stack, "chunk": torch.chunk, "split": torch.split,
     "split_with_sizes": torch.split, "permute": torch.permute, "transpose": torch.transpose,
-    "flatten": torch.flatten, "unflatten": torch.unflatten, "unsqueeze": torch.unsqueeze, "squeeze": torch.squeeze,
+    "t": torch.t, "flatten": torch.flatten,
+    "unflatten": torch.unflatten, "unsqueeze": torch.unsqueeze, "squeeze": torch.squeeze,
     "mean": torch.mean, "sum": torch.sum, "amax": torch.amax, "softmax": torch.softmax, "log_softmax": F.log_softmax,
     "pad": F.pad, "constant_pad_nd": F.pad, "pixel_shuffle": F.pixel_shuffle, "pixel_unshuffle": F.pixel_unshuffle,
     "channel_shuffle": F.channel_shuffle, "linear": F.linear, "conv1d": F.conv1d, "conv2d": F.conv2d,
@@ -58,25 +61,27 @@ SAME_ARGUMENTS: dict[str, Any] = {
 METHODS = {"view", "reshape", "_unsafe_view", "expand", "expand_as", "repeat"}
 
 
-def exported_program(model: nn.Module, examples: tuple[Tensor, ...]) -> tuple[fx.Graph, Values, Callable[..., Any]]:
+def exported_program(model: nn.Module, inputs: ExampleInputs) -> tuple[fx.Graph, Values, Callable[..., Any]]:
     """The model's program in the form that `walk.py` takes, the value of each node, and a function that runs what
     torch.export recorded.
 
     Args:
         model: in the mode that is to be traced.
-        examples: its positional arguments.
+        inputs: what it is called with.
 
     Raises:
         Exception: whatever torch.export finds wrong with the model.
     """
     with _quiet(), torch.no_grad():
-        exported = torch.export.export(model, examples, strict=False)
+        exported = torch.export.export(model, *arguments_of(inputs), strict=False)
     names = exported.graph_signature.inputs_to_parameters | exported.graph_signature.inputs_to_buffers
-    inputs = set(exported.graph_signature.user_inputs)
+    user_inputs = set(exported.graph_signature.user_inputs)
+    listed = dict(named_inputs(list(inspect.signature(model.forward).parameters), inputs))
     translation = _Translation()
     for node in exported.graph.nodes:
         if node.op == "placeholder":
-            translation.begin(node, names.get(node.name), is_input=node.name in inputs)
+            translation.begin(node, names.get(node.name), is_input=node.name in user_inputs)
+            translation.nodes[node].meta[LISTED] = listed.get(node.name, False)
         elif node.op == "output":
             translation.program.output(translation.translated(node.args[0]))
         else:

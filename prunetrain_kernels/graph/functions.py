@@ -43,6 +43,7 @@ from prunetrain_kernels.graph.operations import (
     RESHAPES,
     SOFTMAX,
     SPATIAL_FUNCTIONS,
+    TRANSPOSED,
     TRANSPOSED_FUNCTIONS,
     UNPOOLING,
 )
@@ -61,6 +62,7 @@ from prunetrain_kernels.graph.shapes import (
     shuffle,
     softmax,
     stack,
+    transposed,
     unpacked,
 )
 
@@ -95,7 +97,9 @@ def _linear(flow: Flow, node: fx.Node) -> Outcome:
 
 
 def _attribute(flow: Flow, node: fx.Node) -> Outcome:
-    """Rule for `torch.max(x, 2).values` and `.indices`, which have the same channels."""
+    """Rule for `torch.max(x, 2).values` and `.indices`, which have the same channels, and for `x.mT` and `x.T`."""
+    if node.args[1] in TRANSPOSED:
+        return transposed(flow, node)
     parts = flow.parts_of(node.args[0])
     if not parts or node.args[1] not in ("values", "indices"):
         return False
@@ -228,6 +232,7 @@ _RULES: dict[Any, Rule] = {
     operator.getitem: index,
     getattr: _attribute,
     **dict.fromkeys(PERMUTATIONS, permutation),
+    **dict.fromkeys(("t", "adjoint", torch.t, torch.adjoint), transposed),
     **dict.fromkeys((torch.unsqueeze, "unsqueeze", torch.squeeze, "squeeze"), other_dims),
     **dict.fromkeys(REDUCTIONS, reduction),
     **dict.fromkeys(ALONG_DIMS, along_dims),

@@ -115,7 +115,7 @@ def _standardised_layer(flow: Flow, node: fx.Node, rows: Channels, dim: int) -> 
 
 
 def functional_instance_norm(flow: Flow, node: fx.Node) -> Outcome:
-    """Rule for F.instance_norm with the tensors of one module, or none."""
+    """Rule for F.instance_norm with the tensors of one module, or any of one value per channel, or none."""
     names = ("running_mean", "running_var", "weight", "bias")
     read, tensors = flow.source(node), {name: argument(node, i + 1, name) for i, name in enumerate(names)}
     if read is None or read.channels.dims != (1,):
@@ -123,10 +123,17 @@ def functional_instance_norm(flow: Flow, node: fx.Node) -> Outcome:
     if all(tensor is None for tensor in tensors.values()):
         return flow.passes(node)
     owner = owner_of(flow, node, **tensors)
-    if owner is None:
+    if owner is not None:
+        flow.called_as_function(owner[0], node)
+        return flow.follow_value(node, owner[0], "instance_norm", read.channels)
+    values = [flow.channels_of(tensor) for tensor in tensors.values() if tensor is not None]
+    wanted = (0,), len(read.channels.ids)
+    if read.channels.block != 1 or any(v is None or (v.dims, v.features) != wanted for v in values):
         return False
-    flow.called_as_function(owner[0], node)
-    return flow.follow_value(node, owner[0], "instance_norm", read.channels)
+    for value in filter(None, values):
+        flow.join(read.channels.ids, value.plain().ids)
+    flow.set(node, read.channels)
+    return True
 
 
 def functional_group_norm(flow: Flow, node: fx.Node) -> Outcome:

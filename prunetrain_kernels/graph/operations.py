@@ -68,6 +68,7 @@ QUOTIENTS = {operator.truediv, torch.div, torch.divide, torch.true_divide, "div"
 # torch.fx records `a += b` as operator.add, so a plain `a + b` has to count as one that may write into a.
 IN_PLACE = {operator.add, operator.iadd, "add_"}
 RESHAPES = {"view", "reshape", torch.reshape, torch.flatten, "flatten", torch.unflatten, "unflatten"}
+TRANSPOSED = ("mT", "mH", "T", "H")  # attributes
 _PERMUTATIONS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
 PERMUTATIONS = {*_PERMUTATIONS, *(getattr(torch, name) for name in _PERMUTATIONS)}
 # Functions that make one value of all along some dimensions, or two as a tuple: the values and their places.

@@ -4,6 +4,7 @@ Each program is run as well as the model, from the same state of all random numb
 compared: a program that computes something else is not believed.
 """
 
+import inspect
 import random
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from prunetrain_kernels.graph.runs import (
 )
 from prunetrain_kernels.graph.traced import Shape, Traced, pass_by_position, same_calls, wiring
 from prunetrain_kernels.graph.tracer import trace
+from prunetrain_kernels.inputs import ExampleInputs, arguments_of, call, tensors_in
 from prunetrain_kernels.probe import (
     attributes_of,
     difference,
@@ -42,19 +44,20 @@ from prunetrain_kernels.probe import (
 # Traces of a forward that draws random numbers: at most so many, and until so many in a row have shown nothing new.
 MOST_TRACES = {"torch.fx": 32, "torch.export": 6}
 NOTHING_NEW = {"torch.fx": 6, "torch.export": 3}
+BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 COUNTED = 4  # a forward that counts its calls is traced at its first, second, ... call
 
 
 class Runner(Protocol):
     """Runs a traced program on its arguments, in a mode; notes the value of each node in `values`, if it sees them."""
 
-    def __call__(self, arguments: Sequence[Tensor], values: dict[fx.Node, Any], *, training: bool) -> Any: ...
+    def __call__(self, arguments: ExampleInputs, values: dict[fx.Node, Any], *, training: bool) -> Any: ...
 
 
 class Tracer(Protocol):
     """Traces a model in a mode; gives the program and what runs it."""
 
-    def __call__(self, model: nn.Module, inputs: Sequence[Tensor], *, training: bool) -> tuple[Traced, Runner]: ...
+    def __call__(self, model: nn.Module, inputs: ExampleInputs, *, training: bool) -> tuple[Traced, Runner]: ...
 
 
 def programs_of(runs: Runs, tracer: str) -> list[Traced]:
@@ -133,7 +136,7 @@ class _Tracing:
             in_mode(runs.model, training=mode),
             unsynchronized(runs.model),
             torch.no_grad(),
-            torch.autocast(runs.inputs[0].device.type, enabled=False),
+            torch.autocast(tensors_in(runs.inputs)[0].device.type, enabled=False),
         ):
             try:
                 outputs = named_tensors_in(run_program(cloned(runs.inputs), self.traced.values, training=mode))
@@ -194,26 +197,36 @@ def _written(model: nn.Module) -> list[Any]:
 # -- torch.fx ----------------------------------------------------------------------------------------------------------
 
 
-def _by_fx(model: nn.Module, inputs: Sequence[Tensor], *, training: bool) -> tuple[Traced, Runner]:
-    program, opaque = trace(model, len(inputs))
+def _by_fx(model: nn.Module, inputs: ExampleInputs, *, training: bool) -> tuple[Traced, Runner]:
+    check_arguments(model, inputs)
+    program, opaque = trace(model, inputs)
     modules = dict(model.named_modules())
     expand_calls(program, modules)
     pass_by_position(program, modules)
-    _check_count(program, len(inputs))
 
-    def run_program(arguments: Sequence[Tensor], values: dict[fx.Node, Any], *, training: bool) -> Any:
-        return Recorder(model, program, values, training=training).run(*arguments)
+    def run_program(arguments: ExampleInputs, values: dict[fx.Node, Any], *, training: bool) -> Any:
+        return Recorder(model, program, values, training=training).run(*tensors_in(arguments))
 
     return Traced(program, {}, "torch.fx", training, opaque), run_program
 
 
-def _check_count(program: fx.Graph, count: int) -> None:
-    """Raises TraceError where the forward takes another number of inputs than `count`."""
-    inputs = [node for node in program.nodes if node.op == "placeholder"]
-    named = [node for node in inputs if not str(node.target).startswith("*")]  # *args and **kwargs may stay empty
-    needed = sum(1 for node in named if not node.args)
-    if count < needed or (len(named) == len(inputs) and count > len(inputs)):
-        raise TraceError(f"the model takes {needed} inputs but example_inputs has {count}; give one each.")
+def check_arguments(model: nn.Module, inputs: ExampleInputs) -> None:
+    """Raises TraceError where the forward takes other arguments than the example inputs."""
+    signature = inspect.signature(model.forward)
+    positional, keywords = arguments_of(inputs)
+    try:
+        signature.bind(*positional, **keywords)
+    except TypeError as error:
+        needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind in BY_POSITION]
+        if keywords:
+            raise TraceError(
+                f"the forward of {type(model).__name__} does not take the keyword arguments that example_inputs has: "
+                f"{first_line(error)}; its arguments are {', '.join(signature.parameters)}."
+            ) from error
+        raise TraceError(
+            f"the model takes {len(needed)} inputs but example_inputs has {len(positional)}; give one each, or a "
+            "dict of keyword arguments."
+        ) from error
 
 
 class Recorder(fx.Interpreter):
@@ -248,11 +261,11 @@ class Recorder(fx.Interpreter):
 # -- torch.export ------------------------------------------------------------------------------------------------------
 
 
-def _by_export(model: nn.Module, inputs: Sequence[Tensor], *, training: bool) -> tuple[Traced, Runner]:
+def _by_export(model: nn.Module, inputs: ExampleInputs, *, training: bool) -> tuple[Traced, Runner]:
     program, values, recorded = exported_program(model, cloned(inputs))
 
-    def run_program(arguments: Sequence[Tensor], values: dict[fx.Node, Any], *, training: bool) -> Any:
-        return recorded(*arguments)
+    def run_program(arguments: ExampleInputs, values: dict[fx.Node, Any], *, training: bool) -> Any:
+        return call(recorded, arguments)
 
     return Traced(program, values, "torch.export", training), run_program
 

@@ -121,16 +121,21 @@ def _timm_group_norm(flow: Flow, node: fx.Node, name: str, module: Any) -> Outco
 def _standardised(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     """Rule for timm's StdConv2d and ScaledStdConv2d: which of its inputs go the others' weights depend on."""
     value = flow.channels_of(node.args[0])
+    reason = f"the weight of '{name}' ({type(module).__name__}) is {STANDARDISED}"
+    grouped = module.groups > 1
     if (
-        module.groups > 1
+        (grouped and module.groups == module.in_channels)
         or value is None
         or value.dims != (1,)
         or len(node.args) != 1
         or hasattr(module, "parametrizations")
     ):
         return False
-    flow.freeze(value, f"the weight of '{name}' ({type(module).__name__}) is {STANDARDISED}")
+    flow.freeze(value, reason)
     flow.make_constant(node, name, module.out_channels, "standardised")
+    made = flow.channels_of(node)
+    if grouped and made is not None:
+        flow.freeze(made, f"'{name}' ({type(module).__name__}) has groups, and its weight is {STANDARDISED}")
     flow.end(node)
     return True
 

@@ -1,6 +1,6 @@
 """Runs of the model itself, with which a traced program and a cut network are compared."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from prunetrain_kernels.errors import TraceError
 from prunetrain_kernels.graph.draws import drawing, seed_global
+from prunetrain_kernels.inputs import ExampleInputs, batches_in, call, checked_inputs, first_of, mapped, of_batch
 from prunetrain_kernels.probe import Difference, difference, first_line, looking, named_tensors_in
 
 # More examples than this only cost time: shapes are the same, and max|dy| is measured at every reconfiguration.
@@ -38,8 +39,8 @@ class Runs:
     """
 
     model: nn.Module
-    inputs: tuple[Tensor, ...]
-    examples: tuple[Tensor, ...]
+    inputs: ExampleInputs
+    examples: ExampleInputs
     modes: tuple[bool, ...] = ()
     failed: dict[bool, str] = field(default_factory=dict)
     known: dict[tuple[bool, Start], dict[str, Tensor]] = field(default_factory=dict)
@@ -66,7 +67,7 @@ class Runs:
 
 def run(
     model: nn.Module,
-    inputs: Sequence[Tensor],
+    inputs: ExampleInputs,
     *,
     training: bool,
     start: Start,
@@ -86,10 +87,10 @@ def run(
         drawing(model, start.seed) as draws,
     ):
         for _ in range(start.calls_before):
-            model(*cloned(inputs))
+            call(model, cloned(inputs))
             seed_global(start.seed)
             draws.asked.clear()
-        return {name: t.detach().clone() for name, t in named_tensors_in(model(*cloned(inputs))).items()}
+        return {name: t.detach().clone() for name, t in named_tensors_in(call(model, cloned(inputs))).items()}
 
 
 @contextmanager
@@ -140,8 +141,8 @@ def buffers_copied(model: nn.Module) -> Iterator[None]:
 
 
 def in_double(
-    model: nn.Module, inputs: Sequence[Tensor], tensors: Mapping[str, Mapping[str, Tensor]] | None = None
-) -> tuple[tuple[Tensor, ...], dict[str, dict[str, Tensor]]]:
+    model: nn.Module, inputs: ExampleInputs, tensors: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> tuple[ExampleInputs, dict[str, dict[str, Tensor]]]:
     """The inputs and tensors for a run in float64, in which rounding hardly matters."""
     wide = {
         name: {key: t.double() for key, t in own_tensors(m).items() if t.is_floating_point()}
@@ -149,7 +150,7 @@ def in_double(
     }
     for name, by_key in (tensors or {}).items():
         wide[name].update({key: t.double() for key, t in by_key.items() if t.is_floating_point()})
-    return tuple(x.double() if x.is_floating_point() else x for x in inputs), wide
+    return mapped(inputs, lambda x: x.double() if x.is_floating_point() else x), wide
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -157,9 +158,10 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {k: t for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
 
 
-def cloned(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def cloned(inputs: ExampleInputs) -> ExampleInputs:
     """Copies of the inputs, for a forward that may write into them."""
-    return tuple(x.clone() for x in inputs)
+    copies: ExampleInputs = mapped(inputs, Tensor.clone)
+    return copies
 
 
 def describe_difference(gap: Difference) -> str:
@@ -172,7 +174,7 @@ def describe_difference(gap: Difference) -> str:
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
-def runs_of(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Runs:
+def runs_of(model: nn.Module, example_inputs: ExampleInputs) -> Runs:
     """The runs of a model on the fewest of the example inputs that it takes in both modes. The inputs need not be a
     batch of which any part will do (frames, pairs, shots of a class).
 
@@ -180,14 +182,14 @@ def runs_of(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Runs:
         TraceError: the inputs are no tensors, or the model takes them in training mode only.
     """
     examples = _checked(example_inputs)
-    batch = {len(x) for x in examples if x.dim()}
+    batch = batches_in(examples)
     sizes = sorted({min(most, *batch) for most in (FEWEST_EXAMPLES, MOST_EXAMPLES)}) if len(batch) == 1 else []
-    tries = [_first(examples, size) for size in sizes if size not in batch] + [examples]
-    first: dict[bool, tuple[Tensor, ...]] = {}
+    tries = [first_of(examples, size) for size in sizes if size not in batch] + [examples]
+    first: dict[bool, ExampleInputs] = {}
     why: dict[bool, str] = {}
     for inputs in tries:
         is_part = inputs is not examples
-        runs = Runs(model, inputs, _first(examples, MOST_EXAMPLES) if is_part and len(batch) == 1 else examples)
+        runs = Runs(model, inputs, first_of(examples, MOST_EXAMPLES) if is_part and len(batch) == 1 else examples)
         for training in (False, True):
             try:
                 outputs = runs.outputs(training=training, start=Start())
@@ -207,9 +209,9 @@ def runs_of(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Runs:
 
 def _runs_in_one_mode(
     model: nn.Module,
-    examples: tuple[Tensor, ...],
-    batch: set[int],
-    first: dict[bool, tuple[Tensor, ...]],
+    examples: ExampleInputs,
+    batch: list[int],
+    first: dict[bool, ExampleInputs],
     why: dict[bool, str],
 ) -> Runs:
     """The runs of a model that takes the examples in one mode, or twice as many in both.
@@ -221,8 +223,8 @@ def _runs_in_one_mode(
             f"the model fails on the example inputs in evaluation mode: {why[False]}; pass example_inputs that it "
             "accepts in both modes."
         )
-    if batch == {1}:
-        twice = tuple(torch.cat([x, x]) if x.dim() else x for x in examples)
+    if batch == [1]:
+        twice = of_batch(examples, 2)
         runs = Runs(model, twice, examples, modes=(False, True))
         try:
             for training in runs.modes:
@@ -235,20 +237,7 @@ def _runs_in_one_mode(
     return Runs(model, first.get(False, examples), examples, (False,) if first else (), why)
 
 
-def _checked(example_inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copies of the example inputs, for the caller may write into the tensors later; raises TraceError unless they are
-    tensors."""
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if (
-        not isinstance(example_inputs, tuple | list)
-        or not example_inputs
-        or not all(isinstance(x, Tensor) for x in example_inputs)
-    ):
-        raise TraceError("example_inputs must be a tuple of tensors, the model's positional arguments, such as (x,).")
-    return tuple(x.detach().clone() for x in example_inputs)
-
-
-def _first(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
-    """The first `size` examples of a batch, in new memory; a single number is for all of them."""
-    return tuple(x[:size].clone() if x.dim() else x for x in inputs)
+def _checked(example_inputs: ExampleInputs) -> ExampleInputs:
+    """Copies of the example inputs, for the caller may write into the tensors later; raises TraceError where they have
+    another form than `inputs.py` says."""
+    return mapped(checked_inputs(example_inputs, TraceError), lambda x: x.detach().clone())  # type: ignore[no-any-return]

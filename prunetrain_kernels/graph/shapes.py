@@ -194,6 +194,20 @@ def permutation(flow: Flow, node: fx.Node) -> Outcome:
     return True
 
 
+def transposed(flow: Flow, node: fx.Node) -> Outcome:
+    """Rule for `x.mT`, `x.mH` and `adjoint`, which swap the last two dimensions; of a matrix, `x.T`, `x.H`, `t`."""
+    read = flow.source(node)
+    if read is None or flow.tensors(node) != [read.node]:
+        return False
+    name = str(node.args[1]) if node.target is getattr else getattr(node.target, "__name__", str(node.target))
+    order = list(range(len(read.before)))
+    if len(order) != 2 and name in ("T", "H", "t"):
+        return False
+    order[-2:] = order[:-3:-1]
+    flow.set(node, read.channels.permuted(tuple(order)))
+    return True
+
+
 def _dims(value: Any, ndim: int) -> list[int] | None:
     dims = [value] if isinstance(value, int) else value
     if not isinstance(dims, list | tuple) or not all(type(d) is int for d in dims):

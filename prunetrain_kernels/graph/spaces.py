@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.inputs import ExampleInputs
 
 
 @dataclass
@@ -144,7 +145,7 @@ class ChannelSpaces:
     merges: list[Merge]
     calls: dict[str, list[fx.Node]]
     program: fx.Graph
-    example_inputs: tuple[Tensor, ...]
+    example_inputs: ExampleInputs
     opaque: dict[str, str] = field(default_factory=dict)
     not_followed: frozenset[fx.Node] = frozenset()
     pinned: dict[str, str] = field(default_factory=dict)

@@ -5,7 +5,7 @@ with the model; `walk.py` follows the channels through them; a trial cut (`trial
 without the channels that are free then.
 """
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prunetrain_kernels.compiled import is_compiled_module
@@ -17,13 +17,14 @@ from prunetrain_kernels.graph.traced import distinct
 from prunetrain_kernels.graph.tracer import UntraceableError, tracing
 from prunetrain_kernels.graph.trial import freeze_what_fails
 from prunetrain_kernels.graph.walk import walk
+from prunetrain_kernels.inputs import ExampleInputs
 from prunetrain_kernels.probe import first_sentence, refuse_sharded, unchanged
 
 HOW_TO_TRACE = "Move the part that depends on data into a submodule of its own, whose channels then stay as they are."
 MOST_STARTS = 4  # runs of a mode, with different random numbers, that the trial cut repeats
 
 
-def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> ChannelGraph:
+def trace_channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
     """Finds every channel space of `model`.
 
     The forward is traced in training and in evaluation mode, and several times where it draws random numbers or counts
@@ -46,9 +47,10 @@ def trace_channels(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Chan
     put into other modes and onto copies of its buffers, so no other thread may use this model meanwhile.
 
     Args:
-        model: any module; `example_inputs` are its positional arguments.
-        example_inputs: tensors with the batch in dim 0 and channels in dim 1; more than 8 examples are cut to 8, if the
-            model takes a part of them.
+        model: any module.
+        example_inputs: a tuple of its positional arguments, or a dict of its keyword arguments. Tensors have the batch
+            in dim 0 and channels in dim 1; they may be nested in tuples and dicts, or in lists, which have one entry
+            for each example (a detector's images). More than 8 are cut to 8, if the model takes a part of them.
 
     Raises:
         TraceError: the model's own forward cannot be traced, or fails on the example inputs.

@@ -15,6 +15,8 @@ from torch import fx, nn
 
 Values = dict[fx.Node, Any]
 
+LISTED = "listed"  # in the `meta` of placeholders: whether the tensor is an example by itself, in a list of them
+
 # Functions that only add noise, which a mode switches off: calls are compared as if these were not there.
 NOISE = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,

@@ -7,6 +7,7 @@ that another thread calls meanwhile, for inference, run as they are (`ThreadTrac
 
 import inspect
 import linecache
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.graph.rules import rule_for
+from prunetrain_kernels.graph.traced import LISTED
+from prunetrain_kernels.inputs import ExampleInputs, arguments_of, mapped, named_inputs
 from prunetrain_kernels.probe import DEEPEST, ONE_BY_ONE, first_line, held_by
 
 _LOCK = threading.RLock()
@@ -54,6 +57,8 @@ class UntraceableError(Exception):
 
 def _pieces_of(node: fx.Node, root: nn.Module) -> int | None:
     """The number of tensors that a call gives as a tuple; None where the program does not say it."""
+    if node.target is operator.getitem and isinstance(node.args[1], slice) and _is_size(node.args[0]):
+        return _length_of(node.args[1])
     sections = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
     if node.target in ("chunk", torch.chunk) and isinstance(sections, int):
         return sections
@@ -64,11 +69,32 @@ def _pieces_of(node: fx.Node, root: nn.Module) -> int | None:
     return 2 if with_places or node.target in (torch.var_mean, torch.std_mean) else None
 
 
+def _is_size(value: Any) -> bool:
+    """Whether a traced value is a tensor's size: `x.shape`, `x.size()`, `x.shape[2:]`."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.target is operator.getitem:
+        return isinstance(value.args[1], slice) and _is_size(value.args[0])
+    of_attribute = value.target is getattr and value.args[1] == "shape"
+    return of_attribute or (value.op == "call_method" and value.target == "size" and len(value.args) == 1)
+
+
+def _length_of(part: slice) -> int | None:
+    """The number of entries of `shape[:2]` or `shape[-2:]`, of a tensor that has them all; None where it depends on how
+    many there are, as for `shape[2:]`."""
+    start, stop = 0 if part.start is None else part.start, part.stop
+    if part.step not in (None, 1) or not isinstance(start, int) or not isinstance(stop, int | None):
+        return None
+    if stop is None:
+        return -start if start < 0 else None
+    return max(0, stop - start) if (start < 0) == (stop < 0) else None
+
+
 class _Proxy(fx.Proxy):
-    """fx's proxy, which also knows its length where it stands for the pieces of a chunk or split."""
+    """fx's proxy, which also knows its length where it stands for the pieces of a chunk or split, or of a size."""
 
     def __len__(self) -> int:
-        """The number of pieces, which `list(x.chunk(2, 1))` and `f(*x.chunk(2, 1))` ask for."""
+        """The number of pieces, which `list(x.chunk(2, 1))` and `f(*x.shape[:2])` ask for."""
         count = _pieces_of(self.node, self.tracer.root)  # type: ignore[attr-defined]
         return super().__len__() if count is None else count
 
@@ -81,8 +107,9 @@ class _Tracer(ThreadTracer):
     values control flow may depend.
     """
 
-    def __init__(self, closed: set[str], *, sees_buffers: str) -> None:
+    def __init__(self, closed: set[str], inputs: ExampleInputs, *, sees_buffers: str) -> None:
         super().__init__()
+        self.inputs = inputs
         self.closed = closed
         self.sees_buffers = sees_buffers
         self.failed_in: str | None = None
@@ -97,6 +124,30 @@ class _Tracer(ThreadTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         closed = module_qualified_name in self.closed
         return closed or rule_for(m) is not None or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,  # noqa: FBT001 - fx passes it so
+        concrete_args: Any = None,
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Begins the program with one placeholder for each tensor among the inputs, however deep; what is no tensor is
+        passed as it is."""
+        names = list(inspect.signature(root_fn).parameters)[1:]
+        named = iter(named_inputs(names, self.inputs))
+
+        def begin(_: Tensor) -> fx.Proxy:
+            name, listed = next(named)
+            proxy = self.create_proxy("placeholder", name, (), {})
+            proxy.node.meta[LISTED] = listed
+            return proxy
+
+        positional, keywords = arguments_of(mapped(self.inputs, begin))
+
+        def forward(root: nn.Module) -> Any:
+            return root_fn(root, *positional, **keywords)
+
+        return forward, [self.root]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -174,32 +225,31 @@ def _maker_of(value: Any, held: dict[str, Any]) -> Callable[..., Any]:
     return make
 
 
-def trace(model: nn.Module, inputs: int) -> tuple[fx.Graph, dict[str, str]]:
+def trace(model: nn.Module, inputs: ExampleInputs) -> tuple[fx.Graph, dict[str, str]]:
     """The model's program in its present mode; and the submodules that tracing could not enter, with the reasons.
 
     Args:
-        inputs: how many positional arguments the model gets.
+        inputs: what the model is called with.
 
     Raises:
         UntraceableError: the model's own forward cannot be traced.
     """
-    settings = _settings(model, inputs)
     try:
-        first = _trace(model, settings, sees_buffers="floats")
+        first = _trace(model, inputs, sees_buffers="floats")
     except UntraceableError:
-        return _trace(model, settings, sees_buffers="none")
+        return _trace(model, inputs, sees_buffers="none")
     if not first[1]:
         return first
-    second = _trace(model, settings, sees_buffers="none")  # a forward may decide by a buffer's values where to go
+    second = _trace(model, inputs, sees_buffers="none")  # a forward may decide by a buffer's values where to go
     return second if len(second[1]) < len(first[1]) else first
 
 
-def _trace(model: nn.Module, settings: dict[str, Any] | None, *, sees_buffers: str) -> tuple[fx.Graph, dict[str, str]]:
+def _trace(model: nn.Module, inputs: ExampleInputs, *, sees_buffers: str) -> tuple[fx.Graph, dict[str, str]]:
     closed: dict[str, str] = {}
     while True:
-        tracer = _Tracer(set(closed), sees_buffers=sees_buffers)
+        tracer = _Tracer(set(closed), inputs, sees_buffers=sees_buffers)
         try:
-            return tracer.trace(model, settings), closed
+            return tracer.trace(model), closed
         except MemoryError:  # says nothing about the model
             raise
         except Exception as error:
@@ -212,18 +262,6 @@ def _trace(model: nn.Module, settings: dict[str, Any] | None, *, sees_buffers: s
                     f"the forward of {type(model).__name__} cannot be traced by torch.fx: {reason}"
                 ) from error
             closed[tracer.failed_in] = reason
-
-
-def _settings(model: nn.Module, inputs: int) -> dict[str, Any] | None:
-    """The plain defaults of the forward's further arguments (`return_features=False`): flow may depend on them."""
-    parameters = list(inspect.signature(model.forward).parameters.values())[inputs:]
-    plain = {
-        p.name: p.default
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and (p.default is None or isinstance(p.default, bool | int | float | str))
-    }
-    return plain or None
 
 
 def _where(error: Exception) -> str:

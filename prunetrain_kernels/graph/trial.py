@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.runs import Runs, Start, describe_difference, in_double, own_tensors, run
 from prunetrain_kernels.graph.spaces import ChannelSpaces, expand
+from prunetrain_kernels.inputs import ExampleInputs, mapped, tensors_in
 from prunetrain_kernels.probe import difference, first_line
 
 # After so many cuts in search of the spaces that a forward depends on, all that are in doubt stay.
 MOST_CUTS = 120
+
+# Modules that are told their number of channels, and may have no tensor that tells it.
+TOLD_THEIR_CHANNELS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 Tensors = dict[str, dict[str, Tensor]]
 Attributes = dict[str, dict[str, int]]  # by the module's name, then by the attribute's
@@ -88,8 +92,8 @@ class _Trial:
         self.graph = graph
         self.model = runs.model
         self.modules = dict(runs.model.named_modules())
-        self.inputs = tuple(map(_varied, runs.inputs))
-        same_inputs = all(a is b for a, b in zip(self.inputs, runs.inputs, strict=True))
+        self.inputs: ExampleInputs = mapped(runs.inputs, _varied)
+        same_inputs = all(a is b for a, b in zip(tensors_in(self.inputs), tensors_in(runs.inputs), strict=True))
         self.starts = [
             (training, start)
             for training, start in starts
@@ -187,9 +191,9 @@ class _Trial:
         zeroed: Tensors = {}
         smaller: Tensors = {}
         self.counts = {
-            follower.module: int((~cut[follower.space]).sum())
+            follower.module: int((~cut[follower.space]).sum()) * follower.block
             for follower in self.graph.followers.values()
-            if isinstance(self.modules[follower.module], nn.GroupNorm) and cut[follower.space].any()
+            if isinstance(self.modules[follower.module], TOLD_THEIR_CHANNELS) and cut[follower.space].any()
         }
         for name, key, dim, block, space_number in _sides(self.graph, self.modules):
             mask = cut[space_number]
@@ -269,7 +273,7 @@ def _sizes(module: nn.Module, tensors: dict[str, Tensor], count: int | None) -> 
     if isinstance(module, nn.GroupNorm):
         groups = module.num_groups * (count or module.num_channels) // module.num_channels
         return {"num_channels": count or module.num_channels, "num_groups": groups}
-    size = next((len(t) for t in tensors.values() if t.dim()), None)
+    size = next((len(t) for t in tensors.values() if t.dim()), count)
     if size is None:
         return {}
     names = ("num_features", "num_parameters")

@@ -26,7 +26,8 @@ from prunetrain_kernels.graph.rules import rule_for
 from prunetrain_kernels.graph.runs import own_tensors
 from prunetrain_kernels.graph.shapes import counts, fixed_axes
 from prunetrain_kernels.graph.spaces import Space
-from prunetrain_kernels.graph.traced import Traced, joined_calls
+from prunetrain_kernels.graph.traced import LISTED, Traced, joined_calls
+from prunetrain_kernels.inputs import ExampleInputs
 
 # Methods and attributes that tell something of a tensor that has nothing to do with its channels.
 PLAIN_READERS = {"dim", "ndimension", "is_floating_point", "is_contiguous", "type", "element_size", "get_device"}
@@ -37,7 +38,7 @@ Place = tuple[int, int]  # a space, and a channel in it
 Modules = Mapping[str, nn.Module]
 
 
-def walk(model: nn.Module, programs: Sequence[Traced], examples: tuple[Tensor, ...]) -> ChannelGraph:
+def walk(model: nn.Module, programs: Sequence[Traced], examples: ExampleInputs) -> ChannelGraph:
     """The channel graph of the model, from its traced programs.
 
     Args:
@@ -72,7 +73,7 @@ def _visit(flow: Flow, modules: Modules, opaque: Mapping[str, str], node: fx.Nod
     outcome: Outcome = True
     if node.op == "placeholder":
         shape = flow.shape(node)
-        if shape is not None and len(shape) >= 2:
+        if shape is not None and len(shape) >= 2 and not node.meta.get(LISTED):
             ids = flow.new_space(shape[1], "it is the network's input")
             flow.ids.mark_inputs(ids)
             flow.set(node, Channels(ids))
@@ -119,7 +120,12 @@ def _reads_size(flow: Flow, node: fx.Node) -> bool:
     if not isinstance(source, fx.Node):
         return False
     if isinstance(flow.value(source), torch.Size) and node.target is operator.getitem:
-        _reads_entries(flow, node, source.args[0], node.args[1])
+        entries = _entries_of_size(flow, node)
+        if entries is None:
+            return False
+        # of a part of a size its own entries are read, where all that is done with it is to take them
+        if isinstance(node.args[1], int) or any(user.target is not operator.getitem for user in node.users):
+            _reads_entries(flow, node, entries[0], entries[1][0] if isinstance(node.args[1], int) else entries[1])
         return True
     if flow.shape(source) is None:
         return False
@@ -134,6 +140,26 @@ def _reads_size(flow: Flow, node: fx.Node) -> bool:
     elif value is not None and not all(takes_whole_size(flow, user) for user in node.users):
         flow.freeze(value, COUNT_IS_READ)
     return True
+
+
+def _entries_of_size(flow: Flow, node: fx.Node) -> tuple[fx.Node, list[int]] | None:
+    """The tensor of whose size, or of a part of it, a node takes entries, and the dimensions that it takes."""
+    source, index = node.args[0], node.args[1]
+    if not isinstance(source, fx.Node):
+        return None
+    if source.target is operator.getitem and isinstance(flow.value(source), torch.Size):
+        inner = _entries_of_size(flow, source)
+        if inner is None:
+            return None
+        tensor, dims = inner
+    else:
+        tensor = source.args[0]  # type: ignore[assignment]
+        shape = flow.shape(tensor)
+        if not isinstance(tensor, fx.Node) or shape is None:
+            return None
+        dims = list(range(len(shape)))
+    places = [index % len(dims)] if isinstance(index, int) else sorted(_entries(index, len(dims)))
+    return tensor, [dims[place] for place in places]
 
 
 def _reads_entries(flow: Flow, node: fx.Node, source: Any, index: Any) -> None:
@@ -266,7 +292,7 @@ def _freeze_module(flow: Flow, name: str, reason: str) -> None:
 
 
 def _graph(
-    flow: Flow, modules: Modules, opaque: dict[str, str], programs: list[fx.Graph], examples: tuple[Tensor, ...]
+    flow: Flow, modules: Modules, opaque: dict[str, str], programs: list[fx.Graph], examples: ExampleInputs
 ) -> ChannelGraph:
     """Numbers the spaces of all layers and followers, in place, and puts the graph together."""
     repeated, varied = joined_calls(programs)
@@ -404,6 +430,8 @@ def _entries(index: Any, ndim: int) -> set[int]:
     """The dimensions whose sizes `size[index]` takes; all where the index is no plain number or slice."""
     if isinstance(index, int):
         return {index % ndim}
+    if isinstance(index, list):
+        return set(index)
     parts = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
     plain = all(i is None or isinstance(i, int) for i in parts)
     return set(range(*slice(*parts).indices(ndim))) if plain else set(range(ndim))

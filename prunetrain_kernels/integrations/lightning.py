@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prunetrain_kernels.errors import CheckpointError, InputError
+from prunetrain_kernels.inputs import ExampleInputs, checked_inputs, mapped
 from prunetrain_kernels.prune.shape import describe_shape, restore_shape
 from prunetrain_kernels.prune.slices import set_data
 from prunetrain_kernels.train.attach import before_update
@@ -55,7 +56,8 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
     `on_load_checkpoint`.
 
     Args:
-        example_inputs: of `forward`, a few examples; by default the module's `example_input_array`, or else the first
+        example_inputs: of `forward`, a few examples: a tuple of its positional arguments, or a dict of its keyword
+            arguments; by default the module's `example_input_array`, or else the first
             element of the first training batch.
         options: as of `PruneTrain`: penalty_ratio, interval, threshold, policy, round_to, fuse, ...
 
@@ -69,7 +71,7 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
         CheckpointError: a checkpoint of another network, or one that does not tell the shape.
     """
 
-    def __init__(self, example_inputs: tuple[Tensor, ...] | None = None, **options: Any) -> None:
+    def __init__(self, example_inputs: ExampleInputs | None = None, **options: Any) -> None:
         known = inspect.signature(PruneTrain).parameters
         for name in options:
             if name not in known or name in NOT_HERE:
@@ -119,7 +121,7 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
         self._hooks = [optimizer.register_step_pre_hook(before_update(self._add_lasso)) for optimizer in optimizers]
         return prunetrain
 
-    def _examples(self, module: Any, batch: Any) -> tuple[Tensor, ...]:
+    def _examples(self, module: Any, batch: Any) -> ExampleInputs:
         inputs = self.example_inputs if self.example_inputs is not None else module.example_input_array
         if inputs is None:
             inputs = batch[0] if isinstance(batch, list | tuple) and len(batch) else batch
@@ -129,10 +131,8 @@ class PruneTrainCallback(Callback):  # type: ignore[misc]
                     "PruneTrainCallback(example_inputs=(x,)) or set the module's example_input_array."
                 )
             inputs = inputs[:EXAMPLES]
-        inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
-        if not isinstance(inputs, list | tuple) or not all(isinstance(x, Tensor) for x in inputs):
-            raise InputError("example inputs must be a tensor, or a tuple of forward's positional arguments.")
-        return tuple(x.detach().to(module.device) for x in inputs)
+        on_device: ExampleInputs = mapped(checked_inputs(inputs), lambda x: x.detach().to(module.device))
+        return on_device
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Notes the very first loss, which sets lambda: as it was before accumulation and scaling divided it."""

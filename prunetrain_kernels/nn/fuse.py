@@ -37,7 +37,7 @@ threads call meanwhile run as they are. But the model that is being fused must n
 """
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ from torch import Tensor, fx, nn
 from prunetrain_kernels import probe
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.graph.functions import ADDITIONS, IN_PLACE
+from prunetrain_kernels.inputs import ExampleInputs, batches_in, checked_inputs, first_of, mapped
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d, broadcasts_noted
 from prunetrain_kernels.nn.fuse_binding import bind
 from prunetrain_kernels.nn.fuse_forward import BatchNormCall, Forward, UnfitError, trace_forward
@@ -57,16 +58,16 @@ RELU_METHODS = {"relu", "relu_"}
 MAKES_ITS_OUTPUT = (nn.modules.conv._ConvNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
 
 
-def fuse(model: nn.Module, example_inputs: tuple[Tensor, ...] | None = None) -> FuseReport:
+def fuse(model: nn.Module, example_inputs: ExampleInputs | None = None) -> FuseReport:
     """Lets the model's batch norms take over the sums and ReLUs that follow them, in place.
 
     Only plain `nn.BatchNorm2d`s without hooks are touched. Fusing a fused model changes nothing.
 
     Args:
         model: any module, on any device, in either mode.
-        example_inputs: the model's positional arguments. With them the fused model is run and compared with the model
-            before, and a sum that broadcasts is not fused; without them such a sum still computes right, unfused (see
-            `BatchNormAct2d`), but the report does not say so.
+        example_inputs: a tuple of the model's positional arguments, or a dict of its keyword arguments. With them the
+            fused model is run and compared with the model before, and a sum that broadcasts is not fused; without them
+            such a sum still computes right, unfused (see `BatchNormAct2d`), but the report does not say so.
 
     Returns:
         The batch norms that were fused, and those that were left alone, with the reasons.
@@ -316,13 +317,12 @@ def _rewrite(call: BatchNormCall) -> None:
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 
-def _outputs(model: nn.Module, example_inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+def _outputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Tensor]:
     """The model's outputs on the first examples in evaluation mode; the model is not changed."""
-    if isinstance(example_inputs, Tensor) or not all(isinstance(x, Tensor) for x in example_inputs):
-        raise InputError("example_inputs must be a tuple of tensors, the model's positional arguments, such as (x,).")
-    one_batch = len({x.shape[:1] for x in example_inputs}) == 1 and example_inputs[0].dim() > 0
+    inputs = checked_inputs(example_inputs)
+    one_batch = len(batches_in(inputs)) == 1
     try:
-        return probe.outputs_of(model, [x[:2].clone() if one_batch else x.clone() for x in example_inputs])
+        return probe.outputs_of(model, first_of(inputs, 2) if one_batch else mapped(inputs, Tensor.clone))
     except Exception as error:
         why = probe.first_line(error)
         raise InputError(f"{type(model).__name__} does not run on example_inputs: {why}.") from error

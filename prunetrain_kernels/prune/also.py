@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.inputs import ExampleInputs, mapped
 from prunetrain_kernels.nn.gated_conv import describe_gating
 from prunetrain_kernels.prune.branches import describe_stand_ins
 
@@ -120,7 +121,12 @@ def _difference(model: nn.Module, copy: nn.Module) -> str:
     return ""
 
 
-def inputs_for(copy: nn.Module, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def inputs_for(copy: nn.Module, model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
     """The model's example inputs for a copy that may be on another device, or of another dtype."""
     of_copy, of_model = (next(network.parameters(), torch.empty(0, device="cpu")) for network in (copy, model))
-    return tuple(x.to(of_copy.device, of_copy.dtype if x.dtype == of_model.dtype else x.dtype) for x in inputs)
+
+    def moved(x: Tensor) -> Tensor:
+        return x.to(of_copy.device, of_copy.dtype if x.dtype == of_model.dtype else x.dtype)
+
+    inputs_of_copy: ExampleInputs = mapped(inputs, moved)
+    return inputs_of_copy

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.inputs import ExampleInputs, call, checked_inputs
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, unpair
 from prunetrain_kernels.nn.sync_batch_norm import SyncBatchNorm, make_plain
@@ -33,7 +34,7 @@ CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 BATCH_NORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
-def to_dense(model: nn.Module, example_inputs: tuple[Tensor, ...] | None = None) -> nn.Module:
+def to_dense(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
     """A copy of `model` in which nothing of this package is left: union channels, plain modules, its own forwards.
 
     The copy computes the same in training and evaluation mode, to rounding; the model itself is not changed. Parameter
@@ -42,8 +43,8 @@ def to_dense(model: nn.Module, example_inputs: tuple[Tensor, ...] | None = None)
 
     Args:
         model: pruned or not, gated or not, fused or not.
-        example_inputs: its positional arguments; needed if branches were removed: what replaces these does not know its
-            input.
+        example_inputs: a tuple of its positional arguments, or a dict of its keyword arguments; needed if branches were
+            removed: what replaces these does not know its input.
 
     Raises:
         InputError: the model does not run on the example inputs, or they are needed and missing.
@@ -91,7 +92,7 @@ def _fill_up(conv: GatedConv2d) -> None:
 
 
 def _inputs_of(
-    model: nn.Module, modules: dict[str, nn.Module], example_inputs: tuple[Tensor, ...] | None
+    model: nn.Module, modules: dict[str, nn.Module], example_inputs: ExampleInputs | None
 ) -> dict[str, Tensor]:
     """The inputs of the named modules on the example inputs."""
     if example_inputs is None:
@@ -105,7 +106,9 @@ def _inputs_of(
     ]
     try:
         with looking(model):
-            model(*example_inputs)
+            call(model, checked_inputs(example_inputs))
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{type(model).__name__} does not run on example_inputs: {first_line(error)}.") from error
     finally:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.errors import InputError, PruneTrainError, ZeroingError
+from prunetrain_kernels.inputs import ExampleInputs
 from prunetrain_kernels.probe import Difference, difference, first_line, outputs_of
 from prunetrain_kernels.prune.changes import EVALUATION
 
@@ -50,7 +51,7 @@ class Comparison:
         }[self.training]
         return ", ".join(words for words in (EVALUATION * self.evaluation, training) if words)
 
-    def outputs(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Outputs:
+    def outputs(self, model: nn.Module, inputs: ExampleInputs) -> Outputs:
         """The model's present outputs, by name.
 
         Raises:
@@ -70,9 +71,7 @@ class Comparison:
         return {IN_TRAINING + name: tensor for name, tensor in outputs.items()}
 
 
-def comparison_of(
-    model: nn.Module, inputs: tuple[Tensor, ...], *, alike_in_both_modes: bool
-) -> tuple[Comparison, Outputs]:
+def comparison_of(model: nn.Module, inputs: ExampleInputs, *, alike_in_both_modes: bool) -> tuple[Comparison, Outputs]:
     """Decides what can be compared of a model's outputs, and gives those outputs.
 
     Args:
@@ -105,7 +104,7 @@ def comparison_of(
 
 
 def _tried(
-    model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool = False, other_chance: bool = False
+    model: nn.Module, inputs: ExampleInputs, *, training: bool = False, other_chance: bool = False
 ) -> tuple[Outputs | None, str]:
     """The outputs in a mode, or None and why there are none: a detector without targets, one image in batch norm."""
     try:

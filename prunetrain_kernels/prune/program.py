@@ -5,6 +5,7 @@
 What is written is `to_dense(model)`: the package's own operators and stand-ins have no place in such files.
 """
 
+import inspect
 import io
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunetrain_kernels.errors import InputError, PruneTrainError
 from prunetrain_kernels.files import check_replaceable, is_folder, write_atomically
+from prunetrain_kernels.inputs import ExampleInputs, arguments_of, call, checked_inputs, images_in, mapped, tensors_in
 from prunetrain_kernels.probe import difference, first_line, looking
 from prunetrain_kernels.prune.export import to_dense
 
@@ -26,7 +28,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, tor
 BATCHES = (3, 1, 5)  # the first one is traced
 NEEDS_ONNX = "onnx export needs the packages onnx and onnxscript: pip install onnx onnxscript."
 
-Program = Callable[[tuple[Tensor, ...]], list[Tensor]]
+Program = Callable[[ExampleInputs], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Export:
 
 
 def export_program(
-    model: nn.Module, example_inputs: tuple[Tensor, ...], path: str | Path, format: str | None = None
+    model: nn.Module, example_inputs: ExampleInputs, path: str | Path, format: str | None = None
 ) -> Export:
     """Writes `model`, in evaluation mode, as a program that runs without this package, on batches of any size.
 
@@ -67,7 +69,8 @@ def export_program(
 
     Args:
         model: pruned or not, gated or not, fused or not.
-        example_inputs: its positional arguments, dimension 0 the batch; they decide dtype, device and image size.
+        example_inputs: a tuple of its positional arguments, or a dict of its keyword arguments, by which the program is
+            then called; dimension 0 of all tensors is the batch. They decide dtype, device and image size.
         path: the file, replaced only by a checked one.
         format: "torch" (`torch.export`, .pt2), "onnx" (needs onnx and onnxscript), or "torchscript" (traced, .pt); by
             default the one that the file's name tells.
@@ -79,10 +82,11 @@ def export_program(
     """
     path = Path(path)
     format = _format_of(path, format)
-    if not example_inputs or any(x.dim() == 0 or len(x) == 0 for x in example_inputs):
+    examples = _in_order(model, checked_inputs(example_inputs))
+    if any(x.dim() == 0 or len(x) == 0 for x in tensors_in(examples)):
         raise InputError("example_inputs must be tensors with at least one example each.")
-    plain = to_dense(model, example_inputs).eval()
-    inputs = [_of_batch(example_inputs, batch) for batch in BATCHES]
+    plain = to_dense(model, examples).eval()
+    inputs = [_of_batch(examples, batch) for batch in BATCHES]
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the exporters' own code
@@ -91,7 +95,7 @@ def export_program(
         raise
     except Exception as error:
         raise InputError(f"{type(model).__name__} cannot be exported as {format}: {_why(error)}.") from error
-    checks = [_check(model, program, format, examples) for examples in inputs]
+    checks = [_check(model, program, format, x) for x in inputs]
     write_atomically(path, data)
     moved, scale = (max(side) for side in zip(*checks, strict=True))
     return Export(path, format, len(data), BATCHES, moved, scale, checked_with)
@@ -112,7 +116,7 @@ def _format_of(path: Path, format: str | None) -> str:
     return format or by_name[path.suffix]
 
 
-def _check(model: nn.Module, program: Program, format: str, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
+def _check(model: nn.Module, program: Program, format: str, inputs: ExampleInputs) -> tuple[float, float]:
     """The largest difference of the program's output from the model's, and the scale of the model's.
 
     Raises:
@@ -120,8 +124,8 @@ def _check(model: nn.Module, program: Program, format: str, inputs: tuple[Tensor
         PruneTrainError: the difference is too large.
     """
     with looking(model):
-        expected = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
-    batch = len(inputs[0])
+        expected = [leaf for leaf in tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor)]
+    batch = images_in(inputs)
     try:
         outputs = program(inputs)
     except Exception as error:
@@ -147,40 +151,76 @@ def _check(model: nn.Module, program: Program, format: str, inputs: tuple[Tensor
     return gap.largest, gap.scale
 
 
-def _of_batch(inputs: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
+def _in_order(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
+    """The inputs, keyword arguments in the order of the forward's; raises InputError where a list is among them."""
+    if _holds_list(inputs):
+        raise InputError(
+            "example_inputs hold a list, one entry for each example, and a program takes no lists of other lengths: "
+            "export the part that takes a tensor, or give tensors of a whole batch in a tuple."
+        )
+    if not isinstance(inputs, dict):
+        return inputs
+    names = [name for name in inspect.signature(model.forward).parameters if name in inputs]
+    return {name: inputs[name] for name in dict.fromkeys([*names, *inputs])}
+
+
+def _holds_list(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(tensors_in(value))
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return any(map(_holds_list, parts))
+
+
+def _of_batch(inputs: ExampleInputs, batch: int) -> ExampleInputs:
     """A batch of that size, of the examples over and over."""
-    return tuple(x.detach()[torch.arange(batch, device=x.device) % len(x)] for x in inputs)
+    repeated: ExampleInputs = mapped(inputs, lambda x: x.detach()[torch.arange(batch, device=x.device) % len(x)])
+    return repeated
 
 
-def _dynamic(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
-    """The shapes of the inputs for torch.export: dimension 0 of each is the same variable."""
+def _dynamic(inputs: Any) -> Any:
+    """The shapes of the inputs for torch.export: dimension 0 of each tensor is the same variable."""
     batch = torch.export.Dim("batch")
-    return tuple({0: batch} for _ in inputs)
+
+    def shape(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return {0: batch}
+        if isinstance(value, dict):
+            return {name: shape(part) for name, part in value.items()}
+        return tuple(map(shape, value)) if isinstance(value, tuple) else None
+
+    return shape(inputs)
 
 
-def _write_torch(plain: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[bytes, Program, str]:
+def _write_torch(plain: nn.Module, inputs: ExampleInputs) -> tuple[bytes, Program, str]:
     buffer = io.BytesIO()
-    exported = torch.export.export(plain, inputs, dynamic_shapes=_dynamic(inputs))
+    exported = torch.export.export(plain, *arguments_of(inputs), dynamic_shapes=_dynamic(inputs))
     with torch.device("cpu"):  # PyTorch reads the file through tensors that go where new tensors go by default
         torch.export.save(exported, buffer)
         loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
-    return buffer.getvalue(), lambda x: tree_leaves(loaded(*x)), "torch.export"
+    return buffer.getvalue(), lambda x: tree_leaves(call(loaded, x)), "torch.export"
 
 
-def _write_torchscript(plain: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[bytes, Program, str]:
+def _write_torchscript(plain: nn.Module, inputs: ExampleInputs) -> tuple[bytes, Program, str]:
     buffer = io.BytesIO()
-    torch.jit.save(torch.jit.trace(plain, inputs, check_trace=False), buffer)  # type: ignore[no-untyped-call]
+    positional, keywords = arguments_of(inputs)
+    traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+        plain, positional or None, check_trace=False, example_kwarg_inputs=keywords or None, strict=False
+    )
+    torch.jit.save(traced, buffer)  # type: ignore[no-untyped-call]
     loaded = torch.jit.load(io.BytesIO(buffer.getvalue()))  # type: ignore[no-untyped-call]
-    return buffer.getvalue(), lambda x: tree_leaves(loaded(*x)), "TorchScript"
+    return buffer.getvalue(), lambda x: tree_leaves(call(loaded, x)), "TorchScript"
 
 
-def _write_onnx(plain: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[bytes, Program, str]:
+def _write_onnx(plain: nn.Module, inputs: ExampleInputs) -> tuple[bytes, Program, str]:
     try:
         import onnx
         import onnxscript  # noqa: F401  # torch.onnx needs it
     except ImportError as error:
         raise InputError(NEEDS_ONNX) from error
-    exported = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=_dynamic(inputs), verbose=False)
+    positional, keywords = arguments_of(inputs)
+    exported = torch.onnx.export(
+        plain, positional, kwargs=keywords, dynamo=True, dynamic_shapes=_dynamic(inputs), verbose=False
+    )
     assert exported is not None
     data = exported.model_proto.SerializeToString()
     try:
@@ -194,8 +234,8 @@ def _write_onnx(plain: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[bytes, Pr
         evaluator = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
         names, checked_with = [value.name for value in evaluator.get_inputs()], "onnxruntime"
 
-    def run(x: tuple[Tensor, ...]) -> list[Tensor]:
-        feeds = {name: tensor.cpu().numpy() for name, tensor in zip(names, x, strict=True)}
+    def run(x: ExampleInputs) -> list[Tensor]:
+        feeds = {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors_in(x), strict=True)}
         return [torch.from_numpy(y) for y in evaluator.run(None, feeds)]
 
     return data, run, checked_with

@@ -26,6 +26,7 @@ from prunetrain_kernels.compiled import eagerly, forget_compiled
 from prunetrain_kernels.graph.gating import batch_norm_behind
 from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.keep import Keep
+from prunetrain_kernels.inputs import ExampleInputs
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, pair, unpair
 from prunetrain_kernels.ops.channel_index import ChannelIndex
@@ -325,12 +326,12 @@ def _apply_and_measure(plan: Plan) -> _Moves:
     return _Moves(comparison, scale, zeroing, check_cutting(zeroed, pruned), also)
 
 
-def _evaluated(model: nn.Module, inputs: tuple[Tensor, ...]) -> Outputs:
+def _evaluated(model: nn.Module, inputs: ExampleInputs) -> Outputs:
     with eagerly(model):
         return outputs_of(model, inputs)
 
 
-def _outputs_after(model: nn.Module, comparison: Comparison, inputs: tuple[Tensor, ...]) -> Outputs:
+def _outputs_after(model: nn.Module, comparison: Comparison, inputs: ExampleInputs) -> Outputs:
     """The outputs of a changed model; raises PruneTrainError where it does not run any more."""
     try:
         return comparison.outputs(model, inputs)

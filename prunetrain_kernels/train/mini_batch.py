@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.cost import MemoryModel, Unknown, batches_near, gradient_bytes, or_unknown, step_memory
 from prunetrain_kernels.errors import CheckpointError, InputError
+from prunetrain_kernels.inputs import ExampleInputs, batches_in
 from prunetrain_kernels.probe import first_line
 from prunetrain_kernels.prune.optimizers import groups_to_schedule
 
@@ -43,11 +44,12 @@ class FirstBatch:
     def __init__(self, model: nn.Module, expected: int) -> None:
         self.expected = expected
         self.images: int | None = None
-        self._handle = model.register_forward_pre_hook(self._see)
+        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
-    def _see(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if model.training and torch.is_grad_enabled() and inputs and isinstance(inputs[0], Tensor) and inputs[0].dim():
-            self.images = len(inputs[0])
+    def _see(self, model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        counts = batches_in((*inputs, *keywords.values()))
+        if model.training and torch.is_grad_enabled() and counts:
+            self.images = counts[0]
 
     def compare(self) -> None:
         """Called in the first step: the last forward before it was of the step's images."""
@@ -125,7 +127,7 @@ class MiniBatch:
     def start(
         self,
         model: nn.Module,
-        example_inputs: tuple[Tensor, ...],
+        example_inputs: ExampleInputs,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> None:
         """Measures the dense network; sets the budget to its need unless one was given.
@@ -146,7 +148,7 @@ class MiniBatch:
     def measure(
         self,
         model: nn.Module,
-        example_inputs: tuple[Tensor, ...],
+        example_inputs: ExampleInputs,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> MemoryModel:
         """Bytes of one iteration of the network as it is now, fitted close to the present batch; kept in `memory`.
@@ -165,7 +167,7 @@ class MiniBatch:
     def look(
         self,
         model: nn.Module,
-        example_inputs: tuple[Tensor, ...],
+        example_inputs: ExampleInputs,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> MemoryModel | None:
         """`measure`, where bytes that cannot be counted are unknown: None, `unknown` says why, and so does a warning
@@ -185,7 +187,7 @@ class MiniBatch:
     def adjust(
         self,
         model: nn.Module,
-        example_inputs: tuple[Tensor, ...],
+        example_inputs: ExampleInputs,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         scheduler: Any = None,
         least: Callable[[int], int] = int,
@@ -201,7 +203,7 @@ class MiniBatch:
     def fitting(
         self,
         model: nn.Module,
-        example_inputs: tuple[Tensor, ...],
+        example_inputs: ExampleInputs,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> int:
         """Measures the network as it is now; returns the images that fit the budget, at most `maximum`."""

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.cost import Flops, FlopTable, flop_table
 from prunetrain_kernels.graph import ChannelGraph, Keep, trace_channels
 from prunetrain_kernels.graph.gating import ConvolutionCost, cost_of
 from prunetrain_kernels.graph.keep import restricted
+from prunetrain_kernels.inputs import ExampleInputs
 from prunetrain_kernels.nn import FuseReport, GatedConv2d
 from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.prune.also import inputs_for
@@ -60,11 +61,11 @@ class Present:
     limits: Limits
 
     @property
-    def example_inputs(self) -> tuple[Tensor, ...]:
+    def example_inputs(self) -> ExampleInputs:
         return self.graph.example_inputs
 
 
-def fuse_all(model: nn.Module, copies: Sequence[nn.Module], example_inputs: tuple[Tensor, ...]) -> FuseReport:
+def fuse_all(model: nn.Module, copies: Sequence[nn.Module], example_inputs: ExampleInputs) -> FuseReport:
     """Fuses a model and its copies in place; returns what was swapped in the model."""
     fused = fuse_model(model, example_inputs)
     for copy in copies:
@@ -74,7 +75,7 @@ def fuse_all(model: nn.Module, copies: Sequence[nn.Module], example_inputs: tupl
 
 def look_first(
     model: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: ExampleInputs,
     amp: torch.dtype | None,
     cost: ConvolutionCost | str,
     choice: dict[str, Any],
@@ -134,7 +135,7 @@ def look_again(model: nn.Module, before: Present, amp: torch.dtype | None, keep:
 
 
 def count_flops(
-    model: nn.Module, example_inputs: tuple[Tensor, ...], amp: torch.dtype | None
+    model: nn.Module, example_inputs: ExampleInputs, amp: torch.dtype | None
 ) -> tuple[Flops, FlopTable | None, frozenset[str]]:
     """FLOPs per image, a table that gives those of smaller shapes, and the names of the parameters that get gradients.
 

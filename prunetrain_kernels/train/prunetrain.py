@@ -24,6 +24,7 @@ from prunetrain_kernels.compiled import eagerly, forget_compiled, is_compiled_mo
 from prunetrain_kernels.cost import autocast_around
 from prunetrain_kernels.errors import InputError, PruneTrainWarning
 from prunetrain_kernels.graph.gating import ConvolutionCost
+from prunetrain_kernels.inputs import ExampleInputs
 from prunetrain_kernels.prune.also import copies_of, unwrapped
 from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE
 from prunetrain_kernels.prune.optimizers import as_list, check_at_construction
@@ -77,7 +78,7 @@ class PruneTrain(PruningState):
         optimizer: any torch.optim optimizer that holds the model's parameters, or several in a list that hold them
             together; also one around another, such as SAM, Lookahead or Accelerate's. docs/optimizers.md says which
             can follow.
-        example_inputs: the model's positional arguments, a few examples, on the model's device.
+        example_inputs: a few examples: a tuple of positional or a dict of keyword arguments, as for `trace_channels`.
         penalty_ratio: share of the lasso in the first total loss, which sets lambda (Eq. 3); 0 means no lasso.
         interval: epochs between reconfigurations, whole or a fraction (paper: 10 for CIFAR, 5 for ImageNet). By default
             10; with a target a twentieth of the epochs, but at least 1.
@@ -138,7 +139,7 @@ class PruneTrain(PruningState):
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
-        example_inputs: tuple[Tensor, ...],
+        example_inputs: ExampleInputs,
         penalty_ratio: float = 0.25,
         interval: float | None = None,
         threshold: float = 1e-4,

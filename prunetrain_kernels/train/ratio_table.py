@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.inputs import ExampleInputs
 from prunetrain_kernels.regularizer import penalty_coefficient
 from prunetrain_kernels.train import setup
 from prunetrain_kernels.train.config import TrainConfig
@@ -29,7 +30,7 @@ class Ratio:
 
 def ratio_table(
     model: nn.Module,
-    example: tuple[Tensor, ...],
+    example: ExampleInputs,
     config: TrainConfig,
     *,
     classes: int,

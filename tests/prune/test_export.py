@@ -192,8 +192,10 @@ def test_what_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         export_program(model, (x,), tmp_path / "net.pt", "tflite")
     with pytest.raises(InputError, match="there is no folder"):
         export_program(model, (x,), tmp_path / "nowhere" / "net.pt")
-    with pytest.raises(InputError, match="at least one example"):
+    with pytest.raises(InputError, match="there is no tensor in it"):
         export_program(model, (), tmp_path / "net.pt")
+    with pytest.raises(InputError, match="at least one example"):
+        export_program(model, (x[:0],), tmp_path / "net.pt")
     with pytest.raises(InputError, match="does not run on example_inputs"):
         export_program(model, (x[:, :2],), tmp_path / "net.pt")
     monkeypatch.setitem(sys.modules, "onnx", None)

@@ -21,6 +21,7 @@ FOLLOWED = (
     "strided", "transposed", "pixel_shuffle", "prelu", "again", "sum_of_parts", "repeat", "functional_norm", "conv",
     "batch_norm", "add", "cat", "max_pool", "upsample", "stacked_sum", "add_in_place", "unshuffle", "groups_norm",
     "frozen_norm", "glu", "larger", "chosen", "equalised", "turned", "place", "places", "powers", "generated",
+    "swapped", "gated",
 )  # fmt: skip
 STRANGE = (
     "first_channels", "group_norm", "average", "mask", "squash", "less_mean", "softmax", "pad_channels", "flip",
@@ -328,6 +329,7 @@ PLANS: dict[str, Callable[..., Plan | None]] = {
     "equalised": _equalised, "standardised": _equalised, "place": _place, "places": _places, "generated": _generated,
     **dict.fromkeys(("relu", "add", "stacked_sum", "add_in_place", "less_mean", "softmax", "flip"), _same_shape),
     **dict.fromkeys(("larger", "chosen", "turned", "powers", "rolled", "sorted_channels"), _same_shape),
+    **dict.fromkeys(("swapped", "gated"), _same_shape),
 }  # fmt: skip
 
 
@@ -428,6 +430,8 @@ FUNCTIONS: dict[str, Callable[..., list[Tensor]]] = {
     "places": _put_back,
     "powers": lambda call, x: [(x.sigmoid() + 0.1).pow(1.5).masked_fill(x > 2, 0.5) + torch.zeros_like(x)],
     "rolled": lambda call, x: [x.roll(1, 1)],
+    "swapped": lambda call, x: [x.flatten(2).mT.sigmoid().mT.reshape(*x.shape[:2], *x.size()[-2:])],
+    "gated": lambda call, x: [x * x.mean((2, 3)).T.sigmoid().t().view(*x.shape[:2], 1, 1)],
     "sorted_channels": lambda call, x: [x.sort(1)[0]],
 }
 

@@ -1,12 +1,13 @@
 """docs/architectures.md says what tracing finds today, and its numbers are what they are said to be."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.architectures import HEAD, comparison, describe, look_at, table_row
+from bench.architectures import HEAD, NETWORKS, comparison, describe, look_at, table_row
 from bench.zoo import ZOO
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -23,6 +24,28 @@ def test_page_is_complete() -> None:
     assert text.endswith("\n".join(comparison()) + "\n")
     for name in ZOO:
         assert f"\n| {name.replace('timm:', 'timm ')} | " in text
+
+
+CELL = r"[^|]+ \| "
+ROW = re.compile(rf"\| (?P<name>[^|]+) \| torch\.\w+ \| {CELL}{CELL}(?P<free>[\d,]+) of {CELL}{CELL}(?P<held>[^|]+) \|")
+# Reasons that name what holds the channels and why pruning there would not be exact; the page's head explains them.
+WHY_NOT = ("can go", "its number of channels is written out in the forward", "the forward picks channels by number")
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def test_of_every_network_most_channels_can_go_or_the_row_says_what_holds_them_exactly() -> None:
+    """At least 60 % of the channels between input and output; or each reason is one for which pruning is not exact."""
+    rows = list(filter(None, map(ROW.fullmatch, PAGE.read_text().splitlines())))
+    assert len(rows) == len(NETWORKS)
+    for row in rows:
+        held = [] if row["held"] == "–" else row["held"].split("; ")
+        counts = [number(reason.split(": ")[0]) for reason in held]
+        if number(row["free"]) < 0.6 * (number(row["free"]) + sum(counts)):
+            unclear = [reason for reason in held if not reason.endswith(WHY_NOT)]
+            assert not unclear, f"{row['name']}: {unclear}"
 
 
 class Parts(nn.Module):

@@ -44,6 +44,10 @@ def _unary(function: Callable[[Tensor], Tensor]) -> Forward:
     return lambda m, x: function(m.a(x).sigmoid() * 0.8 + 0.1)
 
 
+def _by_sizes(x: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+    return x.reshape(n, c, h * w).softmax(2).reshape(n, c, h, w) * 9
+
+
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     name: getattr(torch, name)
     for name in (
@@ -56,6 +60,12 @@ UNARY |= {
     "special-erf": torch.special.erf, "special-expm1": torch.special.expm1,
 }  # fmt: skip
 FORWARDS: dict[str, Forward] = {
+    "first-sizes": lambda m, x: m.a(x) * m.a(x).mean((2, 3)).view(*m.a(x).shape[:2], 1, 1).sigmoid(),
+    "last-sizes": lambda m, x: m.a(x).flatten(2).reshape(x.size(0), -1, *m.a(x).shape[-2:]),
+    "sizes-by-name": lambda m, x: _by_sizes(m.a(x), *m.a(x).size()[:2], *m.a(x).shape[1:4][-2:]),
+    "mT": lambda m, x: (m.a(x).flatten(2).mT.contiguous().mH * 1.5).view(x.size(0), -1, 6, 6),
+    "T": lambda m, x: (m.a(x).mean((2, 3)).T.sigmoid().t() * 2)[:, :, None, None] * m.c(x),
+    "adjoint": lambda m, x: torch.adjoint(m.a(x).flatten(2)).adjoint().unflatten(2, (6, 6)),
     "pow": lambda m, x: (m.a(x).clamp(min=0.1) ** 3.0).pow(1 / 3),
     "torch-pow": lambda m, x: torch.pow(m.a(x).abs() + 0.1, 1.5),
     "number-to-the-power": lambda m, x: 2 ** m.a(x),
@@ -140,6 +150,13 @@ WITH_PARTS: dict[str, Callable[[], Small]] = {
     "lerp-by-a-parameter": lambda: Small(lambda m, x: torch.lerp(m.a(x), m.c(x), m.g), g=_parameter(8, 1, 1)),
     "instance-norm-with-scale": lambda: Small(
         lambda m, x: F.instance_norm(m.a(x), weight=m.n.weight, bias=m.n.bias), n=nn.InstanceNorm2d(8, affine=True)
+    ),
+    "instance-norm-with-a-scale-of-its-own": lambda: Small(
+        lambda m, x: F.instance_norm(m.a(x), weight=m.g) + F.instance_norm(m.c(x), bias=m.s, weight=m.g),
+        g=_parameter(8), s=_parameter(8),
+    ),
+    "instance-norm-with-statistics-of-its-own": lambda: Small(
+        lambda m, x: F.instance_norm(m.a(x), m.u, m.v, use_input_stats=False), u=torch.rand(8), v=torch.rand(8) + 0.5
     ),
     "moved-dimensions": lambda: Small(lambda m, x: m.n(m.a(x).movedim(1, -1)).moveaxis((3, 1), (1, 2)), n=nn.ReLU()),
     "group-norm": lambda: Small(lambda m, x: m.n(m.a(x)), n=nn.GroupNorm(4, 8)),

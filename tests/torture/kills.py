@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # the first optimizer of a process loads it, for seconds: here once, and not in each that is killed
+import torch._dynamo  # the first optimizer of a process loads it, for seconds: here once, not in each that is killed
 from torch import nn
 
 import prunetrain_kernels.files as files

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from prunetrain_kernels.graph import ChannelGraph, trace_channels
 
-INTRODUCTION = """[Torch-Pruning](https://github.com/VainF/Torch-Pruning) 1.6.1 finds by its own tracing which layers
-lose channels together. For the first and the last output channel of every layer, `tests/zoo/test_torch_pruning.py`
-compares what goes with it by its dependency groups and by our spaces: the same channels of the same layers, batch norms
-and depthwise convolutions, or one of the differences below, and no other. The network's output is left out: we keep it,
+INTRODUCTION = """\
+[Torch-Pruning](https://github.com/VainF/Torch-Pruning) 1.6.1 finds by its own tracing which layers lose channels
+together. For the first and the last output channel of every layer, `tests/zoo/test_torch_pruning.py` compares what goes
+with it, by Torch-Pruning's dependency groups and by our spaces. The channels are the same, of the same layers, batch
+norms and depthwise convolutions, except for the differences below. The network's output is left out: we keep it,
 Torch-Pruning prunes it unless it is told not to.
 """
 CLASSES = {

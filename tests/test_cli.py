@@ -330,7 +330,7 @@ def test_a_checkpoint_of_another_network(finished: Path, tmp_path: Path, capsys:
 def test_a_loss_that_is_no_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "there is no checkpoint yet" in refusal(capsys, *arguments(tmp_path / "a", "--lr", "1e35"))
+    assert "there is no checkpoint yet" in refusal(capsys, *arguments(tmp_path / "a", "--lr", "9e19"))
     original = loop.train_epoch
 
     def explode(training: Any, progress: Any, epoch: int) -> None:

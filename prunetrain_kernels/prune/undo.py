@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 from torch.utils import _python_dispatch
 
 from prunetrain_kernels.probe import random_state
@@ -206,8 +207,8 @@ def _kept(tensor: Tensor) -> Step:
 
 
 def _ambient(devices: set[int]) -> Step:
-    """What PyTorch keeps for the whole thread: gradient mode, autocast, modes that see every operation, and the random
-    number generators of PyTorch, Python and NumPy."""
+    """What PyTorch keeps for the whole thread: gradient mode, autocast, modes that see every operation, hooks on every
+    module, and the random number generators of PyTorch, Python and NumPy."""
     grad, random_numbers, put_generators_back = torch.is_grad_enabled(), torch.get_rng_state(), random_state()
     on_devices = [(device, torch.cuda.get_rng_state(device)) for device in sorted(devices)]
     kinds = ("cpu", "cuda") if devices else ("cpu",)
@@ -216,8 +217,11 @@ def _ambient(devices: set[int]) -> Step:
     stacks = [(length, length(), pop) for length, pop in _STACKS]
     flags = {name: value for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_")}
     patched = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}  # by torch.fx, while it traces
+    hooks = [_container(value) for name, value in vars(module).items() if name in _HOOKS_OF_ALL_MODULES]
 
     def put_back() -> None:
+        for step in hooks:
+            step()
         for length, before, pop in stacks:
             while length() > before:
                 pop()
@@ -244,6 +248,11 @@ def _ambient(devices: set[int]) -> Step:
 _STACKS: tuple[tuple[Callable[[], int], Callable[[], Any]], ...] = (
     (torch._C._len_torch_dispatch_stack, lambda: torch._C._pop_torch_dispatch_stack(None)),
     (torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack),
+)
+
+# Of `torch.nn.modules.module`; a FLOP counter's tracker registers some while it counts.
+_HOOKS_OF_ALL_MODULES = frozenset(
+    name for name, value in vars(module).items() if name.startswith("_global_") and isinstance(value, dict)
 )
 
 

@@ -78,7 +78,7 @@ class PruneTrain(PruningState):
         optimizer: any torch.optim optimizer that holds the model's parameters, or several in a list that hold them
             together; also one around another, such as SAM, Lookahead or Accelerate's. docs/optimizers.md says which
             can follow.
-        example_inputs: a few examples: a tuple of positional or a dict of keyword arguments, as for `trace_channels`.
+        example_inputs: a few examples: a tuple of positional or a dict of keyword arguments of the model.
         penalty_ratio: share of the lasso in the first total loss, which sets lambda (Eq. 3); 0 means no lasso.
         interval: epochs between reconfigurations, whole or a fraction (paper: 10 for CIFAR, 5 for ImageNet). By default
             10; with a target a twentieth of the epochs, but at least 1.

@@ -8,6 +8,7 @@ import torch
 from nets import kill, randomise, rest_of, same, small_net, snapshot, traced, train, twin_of, warm_up
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.modules import module as torch_module
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -250,6 +251,12 @@ def test_the_package_offers_it() -> None:
     assert package_member is reconfigure
 
 
+def global_hooks() -> list[str]:
+    """The tables of hooks on every module that hold any."""
+    tables = {name: value for name, value in vars(torch_module).items() if name.startswith("_global_")}
+    return [name for name, value in tables.items() if isinstance(value, dict) and value]
+
+
 @pytest.mark.parametrize("name", ["flop counter", "fake tensors", "both", "function mode"])
 def test_modes_whose_exit_was_interrupted_are_taken_off_the_stack(name: str) -> None:
     modes: dict[str, list[Any]] = {
@@ -271,4 +278,5 @@ def test_modes_whose_exit_was_interrupted_are_taken_off_the_stack(name: str) -> 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert [length() for length in lengths] == before
+    assert not global_hooks()
     assert torch.zeros(1, device="cpu").sum().item() == 0.0

@@ -105,6 +105,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 # Tables of a module that are PyTorch's own: what a forward may write are the others.
 _OF_PYTORCH = frozenset(vars(nn.Module()))
 _CONTAINERS = frozenset((list, dict, set))
+# What most attributes are; asking whether a value is a `torch.Generator` takes Python code of PyTorch's.
+_NO_GENERATORS = frozenset((list, dict, set, tuple, str, bool, int, float, type(None)))
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
@@ -158,7 +160,9 @@ def random_state() -> Callable[[], None]:
 def _generators_of(modules: Sequence[nn.Module]) -> Callable[[], None]:
     """A function that puts the generators in the modules' attributes back into their present states."""
     states: list[tuple[Any, Any]] = []
-    for value in (value for module in modules for value in vars(module).values()):
+    for value in (v for m in modules for name, v in vars(m).items() if name not in _OF_PYTORCH):
+        if type(value) in _NO_GENERATORS:
+            continue
         if isinstance(value, torch.Generator):
             states.append((value.set_state, value.get_state()))
         elif isinstance(value, random.Random):

@@ -76,7 +76,9 @@ def prunable_share(graph: ChannelSpaces, flops: Mapping[str, float | Fraction]) 
 def frozen_share(graph: ChannelSpaces, space: int) -> float:
     """Share of a space's channels that stay whatever their weights."""
     entry = graph.spaces[space]
-    owners = [space] * entry.size if entry.members is None else entry.members[:, 0].tolist()
+    if entry.members is None:
+        return float(entry.frozen is not None and entry.size > 0)
+    owners = entry.members[:, 0].tolist()
     return sum(graph.spaces[owner].frozen is not None for owner in owners) / max(len(owners), 1)
 
 

@@ -9,6 +9,7 @@ What everything is, is noted before the first change, and putting it back does n
 hold references: of what a change replaces, the old stays until the change is over, and nothing is copied but buffers.
 """
 
+import operator
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Self
@@ -89,13 +90,18 @@ def _attributes(thing: Any) -> Step:
     """The class of an object, its attributes, and what is in those that are lists, dicts and sets."""
     kind, attributes = type(thing), vars(thing)
     before = dict(attributes)
-    contents = [(value, _content(value)) for value in before.values() if type(value) in _CONTAINERS]
+    containers = [value for value in before.values() if type(value) in _CONTAINERS]
+    empty = [container for container in containers if not container]  # PyTorch's tables of hooks, most of them
+    contents = [(container, _content(container)) for container in containers if container]
 
     def put_back() -> None:
         if type(thing) is not kind:
             thing.__class__ = kind
         if not _same(attributes, before):
             _refill(attributes, before)
+        for container in empty:
+            if container:
+                container.clear()
         for container, content in contents:
             if not _same(container, content):
                 _refill(container, content)
@@ -107,17 +113,14 @@ _CONTAINERS = frozenset((list, dict, set, OrderedDict, defaultdict, deque))
 
 
 def _content(container: Any) -> Any:
-    return dict(container) if isinstance(container, Mapping) else list(container)
+    return dict(container) if isinstance(container, dict | Mapping) else list(container)
 
 
 def _same(container: Any, content: Any) -> bool:
     """Whether a container has the same objects in the same order as were noted."""
-    if len(container) != len(content):
+    if len(container) != len(content) or not all(map(operator.is_, container, content)):
         return False
-    if isinstance(content, dict):
-        pairs = zip(container.items(), content.items(), strict=True)
-        return all(a is c and b is d for (a, b), (c, d) in pairs)
-    return all(a is b for a, b in zip(container, content, strict=True))
+    return not isinstance(content, dict) or all(map(operator.is_, container.values(), content.values()))
 
 
 def _refill(container: Any, content: Any) -> None:

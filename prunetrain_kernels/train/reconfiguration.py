@@ -128,7 +128,8 @@ def _prune(state: PruningState, keep: Keep, change: AllOrNothing) -> tuple[Recon
     done = rewrite(plan, change)
     if not done.changed:
         return done, state.present, 0
-    pruned, fits = AllOrNothing([state.model, *state.also], state.optimizers), 0
+    measured_with = state.optimizers if state.batch is not None else ()  # only memory is measured with an optimizer
+    pruned, fits = AllOrNothing([state.model, *state.also], measured_with), 0
     present = look_again(state.model, state.present, state.amp, None if done.removed else keep)
     present = replace(present, original=state.original.after(done))
     if state.batch is not None:

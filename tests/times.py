@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TIMES = ROOT / "build/test-times.txt"
 LIST = ROOT / "tests/long.txt"
-LONG, CHEAPEST = 0.5, 3.5  # seconds of CPU
+LONG, CHEAPEST = 0.35, 3.0  # seconds of CPU
 ALWAYS = {
     "tests/bench/test_bench.py::test_the_visit_is_rehearsed_step_by_step_without_a_gpu",  # nothing else tries gpu.sh
     "tests/bench/test_kernels_offline.py::test_a_share_of_the_kernels[70-0/22]",  # T1: spills, vector widths

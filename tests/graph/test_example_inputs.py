@@ -182,6 +182,9 @@ def test_programs_are_called_by_the_same_keywords(name: str, tmp_path: Path) -> 
         pytest.importorskip("onnxscript")
     model, inputs = built("all-keywords")
     inputs = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
+    if name.endswith("onnx"):  # its runtime has no convolution in float64
+        model.float()
+        inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
     zero_some(model)
     reconfigure(model, None, trace_channels(model, inputs).keep(model, threshold=0))
     done = export_program(model, inputs, tmp_path / name)

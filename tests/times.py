@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TIMES = ROOT / "build/test-times.txt"
 LIST = ROOT / "tests/long.txt"
-LONG, CHEAPEST = 0.35, 3.0  # seconds of CPU
+LONG, CHEAPEST = 0.28, 2.5  # seconds of CPU
 ALWAYS = {
     "tests/bench/test_bench.py::test_the_visit_is_rehearsed_step_by_step_without_a_gpu",  # nothing else tries gpu.sh
     "tests/bench/test_kernels_offline.py::test_a_share_of_the_kernels[70-0/22]",  # T1: spills, vector widths
@@ -27,6 +27,11 @@ ALWAYS = {
     "tests/bench/test_kernels_offline.py::test_a_share_of_the_kernels[90-6/11]",
     "tests/test_house.py::test_files_classes_and_functions_are_short",
     "tests/test_examples.py::test_the_pruning_trainer_runs_and_its_file_comes_back",  # README's trainer, whole
+    "tests/torture/test_kills_and_soak.py::test_a_few_kills_lose_nothing",  # a sample of each part of `make torture`
+    "tests/torture/test_kills_and_soak.py::test_a_few_reconfigurations_hold_nothing",
+    "tests/torture/test_torture.py::test_a_sample[contents]",
+    "tests/torture/test_torture.py::test_a_sample[flips]",
+    "tests/torture/test_torture.py::test_a_sample[injections]",
     "tests/train/test_loop_files.py::test_two_processes_train",  # DDP from the command line
     "tests/train/test_target.py::test_lands_on_the_target_and_learns_on[ProximalSGD-0.5]",  # what users ask for first
     "tests/train/test_loops.py::test_runs_resume_bitwise[everything]",

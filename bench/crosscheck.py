@@ -52,7 +52,7 @@ DIFFERENCES: dict[str, set[str]] = {
     "timm:fastvit_t8": {"multiplier", "indices"},
     "timm:edgenext_xx_small": {"frozen"},
     "timm:efficientvit_b0": {"frozen"},
-    "timm:levit_128s": {"frozen"},
+    "timm:levit_128s": {"frozen", "indices"},
 }
 
 

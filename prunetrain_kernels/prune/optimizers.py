@@ -115,7 +115,11 @@ def check_at_construction(
 
 
 def check_optimizers(
-    model: nn.Module, optimizers: Sequence[Optimizer], touched: set[int], also: Sequence[nn.Module] = ()
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    touched: set[int],
+    also: Sequence[nn.Module] = (),
+    holdings: Holdings | None = None,
 ) -> None:
     """Checks that everything the optimizers hold can follow, before anything is changed.
 
@@ -124,13 +128,15 @@ def check_optimizers(
         optimizers: from `as_list`, which keeps the holdings for `slice_state` and `drop`.
         touched: ids of the parameters that will be cut or go.
         also: copies of the model that are pruned with it: an optimizer may hold them.
+        holdings: what they hold at this moment, if the caller has searched them; it takes a while.
 
     Raises:
         InputError: none of them holds a certain parameter, or one of them keeps what cannot be cut.
     """
     if not optimizers:
         return
-    holdings = holdings_of(optimizers, model)
+    if holdings is None:
+        holdings = holdings_of(optimizers, model)
     if isinstance(optimizers, OptimizerList):
         optimizers.holdings = holdings
     for optimizer in holdings.optimizers:

@@ -46,6 +46,7 @@ from prunetrain_kernels.prune.measure import (
     failure_after_pruning,
     zeroing_difference,
 )
+from prunetrain_kernels.prune.optimizer_holdings import Holdings
 from prunetrain_kernels.prune.optimizers import (
     all_optimizers,
     as_list,
@@ -177,8 +178,13 @@ def planned(
     *,
     zeroing_tolerance: float,
     keep_momentum: bool,
+    holdings: Holdings | None = None,
 ) -> Plan:
-    """The plan of a reconfiguration; raises InputError where something cannot follow, as `reconfigure`."""
+    """The plan of a reconfiguration; raises InputError where something cannot follow, as `reconfigure`.
+
+    Args:
+        holdings: what the optimizers hold at this moment, if the caller has searched them.
+    """
     start = time.perf_counter()
     check_tolerance(zeroing_tolerance)
     model, _ = unwrapped(model)
@@ -198,7 +204,7 @@ def planned(
     )
     prunes = any(slicing.cuts for slicing in slicings) or bool(stand_ins[0])
     cut = {id(s.tensor) for s in slicings if s.cuts and isinstance(s.tensor, nn.Parameter)}
-    check_optimizers(model, optimizers, cut | gone, copies)
+    check_optimizers(model, optimizers, cut | gone, copies, holdings)
     return Plan(
         model=model,
         copies=copies,

@@ -20,7 +20,7 @@ from torch.nn.modules import module
 from torch.utils import _python_dispatch
 
 from prunetrain_kernels.probe import random_state
-from prunetrain_kernels.prune.optimizer_holdings import groups_of, holdings_of, params_of
+from prunetrain_kernels.prune.optimizer_holdings import Holdings, groups_of, holdings_of, params_of
 from prunetrain_kernels.prune.slices import set_data
 
 Step = Callable[[], None]
@@ -37,6 +37,7 @@ class AllOrNothing:
 
     Attributes:
         done: to be set when the change is to last.
+        holdings: what the optimizers keep; None without optimizers.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class AllOrNothing:
         self._steps += [_attributes(thing) for thing in (*modules, *objects)]
         self._steps += [_tensor(t) for t in {id(t): t for t in tensors}.values()]
         self._steps += [_values(b) for m in modules for b in m._buffers.values() if b is not None]
-        self._steps += _optimizer_steps(optimizers, next(iter(networks), None), copying=copying)
+        self.holdings = holdings_of(optimizers, next(iter(networks), None)) if optimizers else None
+        self._steps += [] if self.holdings is None else _optimizer_steps(self.holdings, copying=copying)
 
     def __enter__(self) -> Self:
         return self
@@ -164,11 +166,8 @@ def _values(tensor: Tensor) -> Step:
     return put_back
 
 
-def _optimizer_steps(optimizers: Sequence[Any], model: nn.Module | None, *, copying: bool) -> list[Step]:
+def _optimizer_steps(holdings: Holdings, *, copying: bool) -> list[Step]:
     """All that the optimizers, and those that they wrap, hold."""
-    if not optimizers:
-        return []
-    holdings = holdings_of(optimizers, model)
     containers: list[Any] = [mapping for mapping, _, _ in holdings.keyed] + [entries for entries, _ in holdings.beside]
     tensors: list[Tensor] = []
     for optimizer in holdings.optimizers:

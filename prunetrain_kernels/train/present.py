@@ -17,6 +17,7 @@ from prunetrain_kernels.nn import FuseReport, GatedConv2d
 from prunetrain_kernels.nn import fuse as fuse_model
 from prunetrain_kernels.prune.also import inputs_for
 from prunetrain_kernels.prune.measure import comparison_of
+from prunetrain_kernels.prune.undo import AllOrNothing
 from prunetrain_kernels.regularizer import GroupLasso
 from prunetrain_kernels.train.original import OriginalChannels
 
@@ -130,7 +131,9 @@ def look_again(model: nn.Module, before: Present, amp: torch.dtype | None, keep:
         gated = any(isinstance(module, GatedConv2d) for module in model.modules())
         same = keep is not None and not gated and trained_parameters(model) == before.trained
         if not same or before.flop_table is None:  # a gated layer may compute more than its weight holds
-            return replace(look(model, graph, amp, lasso, before.limits), original=before.original)
+            # all is put back: counting that fails makes a cost unknown, and may leave changes of its own behind
+            with AllOrNothing([model]):
+                return replace(look(model, graph, amp, lasso, before.limits), original=before.original)
         return replace(before, graph=graph, lasso=lasso, flops=before.flop_table.flops(model))
 
 

@@ -124,19 +124,20 @@ def _prune(state: PruningState, keep: Keep, change: AllOrNothing) -> tuple[Recon
         state.also,
         zeroing_tolerance=state.zeroing_tolerance,
         keep_momentum=state.keep_momentum,
+        holdings=change.holdings,
     )
     done = rewrite(plan, change)
     if not done.changed:
         return done, state.present, 0
-    measured_with = state.optimizers if state.batch is not None else ()  # only memory is measured with an optimizer
-    pruned, fits = AllOrNothing([state.model, *state.also], measured_with), 0
     present = look_again(state.model, state.present, state.amp, None if done.removed else keep)
     present = replace(present, original=state.original.after(done))
-    if state.batch is not None:
-        with eagerly(state.model):
-            fits = state.batch.fitting(state.model, present.example_inputs, state.optimizer)
-    pruned.put_back()  # counting that fails makes a cost unknown, and may have left its own changes behind
-    return done, present, fits
+    if state.batch is None:
+        return done, present, 0
+    with (
+        AllOrNothing([state.model, *state.also], state.optimizers),
+        eagerly(state.model),
+    ):  # never done: all is put back
+        return done, present, state.batch.fitting(state.model, present.example_inputs, state.optimizer)
 
 
 def _report(

@@ -25,14 +25,14 @@ def heads_in(flow: Flow, node: Any, *, features: int | None = None) -> tuple[int
     if value is None or shape is None or len(shape) < 3 or value.block != 1:
         return None
     inner = None if features is None else len(shape) + features
-    own = [d for d in value.dims if d != inner]
-    if len(own) != 1 or own[0] >= len(shape) - 2:
+    outer = [d for d in value.dims if d != inner]
+    if len(outer) != 1 or outer[0] >= len(shape) - 2:
         return None
     if inner is not None and value.dim is None:
         if inner not in fixed_axes(flow, value):
             return None
         value = without_axis(value, inner)
-    return own[0], value.ids
+    return outer[0], value.ids
 
 
 def product(flow: Flow, node: fx.Node) -> Outcome:

@@ -175,8 +175,8 @@ def _aligned(flow: Flow, operand: fx.Node, ndim: int, widest: Channels) -> Chann
         return Channels(())
     if value is None:
         dim = None if widest.dim is None else widest.dim - offset
-        own = dim is not None and operand.op == "get_attr" and is_saved_tensor(flow, str(operand.target))
-        value = flow.parameter(operand, dim) if own and dim is not None and shape[dim] == widest.features else None
+        is_saved = dim is not None and operand.op == "get_attr" and is_saved_tensor(flow, str(operand.target))
+        value = flow.parameter(operand, dim) if is_saved and dim is not None and shape[dim] == widest.features else None
         return None if value is None else value.shifted(offset)
     value = value.shifted(offset)
     if value.features == 1 and spread and widest.features > 1:

@@ -134,8 +134,8 @@ def told_of(shrinking: Shrinking, position: int) -> str:
         parts.append("1 layer removed" if gone == 1 else f"{gone} layers removed")
     if math.isfinite(state.inference):
         parts.append(f"{as_percent(state.inference)} of the inference FLOPs")
-    at = f" (epoch {state.epoch:g})" if state.number and math.isfinite(state.epoch) else ""
-    return f"{when}{at}: {', '.join(parts)}."
+    epoch = f" (epoch {state.epoch:g})" if state.number and math.isfinite(state.epoch) else ""
+    return f"{when}{epoch}: {', '.join(parts)}."
 
 
 def _width(state: State, layer: str) -> Width:

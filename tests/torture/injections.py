@@ -18,7 +18,8 @@ from tests.torture.subjects import WAYS, Patient, difference, identities_of, pat
 PACKAGE = str(Path(__file__).parents[2] / "prunetrain_kernels")
 # PyTorch's fake tensors and dispatching in Python.
 NO_EXCEPTIONS = tuple(
-    f"/torch/{part}" for part in ("_subclasses/", "_dynamo/", "_ops.py", "_prims", "_library/", "fx/experimental/")
+    f"/torch/{part}"
+    for part in ("_subclasses/", "_dynamo/", "_compile.py", "_ops.py", "_prims", "_library/", "fx/experimental/")
 )
 OUTERMOST, INSIDE, ORDINARY = 1, 2, 3
 KINDS: dict[Any, int] = {}  # of code that has been seen

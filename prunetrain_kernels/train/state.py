@@ -22,8 +22,9 @@ from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import ChannelGraph
 from prunetrain_kernels.graph.gating import ConvolutionCost
 from prunetrain_kernels.nn import FuseReport
-from prunetrain_kernels.optim import SGD
+from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.optimizer_holdings import params_of
+from prunetrain_kernels.prune.optimizers import all_optimizers
 from prunetrain_kernels.regularizer import GroupLasso
 from prunetrain_kernels.train.distributed import Ranks
 from prunetrain_kernels.train.forecast import Course, Forecast, Now, forecast
@@ -264,7 +265,10 @@ class PruningState:
 
     def verdict(self) -> str:
         """One sentence on whether the target was met, and if not, why and what helps; empty without a target."""
-        return "" if self.steering is None else self.steering.verdict(self.now())
+        if self.steering is None:
+            return ""
+        proximal = any(isinstance(optimizer, ProximalSGD) for optimizer in all_optimizers(self.optimizers))
+        return self.steering.verdict(self.now(), proximal=proximal)
 
     # -- when to reconfigure --------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from prunetrain_kernels.graph.keep import restricted
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train.prunetrain import PruneTrain
-from prunetrain_kernels.train.target import BY, FACTOR, Steering, Target
+from prunetrain_kernels.train.target import BY, FACTOR, LARGEST_FACTOR, Steering, Target
 
 BATCH = 8
 
@@ -110,7 +110,8 @@ def test_lands_on_the_target_and_learns_on(optimizer_class: Any, target: float) 
     first, *others = run.lambdas
     assert first > 0
     assert len(set(others)) > 3, "lambda was adjusted"
-    assert all(1 / FACTOR - 1e-9 <= b / a <= FACTOR + 1e-9 for a, b in zip(run.lambdas, others, strict=False))
+    factor = run.prunetrain.steering.target.factor
+    assert all(1 / factor - 1e-9 <= b / a <= factor + 1e-9 for a, b in zip(run.lambdas, others, strict=False))
 
 
 def test_a_target_for_the_whole_training_counts_every_epoch() -> None:
@@ -134,8 +135,19 @@ def test_once_met_the_lasso_rests() -> None:
     assert run.optimizer.lasso is None
 
 
-def test_a_target_that_time_does_not_suffice_for_is_said() -> None:
-    run = Run(SGD, 3, target=0.3)
+def test_lambda_changes_faster_where_the_target_is_due_soon() -> None:
+    def factor(epochs: float, by: float = BY) -> float:
+        return Target(0.5, None, epochs, by).factor
+
+    assert factor(60) == factor(32) == FACTOR
+    assert factor(16) ** 4 == pytest.approx(FACTOR**8), "as much in four epochs as in eight"
+    assert factor(12) == factor(24, 0.125) > factor(16)
+    assert factor(1) == LARGEST_FACTOR
+
+
+@pytest.mark.parametrize(("optimizer_class", "advised"), [(SGD, True), (ProximalSGD, False)])
+def test_a_target_that_time_does_not_suffice_for_is_said(optimizer_class: Any, advised: bool) -> None:
+    run = Run(optimizer_class, 3, target=0.3, target_by=1, penalty_ratio=0.01)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.train()
@@ -143,6 +155,7 @@ def test_a_target_that_time_does_not_suffice_for_is_said() -> None:
     assert len(said) == 1
     assert "30% of the inference FLOPs" in said[0]
     assert "epochs" in said[0]
+    assert ("use the proximal step" in said[0]) == advised, "not where it is in use"
     assert run.prunetrain.verdict() == said[0]
 
 

@@ -11,6 +11,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from prunetrain_kernels.graph.rules import rule_for
 from prunetrain_kernels.graph.traced import LISTED
+from prunetrain_kernels.graph.transformers import plain_forward
 from prunetrain_kernels.inputs import ExampleInputs, arguments_of, mapped, named_inputs
 from prunetrain_kernels.probe import DEEPEST, ONE_BY_ONE, first_line, held_by
 
@@ -122,8 +124,9 @@ class _Tracer(ThreadTracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        closed = module_qualified_name in self.closed
-        return closed or rule_for(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        if module_qualified_name in self.closed or rule_for(m) is not None:
+            return True
+        return plain_forward(m) is None and super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
         self,
@@ -175,8 +178,9 @@ class _Tracer(ThreadTracer):
         return self.create_node("call_function", _maker_of(a, held), (), parts)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        plain = plain_forward(m)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            return super().call_module(m, forward if plain is None else partial(plain, m), args, kwargs)
         except MemoryError:  # says nothing about the model
             raise
         except Exception:

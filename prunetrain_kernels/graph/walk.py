@@ -27,6 +27,7 @@ from prunetrain_kernels.graph.runs import own_tensors
 from prunetrain_kernels.graph.shapes import counts, fixed_axes
 from prunetrain_kernels.graph.spaces import Space
 from prunetrain_kernels.graph.traced import LISTED, Traced, joined_calls
+from prunetrain_kernels.graph.transformers import read_without_call
 from prunetrain_kernels.inputs import ExampleInputs
 
 # Methods and attributes that tell something of a tensor that has nothing to do with its channels.
@@ -235,6 +236,8 @@ def _pin(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> None:
     inside = _inside_what_is_not_followed(flow, modules)
     elsewhere = _tensors_used_elsewhere(flow, modules, nodes)
     owner: dict[int, str] = {}
+    for name, reason in read_without_call(modules).items():
+        flow.pinned.setdefault(name, reason)
     for name in [*flow.layers, *flow.followers]:
         follower = flow.followers.get(name)
         module = modules[name if follower is None else follower.module]

@@ -22,13 +22,16 @@ _Result = TypeVar("_Result")
 
 
 def ranks_in(model: nn.Module) -> tuple[DistributedDataParallel | None, Ranks]:
-    """The `DistributedDataParallel` in or around a model, if any, and the ranks that train it.
+    """The `DistributedDataParallel` in or around a model, if any, and the ranks that train it. A model that is a part of
+    a wrapped one (`integrations.torchvision`) names that one's wrapper by its attribute `wrapper`.
 
     Raises:
         InputError: it has an option that cannot be pruned.
     """
     ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
-    if ddp is None:
+    of_whole = vars(model).get("wrapper")
+    ddp = of_whole() if ddp is None and callable(of_whole) else ddp
+    if not isinstance(ddp, DistributedDataParallel):
         return None, Ranks()
     check_rebuildable(ddp)
     return ddp, Ranks.of(ddp.process_group)

@@ -47,7 +47,9 @@ SAME_ARGUMENTS: dict[str, Any] = {
     "channel_shuffle": F.channel_shuffle, "linear": F.linear, "conv1d": F.conv1d, "conv2d": F.conv2d,
     "conv3d": F.conv3d, "conv_transpose1d": F.conv_transpose1d, "conv_transpose2d": F.conv_transpose2d,
     "conv_transpose3d": F.conv_transpose3d, "prelu": torch.prelu,
-    "layer_norm": F.layer_norm, "group_norm": F.group_norm, "glu": F.glu, "grid_sampler": F.grid_sample,
+    "layer_norm": F.layer_norm, "rms_norm": F.rms_norm, "group_norm": F.group_norm, "glu": F.glu,
+    "grid_sampler": F.grid_sample, "matmul": torch.matmul, "unbind": torch.unbind,
+    "scaled_dot_product_attention": F.scaled_dot_product_attention,
     **{
         name: getattr(torch, name)
         for name in (

@@ -77,10 +77,12 @@ def reshape_to(flow: Flow, node: fx.Node, sizes: Sequence[Any] | None) -> Outcom
     if read is None:
         return False
     _, value, before, after = read
+    if sizes is not None and len(sizes) != len(after):
+        return False
+    if value.grid and before == after:
+        return _same_shape(flow, node, value, sizes)
     result = reshaped(value, tuple(before), tuple(after))
     if result is None:
-        return False
-    if sizes is not None and len(sizes) != len(after):
         return False
     target_sizes = [-1] * len(after) if sizes is None else list(sizes)
     if result.grid:
@@ -94,6 +96,15 @@ def reshape_to(flow: Flow, node: fx.Node, sizes: Sequence[Any] | None) -> Outcom
     if not is_count_of(flow, node, target_sizes[dim], result.ids, Fraction(result.block)):
         return False
     flow.set(node, result)
+    return True
+
+
+def _same_shape(flow: Flow, node: fx.Node, value: Channels, sizes: Sequence[Any] | None) -> Outcome:
+    """Rule for a reshape that changes nothing, of a grid whose size is left open where it can get shorter."""
+    varies = [] if sizes is None else [d for d in value.dims if d not in fixed_axes(flow, value)]
+    if any(sizes is not None and sizes[d] != -1 for d in varies):
+        return flow.stays(node, WRITTEN_OUT, value, value)
+    flow.set(node, value)
     return True
 
 
@@ -120,6 +131,8 @@ def _split_into_grid(flow: Flow, node: fx.Node, result: Channels, sizes: list[An
         flow.set(node, Channels(result.ids[::rest], dims=result.dims[:1]))
         return True
     flow.keep_two(result.ids)
+    if flow.heads_axis(result) == varies:
+        flow.follow_heads(result, varies)  # view(n, length, -1, head_dim): an attribute tells the number all the same
     flow.set(node, result)
     return True
 

@@ -196,6 +196,7 @@ class SGD(torch.optim.SGD):
         self._lasso: GroupLasso | None = None
         self._coefficient: float | Tensor = 0.0
         self._norms: _Norms | None = None
+        self._waits = False  # for a step with the lasso that it was given
         self._scalars = _Scalars()
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=None, fused=None
@@ -206,7 +207,8 @@ class SGD(torch.optim.SGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, value in (("_lasso", None), ("_coefficient", 0.0), ("_norms", None), ("_scalars", _Scalars())):
+        fresh = {"_lasso": None, "_coefficient": 0.0, "_norms": None, "_waits": False, "_scalars": _Scalars()}
+        for name, value in fresh.items():
             self.__dict__.setdefault(name, value)
 
     # -- the lasso ------------------------------------------------------------------------------------------------
@@ -219,12 +221,16 @@ class SGD(torch.optim.SGD):
             coefficient: lambda, a number, or a scalar tensor on the parameters' device that a CUDA graph may follow.
 
         Raises:
-            InputError: a coefficient below zero or not a number, or a weight that this optimizer does not hold.
+            InputError: a coefficient below zero or not a number, a weight that this optimizer does not hold, or a lasso
+                of other weights that waits for the same step.
         """
         if lasso is not None:
             _check_lasso(lasso, coefficient, self.param_groups)
         if lasso is not self._lasso:
+            if self._waits and lasso is not None and self._lasso is not None:
+                _check_same_weights(self._lasso, lasso)
             self._norms = None
+        self._waits = lasso is not None
         self._lasso, self._coefficient = lasso, coefficient
 
     @property
@@ -333,6 +339,7 @@ class SGD(torch.optim.SGD):
             RuntimeError: a sparse gradient.
         """
         self._check_settings()
+        self._waits = False
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -420,6 +427,16 @@ def _check_lasso(lasso: GroupLasso, coefficient: float | Tensor, param_groups: S
     params = {id(p) for group in param_groups for p in group["params"]}
     if any(w.requires_grad and id(w) not in params for w in lasso.weights()[0]):
         raise InputError("the lasso has weights that the optimizer does not hold; build both from the same model.")
+
+
+def _check_same_weights(first: GroupLasso, second: GroupLasso) -> None:
+    """Raises InputError for two lassos of different weights, of which an update would add the second one only."""
+    if {id(w) for w in first.weights()[0]}.isdisjoint(id(w) for w in second.weights()[0]):
+        raise InputError(
+            "this optimizer adds one lasso inside its update, and was given two of different weights for one step: "
+            "prune the parts of a network by one PruneTrain, over a module that holds them all (docs/integrations.md, "
+            "'A part of a network'), or use an optimizer of torch.optim."
+        )
 
 
 def _trained(lasso: GroupLasso, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Groups], list[float]]:

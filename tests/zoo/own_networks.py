@@ -278,6 +278,54 @@ class Detector(nn.Module):
         ]
 
 
+class Translator(nn.Module):
+    """PyTorch's own transformer, over tokens of 6 features; its decoder reads learnt queries, as DETR's does."""
+
+    def __init__(self, *, norm_first: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.transformer = nn.Transformer(16, 4, 1, 1, 24, dropout=0.0, batch_first=True, norm_first=norm_first)
+        self.queries = nn.Parameter(torch.randn(1, 4, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.transformer(self.embed(x), self.queries.expand(x.shape[0], -1, -1)))
+
+
+class HeadsBySize(nn.Module):
+    """Attention of Hugging Face's encoders: heads are split by the size of each; torch.fx cannot follow the forward."""
+
+    def __init__(self, width: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.num_attention_heads, self.head_dim = heads, width // heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 64:
+            raise ValueError("too long")
+        sizes = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (layer(x).view(sizes).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        mask = torch.ones(x.shape[0], 1, x.shape[1], x.shape[1], dtype=torch.bool)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = mixed.reshape(x.shape[0], -1, x.shape[1], self.head_dim)
+        return self.o_proj(mixed.transpose(1, 2).reshape(*x.shape[:-1], -1).contiguous())
+
+
+class FacesEncoder(nn.Module):
+    """A block of Hugging Face's vision transformers behind an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.attention, self.before, self.after = HeadsBySize(), nn.LayerNorm(16), nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.attention(self.before(x))
+        return self.head((x + self.down(F.gelu(self.up(self.after(x))))).mean(1))
+
+
 def group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(channels // 4, channels)
 
@@ -297,4 +345,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "spatial-transformer": (SpatialTransformer, (3, 8, 8)),
     "unet": (UNet, (3, 7, 7)),
     "detector": (Detector, (3, 8, 8)),
+    "translator": (lambda: Translator(norm_first=False), (5, 6)),
+    "translator-norm-first": (lambda: Translator(norm_first=True), (5, 6)),
+    "heads-by-size": (FacesEncoder, (5, 6)),
 }

@@ -22,7 +22,14 @@ from prunetrain_kernels.graph.rules import rule_for
 from prunetrain_kernels.graph.traced import LISTED
 from prunetrain_kernels.graph.transformers import plain_forward
 from prunetrain_kernels.inputs import ExampleInputs, arguments_of, mapped, named_inputs
-from prunetrain_kernels.probe import DEEPEST, ONE_BY_ONE, first_line, held_by
+from prunetrain_kernels.probe import (
+    DEEPEST,
+    ONE_BY_ONE,
+    attributes_of,
+    first_line,
+    held_by,
+    restore_attributes,
+)
 
 _LOCK = threading.RLock()
 SLICED_BY_A_SIZE = "slice indices must be integers"  # what Python says of a tensor that a traced number slices
@@ -238,19 +245,26 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> tuple[fx.Graph, dict[str, 
     Raises:
         UntraceableError: the model's own forward cannot be traced.
     """
+    before = [(module, attributes_of(module)) for module in model.modules()]
     try:
-        first = _trace(model, inputs, sees_buffers="floats")
+        first = _trace(model, inputs, before, sees_buffers="floats")
     except UntraceableError:
-        return _trace(model, inputs, sees_buffers="none")
+        return _trace(model, inputs, before, sees_buffers="none")
     if not first[1]:
         return first
-    second = _trace(model, inputs, sees_buffers="none")  # a forward may decide by a buffer's values where to go
+    second = _trace(model, inputs, before, sees_buffers="none")  # a forward may decide by a buffer's values where to go
     return second if len(second[1]) < len(first[1]) else first
 
 
-def _trace(model: nn.Module, inputs: ExampleInputs, *, sees_buffers: str) -> tuple[fx.Graph, dict[str, str]]:
+def _trace(
+    model: nn.Module, inputs: ExampleInputs, before: list[tuple[nn.Module, dict[str, Any]]], *, sees_buffers: str
+) -> tuple[fx.Graph, dict[str, str]]:
+    """As `trace`; `before` are the modules' attributes, which every attempt finds as they were: a forward may keep
+    traced values in a cache, of which another program can make nothing."""
     closed: dict[str, str] = {}
     while True:
+        for module, attributes in before:
+            restore_attributes(module, attributes)
         tracer = _Tracer(set(closed), inputs, sees_buffers=sees_buffers)
         try:
             return tracer.trace(model), closed

@@ -202,3 +202,38 @@ def test_a_failure_leaves_modes_as_they_were() -> None:
     with pytest.raises(TraceError):
         trace_channels(model, (torch.zeros(1, 4, 4, 4),))
     assert [m.training for m in (model, model.a, model.b)] == [False, False, True]
+
+
+class Picky(nn.Module):
+    """It decides by values, which torch.fx cannot follow: it is left closed, and the model traced again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 1e9 else x + 1
+
+
+class Caches(Net):
+    """In evaluation it keeps what it has computed, in a table that the next trace finds (LeViT's attention biases)."""
+
+    def __init__(self) -> None:
+        super().__init__(simple, picky=Picky())
+        self.shift = nn.Parameter(torch.randn(8, 1, 1))
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> "Caches":
+        self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.shift * 2
+        if not self.training:
+            shift = self.cache.setdefault("shift", shift)
+        return self.fc(pool(self.b(self.a(x) + shift) + self.picky(x).mean()))
+
+
+def test_what_a_forward_caches_is_not_passed_from_trace_to_trace() -> None:
+    model = Caches()
+    graph = prune_half_of_everything(model, images())
+    assert graph.tracer == "torch.fx"
+    assert set(graph.opaque) == {"picky"}
+    assert not frozen(graph, "a")
+    assert not model.cache

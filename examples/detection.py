@@ -2,8 +2,7 @@
 
 The images hold one square or disc each; the detector tells its class and box in every cell of two maps. Whatever is
 in it is pruned: blocks that split their channels and concatenate all stages (C2f), pooling in a pyramid (SPPF), heads.
-torchvision's `fasterrcnn_resnet50_fpn` goes by its parts: `PruneTrain(model.backbone, optimizer, (images,))`, for the
-rest of it works on lists of images and of boxes.
+torchvision's own detectors, which take lists of images and boxes, are in torchvision_detector.py.
 """
 
 import argparse

@@ -61,8 +61,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=25, help="steps between reconfigurations")
     parser.add_argument("--batch", type=int, default=4, help="images in a step")
     parser.add_argument("--size", type=int, default=96, help="pixels a side")
-    parser.add_argument("--lr", type=float, default=0.01, help="learning rate")
-    parser.add_argument("--penalty-ratio", type=float, default=0.9, help="share of the lasso in the first loss")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
+    parser.add_argument("--penalty-ratio", type=float, default=0.997, help="share of the lasso in the first loss")
     parser.add_argument("--out", default="torchvision_detector.pt", help="the checkpoint; a program is beside it")
     args = parser.parse_args()
 

@@ -1,1 +1,1 @@
-"""PruneTrain inside other trainers; each module needs the package it is named after."""
+"""PruneTrain inside other trainers and around other libraries' networks, a module for each library."""

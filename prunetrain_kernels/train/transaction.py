@@ -22,8 +22,10 @@ _Result = TypeVar("_Result")
 
 
 def ranks_in(model: nn.Module) -> tuple[DistributedDataParallel | None, Ranks]:
-    """The `DistributedDataParallel` in or around a model, if any, and the ranks that train it. A model that is a part of
-    a wrapped one (`integrations.torchvision`) names that one's wrapper by its attribute `wrapper`.
+    """The `DistributedDataParallel` in or around a model, if any, and the ranks that train it.
+
+    A model that is a part of a wrapped one has that one's weak reference as its attribute `wrapper`, as
+    `integrations.torchvision` does.
 
     Raises:
         InputError: it has an option that cannot be pruned.

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer itself, by the callback of docs/integrations.md: it shrinks a model, saves it, and loads it."""
+"""The Trainer of transformers, by the callback of docs/integrations.md: a model shrinks, is saved, and is loaded."""
 
 import math
 from pathlib import Path

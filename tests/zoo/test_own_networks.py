@@ -16,7 +16,7 @@ from prunetrain_kernels.graph.prunable import prunable
 STAY = {
     "normaliser-free": ("is computed from all of its input channels",),
     "spatial-transformer": ("affine_grid", "written out"),
-    **dict.fromkeys(("translator", "translator-norm-first"), ("(LayerNorm) divides", "holds query, key and value", "not computed from")),
+    **dict.fromkeys(("translator", "translator-norm-first"), ("(LayerNorm) div", "holds query, key", "not computed")),
     "heads-by-size": ("(LayerNorm) divides", "not computed from"),
 }
 EXPORTED = ("heads-by-size",)  # traced by torch.export

@@ -112,7 +112,7 @@ def main() -> None:
         found = model.eval()(held_out[0])[0]
     print(f"boxes in the first held-out image: {len(found['boxes'])}, the best at {found['boxes'][:1].tolist()}")
     images = torch.stack(held_out[0][:2])
-    export_program(Maps(copy.deepcopy(model.backbone)).eval(), (images,), f"{args.out}2")
+    export_program(Maps(copy.deepcopy(model.get_submodule("backbone"))).eval(), (images,), f"{args.out}2")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"parameters left: {parameters:,} of {sum(p.numel() for p in build(args.model, 96).parameters()):,}")
 

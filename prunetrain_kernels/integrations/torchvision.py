@@ -53,6 +53,10 @@ class DetectorParts(nn.Module):
 
     def __init__(self, detector: nn.Module, *, regions: int = 1) -> None:
         super().__init__()
+        self.backbone: Any
+        self.rpn: Any
+        self.roi_heads: Any
+        self.head: Any
         wrapper = detector if isinstance(detector, DistributedDataParallel) else None
         network = detector if wrapper is None else wrapper.module
         is_rcnn = _holds(network, "rpn", "head") and isinstance(getattr(network, "roi_heads", None), nn.Module)

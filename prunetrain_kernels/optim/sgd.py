@@ -196,8 +196,7 @@ class SGD(torch.optim.SGD):
         self._lasso: GroupLasso | None = None
         self._coefficient: float | Tensor = 0.0
         self._norms: _Norms | None = None
-        self._waits = False  # for a step with the lasso that it was given
-        self._scalars = _Scalars()
+        self._scalars, self._waits = _Scalars(), False  # waits: for a step with the lasso that was given
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=None, fused=None
         )
@@ -208,8 +207,7 @@ class SGD(torch.optim.SGD):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         fresh = {"_lasso": None, "_coefficient": 0.0, "_norms": None, "_waits": False, "_scalars": _Scalars()}
-        for name, value in fresh.items():
-            self.__dict__.setdefault(name, value)
+        self.__dict__.update(fresh | self.__dict__)
 
     # -- the lasso ------------------------------------------------------------------------------------------------
 
@@ -221,14 +219,11 @@ class SGD(torch.optim.SGD):
             coefficient: lambda, a number, or a scalar tensor on the parameters' device that a CUDA graph may follow.
 
         Raises:
-            InputError: a coefficient below zero or not a number, a weight that this optimizer does not hold, or a lasso
-                of other weights that waits for the same step.
+            InputError: a coefficient below 0, a weight that is not held here, or a second lasso for the next step.
         """
         if lasso is not None:
-            _check_lasso(lasso, coefficient, self.param_groups)
+            _check_lasso(lasso, coefficient, self.param_groups, self._lasso if self._waits else None)
         if lasso is not self._lasso:
-            if self._waits and lasso is not None and self._lasso is not None:
-                _check_same_weights(self._lasso, lasso)
             self._norms = None
         self._waits = lasso is not None
         self._lasso, self._coefficient = lasso, coefficient
@@ -339,8 +334,7 @@ class SGD(torch.optim.SGD):
             RuntimeError: a sparse gradient.
         """
         self._check_settings()
-        self._waits = False
-        loss = None
+        self._waits, loss = False, None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -420,18 +414,21 @@ def _check_options(*, differentiable: bool, foreach: bool | None, fused: bool | 
         raise InputError("`foreach` and `fused` cannot be True together; leave one out, here neither changes anything.")
 
 
-def _check_lasso(lasso: GroupLasso, coefficient: float | Tensor, param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError unless the update of these parameters can hold this lasso."""
+def _check_lasso(
+    lasso: GroupLasso,
+    coefficient: float | Tensor,
+    param_groups: Sequence[Mapping[str, Any]],
+    waiting: GroupLasso | None,
+) -> None:
+    """Raises InputError unless the update of these parameters can hold this lasso; and where another one, of different
+    weights, waits for the same update, which would add this one only."""
     if not isinstance(coefficient, Tensor) and not 0 <= coefficient < math.inf:
         raise InputError(f"the lasso's coefficient must be 0 or more, not {coefficient}.")
     params = {id(p) for group in param_groups for p in group["params"]}
-    if any(w.requires_grad and id(w) not in params for w in lasso.weights()[0]):
+    weights, others = lasso.weights()[0], [] if waiting is None else waiting.weights()[0]
+    if any(w.requires_grad and id(w) not in params for w in weights):
         raise InputError("the lasso has weights that the optimizer does not hold; build both from the same model.")
-
-
-def _check_same_weights(first: GroupLasso, second: GroupLasso) -> None:
-    """Raises InputError for two lassos of different weights, of which an update would add the second one only."""
-    if {id(w) for w in first.weights()[0]}.isdisjoint(id(w) for w in second.weights()[0]):
+    if weights and others and {id(w) for w in others}.isdisjoint(map(id, weights)):
         raise InputError(
             "this optimizer adds one lasso inside its update, and was given two of different weights for one step: "
             "prune the parts of a network by one PruneTrain, over a module that holds them all (docs/integrations.md, "

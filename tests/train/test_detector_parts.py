@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,9 @@ class Detector(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone, self.rpn, self.roi_heads = Backbone(), nn.Module(), nn.Module()
+        self.backbone: Any = Backbone()
+        self.rpn: Any = nn.Module()
+        self.roi_heads: Any = nn.Module()
         self.rpn.head = ProposalHead()
         self.roi_heads.box_roi_pool, self.roi_heads.box_head = Pool(), BoxHead()
         self.roi_heads.box_predictor = nn.Linear(6, 3)
@@ -109,7 +112,7 @@ def losses_of(
 def kill(model: Detector, channel: int) -> None:
     """Zeroes one channel of each space in all layers that write or read it."""
     backbone, rpn, heads = model.backbone, model.rpn, model.roi_heads
-    lateral = backbone.lateral
+    lateral = list(backbone.lateral)
     with torch.no_grad():
         for writers, readers in (
             ([backbone.stem], [backbone.down, lateral[0]]),
@@ -158,6 +161,21 @@ def test_other_networks_are_refused(kind: str) -> None:
         detector_parts(model)
     with pytest.raises(InputError, match="regions must be 1 or more"):
         detector_parts(Detector(), regions=0)
+
+
+def test_two_lassos_for_one_update_are_refused() -> None:
+    """The update would add the second one only; one after the other is fine, as is a new one of the same weights."""
+    body, head = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)) for _ in range(2))
+    optimizer = ProximalSGD([*body.parameters(), *head.parameters()], lr=0.01)
+    x = torch.randn(2, 3, 4, 4)
+    first, second = (PruneTrain(part, optimizer, (x,), coefficient=0.1) for part in (body, head))
+    loss = head(body(x)).square().mean()
+    first.regularize(loss)
+    with pytest.raises(InputError, match="two of different weights for one step"):
+        second.regularize(loss)
+    PruneTrain(body, optimizer, (x,), coefficient=0.2).regularize(loss)
+    optimizer.step()
+    second.regularize(loss)
 
 
 def _train_in_ddp(rank: int) -> dict[str, Tensor]:

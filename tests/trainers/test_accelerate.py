@@ -93,7 +93,7 @@ def test_a_prepared_loop_is_the_loop_by_hand_and_resumes(tmp_path: Path) -> None
     apply_shape(again[1], json.loads((tmp_path / "shape.json").read_text()), again[2])
     again[0].load_state(tmp_path)
     assert again[4].epochs == prunetrain.epochs
-    for each in ((accelerator, model, optimizer, loader), again[:4]):
-        epoch_by_accelerate(*each)
+    epoch_by_accelerate(accelerator, model, optimizer, loader)
+    epoch_by_accelerate(*again[:4])
     for name, tensor in model.state_dict().items():
         assert torch.equal(again[1].state_dict()[name], tensor), name

@@ -26,7 +26,7 @@ class Images(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"pixel_values": self.images[number], "labels": torch.tensor(number % 4)}
 
 
-class Shrinking(transformers.TrainerCallback):  # type: ignore[misc]
+class Shrinking(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
     """The callback of docs/integrations.md; at the end of an epoch one channel more is dead."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from bench_kit import compiling
 
 from bench import compare, rows
 from bench.__main__ import main
-from bench.predict import formula, machine_code
+from bench.predict import command, formula, machine_code
 from bench.predict.formula import Launch, Time
 from bench.predict.machine_code import Code, Loop
 from bench.predict.machines import MACHINES, Machine, machine, machine_of
@@ -182,7 +182,7 @@ def test_data_sheets(name: str) -> None:
     ("arguments", "words"),
     [
         (["predict", "--device", "h100x"], "nothing is known of a GPU called 'h100x'; choose among h200, a100, v100"),
-        (["predict", "--record", "--only", "BN"], "leave --suite and --only out"),
+        (["predict", "--record", "--only", "BN"], "leave --only out"),
         (["predict", "--suite", "memory"], "there is no suite 'memory' to predict; choose among bn"),
         (["compare", "only-one.csv"], "two files"),
         (["compare", "--tolerance", "0"], "--tolerance must be a positive share"),
@@ -229,6 +229,26 @@ def test_predictions_beside_measurements(tmp_path: Path, capsys: pytest.CaptureF
     assert {pair.name.split()[1]: round(pair.off, 2) for pair in pairs} == {"c": -0.3, "b": 0.3, "a": 0.19}
 
 
+def test_recording_a_suite_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of another suite stay as they were, character by character, and in their place."""
+    monkeypatch.setattr(command, "RECORD", tmp_path)
+    old = [_row("a", 1.25, "NVIDIA A100 (predicted)", mode="model", suite=suite) for suite in ("bn", "sgd", "conv")]
+    rows.append(tmp_path / "predict-a100.csv", old)
+    before = (tmp_path / "predict-a100.csv").read_text().splitlines()
+    new = command.Prediction(
+        command.work.Work(
+            "ResNet-32", {"layer": "new", "direction": "SGD", "dtype": "fp32", "suite": "sgd", "count": 1}, 8.0
+        ),
+        Time(2, 1, 0, 0, 0.5),
+        1.0,
+    )
+    monkeypatch.setattr(command, "predict_all", lambda *_: iter([new]))
+    assert main(["predict", "--device", "a100", "--suite", "sgd", "--record"]) == 0
+    after = (tmp_path / "predict-a100.csv").read_text().splitlines()
+    assert [after[i] for i in (0, 1, 3)] == [before[i] for i in (0, 1, 3)]
+    assert (len(after), "new" in after[2]) == (4, True)
+
+
 def test_the_committed_predictions_are_marked() -> None:
     """Whoever reads a row sees that nobody measured it."""
     paths = sorted(Path("bench/results/offline").glob("predict-*.csv"))
@@ -240,3 +260,13 @@ def test_the_committed_predictions_are_marked() -> None:
         assert all(line["device"].endswith("(predicted)") for line in lines)
         keys = [json.dumps([line[column] for column in rows.WHAT]) for line in lines]
         assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("name", list(MACHINES))
+def test_the_lasso_inside_sgd_costs_little(name: str) -> None:
+    """By the committed predictions at most 5 % of ResNet-50's and VGG-13's update, the fold of its slots included."""
+    with Path(f"bench/results/offline/predict-{name}.csv").open(newline="") as file:
+        updates = [row for row in csv.DictReader(file) if row["suite"] == "sgd" and int(row["n"]) > 1_000_000]
+    for count in {row["n"] for row in updates}:
+        times = {row["direction"]: float(row["p50_us"]) for row in updates if row["n"] == count}
+        assert times["SGD"] < times["SGD+lasso"] <= 1.05 * times["SGD"]

@@ -75,6 +75,7 @@ _PIXELS = 2**31 - 4096  # of a launch: tiles count them in 32 bits
 _SPLITS = 256  # of the pixels of a weight gradient, at most
 _PROGRAMS = 512  # of a weight gradient, about: a few waves on any GPU, and few slots beside the tensors
 _SHORTEST_SPLIT = 512  # pixels
+_FEW = 32  # channels, below which a weight gradient's tile holds several taps
 
 # Flags are keyword-only, except those of a registered operator, which has one flat list of arguments (`noqa: FBT`).
 
@@ -208,26 +209,62 @@ def _columns(index, channel, here, first):
 
 
 @triton.jit
-def _load(x, at, wanted, index):
-    """A tile of which rows are pixels. Through an index it is loaded flat where lanes would not run along the row."""
-    if index is None:
-        value = tl.load(x + at, mask=wanted, other=0)
-    elif _FLAT:
-        value = tl.reshape(tl.load(x + tl.ravel(at), mask=tl.ravel(wanted), other=0), at.shape)
+def _load(at, wanted, FLAT: tl.constexpr):
+    """A tile of which rows are pixels. FLAT: its columns are no neighbours, and lanes are to run along the row."""
+    if FLAT and _FLAT:
+        value = tl.reshape(tl.load(tl.ravel(at), mask=tl.ravel(wanted), other=0), at.shape)
     else:
-        value = tl.load(x + at, mask=wanted, other=0)
+        value = tl.load(at, mask=wanted, other=0)
     return value
 
 
 @triton.jit
-def _store(x, at, value, wanted, index):
+def _store(at, value, wanted, FLAT: tl.constexpr):
     """The counterpart of `_load`."""
-    if index is None:
-        tl.store(x + at, value, mask=wanted)
-    elif _FLAT:
-        tl.store(x + tl.ravel(at), tl.ravel(value), mask=tl.ravel(wanted))
+    if FLAT and _FLAT:
+        tl.store(tl.ravel(at), tl.ravel(value), mask=tl.ravel(wanted))
     else:
-        tl.store(x + at, value, mask=wanted)
+        tl.store(at, value, mask=wanted)
+
+
+@triton.jit
+def _divided(a, b):
+    """a // b and a % b of numbers that are not negative: without signs it is a third of the instructions."""
+    quotient = (a.to(tl.uint32) // b.to(tl.uint32)).to(tl.int32)
+    return quotient, a - quotient * b
+
+
+@triton.jit
+def _within(position, length):
+    """Whether 0 <= position < length, by one comparison."""
+    return position.to(tl.uint32, bitcast=True) < length.to(tl.uint32)
+
+
+@triton.jit
+def _bits(low, high, taps):
+    """The bits of `taps` from `low` until before `high`."""
+    return (1 << tl.minimum(tl.maximum(high, 0), taps)) - (1 << tl.minimum(tl.maximum(low, 0), taps))
+
+
+@triton.jit
+def _reached(exists, first_a, last_a, first_b, last_b, taps_a, taps_b):
+    """For each pixel a bit a * taps_b + b for each tap (a, b), up to 31 of them, whether it lies inside: from `first_a`
+    until before `last_a`, and likewise for b. So a step of the reduction looks at one bit for each pixel."""
+    ends = ((1 << (taps_a * taps_b)) - 1).to(tl.uint32) // tl.maximum((1 << taps_b) - 1, 1).to(tl.uint32)  # of lines
+    rows = ends.to(tl.int32) & _bits(first_a * taps_b, last_a * taps_b, taps_a * taps_b)
+    return tl.where(exists, rows * _bits(first_b, last_b, taps_b), 0)
+
+
+@triton.jit
+def _next(first, a, b, all_channels, taps_b, TILE_K: tl.constexpr):
+    """From one step of the reduction to the next: the first channel, and at the end of the channels the next tap
+    (a, b), row by row. Counted, not divided: a step of few FLOPs has no time for that."""
+    first += TILE_K
+    complete = first >= all_channels
+    first = tl.where(complete, 0, first)
+    b = tl.where(complete, b + 1, b)
+    line = b == taps_b
+    return first, tl.where(line, a + 1, a), tl.where(line, 0, b)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -235,38 +272,43 @@ def _forward_kernel(
     x, weight, y, input_index, output_index, means, m2s,
     pixels, height, width, out_height, out_width, x_channels, y_channels, channels, filters, input_first, output_first,
     taps_h, taps_w, stride_h, stride_w, padding_h, padding_w, tiles, columns8,
-    ADD: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, BITS: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of output pixels by filters; with ADD, y holds the base. `tiles`: of the filters."""
     channels, x_channels, input_first = _eights(input_index, channels, x_channels, input_first, ALIGNED_IN)
     filters, y_channels, output_first = _eights(output_index, filters, y_channels, output_first, ALIGNED_OUT)
-    tile = tl.program_id(0) // tiles
+    tile, side = _divided(tl.program_id(0), tiles)
     m = tile * TILE_M + tl.arange(0, TILE_M)
-    k = tl.program_id(0) % tiles * TILE_N + tl.arange(0, TILE_N)
+    k = side * TILE_N + tl.arange(0, TILE_N)
     lane = tl.arange(0, TILE_K)
     exists = m < pixels
     used = k < filters
-    row = m // out_width
-    top = row % out_height * stride_h - padding_h
-    left = m % out_width * stride_w - padding_w
-    corner = ((row // out_height * height + top).to(tl.int64) * width + left) * x_channels  # may lie in the padding
-    filter_at = k.to(tl.int64) * (taps_h * taps_w * channels)
+    line, q = _divided(m, out_width)
+    image, p = _divided(line, out_height)
+    top = p * stride_h - padding_h
+    left = q * stride_w - padding_w
+    corner = x + ((image * height + top).to(tl.int64) * width + left) * x_channels  # may lie in the padding
+    filter_at = weight + k.to(tl.int64) * (taps_h * taps_w * channels)
 
-    steps = tl.cdiv(channels, TILE_K)
+    if BITS:
+        reached = _reached(exists, -top, height - top, -left, width - left, taps_h, taps_w)
+
+    first, r, s = 0, 0, 0
     acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for step in range(taps_h * taps_w * steps):
-        tap = step // steps
-        c = step % steps * TILE_K + lane
-        r = tap // taps_w
-        s = tap % taps_w
+    for _ in range(taps_h * taps_w * tl.cdiv(channels, TILE_K)):
+        c = first + lane
         near = c < channels
-        inside = exists & (top + r >= 0) & (top + r < height) & (left + s >= 0) & (left + s < width)
+        if BITS:
+            inside = (reached & (1 << (r * taps_w + s))) != 0
+        else:
+            inside = exists & _within(top + r, height) & _within(left + s, width)
         column = (r * width + s) * x_channels + _columns(input_index, c, near, input_first)
-        a = _load(x, corner[:, None] + column[None, :], inside[:, None] & near[None, :], input_index)
-        at = filter_at[None, :] + (tap * channels + c)[:, None]
-        b = tl.load(weight + at, mask=near[:, None] & used[None, :], other=0)
+        a = _load(corner[:, None] + column[None, :], inside[:, None] & near[None, :], input_index is not None)
+        at = filter_at[None, :] + ((r * taps_w + s) * channels + c)[:, None]
+        b = tl.load(at, mask=near[:, None] & used[None, :], other=0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        first, r, s = _next(first, r, s, channels, taps_w, TILE_K)
 
     value = acc.to(y.dtype.element_ty)
     if means is not None:
@@ -276,11 +318,12 @@ def _forward_kernel(
         slot = tile.to(tl.int64) * (columns8 * 8) + k
         tl.store(means + slot, mean, mask=used)
         tl.store(m2s + slot, tl.sum(centred * centred, 0), mask=used)
-    at = m.to(tl.int64)[:, None] * y_channels + _columns(output_index, k, used, output_first)[None, :]
+    at = y + m.to(tl.int64)[:, None] * y_channels + _columns(output_index, k, used, output_first)[None, :]
     wanted = exists[:, None] & used[None, :]
     if ADD:
-        value = (value.to(tl.float32) + _load(y, at, wanted, output_index).to(tl.float32)).to(y.dtype.element_ty)
-    _store(y, at, value, wanted, output_index)
+        base = _load(at, wanted, output_index is not None)
+        value = (value.to(tl.float32) + base.to(tl.float32)).to(y.dtype.element_ty)
+    _store(at, value, wanted, output_index is not None)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -288,7 +331,7 @@ def _input_gradient_kernel(
     dy, weight, dx, input_index, output_index,
     pixels, height, width, out_height, out_width, x_channels, y_channels, channels, filters, input_first, output_first,
     taps_h, taps_w, stride_h, stride_w, padding_h, padding_w, tiles,
-    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    BITS: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of input pixels by channels. `pixels` is the number of images here, axis 1 the class of the pixels: those
@@ -296,8 +339,7 @@ def _input_gradient_kernel(
     h = u * stride + a - padding takes tap a + i * stride from the output's row u - i."""
     channels, x_channels, input_first = _eights(input_index, channels, x_channels, input_first, ALIGNED_IN)
     filters, y_channels, output_first = _eights(output_index, filters, y_channels, output_first, ALIGNED_OUT)
-    a = tl.program_id(1) // stride_w
-    b = tl.program_id(1) % stride_w
+    a, b = _divided(tl.program_id(1), stride_w)
     first_u = (padding_h - a + stride_h - 1) // stride_h
     first_v = (padding_w - b + stride_w - 1) // stride_w
     rows = (height - 1 + padding_h - a + stride_h) // stride_h - first_u
@@ -305,38 +347,43 @@ def _input_gradient_kernel(
     taps_a = (taps_h - a + stride_h - 1) // stride_h
     taps_b = (taps_w - b + stride_w - 1) // stride_w
 
-    m = tl.program_id(0) // tiles * TILE_M + tl.arange(0, TILE_M)
-    c = tl.program_id(0) % tiles * TILE_N + tl.arange(0, TILE_N)
+    tile, side = _divided(tl.program_id(0), tiles)
+    m = tile * TILE_M + tl.arange(0, TILE_M)
+    c = side * TILE_N + tl.arange(0, TILE_N)
     lane = tl.arange(0, TILE_K)
     exists = m < pixels * rows * columns
     used = c < channels
-    row = m // tl.maximum(columns, 1)
-    image = row // tl.maximum(rows, 1)
-    u = row % tl.maximum(rows, 1) + first_u
-    v = m % tl.maximum(columns, 1) + first_v
-    corner = ((image * out_height + u).to(tl.int64) * out_width + v) * y_channels
+    line, v = _divided(m, tl.maximum(columns, 1))
+    image, u = _divided(line, tl.maximum(rows, 1))
+    u += first_u
+    v += first_v
+    corner = dy + ((image * out_height + u).to(tl.int64) * out_width + v) * y_channels
 
-    steps = tl.cdiv(filters, TILE_K)
+    if BITS:
+        reached = _reached(exists, u - out_height + 1, u + 1, v - out_width + 1, v + 1, taps_a, taps_b)
+
+    first, i, j = 0, 0, 0
     acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for step in range(taps_a * taps_b * steps):
-        tap = step // steps
-        k = step % steps * TILE_K + lane
-        i = tap // taps_b
-        j = tap % taps_b
+    for _ in range(taps_a * taps_b * tl.cdiv(filters, TILE_K)):
+        k = first + lane
         near = k < filters
-        inside = exists & (u >= i) & (u - i < out_height) & (v >= j) & (v - j < out_width)
+        if BITS:
+            inside = (reached & (1 << (i * taps_b + j))) != 0
+        else:
+            inside = exists & _within(u - i, out_height) & _within(v - j, out_width)
         column = _columns(output_index, k, near, output_first) - (i * out_width + j) * y_channels
-        g = _load(dy, corner[:, None] + column[None, :], inside[:, None] & near[None, :], output_index)
+        g = _load(corner[:, None] + column[None, :], inside[:, None] & near[None, :], output_index is not None)
         tap_at = ((a + i * stride_h) * taps_w + b + j * stride_w) * channels
         at = k.to(tl.int64)[:, None] * (taps_h * taps_w * channels) + (tap_at + c)[None, :]
         w = tl.load(weight + at, mask=near[:, None] & used[None, :], other=0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION)
+        first, i, j = _next(first, i, j, filters, taps_b, TILE_K)
 
     h = u * stride_h + a - padding_h
     w_pixel = v * stride_w + b - padding_w
     pixel = (image * height + h).to(tl.int64) * width + w_pixel
-    at = pixel[:, None] * x_channels + _columns(input_index, c, used, input_first)[None, :]
-    _store(dx, at, acc.to(dx.dtype.element_ty), exists[:, None] & used[None, :], input_index)
+    at = dx + pixel[:, None] * x_channels + _columns(input_index, c, used, input_first)[None, :]
+    _store(at, acc.to(dx.dtype.element_ty), exists[:, None] & used[None, :], input_index is not None)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -344,43 +391,77 @@ def _weight_gradient_kernel(
     dy, x, slots, input_index, output_index,
     pixels, height, width, out_height, out_width, x_channels, y_channels, channels, filters, input_first, output_first,
     taps_h, taps_w, stride_h, stride_w, padding_h, padding_w, tiles, other_tiles, split,
-    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of filters (M) by channels (N) of one tap, over `split` of the pixels (K). `tiles` are those of the
-    channels, `other_tiles` of the filters; all those of the same pixels are neighbours, for L2."""
+    """A tile of filters (M) by channels (N), over `split` of the pixels (K): the channels of one tap or, PACKED, those of
+    all taps, one tap after the other, so that few channels fill a tile. `tiles` are those of the channels, `other_tiles`
+    of the filters; all those of the same pixels are neighbours, for L2."""
     channels, x_channels, input_first = _eights(input_index, channels, x_channels, input_first, ALIGNED_IN)
     filters, y_channels, output_first = _eights(output_index, filters, y_channels, output_first, ALIGNED_OUT)
     taps = taps_h * taps_w
-    program = tl.program_id(0)
-    c = program % tiles * TILE_N + tl.arange(0, TILE_N)
-    k = program // tiles % other_tiles * TILE_M + tl.arange(0, TILE_M)
-    tap = program // (tiles * other_tiles) % taps
-    part = program // (tiles * other_tiles * taps)
-    lane = tl.arange(0, TILE_K)
-    used = c < channels
+    rest, side = _divided(tl.program_id(0), tiles)
+    rest, other_side = _divided(rest, other_tiles)
+    j = side * TILE_N + tl.arange(0, TILE_N)
+    k = other_side * TILE_M + tl.arange(0, TILE_M)
     near = k < filters
-    top = tap // taps_w - padding_h
-    left = tap % taps_w - padding_w
-    x_column = _columns(input_index, c, used, input_first)
+    if PACKED:
+        part = rest
+        used = j < taps * channels
+        tap, c = _divided(j, channels)
+    else:
+        part, tap = _divided(rest, taps)
+        used = j < channels
+        c = j
+    tap_h, tap_w = _divided(tap, taps_w)
+    x_column = _columns(input_index, c, used, input_first) + (tap_h * width + tap_w) * x_channels
     y_column = _columns(output_index, k, near, output_first)
 
-    acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for start in range(part * split, tl.minimum(part * split + split, pixels), TILE_K):
-        m = start + lane
-        exists = m < pixels
-        row = m // out_width
-        h = row % out_height * stride_h + top
-        w = m % out_width * stride_w + left
-        inside = exists & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        pixel = (row // out_height * height + h).to(tl.int64) * width + w
-        at = m.to(tl.int64)[:, None] * y_channels + y_column[None, :]
-        g = _load(dy, at, exists[:, None] & near[None, :], output_index)
-        at = pixel[:, None] * x_channels + x_column[None, :]
-        value = _load(x, at, inside[:, None] & used[None, :], input_index)
-        acc = tl.dot(tl.trans(g), value, acc, input_precision=PRECISION)
+    # From one step to the next a pixel moves by TILE_K: some lines and columns, a line more where it passes the end of
+    # one, an image more where it passes the last line. Counted, not divided, at every step.
+    start = part * split
+    m = start + tl.arange(0, TILE_K)
+    line, w = _divided(m, out_width)
+    image, h = _divided(line, out_height)
+    lines, step_w = _divided(tl.full((), TILE_K, tl.int32), out_width)
+    images, step_h = _divided(lines, out_height)
+    h = h * stride_h - padding_h
+    w = w * stride_w - padding_w
+    x_at = x + ((image * height + h).to(tl.int64) * width + w) * x_channels
+    y_at = dy + m.to(tl.int64) * y_channels
+    step_w *= stride_w
+    step_h *= stride_h
+    line_w = out_width * stride_w
+    image_h = out_height * stride_h
+    step_x = ((images * height + step_h) * width + step_w) * x_channels
+    line_x = (stride_h * width - line_w) * x_channels
+    image_x = (height - image_h) * width * x_channels
 
-    at = ((part.to(tl.int64) * filters + k) * taps + tap)[:, None] * channels + c[None, :]
+    acc = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for _ in range(start, tl.minimum(start + split, pixels), TILE_K):
+        exists = m < pixels
+        if PACKED:
+            inside = _within(h[:, None] + tap_h[None, :], height) & _within(w[:, None] + tap_w[None, :], width)
+            inside = inside & exists[:, None]
+        else:
+            inside = (exists & _within(h + tap_h, height) & _within(w + tap_w, width))[:, None]
+        g = _load(y_at[:, None] + y_column[None, :], exists[:, None] & near[None, :], output_index is not None)
+        value = _load(x_at[:, None] + x_column[None, :], inside & used[None, :], PACKED or input_index is not None)
+        acc = tl.dot(tl.trans(g), value, acc, input_precision=PRECISION)
+        m += TILE_K
+        y_at += TILE_K * y_channels
+        w += step_w
+        next_line = w + padding_w >= line_w
+        w = tl.where(next_line, w - line_w, w)
+        h += tl.where(next_line, step_h + stride_h, step_h)
+        next_image = h + padding_h >= image_h
+        h = tl.where(next_image, h - image_h, h)
+        x_at += step_x + tl.where(next_line, line_x, 0) + tl.where(next_image, image_x, 0)
+
+    if PACKED:
+        at = (part.to(tl.int64) * filters + k)[:, None] * (taps * channels) + j[None, :]
+    else:
+        at = ((part.to(tl.int64) * filters + k) * taps + tap)[:, None] * channels + c[None, :]
     tl.store(slots + at, acc, mask=near[:, None] & used[None, :])
 
 
@@ -460,6 +541,11 @@ def _by_vectors(inputs: Side, outputs: Side) -> bool:
     return inputs.aligned and outputs.aligned and inputs.index is None and outputs.index is None
 
 
+def _few_taps(weight: Tensor) -> bool:
+    """What kernels call BITS: whether the taps of a pixel that lie inside fit into one word."""
+    return weight.shape[2] * weight.shape[3] < 32
+
+
 def _constants(tile: _Tile, precision: str, inputs: Side, outputs: Side) -> dict[str, Any]:
     """What all three kernels are compiled for."""
     return {
@@ -521,7 +607,7 @@ def _launch_forward(
         x, weight, y, inputs.index, outputs.index, *(slots or (None, None)),
         pixels, *x.shape[2:], *size, x.shape[1], outputs.channels, channels, filters, inputs.first, outputs.first,
         *weight.shape[2:], *stride, *padding, tiles, columns // 8,
-        ADD=base is not None, **_constants(tile, precision, inputs, outputs),
+        ADD=base is not None, BITS=_few_taps(weight), **_constants(tile, precision, inputs, outputs),
     )  # fmt: skip
     if moments:
         # the matrix of y: `pixels` full rows of K columns, `tile.m` of them behind each row of slots
@@ -554,7 +640,8 @@ def _input_gradient(
         _input_gradient_kernel, (-(-pixels // tile.m) * tiles, stride[0] * stride[1]),
         dy, weight, dx, input_index, output_index,
         images, height, width, *dy.shape[2:], input_shape[1], dy.shape[1], channels, filters, input_first, output_first,
-        *weight.shape[2:], *stride, *padding, tiles, **_constants(tile, precision, inputs, outputs),
+        *weight.shape[2:], *stride, *padding, tiles, BITS=_few_taps(weight),
+        **_constants(tile, precision, inputs, outputs),
     )  # fmt: skip
     return dx
 
@@ -575,9 +662,12 @@ def _weight_gradient(
     _check_pixels(x.shape, dy.shape)
     pixels = dy.shape[0] * dy.shape[2] * dy.shape[3]
     precision = _precision(x.dtype)
-    tile = _tile(x, filters, channels, pixels, precision, vectors=_by_vectors(inputs, outputs))
-    tiles, other_tiles = -(-channels // tile.n), -(-filters // tile.m)
-    programs = tiles * other_tiles * taps[0] * taps[1]
+    packed = channels < _FEW and taps[0] * taps[1] > 1
+    vectors = _by_vectors(inputs, outputs) and not packed
+    columns = channels * taps[0] * taps[1] if packed else channels
+    tile = _tile(x, filters, columns, pixels, precision, vectors=vectors)
+    tiles, other_tiles = -(-columns // tile.n), -(-filters // tile.m)
+    programs = tiles * other_tiles * (1 if packed else taps[0] * taps[1])
     splits = max(1, min(_PROGRAMS // programs, pixels // _SHORTEST_SPLIT, _SPLITS))
     split = -(-pixels // (splits * tile.k)) * tile.k
     splits = -(-pixels // split)
@@ -586,7 +676,8 @@ def _weight_gradient(
         _weight_gradient_kernel, (programs * splits,),
         dy, x, slots, input_index, output_index,
         pixels, *x.shape[2:], *dy.shape[2:], x.shape[1], dy.shape[1], channels, filters, input_first, output_first,
-        *taps, *stride, *padding, tiles, other_tiles, split, **_constants(tile, precision, inputs, outputs),
+        *taps, *stride, *padding, tiles, other_tiles, split, PACKED=packed,
+        **_constants(tile, precision, inputs, outputs),
     )  # fmt: skip
     total = slots[0] if splits == 1 else slots.sum(0)  # in fixed order
     return dweight.copy_(total.permute(0, 3, 1, 2))

@@ -74,7 +74,7 @@ BACKENDS = ("triton", "expanded", "naive")
 _PIXELS = 2**31 - 4096  # of a launch: tiles count them in 32 bits
 _SPLITS = 256  # of the pixels of a weight gradient, at most
 _PROGRAMS = 512  # of a weight gradient, about: a few waves on any GPU, and few slots beside the tensors
-_SHORTEST_SPLIT = 512  # pixels
+_SHORTEST_SPLIT = 256  # pixels
 _FEW = 32  # channels, below which a weight gradient's tile holds several taps
 
 # Flags are keyword-only, except those of a registered operator, which has one flat list of arguments (`noqa: FBT`).
@@ -358,6 +358,9 @@ def _input_gradient_kernel(
     u += first_u
     v += first_v
     corner = dy + ((image * out_height + u).to(tl.int64) * out_width + v) * y_channels
+    filter_at = weight + c[None, :]
+    line = image * height + u * stride_h + a - padding_h
+    pixel = line.to(tl.int64) * width + v * stride_w + b - padding_w  # here: one number a pixel to keep, not three
 
     if BITS:
         reached = _reached(exists, u - out_height + 1, u + 1, v - out_width + 1, v + 1, taps_a, taps_b)
@@ -374,14 +377,11 @@ def _input_gradient_kernel(
         column = _columns(output_index, k, near, output_first) - (i * out_width + j) * y_channels
         g = _load(corner[:, None] + column[None, :], inside[:, None] & near[None, :], output_index is not None)
         tap_at = ((a + i * stride_h) * taps_w + b + j * stride_w) * channels
-        at = k.to(tl.int64)[:, None] * (taps_h * taps_w * channels) + (tap_at + c)[None, :]
-        w = tl.load(weight + at, mask=near[:, None] & used[None, :], other=0)
+        at = filter_at + k.to(tl.int64)[:, None] * (taps_h * taps_w * channels) + tap_at
+        w = tl.load(at, mask=near[:, None] & used[None, :], other=0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION)
         first, i, j = _next(first, i, j, filters, taps_b, TILE_K)
 
-    h = u * stride_h + a - padding_h
-    w_pixel = v * stride_w + b - padding_w
-    pixel = (image * height + h).to(tl.int64) * width + w_pixel
     at = dx + pixel[:, None] * x_channels + _columns(input_index, c, used, input_first)[None, :]
     _store(at, acc.to(dx.dtype.element_ty), exists[:, None] & used[None, :], input_index is not None)
 
@@ -394,9 +394,9 @@ def _weight_gradient_kernel(
     PACKED: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of filters (M) by channels (N), over `split` of the pixels (K): the channels of one tap or, PACKED, those of
-    all taps, one tap after the other, so that few channels fill a tile. `tiles` are those of the channels, `other_tiles`
-    of the filters; all those of the same pixels are neighbours, for L2."""
+    """A tile of filters (M) by channels (N), over `split` of the pixels (K): channels of one tap or, PACKED, of all
+    taps, one after the other, so that few channels fill a tile. `tiles` are those of the channels, `other_tiles` of the
+    filters; all those of the same pixels are neighbours, for L2."""
     channels, x_channels, input_first = _eights(input_index, channels, x_channels, input_first, ALIGNED_IN)
     filters, y_channels, output_first = _eights(output_index, filters, y_channels, output_first, ALIGNED_OUT)
     taps = taps_h * taps_w
@@ -491,15 +491,22 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _tile(like: Tensor, rows: int, columns: int, depth: int, precision: str, *, vectors: bool) -> _Tile:
+def _tile(
+    like: Tensor, rows: int, columns: int, depth: int, precision: str, *, vectors: bool, packed: bool = False
+) -> _Tile:
     """The tile of a launch, by closed form: never by measurement, which would make sums depend on the time of day.
-    Without `vectors` some tensor is moved element by element, which takes an address in registers for each."""
+    Without `vectors` some tensor is moved element by element, which takes an address in registers for each. `packed`:
+    a weight gradient with PACKED taps."""
     arch = _capability(like.device)
     if arch == 0:
         return _INTERPRETED
     single = like.dtype == torch.float32
     if arch < 80 or (single and precision == "ieee"):  # no tensor cores: operands go through registers
         return _Tile(64 if vectors or not single else 32, 32, 16, 8 if single else 4, 2)
+    if packed:
+        return _Tile(32 if rows <= 32 else 64, 32, 32 if single else 64, 4, 3)
+    if not vectors and depth <= 16 and columns <= 32:
+        return _Tile(128, 16 if columns <= 16 else 32, 16, 4, 3)
     if not vectors:
         return _Tile(64, 64 if columns > 32 else 32, 32, 4, 3)
     n = 128 if columns > 64 else 64 if columns > 32 else 32
@@ -663,9 +670,9 @@ def _weight_gradient(
     pixels = dy.shape[0] * dy.shape[2] * dy.shape[3]
     precision = _precision(x.dtype)
     packed = channels < _FEW and taps[0] * taps[1] > 1
-    vectors = _by_vectors(inputs, outputs) and not packed
+    vectors = _by_vectors(inputs, outputs)
     columns = channels * taps[0] * taps[1] if packed else channels
-    tile = _tile(x, filters, columns, pixels, precision, vectors=vectors)
+    tile = _tile(x, filters, columns, pixels, precision, vectors=vectors, packed=packed)
     tiles, other_tiles = -(-columns // tile.n), -(-filters // tile.m)
     programs = tiles * other_tiles * (1 if packed else taps[0] * taps[1])
     splits = max(1, min(_PROGRAMS // programs, pixels // _SHORTEST_SPLIT, _SPLITS))
@@ -865,37 +872,17 @@ def triton_serves(device: torch.device, dtype: torch.dtype, dilation: int | Sequ
     return launching.INTERPRET and device.type == "cpu"
 
 
-def default_backend(
-    device: torch.device,
-    dtype: torch.dtype,
-    live_in: int,
-    channels_in: int,
-    live_out: int,
-    channels_out: int,
-    dilation: int | Sequence[int] = 1,
-    taps: int = 1,
-) -> str:
-    """The backend that `conv2d` chooses, by the shares of channels that are live.
+def default_backend(device: torch.device, live_in: int, channels_in: int, taps: int = 1) -> str:
+    """The backend that `conv2d` chooses where none is named, by the shares of channels that are live.
 
-    * "triton", where `triton_serves`: up to three quarters of the input channels live, at least 32, and live channels
-      of both sides in multiples of 8, without which tiles are loaded element by element. Above that share the FLOPs
-      that "expanded" wastes cost less than the library's kernels are quicker.
-    * else "expanded" from half of the input channels live, on a CPU from three quarters if the kernel has more than one
-      of `taps`; and "naive" below, where the zeros cost more FLOPs than the selection costs time. On a CPU (one thread
-      of an AMD EPYC, fp32, channels_last, forward and backward) 1x1 convolutions were equal at about half, 3x3 at about
-      four fifths.
+    "expanded" from half of the input channels live, on a CPU from three quarters if the kernel has more than one of
+    `taps`; and "naive" below, where the zeros cost more FLOPs than the selection costs time. On a CPU (one thread of an
+    AMD EPYC, fp32, channels_last, forward and backward) 1x1 convolutions were equal at about half, 3x3 at about four
+    fifths. For a GPU the share is an estimate from bytes and FLOPs.
 
-    No GPU was there to tune this: for one the shares are estimates from bytes and FLOPs. (`policy="auto"` decides by
-    cost.)
+    Never "triton": no GPU has measured it yet, and by `bench predict` it reaches a tenth to a third of the rate that a
+    library's convolution may (`cost.convolution.EFFICIENCY`). Name it, or let `policy="auto"` decide by cost.
     """
-    if (
-        triton_serves(device, dtype, dilation)
-        and 4 * live_in <= 3 * channels_in
-        and live_in >= 32
-        and live_in % 8 == 0
-        and live_out % 8 == 0
-    ):
-        return "triton"
     enough = 3 if device.type == "cpu" and taps > 1 else 2  # quarters
     return "expanded" if 4 * live_in >= enough * channels_in else "naive"
 
@@ -978,9 +965,8 @@ def conv2d_by_maps(
     inputs, outputs = _sides(x, weight, input_maps, output_maps)
     size = _check(x, weight, base, outputs, *numbers)
     if backend is None:
-        counts = (inputs.live, inputs.channels, outputs.live, outputs.channels)
         taps = weight.shape[2] * weight.shape[3]
-        backend = default_backend(x.device, x.dtype, *counts, dilation=numbers[2], taps=taps)
+        backend = default_backend(x.device, inputs.live, inputs.channels, taps)
     if backend not in BACKENDS:
         raise InputError(f"backend '{backend}' is not known; the backends are: {', '.join(BACKENDS)}.")
     if backend == "triton" and numbers[2] != [1, 1]:

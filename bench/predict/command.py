@@ -84,16 +84,16 @@ def predicted(of: Machine, piece: Work) -> Prediction:
 
 
 def run(device: str | None, part: Part = Part(), out: Path | None = None, *, record: bool = False) -> int:  # frozen
-    """Prints the tables of a device, or of all, and writes the rows: to `out`, or in place of the committed ones of the
-    same suites.
+    """Prints the tables of a device, or of all, and writes the rows: to `out`, or in place of the committed ones (those
+    of one suite, if one is named).
 
     Raises:
-        InputError: an unknown device or suite, no such layer, layers to `record`; or kernels cannot be compiled.
+        InputError: an unknown device or suite, no such layer, some layers to `record`; or kernels cannot be compiled.
     """
     chosen = [machine(device)] if device else list(MACHINES.values())
     part.families()
     if record and part.only:
-        raise InputError(f"--record replaces the rows of whole suites in {RECORD}/predict-DEVICE.csv; leave --only out")
+        raise InputError(f"--record replaces whole suites in {RECORD}/predict-DEVICE.csv; leave --only out")
     environment = rows.environment(torch.device("cpu")) | {"threads": None, "driver": "", "cuda": "", "cudnn": ""}
     for of in chosen:
         predictions = list(predict_all(of, part))
@@ -110,22 +110,21 @@ def run(device: str | None, part: Part = Part(), out: Path | None = None, *, rec
             rows.append(out, lines)
             print(f"{len(lines)} predicted rows in {out}")
         if record:
-            print(f"{len(lines)} predicted rows in {_replace(of, lines, part.families())}")
+            print(f"{len(lines)} predicted rows in {_replace(of, lines, part.suite)}")
     return 0
 
 
-def _replace(of: Machine, lines: Sequence[dict[str, Any]], suites: tuple[str, ...]) -> Path:
-    """Writes the rows in place of those of the same suites; those of other suites, with their dates, stay as they are.
-    Suites are in the order of `work.FAMILIES`."""
+def _replace(of: Machine, lines: Sequence[dict[str, Any]], suite: str | None) -> Path:
+    """Writes the rows in place of those that were there, or of those of one suite; the suites keep their order."""
     path = RECORD / f"predict-{of.name.split()[-1].lower()}.csv"
     kept: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["suite"] not in suites]
-    both = sorted([*kept, *lines], key=lambda row: work.FAMILIES.index(str(row["suite"])))
+    if suite is not None and path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if row["suite"] != suite]
+    every = sorted([*kept, *lines], key=lambda row: work.FAMILIES.index(str(row["suite"])))  # stable: within a suite
     aside = path.with_suffix(".new")
     aside.unlink(missing_ok=True)
-    rows.append(aside, both)
+    rows.append(aside, every)
     return aside.replace(path)
 
 

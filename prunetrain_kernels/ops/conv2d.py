@@ -796,8 +796,13 @@ _conv2d.register_autograd(_backward, setup_context=_save)
 class _Eager(torch.autograd.Function):
     """The operator for plain calls, which do not pay for PyTorch's dispatcher; see `is_eager`."""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # with a `setup_context`, PyTorch inspects the signature of `forward` at every call
+        output = _forward(*arguments)
+        _save(ctx, arguments, output)
+        return output
+
     backward = staticmethod(_backward)
 
 

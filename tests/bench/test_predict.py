@@ -229,24 +229,21 @@ def test_predictions_beside_measurements(tmp_path: Path, capsys: pytest.CaptureF
     assert {pair.name.split()[1]: round(pair.off, 2) for pair in pairs} == {"c": -0.3, "b": 0.3, "a": 0.19}
 
 
-def test_recording_a_suite_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of another suite stay as they were, character by character, and in their place."""
+def test_a_suite_that_is_recorded_replaces_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of other suites stay as they are, and where they are."""
     monkeypatch.setattr(command, "RECORD", tmp_path)
-    old = [_row("a", 1.25, "NVIDIA A100 (predicted)", mode="model", suite=suite) for suite in ("bn", "sgd", "conv")]
-    rows.append(tmp_path / "predict-a100.csv", old)
-    before = (tmp_path / "predict-a100.csv").read_text().splitlines()
-    new = command.Prediction(
-        command.work.Work(
-            "ResNet-32", {"layer": "new", "direction": "SGD", "dtype": "fp32", "suite": "sgd", "count": 1}, 8.0
-        ),
-        Time(2, 1, 0, 0, 0.5),
-        1.0,
-    )
-    monkeypatch.setattr(command, "predict_all", lambda *_: iter([new]))
-    assert main(["predict", "--device", "a100", "--suite", "sgd", "--record"]) == 0
-    after = (tmp_path / "predict-a100.csv").read_text().splitlines()
-    assert [after[i] for i in (0, 1, 3)] == [before[i] for i in (0, 1, 3)]
-    assert (len(after), "new" in after[2]) == (4, True)
+    device = "NVIDIA H200 (predicted)"
+    every = [_row("a", 1.0, device), _row("b", 2.0, device), _row("c", 3.0, device, suite="sgd")]
+    rows.append(tmp_path / "predict-h200.csv", [dict(each, mode="model") for each in every])
+    command._replace(MACHINES["h200"], [_row("d", 4.0, device, mode="model")], "bn")
+    with (tmp_path / "predict-h200.csv").open(newline="") as file:
+        assert [(row["suite"], row["layer"], float(row["p50_us"])) for row in csv.DictReader(file)] == [
+            ("bn", "d", 4.0), ("sgd", "c", 3.0)
+        ]  # fmt: skip
+    command._replace(MACHINES["h200"], [_row("e", 5.0, device, mode="model")], None)
+    with (tmp_path / "predict-h200.csv").open(newline="") as file:
+        assert [row["layer"] for row in csv.DictReader(file)] == ["e"]
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_the_committed_predictions_are_marked() -> None:

@@ -386,6 +386,26 @@ def _input_gradient_kernel(
     _store(at, acc.to(dx.dtype.element_ty), exists[:, None] & used[None, :], input_index is not None)
 
 
+@triton.jit
+def _moves(height, width, out_height, out_width, stride_h, stride_w, x_channels, TILE_K: tl.constexpr):
+    """How pixels of the output move from one step of the reduction to the next, which is TILE_K of them: some lines and
+    columns, a line more where one passes the end of its line, an image more where it passes the last line. Counted so,
+    a step divides nothing.
+
+    Returns the moves by height, width and address; the height and width at which a next image and line begin; and what
+    the address then moves beside."""
+    lines, step_w = _divided(tl.full((), TILE_K, tl.int32), out_width)
+    images, step_h = _divided(lines, out_height)
+    step_w *= stride_w
+    step_h *= stride_h
+    line_w = out_width * stride_w
+    image_h = out_height * stride_h
+    step_x = ((images * height + step_h) * width + step_w) * x_channels
+    line_x = (stride_h * width - line_w) * x_channels
+    image_x = (height - image_h) * width * x_channels
+    return step_h, step_w, step_x, image_h, line_w, image_x, line_x
+
+
 @triton.jit(do_not_specialize=_NUMBERS)
 def _weight_gradient_kernel(
     dy, x, slots, input_index, output_index,
@@ -406,45 +426,32 @@ def _weight_gradient_kernel(
     k = other_side * TILE_M + tl.arange(0, TILE_M)
     near = k < filters
     if PACKED:
-        part = rest
-        used = j < taps * channels
         tap, c = _divided(j, channels)
+        part, used, place = rest, j < taps * channels, j
     else:
         part, tap = _divided(rest, taps)
-        used = j < channels
-        c = j
+        c, used, place = j, j < channels, tap * channels + j
     tap_h, tap_w = _divided(tap, taps_w)
     x_column = _columns(input_index, c, used, input_first) + (tap_h * width + tap_w) * x_channels
     y_column = _columns(output_index, k, near, output_first)
+    if PACKED:
+        tap_h, tap_w = tap_h[None, :], tap_w[None, :]
 
-    # From one step to the next a pixel moves by TILE_K: some lines and columns, a line more where it passes the end of
-    # one, an image more where it passes the last line. Counted, not divided, at every step.
     start = part * split
     m = start + tl.arange(0, TILE_K)
     line, w = _divided(m, out_width)
     image, h = _divided(line, out_height)
-    lines, step_w = _divided(tl.full((), TILE_K, tl.int32), out_width)
-    images, step_h = _divided(lines, out_height)
-    h = h * stride_h - padding_h
-    w = w * stride_w - padding_w
+    h, w = h * stride_h - padding_h, w * stride_w - padding_w
     x_at = x + ((image * height + h).to(tl.int64) * width + w) * x_channels
     y_at = dy + m.to(tl.int64) * y_channels
-    step_w *= stride_w
-    step_h *= stride_h
-    line_w = out_width * stride_w
-    image_h = out_height * stride_h
-    step_x = ((images * height + step_h) * width + step_w) * x_channels
-    line_x = (stride_h * width - line_w) * x_channels
-    image_x = (height - image_h) * width * x_channels
+    step_h, step_w, step_x, image_h, line_w, image_x, line_x = _moves(
+        height, width, out_height, out_width, stride_h, stride_w, x_channels, TILE_K
+    )
 
     acc = tl.zeros((TILE_M, TILE_N), tl.float32)
     for _ in range(start, tl.minimum(start + split, pixels), TILE_K):
         exists = m < pixels
-        if PACKED:
-            inside = _within(h[:, None] + tap_h[None, :], height) & _within(w[:, None] + tap_w[None, :], width)
-            inside = inside & exists[:, None]
-        else:
-            inside = (exists & _within(h + tap_h, height) & _within(w + tap_w, width))[:, None]
+        inside = exists[:, None] & _within(h[:, None] + tap_h, height) & _within(w[:, None] + tap_w, width)
         g = _load(y_at[:, None] + y_column[None, :], exists[:, None] & near[None, :], output_index is not None)
         value = _load(x_at[:, None] + x_column[None, :], inside & used[None, :], PACKED or input_index is not None)
         acc = tl.dot(tl.trans(g), value, acc, input_precision=PRECISION)
@@ -458,10 +465,7 @@ def _weight_gradient_kernel(
         h = tl.where(next_image, h - image_h, h)
         x_at += step_x + tl.where(next_line, line_x, 0) + tl.where(next_image, image_x, 0)
 
-    if PACKED:
-        at = (part.to(tl.int64) * filters + k)[:, None] * (taps * channels) + j[None, :]
-    else:
-        at = ((part.to(tl.int64) * filters + k) * taps + tap)[:, None] * channels + c[None, :]
+    at = (part.to(tl.int64) * filters + k)[:, None] * (taps * channels) + place[None, :]
     tl.store(slots + at, acc, mask=near[:, None] & used[None, :])
 
 

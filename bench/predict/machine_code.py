@@ -28,12 +28,13 @@ _HGMMA = re.compile(r"^HGMMA\.(\d+)x(\d+)x(\d+)\.")
 @dataclass(frozen=True)
 class Loop:
     """One turn of a loop, of one warp: instructions; bytes of global memory that a thread loads and stores, the widest
-    at once; FLOPs on tensor cores."""
+    at once; FLOPs on tensor cores; divisions of integers that are not constants."""
 
     instructions: int
     bytes: int = 0
     widest: int = 0
     flops: int = 0
+    divisions: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,15 @@ def _opcode(instruction: str) -> str:
 
 
 def _turn(instructions: list[str]) -> Loop:
-    moved = widest = flops = 0
+    moved = widest = flops = divisions = 0
     for instruction in instructions:
         opcode = _opcode(instruction)
         flops += _flops(opcode)
+        divisions += opcode.startswith("F2I")  # each has one: the rounded quotient by a reciprocal
         if opcode.startswith(("LDG", "STG", "LDGSTS")):
             width = _width(opcode)
             moved, widest = moved + width, max(widest, width)
-    return Loop(len(instructions), moved, widest, flops)
+    return Loop(len(instructions), moved, widest, flops, divisions)
 
 
 def _width(opcode: str) -> int:

@@ -33,6 +33,7 @@ from prunetrain_kernels.graph import trace_channels
 from prunetrain_kernels.models import build
 from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_gather, channel_scatter, channel_scatter_add
 from prunetrain_kernels.ops.conv2d import conv2d
+from prunetrain_kernels.ops.tables import Fold
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.regularizer import GroupLasso
 
@@ -121,8 +122,12 @@ def launches(call: Callable[[], object], machine: Machine, parameters: int = 0) 
 
 
 def _asked(note: Launched) -> float:
-    """Bytes that a loop asks for whether they are there or not: of channels by index, as many as are written."""
+    """Bytes that a loop asks for whether they are there or not: of channels by index, as many as are written; of the
+    lasso's slots, as many as turns of FOLD_ELEMENTS."""
     a = note.arguments
+    if note.kernel == "slots._fold_kernel":
+        turns = sum(Fold(*program).turns for program in a["folds"].tolist())
+        return float(turns * a["ELEMENTS"] * a["sums"].element_size() * (2 if a["MAXIMA"] else 1))
     return a["out"].nbytes * (3 if a["ADD"] else 2) if note.kernel == "channel_index._channel_map_kernel" else 0.0
 
 

@@ -18,7 +18,8 @@ Channels are rounded up to a multiple of 8 where FLOPs are counted for time: wha
 vain, in oneDNN's blocks and in tensor cores alike (design section 8).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from prunetrain_kernels.cost.roof import Roof
@@ -27,6 +28,12 @@ GRANULE = 8
 # Kernels, or calls of operators, beyond the three that every convolution takes (forward and two gradients).
 EXTRA_LAUNCHES = {"expanded": 4, "triton": 1, "naive": 4}
 SCATTER_LAUNCHES = {"expanded": 2, "triton": 1, "naive": 4}
+
+# The share of the device's arithmetic rate that each backend's convolution reaches. A library's is the measure of that
+# rate, so 1. That of "triton" is not measured: by `bench predict` it reaches 0.1 to 0.3 of the tensor cores' rate, by
+# shape, on an H200 and an A100. Suite `gating` measures it; until then the middle, so that `auto` takes it only where
+# it saves most of the FLOPs, or where bytes decide.
+EFFICIENCY = {"expanded": 1.0, "naive": 1.0, "triton": 0.2}
 
 
 @dataclass(frozen=True)
@@ -141,17 +148,22 @@ class RoofCost:
     The convolution's three kernels take the time of their bytes or of their FLOPs, whichever is longer; every other
     pass takes the time of its bytes, at the rate of a copy or of a copy by index; every launch takes its start.
     How near to this a library's kernels come for a shape is not part of it; `MeasuredCost` measures that.
+
+    Attributes:
+        efficiency: by backend, the share of the arithmetic rate that its convolution reaches; 1 for one not named.
     """
 
     roof: Roof
     dtype: str = "fp32"
+    efficiency: Mapping[str, float] = field(default_factory=lambda: EFFICIENCY, hash=False)
 
     def __call__(self, conv: Convolution, form: Form) -> float:
         """The least time of the step, in seconds."""
         rate = self.roof.tflop_s.get(self.dtype) or max(self.roof.tflop_s.values())
         kernels = 3 if conv.input_gradient else 2
         kernel_bytes, passes, indexed = traffic(conv, form)
-        arithmetic = kernels * flops(conv, form, GRANULE) / (rate * 1e12)
+        share = self.efficiency.get(form.backend, 1.0) if form.gated else 1.0
+        arithmetic = kernels * flops(conv, form, GRANULE) / (rate * share * 1e12)
         moving = kernel_bytes / (self.roof.gb_s * 1e9)
         launches = 0
         if form.gates_input or (form.gated and form.backend == "naive"):

@@ -37,6 +37,7 @@ from prunetrain_kernels.ops.launch import (
     accumulator_dtype,
     is_composed,
     is_differentiated_again,
+    is_eager,
     launch,
     register,
     tl,
@@ -208,8 +209,7 @@ def channel_map_output(x: Tensor, channels: int, base: Tensor | None) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(dense(x)))
 
 
-@register("channel_map")
-def channel_map(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) -> Tensor:
+def _channel_map(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) -> Tensor:
     """The operator under all three: out[:, c] = base[:, c] + (x[:, source[c]], or 0 where source[c] is -1).
 
     Args:
@@ -244,6 +244,9 @@ def channel_map(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) 
     return out
 
 
+channel_map = register("channel_map")(_channel_map)
+
+
 @channel_map.register_fake
 def _(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) -> Tensor:
     return channel_map_output(x, source.shape[0], base)
@@ -256,12 +259,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
     source, target = ctx.saved_tensors
-    mapped = _composed if is_differentiated_again(upstream) else channel_map
+    mapped = _composed if is_differentiated_again(upstream) else _channel_map if is_eager(upstream) else channel_map
     dx = mapped(upstream, target, source, None) if ctx.needs_input_grad[0] else None
     return dx, None, None, upstream if ctx.needs_input_grad[3] else None
 
 
 channel_map.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator for plain calls, which do not pay for PyTorch's dispatcher; see `is_eager`."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        # with a `setup_context`, PyTorch inspects the signature of `forward` at every call
+        output = _channel_map(*arguments)
+        _setup_context(ctx, arguments, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 def by_map(x: Tensor, source: Tensor) -> Tensor:
@@ -271,6 +287,10 @@ def by_map(x: Tensor, source: Tensor) -> Tensor:
 
 
 def _mapped(x: Tensor, source: Tensor, target: Tensor, base: Tensor | None) -> Tensor:
+    if is_eager(x):
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or (base is not None and base.requires_grad))
+        eager: Tensor = (_Eager.apply if differentiated else _channel_map)(x, source, target, base)
+        return eager
     out: Tensor = (_composed if is_composed() else channel_map)(x, source, target, base)
     return out
 

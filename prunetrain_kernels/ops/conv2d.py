@@ -74,7 +74,8 @@ BACKENDS = ("triton", "expanded", "naive")
 _PIXELS = 2**31 - 4096  # of a launch: tiles count them in 32 bits
 _SPLITS = 256  # of the pixels of a weight gradient, at most
 _PROGRAMS = 512  # of a weight gradient, about: a few waves on any GPU, and few slots beside the tensors
-_SHORTEST_SPLIT = 512  # pixels
+_SHORTEST_SPLIT = 256  # pixels
+_FEW = 32  # channels, below which a weight gradient's tile holds several taps
 
 # Flags are keyword-only, except those of a registered operator, which has one flat list of arguments (`noqa: FBT`).
 
@@ -208,26 +209,62 @@ def _columns(index, channel, here, first):
 
 
 @triton.jit
-def _load(x, at, wanted, index):
-    """A tile of which rows are pixels. Through an index it is loaded flat where lanes would not run along the row."""
-    if index is None:
-        value = tl.load(x + at, mask=wanted, other=0)
-    elif _FLAT:
-        value = tl.reshape(tl.load(x + tl.ravel(at), mask=tl.ravel(wanted), other=0), at.shape)
+def _load(at, wanted, FLAT: tl.constexpr):
+    """A tile of which rows are pixels. FLAT: its columns are no neighbours, and lanes are to run along the row."""
+    if FLAT and _FLAT:
+        value = tl.reshape(tl.load(tl.ravel(at), mask=tl.ravel(wanted), other=0), at.shape)
     else:
-        value = tl.load(x + at, mask=wanted, other=0)
+        value = tl.load(at, mask=wanted, other=0)
     return value
 
 
 @triton.jit
-def _store(x, at, value, wanted, index):
+def _store(at, value, wanted, FLAT: tl.constexpr):
     """The counterpart of `_load`."""
-    if index is None:
-        tl.store(x + at, value, mask=wanted)
-    elif _FLAT:
-        tl.store(x + tl.ravel(at), tl.ravel(value), mask=tl.ravel(wanted))
+    if FLAT and _FLAT:
+        tl.store(tl.ravel(at), tl.ravel(value), mask=tl.ravel(wanted))
     else:
-        tl.store(x + at, value, mask=wanted)
+        tl.store(at, value, mask=wanted)
+
+
+@triton.jit
+def _divided(a, b):
+    """a // b and a % b of numbers that are not negative: without signs it is a third of the instructions."""
+    quotient = (a.to(tl.uint32) // b.to(tl.uint32)).to(tl.int32)
+    return quotient, a - quotient * b
+
+
+@triton.jit
+def _within(position, length):
+    """Whether 0 <= position < length, by one comparison."""
+    return position.to(tl.uint32, bitcast=True) < length.to(tl.uint32)
+
+
+@triton.jit
+def _bits(low, high, taps):
+    """The bits of `taps` from `low` until before `high`."""
+    return (1 << tl.minimum(tl.maximum(high, 0), taps)) - (1 << tl.minimum(tl.maximum(low, 0), taps))
+
+
+@triton.jit
+def _reached(exists, first_a, last_a, first_b, last_b, taps_a, taps_b):
+    """For each pixel a bit a * taps_b + b for each tap (a, b), up to 31 of them, whether it lies inside: from `first_a`
+    until before `last_a`, and likewise for b. So a step of the reduction looks at one bit for each pixel."""
+    ends = ((1 << (taps_a * taps_b)) - 1).to(tl.uint32) // tl.maximum((1 << taps_b) - 1, 1).to(tl.uint32)  # of lines
+    rows = ends.to(tl.int32) & _bits(first_a * taps_b, last_a * taps_b, taps_a * taps_b)
+    return tl.where(exists, rows * _bits(first_b, last_b, taps_b), 0)
+
+
+@triton.jit
+def _next(first, a, b, all_channels, taps_b, TILE_K: tl.constexpr):
+    """From one step of the reduction to the next: the first channel, and at the end of the channels the next tap
+    (a, b), row by row. Counted, not divided: a step of few FLOPs has no time for that."""
+    first += TILE_K
+    complete = first >= all_channels
+    first = tl.where(complete, 0, first)
+    b = tl.where(complete, b + 1, b)
+    line = b == taps_b
+    return first, tl.where(line, a + 1, a), tl.where(line, 0, b)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -235,38 +272,43 @@ def _forward_kernel(
     x, weight, y, input_index, output_index, means, m2s,
     pixels, height, width, out_height, out_width, x_channels, y_channels, channels, filters, input_first, output_first,
     taps_h, taps_w, stride_h, stride_w, padding_h, padding_w, tiles, columns8,
-    ADD: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, BITS: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of output pixels by filters; with ADD, y holds the base. `tiles`: of the filters."""
     channels, x_channels, input_first = _eights(input_index, channels, x_channels, input_first, ALIGNED_IN)
     filters, y_channels, output_first = _eights(output_index, filters, y_channels, output_first, ALIGNED_OUT)
-    tile = tl.program_id(0) // tiles
+    tile, side = _divided(tl.program_id(0), tiles)
     m = tile * TILE_M + tl.arange(0, TILE_M)
-    k = tl.program_id(0) % tiles * TILE_N + tl.arange(0, TILE_N)
+    k = side * TILE_N + tl.arange(0, TILE_N)
     lane = tl.arange(0, TILE_K)
     exists = m < pixels
     used = k < filters
-    row = m // out_width
-    top = row % out_height * stride_h - padding_h
-    left = m % out_width * stride_w - padding_w
-    corner = ((row // out_height * height + top).to(tl.int64) * width + left) * x_channels  # may lie in the padding
-    filter_at = k.to(tl.int64) * (taps_h * taps_w * channels)
+    line, q = _divided(m, out_width)
+    image, p = _divided(line, out_height)
+    top = p * stride_h - padding_h
+    left = q * stride_w - padding_w
+    corner = x + ((image * height + top).to(tl.int64) * width + left) * x_channels  # may lie in the padding
+    filter_at = weight + k.to(tl.int64) * (taps_h * taps_w * channels)
 
-    steps = tl.cdiv(channels, TILE_K)
+    if BITS:
+        reached = _reached(exists, -top, height - top, -left, width - left, taps_h, taps_w)
+
+    first, r, s = 0, 0, 0
     acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for step in range(taps_h * taps_w * steps):
-        tap = step // steps
-        c = step % steps * TILE_K + lane
-        r = tap // taps_w
-        s = tap % taps_w
+    for _ in range(taps_h * taps_w * tl.cdiv(channels, TILE_K)):
+        c = first + lane
         near = c < channels
-        inside = exists & (top + r >= 0) & (top + r < height) & (left + s >= 0) & (left + s < width)
+        if BITS:
+            inside = (reached & (1 << (r * taps_w + s))) != 0
+        else:
+            inside = exists & _within(top + r, height) & _within(left + s, width)
         column = (r * width + s) * x_channels + _columns(input_index, c, near, input_first)
-        a = _load(x, corner[:, None] + column[None, :], inside[:, None] & near[None, :], input_index)
-        at = filter_at[None, :] + (tap * channels + c)[:, None]
-        b = tl.load(weight + at, mask=near[:, None] & used[None, :], other=0)
+        a = _load(corner[:, None] + column[None, :], inside[:, None] & near[None, :], input_index is not None)
+        at = filter_at[None, :] + ((r * taps_w + s) * channels + c)[:, None]
+        b = tl.load(at, mask=near[:, None] & used[None, :], other=0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        first, r, s = _next(first, r, s, channels, taps_w, TILE_K)
 
     value = acc.to(y.dtype.element_ty)
     if means is not None:
@@ -276,11 +318,12 @@ def _forward_kernel(
         slot = tile.to(tl.int64) * (columns8 * 8) + k
         tl.store(means + slot, mean, mask=used)
         tl.store(m2s + slot, tl.sum(centred * centred, 0), mask=used)
-    at = m.to(tl.int64)[:, None] * y_channels + _columns(output_index, k, used, output_first)[None, :]
+    at = y + m.to(tl.int64)[:, None] * y_channels + _columns(output_index, k, used, output_first)[None, :]
     wanted = exists[:, None] & used[None, :]
     if ADD:
-        value = (value.to(tl.float32) + _load(y, at, wanted, output_index).to(tl.float32)).to(y.dtype.element_ty)
-    _store(y, at, value, wanted, output_index)
+        base = _load(at, wanted, output_index is not None)
+        value = (value.to(tl.float32) + base.to(tl.float32)).to(y.dtype.element_ty)
+    _store(at, value, wanted, output_index is not None)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -288,7 +331,7 @@ def _input_gradient_kernel(
     dy, weight, dx, input_index, output_index,
     pixels, height, width, out_height, out_width, x_channels, y_channels, channels, filters, input_first, output_first,
     taps_h, taps_w, stride_h, stride_w, padding_h, padding_w, tiles,
-    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    BITS: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of input pixels by channels. `pixels` is the number of images here, axis 1 the class of the pixels: those
@@ -296,8 +339,7 @@ def _input_gradient_kernel(
     h = u * stride + a - padding takes tap a + i * stride from the output's row u - i."""
     channels, x_channels, input_first = _eights(input_index, channels, x_channels, input_first, ALIGNED_IN)
     filters, y_channels, output_first = _eights(output_index, filters, y_channels, output_first, ALIGNED_OUT)
-    a = tl.program_id(1) // stride_w
-    b = tl.program_id(1) % stride_w
+    a, b = _divided(tl.program_id(1), stride_w)
     first_u = (padding_h - a + stride_h - 1) // stride_h
     first_v = (padding_w - b + stride_w - 1) // stride_w
     rows = (height - 1 + padding_h - a + stride_h) // stride_h - first_u
@@ -305,38 +347,63 @@ def _input_gradient_kernel(
     taps_a = (taps_h - a + stride_h - 1) // stride_h
     taps_b = (taps_w - b + stride_w - 1) // stride_w
 
-    m = tl.program_id(0) // tiles * TILE_M + tl.arange(0, TILE_M)
-    c = tl.program_id(0) % tiles * TILE_N + tl.arange(0, TILE_N)
+    tile, side = _divided(tl.program_id(0), tiles)
+    m = tile * TILE_M + tl.arange(0, TILE_M)
+    c = side * TILE_N + tl.arange(0, TILE_N)
     lane = tl.arange(0, TILE_K)
     exists = m < pixels * rows * columns
     used = c < channels
-    row = m // tl.maximum(columns, 1)
-    image = row // tl.maximum(rows, 1)
-    u = row % tl.maximum(rows, 1) + first_u
-    v = m % tl.maximum(columns, 1) + first_v
-    corner = ((image * out_height + u).to(tl.int64) * out_width + v) * y_channels
+    line, v = _divided(m, tl.maximum(columns, 1))
+    image, u = _divided(line, tl.maximum(rows, 1))
+    u += first_u
+    v += first_v
+    corner = dy + ((image * out_height + u).to(tl.int64) * out_width + v) * y_channels
+    filter_at = weight + c[None, :]
+    line = image * height + u * stride_h + a - padding_h
+    pixel = line.to(tl.int64) * width + v * stride_w + b - padding_w  # here: one number a pixel to keep, not three
 
-    steps = tl.cdiv(filters, TILE_K)
+    if BITS:
+        reached = _reached(exists, u - out_height + 1, u + 1, v - out_width + 1, v + 1, taps_a, taps_b)
+
+    first, i, j = 0, 0, 0
     acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for step in range(taps_a * taps_b * steps):
-        tap = step // steps
-        k = step % steps * TILE_K + lane
-        i = tap // taps_b
-        j = tap % taps_b
+    for _ in range(taps_a * taps_b * tl.cdiv(filters, TILE_K)):
+        k = first + lane
         near = k < filters
-        inside = exists & (u >= i) & (u - i < out_height) & (v >= j) & (v - j < out_width)
+        if BITS:
+            inside = (reached & (1 << (i * taps_b + j))) != 0
+        else:
+            inside = exists & _within(u - i, out_height) & _within(v - j, out_width)
         column = _columns(output_index, k, near, output_first) - (i * out_width + j) * y_channels
-        g = _load(dy, corner[:, None] + column[None, :], inside[:, None] & near[None, :], output_index)
+        g = _load(corner[:, None] + column[None, :], inside[:, None] & near[None, :], output_index is not None)
         tap_at = ((a + i * stride_h) * taps_w + b + j * stride_w) * channels
-        at = k.to(tl.int64)[:, None] * (taps_h * taps_w * channels) + (tap_at + c)[None, :]
-        w = tl.load(weight + at, mask=near[:, None] & used[None, :], other=0)
+        at = filter_at + k.to(tl.int64)[:, None] * (taps_h * taps_w * channels) + tap_at
+        w = tl.load(at, mask=near[:, None] & used[None, :], other=0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION)
+        first, i, j = _next(first, i, j, filters, taps_b, TILE_K)
 
-    h = u * stride_h + a - padding_h
-    w_pixel = v * stride_w + b - padding_w
-    pixel = (image * height + h).to(tl.int64) * width + w_pixel
-    at = pixel[:, None] * x_channels + _columns(input_index, c, used, input_first)[None, :]
-    _store(dx, at, acc.to(dx.dtype.element_ty), exists[:, None] & used[None, :], input_index)
+    at = dx + pixel[:, None] * x_channels + _columns(input_index, c, used, input_first)[None, :]
+    _store(at, acc.to(dx.dtype.element_ty), exists[:, None] & used[None, :], input_index is not None)
+
+
+@triton.jit
+def _moves(height, width, out_height, out_width, stride_h, stride_w, x_channels, TILE_K: tl.constexpr):
+    """How pixels of the output move from one step of the reduction to the next, which is TILE_K of them: some lines and
+    columns, a line more where one passes the end of its line, an image more where it passes the last line. Counted so,
+    a step divides nothing.
+
+    Returns the moves by height, width and address; the height and width at which a next image and line begin; and what
+    the address then moves beside."""
+    lines, step_w = _divided(tl.full((), TILE_K, tl.int32), out_width)
+    images, step_h = _divided(lines, out_height)
+    step_w *= stride_w
+    step_h *= stride_h
+    line_w = out_width * stride_w
+    image_h = out_height * stride_h
+    step_x = ((images * height + step_h) * width + step_w) * x_channels
+    line_x = (stride_h * width - line_w) * x_channels
+    image_x = (height - image_h) * width * x_channels
+    return step_h, step_w, step_x, image_h, line_w, image_x, line_x
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -344,43 +411,61 @@ def _weight_gradient_kernel(
     dy, x, slots, input_index, output_index,
     pixels, height, width, out_height, out_width, x_channels, y_channels, channels, filters, input_first, output_first,
     taps_h, taps_w, stride_h, stride_w, padding_h, padding_w, tiles, other_tiles, split,
-    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PRECISION: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of filters (M) by channels (N) of one tap, over `split` of the pixels (K). `tiles` are those of the
-    channels, `other_tiles` of the filters; all those of the same pixels are neighbours, for L2."""
+    """A tile of filters (M) by channels (N), over `split` of the pixels (K): channels of one tap or, PACKED, of all
+    taps, one after the other, so that few channels fill a tile. `tiles` are those of the channels, `other_tiles` of the
+    filters; all those of the same pixels are neighbours, for L2."""
     channels, x_channels, input_first = _eights(input_index, channels, x_channels, input_first, ALIGNED_IN)
     filters, y_channels, output_first = _eights(output_index, filters, y_channels, output_first, ALIGNED_OUT)
     taps = taps_h * taps_w
-    program = tl.program_id(0)
-    c = program % tiles * TILE_N + tl.arange(0, TILE_N)
-    k = program // tiles % other_tiles * TILE_M + tl.arange(0, TILE_M)
-    tap = program // (tiles * other_tiles) % taps
-    part = program // (tiles * other_tiles * taps)
-    lane = tl.arange(0, TILE_K)
-    used = c < channels
+    rest, side = _divided(tl.program_id(0), tiles)
+    rest, other_side = _divided(rest, other_tiles)
+    j = side * TILE_N + tl.arange(0, TILE_N)
+    k = other_side * TILE_M + tl.arange(0, TILE_M)
     near = k < filters
-    top = tap // taps_w - padding_h
-    left = tap % taps_w - padding_w
-    x_column = _columns(input_index, c, used, input_first)
+    if PACKED:
+        tap, c = _divided(j, channels)
+        part, used, place = rest, j < taps * channels, j
+    else:
+        part, tap = _divided(rest, taps)
+        c, used, place = j, j < channels, tap * channels + j
+    tap_h, tap_w = _divided(tap, taps_w)
+    x_column = _columns(input_index, c, used, input_first) + (tap_h * width + tap_w) * x_channels
     y_column = _columns(output_index, k, near, output_first)
+    if PACKED:
+        tap_h, tap_w = tap_h[None, :], tap_w[None, :]
+
+    start = part * split
+    m = start + tl.arange(0, TILE_K)
+    line, w = _divided(m, out_width)
+    image, h = _divided(line, out_height)
+    h, w = h * stride_h - padding_h, w * stride_w - padding_w
+    x_at = x + ((image * height + h).to(tl.int64) * width + w) * x_channels
+    y_at = dy + m.to(tl.int64) * y_channels
+    step_h, step_w, step_x, image_h, line_w, image_x, line_x = _moves(
+        height, width, out_height, out_width, stride_h, stride_w, x_channels, TILE_K
+    )
 
     acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for start in range(part * split, tl.minimum(part * split + split, pixels), TILE_K):
-        m = start + lane
+    for _ in range(start, tl.minimum(start + split, pixels), TILE_K):
         exists = m < pixels
-        row = m // out_width
-        h = row % out_height * stride_h + top
-        w = m % out_width * stride_w + left
-        inside = exists & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        pixel = (row // out_height * height + h).to(tl.int64) * width + w
-        at = m.to(tl.int64)[:, None] * y_channels + y_column[None, :]
-        g = _load(dy, at, exists[:, None] & near[None, :], output_index)
-        at = pixel[:, None] * x_channels + x_column[None, :]
-        value = _load(x, at, inside[:, None] & used[None, :], input_index)
+        inside = exists[:, None] & _within(h[:, None] + tap_h, height) & _within(w[:, None] + tap_w, width)
+        g = _load(y_at[:, None] + y_column[None, :], exists[:, None] & near[None, :], output_index is not None)
+        value = _load(x_at[:, None] + x_column[None, :], inside & used[None, :], PACKED or input_index is not None)
         acc = tl.dot(tl.trans(g), value, acc, input_precision=PRECISION)
+        m += TILE_K
+        y_at += TILE_K * y_channels
+        w += step_w
+        next_line = w + padding_w >= line_w
+        w = tl.where(next_line, w - line_w, w)
+        h += tl.where(next_line, step_h + stride_h, step_h)
+        next_image = h + padding_h >= image_h
+        h = tl.where(next_image, h - image_h, h)
+        x_at += step_x + tl.where(next_line, line_x, 0) + tl.where(next_image, image_x, 0)
 
-    at = ((part.to(tl.int64) * filters + k) * taps + tap)[:, None] * channels + c[None, :]
+    at = (part.to(tl.int64) * filters + k)[:, None] * (taps * channels) + place[None, :]
     tl.store(slots + at, acc, mask=near[:, None] & used[None, :])
 
 
@@ -410,15 +495,22 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _tile(like: Tensor, rows: int, columns: int, depth: int, precision: str, *, vectors: bool) -> _Tile:
+def _tile(
+    like: Tensor, rows: int, columns: int, depth: int, precision: str, *, vectors: bool, packed: bool = False
+) -> _Tile:
     """The tile of a launch, by closed form: never by measurement, which would make sums depend on the time of day.
-    Without `vectors` some tensor is moved element by element, which takes an address in registers for each."""
+    Without `vectors` some tensor is moved element by element, which takes an address in registers for each. `packed`:
+    a weight gradient with PACKED taps."""
     arch = _capability(like.device)
     if arch == 0:
         return _INTERPRETED
     single = like.dtype == torch.float32
     if arch < 80 or (single and precision == "ieee"):  # no tensor cores: operands go through registers
         return _Tile(64 if vectors or not single else 32, 32, 16, 8 if single else 4, 2)
+    if packed:
+        return _Tile(32 if rows <= 32 else 64, 32, 32 if single else 64, 4, 3)
+    if not vectors and depth <= 16 and columns <= 32:
+        return _Tile(128, 16 if columns <= 16 else 32, 16, 4, 3)
     if not vectors:
         return _Tile(64, 64 if columns > 32 else 32, 32, 4, 3)
     n = 128 if columns > 64 else 64 if columns > 32 else 32
@@ -458,6 +550,11 @@ def _check_pixels(*shapes: torch.Size) -> None:
 def _by_vectors(inputs: Side, outputs: Side) -> bool:
     """Whether all tiles of activations are moved by vectors."""
     return inputs.aligned and outputs.aligned and inputs.index is None and outputs.index is None
+
+
+def _few_taps(weight: Tensor) -> bool:
+    """What kernels call BITS: whether the taps of a pixel that lie inside fit into one word."""
+    return weight.shape[2] * weight.shape[3] < 32
 
 
 def _constants(tile: _Tile, precision: str, inputs: Side, outputs: Side) -> dict[str, Any]:
@@ -521,7 +618,7 @@ def _launch_forward(
         x, weight, y, inputs.index, outputs.index, *(slots or (None, None)),
         pixels, *x.shape[2:], *size, x.shape[1], outputs.channels, channels, filters, inputs.first, outputs.first,
         *weight.shape[2:], *stride, *padding, tiles, columns // 8,
-        ADD=base is not None, **_constants(tile, precision, inputs, outputs),
+        ADD=base is not None, BITS=_few_taps(weight), **_constants(tile, precision, inputs, outputs),
     )  # fmt: skip
     if moments:
         # the matrix of y: `pixels` full rows of K columns, `tile.m` of them behind each row of slots
@@ -554,7 +651,8 @@ def _input_gradient(
         _input_gradient_kernel, (-(-pixels // tile.m) * tiles, stride[0] * stride[1]),
         dy, weight, dx, input_index, output_index,
         images, height, width, *dy.shape[2:], input_shape[1], dy.shape[1], channels, filters, input_first, output_first,
-        *weight.shape[2:], *stride, *padding, tiles, **_constants(tile, precision, inputs, outputs),
+        *weight.shape[2:], *stride, *padding, tiles, BITS=_few_taps(weight),
+        **_constants(tile, precision, inputs, outputs),
     )  # fmt: skip
     return dx
 
@@ -575,9 +673,12 @@ def _weight_gradient(
     _check_pixels(x.shape, dy.shape)
     pixels = dy.shape[0] * dy.shape[2] * dy.shape[3]
     precision = _precision(x.dtype)
-    tile = _tile(x, filters, channels, pixels, precision, vectors=_by_vectors(inputs, outputs))
-    tiles, other_tiles = -(-channels // tile.n), -(-filters // tile.m)
-    programs = tiles * other_tiles * taps[0] * taps[1]
+    packed = channels < _FEW and taps[0] * taps[1] > 1
+    vectors = _by_vectors(inputs, outputs)
+    columns = channels * taps[0] * taps[1] if packed else channels
+    tile = _tile(x, filters, columns, pixels, precision, vectors=vectors, packed=packed)
+    tiles, other_tiles = -(-columns // tile.n), -(-filters // tile.m)
+    programs = tiles * other_tiles * (1 if packed else taps[0] * taps[1])
     splits = max(1, min(_PROGRAMS // programs, pixels // _SHORTEST_SPLIT, _SPLITS))
     split = -(-pixels // (splits * tile.k)) * tile.k
     splits = -(-pixels // split)
@@ -586,7 +687,8 @@ def _weight_gradient(
         _weight_gradient_kernel, (programs * splits,),
         dy, x, slots, input_index, output_index,
         pixels, *x.shape[2:], *dy.shape[2:], x.shape[1], dy.shape[1], channels, filters, input_first, output_first,
-        *taps, *stride, *padding, tiles, other_tiles, split, **_constants(tile, precision, inputs, outputs),
+        *taps, *stride, *padding, tiles, other_tiles, split, PACKED=packed,
+        **_constants(tile, precision, inputs, outputs),
     )  # fmt: skip
     total = slots[0] if splits == 1 else slots.sum(0)  # in fixed order
     return dweight.copy_(total.permute(0, 3, 1, 2))
@@ -698,8 +800,13 @@ _conv2d.register_autograd(_backward, setup_context=_save)
 class _Eager(torch.autograd.Function):
     """The operator for plain calls, which do not pay for PyTorch's dispatcher; see `is_eager`."""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # with a `setup_context`, PyTorch inspects the signature of `forward` at every call
+        output = _forward(*arguments)
+        _save(ctx, arguments, output)
+        return output
+
     backward = staticmethod(_backward)
 
 
@@ -774,37 +881,17 @@ def triton_serves(device: torch.device, dtype: torch.dtype, dilation: int | Sequ
     return launching.INTERPRET and device.type == "cpu"
 
 
-def default_backend(
-    device: torch.device,
-    dtype: torch.dtype,
-    live_in: int,
-    channels_in: int,
-    live_out: int,
-    channels_out: int,
-    dilation: int | Sequence[int] = 1,
-    taps: int = 1,
-) -> str:
-    """The backend that `conv2d` chooses, by the shares of channels that are live.
+def default_backend(device: torch.device, live_in: int, channels_in: int, taps: int = 1) -> str:
+    """The backend that `conv2d` chooses where none is named, by the shares of channels that are live.
 
-    * "triton", where `triton_serves`: up to three quarters of the input channels live, at least 32, and live channels
-      of both sides in multiples of 8, without which tiles are loaded element by element. Above that share the FLOPs
-      that "expanded" wastes cost less than the library's kernels are quicker.
-    * else "expanded" from half of the input channels live, on a CPU from three quarters if the kernel has more than one
-      of `taps`; and "naive" below, where the zeros cost more FLOPs than the selection costs time. On a CPU (one thread
-      of an AMD EPYC, fp32, channels_last, forward and backward) 1x1 convolutions were equal at about half, 3x3 at about
-      four fifths.
+    "expanded" from half of the input channels live, on a CPU from three quarters if the kernel has more than one of
+    `taps`; and "naive" below, where the zeros cost more FLOPs than the selection costs time. On a CPU (one thread of an
+    AMD EPYC, fp32, channels_last, forward and backward) 1x1 convolutions were equal at about half, 3x3 at about four
+    fifths. For a GPU the share is an estimate from bytes and FLOPs.
 
-    No GPU was there to tune this: for one the shares are estimates from bytes and FLOPs. (`policy="auto"` decides by
-    cost.)
+    Never "triton": no GPU has measured it yet, and by `bench predict` it reaches a tenth to a third of the rate that a
+    library's convolution may (`cost.convolution.EFFICIENCY`). Name it, or let `policy="auto"` decide by cost.
     """
-    if (
-        triton_serves(device, dtype, dilation)
-        and 4 * live_in <= 3 * channels_in
-        and live_in >= 32
-        and live_in % 8 == 0
-        and live_out % 8 == 0
-    ):
-        return "triton"
     enough = 3 if device.type == "cpu" and taps > 1 else 2  # quarters
     return "expanded" if 4 * live_in >= enough * channels_in else "naive"
 
@@ -887,9 +974,8 @@ def conv2d_by_maps(
     inputs, outputs = _sides(x, weight, input_maps, output_maps)
     size = _check(x, weight, base, outputs, *numbers)
     if backend is None:
-        counts = (inputs.live, inputs.channels, outputs.live, outputs.channels)
         taps = weight.shape[2] * weight.shape[3]
-        backend = default_backend(x.device, x.dtype, *counts, dilation=numbers[2], taps=taps)
+        backend = default_backend(x.device, inputs.live, inputs.channels, taps)
     if backend not in BACKENDS:
         raise InputError(f"backend '{backend}' is not known; the backends are: {', '.join(BACKENDS)}.")
     if backend == "triton" and numbers[2] != [1, 1]:

@@ -15,8 +15,8 @@ Bytes for P fp32 weights: the norms read W once, 4P, and give the largest |w| of
 reads W and .grad and writes .grad, 12P. The reference moves several times that (a squared copy, two scaled copies).
 Kernels: one launch reads all weights of a model in tiles (`tables.py`) and writes each tile's row sums (output groups)
 and column sums (input groups) to slots of their own, P/64 + P/128 numbers; a small second launch folds the slots of
-each channel in a fixed order. No atomics: results are the same bit for bit. One launch computes the gradient.
-Accumulation is in fp32 for fp16 and bf16 weights and in the weight's own dtype otherwise.
+each channel in a fixed order (`slots.py`). No atomics: results are the same bit for bit. One launch computes the
+gradient. Accumulation is in fp32 for fp16 and bf16 weights and in the weight's own dtype otherwise.
 """
 
 from collections.abc import Sequence
@@ -40,14 +40,12 @@ from prunetrain_kernels.ops.launch import (
     triton_dtype,
     use_kernels,
 )
+from prunetrain_kernels.ops.slots import fold, store_column_partials, store_row_partials
 from prunetrain_kernels.ops.tables import (
     FIELDS,
-    FOLD_CHANNELS,
-    FOLD_SLOTS,
     TILE_COLUMNS,
     TILE_ROWS,
     TILE_STEP,
-    Table,
     addresses,
     bits,
     by_dtype,
@@ -175,28 +173,6 @@ def split_by_layer(flat: Tensor, weights: Sequence[Tensor], blocks: Sequence[int
 
 
 @triton.jit
-def store_row_partials(
-    square, size, rows, column0, height, sums, maxima, slots, COLUMNS: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
-    """Row sums of squares and largest |w| of some rows of a tile, into the tile's own slots."""
-    slot = slots + (column0 // COLUMNS).to(tl.int64) * height + rows
-    tl.store(sums + slot, tl.sum(square, 1), mask=rows < height)
-    tl.store(maxima + slot, tl.max(size, 1).to(ACC, bitcast=True), mask=rows < height)
-
-
-@triton.jit
-def store_column_partials(
-    square, size, row0, column0, columns, sums, maxima, slots,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Column sums of squares and largest |w| of a whole tile, into the tile's own slots."""
-    cols = column0 + tl.arange(0, COLUMNS)
-    slot = slots + (row0 // ROWS).to(tl.int64) * columns + cols
-    tl.store(sums + slot, tl.sum(square, 0), mask=cols < columns)
-    tl.store(maxima + slot, tl.max(size, 0).to(ACC, bitcast=True), mask=cols < columns)
-
-
-@triton.jit
 def inverse_norms(norms, index, exists):
     """1 / n, and 0 where there is no norm."""
     norm = tl.load(norms + index, mask=exists, other=1.0)
@@ -253,50 +229,6 @@ def _norms_kernel(
 
 
 @triton.jit
-def _fold_kernel(
-    tensors, fold_tensor, fold_start, sums, maxima, norms, max_abs, eps, skip,
-    FIELDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
-    ACC: tl.constexpr, BITS: tl.constexpr, SKIPS: tl.constexpr, MAXIMA: tl.constexpr,
-):  # fmt: skip
-    """Partial sums of CHANNELS channels of one side of one weight, folded in the order of their slots."""
-    go = True
-    if SKIPS:
-        go = tl.load(skip) == 0  # a step that gradient scaling skipped: nothing was measured
-    if go:
-        index = tl.load(fold_tensor + tl.program_id(0))
-        start = tl.load(fold_start + tl.program_id(0))
-        height, columns, inner, channels, _, _, across = read_tensor(tensors, index, FIELDS)
-        entry = tensors + index.to(tl.int64) * FIELDS
-        in_blocks = (channels + CHANNELS - 1) // CHANNELS
-        is_in = start < in_blocks * CHANNELS
-        # input side: a channel has `repeats` columns in each of the tiles down; output side: one slot per tile across
-        down = (height + ROWS - 1) // ROWS
-        repeats = columns // channels
-        slots = tl.where(is_in, down * repeats, across)
-        count = tl.where(is_in, channels, height)
-        channel = tl.where(is_in, start, start - in_blocks * CHANNELS) + tl.arange(0, CHANNELS)
-        base = tl.where(is_in, tl.load(entry + 8), tl.load(entry + 7))
-        total = tl.zeros((CHANNELS, SLOTS), ACC)
-        largest = tl.zeros((CHANNELS, SLOTS), BITS)
-        for first in range(0, slots, SLOTS):
-            slot = first + tl.arange(0, SLOTS)
-            copy, step = slot % repeats, slot // repeats
-            column = (copy // inner) * channels * inner + copy % inner
-            in_slot = step.to(tl.int64)[None, :] * columns + column[None, :] + (channel * inner)[:, None]
-            out_slot = slot.to(tl.int64)[None, :] * height + channel[:, None]
-            source = base + tl.where(is_in, in_slot, out_slot)
-            exists = (slot < slots)[None, :] & (channel < count)[:, None]
-            total += tl.load(sums + source, mask=exists, other=0.0)
-            if MAXIMA:
-                size = tl.load(maxima + source, mask=exists, other=0.0)
-                largest = tl.maximum(largest, size.to(BITS, bitcast=True))
-        target = tl.load(entry + 9) + tl.where(is_in, 0, channels) + channel
-        tl.store(norms + target, tl.sqrt(tl.sum(total, 1) + eps), mask=channel < count)
-        if MAXIMA:
-            tl.store(max_abs + target, tl.max(largest, 1).to(ACC, bitcast=True), mask=channel < count)
-
-
-@triton.jit
 def _gradient_tile(
     address, gradient, entry, height, columns, inner, channels, numel, row0, column0, norms, scale,
     DTYPE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -344,36 +276,6 @@ def _gradient_kernel(
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------------
-
-
-def fold(
-    table: Table, partials: Sequence[Tensor], norms: Tensor, max_abs: Tensor | None, *, eps: float, skip: Tensor | None
-) -> None:
-    """Folds the slots of a table into norms sqrt(sum + eps) and, if wanted, largest |w|; not if `skip` holds a 1."""
-    sums, maxima = partials
-    launch(
-        _fold_kernel,
-        (len(table.fold_tensor),),
-        table.tensors,
-        table.fold_tensor,
-        table.fold_start,
-        sums,
-        maxima,
-        norms,
-        norms if max_abs is None else max_abs,
-        eps,
-        norms if skip is None else skip,
-        FIELDS=FIELDS,
-        ROWS=TILE_ROWS,
-        COLUMNS=TILE_COLUMNS,
-        CHANNELS=FOLD_CHANNELS,
-        SLOTS=FOLD_SLOTS,
-        ACC=accumulator(norms.dtype),
-        BITS=bits(norms.dtype),
-        SKIPS=skip is not None,
-        MAXIMA=max_abs is not None,
-        num_warps=4,
-    )
 
 
 def _dense(weight: Tensor) -> Tensor:

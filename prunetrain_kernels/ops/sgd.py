@@ -37,12 +37,9 @@ from prunetrain_kernels.ops.group_lasso import (
     Groups,
     _reference_max_abs,
     _reference_norms,
-    fold,
     inverse_norms,
     reference_gradient,
     split_by_layer,
-    store_column_partials,
-    store_row_partials,
 )
 from prunetrain_kernels.ops.launch import (
     accumulator,
@@ -54,6 +51,7 @@ from prunetrain_kernels.ops.launch import (
     triton_dtype,
     use_kernels,
 )
+from prunetrain_kernels.ops.slots import fold, store_column_partials, store_row_partials
 from prunetrain_kernels.ops.tables import (
     FIELDS,
     TILE_COLUMNS,

@@ -25,8 +25,10 @@ from prunetrain_kernels.ops.launch import tl, triton
 TILE_ROWS = 64
 TILE_COLUMNS = 128
 TILE_STEP = 8  # rows in registers at a time; half of it where addresses take registers too
-FOLD_CHANNELS = 32
-FOLD_SLOTS = 32
+FOLD_ELEMENTS = 512  # slots that a program of the fold reads at a time
+FOLD_CHANNELS = (64, 16)  # channels of such a program: where a channel has few slots, and where it has many
+FOLD_FIELDS = 11  # numbers of a `Fold`
+NATIVE_FOLD_CHANNELS = 32  # channels of a program of the CUDA C++ fold
 FIELDS = 12  # numbers per tensor: rows, columns, inner, channels, numel, first tile, tiles across, row slots, ...
 WIDEST = 1 << 25  # columns: offsets inside a step of rows are of 32 bits
 
@@ -60,16 +62,53 @@ class Table:
     Attributes:
         tensors: (T, FIELDS) int64.
         tile_tensor: the tensor of each tile, int32.
-        fold_tensor, fold_start: of each program of the fold: its tensor, and its first channel, counted over input
-            channels and then, from the next multiple of FOLD_CHANNELS on, output channels; int32.
+        folds: (programs of the fold, FOLD_FIELDS) int64; see `Fold`.
+        fold_tensor, fold_start: of each program of the CUDA C++ fold: its tensor, and its first channel, counted over
+            input channels and then, from the next multiple of NATIVE_FOLD_CHANNELS on, output channels; int32.
         slots: numbers of partial sums.
     """
 
     tensors: Tensor
     tile_tensor: Tensor
+    folds: Tensor
     fold_tensor: Tensor
     fold_start: Tensor
     slots: int
+
+
+class Fold(NamedTuple):
+    """What one program of the fold adds: the slots of some channels of one side of one weight.
+
+    Slot i of channel c lies at `first + c * channel_stride + i // copies * run_stride + i % copies`. A program reads
+    FOLD_ELEMENTS / channels slots of each channel in a turn of its loop, and follows the runs by adding: it never
+    divides.
+
+    Attributes:
+        first: the first slot of the program's first channel.
+        target: that channel's place in the flat norms.
+        channels: that are read side by side, one of FOLD_CHANNELS; `existing` of them are there.
+        slots: of each channel.
+        channel_stride, copies, run_stride: see above.
+        copies_a_turn, stride_a_turn: what a turn adds to i % copies and to the place, before a run is complete.
+        reciprocal: ceil(65536 / copies): `i * reciprocal >> 16` is `i // copies` for every i below 64.
+    """
+
+    first: int
+    target: int
+    channels: int
+    existing: int
+    slots: int
+    channel_stride: int
+    copies: int
+    run_stride: int
+    copies_a_turn: int
+    stride_a_turn: int
+    reciprocal: int
+
+    @property
+    def turns(self) -> int:
+        """How often the program goes through its loop."""
+        return -(-self.slots * self.channels // FOLD_ELEMENTS)
 
 
 def channels_of(weight: Tensor, block: int) -> tuple[int, int]:
@@ -140,10 +179,43 @@ def table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
     return handed_out(_table_of(tiles, device), device)
 
 
+def folds_of(tile: Tile, row_slots: int, column_slots: int) -> list[Fold]:
+    """The programs that fold the slots of a weight, of its input channels and then of its output channels."""
+    across, down = -(-tile.columns // TILE_COLUMNS), -(-tile.rows // TILE_ROWS)
+    repeats = tile.columns // tile.channels  # an input channel's columns
+    inputs = _folds_of_side(
+        tile.channels, column_slots, tile.norms, slots=down * repeats, channel_stride=tile.inner, copies=tile.inner,
+        run_stride=tile.channels * tile.inner,
+    )  # fmt: skip
+    outputs = _folds_of_side(
+        tile.rows, row_slots, tile.norms + tile.channels, slots=across, channel_stride=1, copies=1, run_stride=tile.rows
+    )  # fmt: skip
+    return inputs + outputs
+
+
+def _folds_of_side(
+    channels: int, first: int, target: int, *, slots: int, channel_stride: int, copies: int, run_stride: int
+) -> list[Fold]:
+    few, many = FOLD_CHANNELS
+    turns = -(-slots * few // FOLD_ELEMENTS)
+    # where turns are many, more programs take fewer each, as long as they do not read mostly what is not there
+    side = many if turns > 4 and 2 * -(-slots * many // FOLD_ELEMENTS) <= turns else few
+    per_turn = FOLD_ELEMENTS // side
+    steps = (per_turn % copies, per_turn // copies * run_stride + per_turn % copies)
+    return [
+        Fold(
+            first + start * channel_stride, target + start, side, min(side, channels - start), slots, channel_stride,
+            copies, run_stride, *steps, -(-65536 // copies),
+        )
+        for start in range(0, channels, side)
+    ]  # fmt: skip
+
+
 @lru_cache(maxsize=64)
 def _table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
     rows: list[list[int]] = []
     tile_tensor: list[int] = []
+    folds: list[Fold] = []
     fold_tensor: list[int] = []
     fold_start: list[int] = []
     slots = 0
@@ -157,9 +229,10 @@ def _table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
         row_slots, column_slots = slots, slots + across * tile.rows
         if tile.used:
             slots = column_slots + down * tile.columns
-            sides = -(-tile.channels // FOLD_CHANNELS) + -(-tile.rows // FOLD_CHANNELS)
+            folds += folds_of(tile, row_slots, column_slots)
+            sides = -(-tile.channels // NATIVE_FOLD_CHANNELS) + -(-tile.rows // NATIVE_FOLD_CHANNELS)
             fold_tensor += [i] * sides
-            fold_start += [block * FOLD_CHANNELS for block in range(sides)]
+            fold_start += [block * NATIVE_FOLD_CHANNELS for block in range(sides)]
         shape = (tile.rows, tile.columns, tile.inner, tile.channels, tile.numel)
         offsets = (len(tile_tensor), across, row_slots, column_slots, tile.norms)
         rows.append([*shape, *offsets, tile.used, tile.group])
@@ -171,6 +244,7 @@ def _table_of(tiles: tuple[Tile, ...], device: torch.device) -> Table:
     return Table(
         to_device(rows, torch.int64),
         to_device(tile_tensor, torch.int32),
+        to_device(folds, torch.int64),
         to_device(fold_tensor, torch.int32),
         to_device(fold_start, torch.int32),
         slots,

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.t1
 
 ARCHITECTURES = (70, 80, 90)
 OPERATORS = {"group_lasso", "sgd", "group_soft_threshold", "batch_norm_act", "channel_index", "conv2d"}
-OPERATORS |= {"channel_statistics"}  # what two of them share
+OPERATORS |= {"channel_statistics", "slots"}  # what two of them share
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -10,7 +10,7 @@ from bench_kit import compiling
 
 from bench import compare, rows
 from bench.__main__ import main
-from bench.predict import formula, machine_code
+from bench.predict import command, formula, machine_code
 from bench.predict.formula import Launch, Time
 from bench.predict.machine_code import Code, Loop
 from bench.predict.machines import MACHINES, Machine, machine, machine_of
@@ -182,7 +182,7 @@ def test_data_sheets(name: str) -> None:
     ("arguments", "words"),
     [
         (["predict", "--device", "h100x"], "nothing is known of a GPU called 'h100x'; choose among h200, a100, v100"),
-        (["predict", "--record", "--only", "BN"], "leave --suite and --only out"),
+        (["predict", "--record", "--only", "BN"], "leave --only out"),
         (["predict", "--suite", "memory"], "there is no suite 'memory' to predict; choose among bn"),
         (["compare", "only-one.csv"], "two files"),
         (["compare", "--tolerance", "0"], "--tolerance must be a positive share"),
@@ -229,6 +229,23 @@ def test_predictions_beside_measurements(tmp_path: Path, capsys: pytest.CaptureF
     assert {pair.name.split()[1]: round(pair.off, 2) for pair in pairs} == {"c": -0.3, "b": 0.3, "a": 0.19}
 
 
+def test_a_suite_that_is_recorded_replaces_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of other suites stay as they are, and where they are."""
+    monkeypatch.setattr(command, "RECORD", tmp_path)
+    device = "NVIDIA H200 (predicted)"
+    every = [_row("a", 1.0, device), _row("b", 2.0, device), _row("c", 3.0, device, suite="sgd")]
+    rows.append(tmp_path / "predict-h200.csv", [dict(each, mode="model") for each in every])
+    command._replace(MACHINES["h200"], [_row("d", 4.0, device, mode="model")], "bn")
+    with (tmp_path / "predict-h200.csv").open(newline="") as file:
+        assert [(row["suite"], row["layer"], float(row["p50_us"])) for row in csv.DictReader(file)] == [
+            ("bn", "d", 4.0), ("sgd", "c", 3.0)
+        ]  # fmt: skip
+    command._replace(MACHINES["h200"], [_row("e", 5.0, device, mode="model")], None)
+    with (tmp_path / "predict-h200.csv").open(newline="") as file:
+        assert [row["layer"] for row in csv.DictReader(file)] == ["e"]
+    assert not list(tmp_path.glob("*.new"))
+
+
 def test_the_committed_predictions_are_marked() -> None:
     """Whoever reads a row sees that nobody measured it."""
     paths = sorted(Path("bench/results/offline").glob("predict-*.csv"))
@@ -240,3 +257,13 @@ def test_the_committed_predictions_are_marked() -> None:
         assert all(line["device"].endswith("(predicted)") for line in lines)
         keys = [json.dumps([line[column] for column in rows.WHAT]) for line in lines]
         assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("name", list(MACHINES))
+def test_the_lasso_inside_sgd_costs_little(name: str) -> None:
+    """By the committed predictions at most 5 % of ResNet-50's and VGG-13's update, the fold of its slots included."""
+    with Path(f"bench/results/offline/predict-{name}.csv").open(newline="") as file:
+        updates = [row for row in csv.DictReader(file) if row["suite"] == "sgd" and int(row["n"]) > 1_000_000]
+    for count in {row["n"] for row in updates}:
+        times = {row["direction"]: float(row["p50_us"]) for row in updates if row["n"] == count}
+        assert times["SGD"] < times["SGD+lasso"] <= 1.05 * times["SGD"]

@@ -53,6 +53,21 @@ def test_time_follows_the_rates() -> None:
     assert slow_arithmetic(first, UNION) - slow_arithmetic(CONV, UNION) == pytest.approx(-flops(CONV, UNION) / 1e9)
 
 
+def test_each_backend_has_its_price() -> None:
+    """Where FLOPs decide, a convolution by index at a fifth of the rate is worth it only below a fifth of the FLOPs."""
+    cost = RoofCost(Roof(1e6, {"fp32": 1.0}, 0.0))
+    same_rate = replace(cost, efficiency={})
+    for live, by_index_is_faster in ((2, True), (8, True), (24, False), (56, False)):
+        conv = replace(CONV, in_full=64, in_live=live, out_full=64, out_live=64)
+        by_index, expanded = (Form(True, False, backend) for backend in ("triton", "expanded"))
+        assert (cost(conv, by_index) < cost(conv, expanded)) == by_index_is_faster
+        assert same_rate(conv, by_index) < same_rate(conv, expanded)
+        assert cost(conv, expanded) == same_rate(conv, expanded)
+        arithmetic = 3 * flops(conv, by_index, 8) / 1e12
+        assert cost(conv, by_index) - same_rate(conv, by_index) == pytest.approx(4 * arithmetic)
+    assert cost(CONV, UNION) == same_rate(CONV, UNION)
+
+
 def test_a_roof_is_measured() -> None:
     roof = measure_roof(torch.device("cpu"), quick=True)
     assert roof.index_gb_s is not None

@@ -53,6 +53,7 @@ from prunetrain_kernels.ops.tables import (
     handed_out,
     is_dense,
     is_vector,
+    only_if,
     pointer_to,
     read_tensor,
     slice_tiles,
@@ -236,12 +237,12 @@ def _gradient_tile(
 ):  # fmt: skip
     norm0, used = tl.load(entry + 9), tl.load(entry + 10)
     cols = column0 + tl.arange(0, COLUMNS)
-    by_column = inverse_norms(norms, norm0 + (cols // inner) % channels, (cols < columns) & ((used & 1) != 0))
+    by_column = inverse_norms(norms, norm0 + (cols // inner) % channels, only_if((used & 1) != 0, cols < columns))
     factor = tl.load(scale).to(ACC)
     for step in range(0, tl.minimum(ROWS, height - row0), STEP):
         rows, start, offsets, exists = tile_of(height, columns, numel, row0 + step, column0, VECTOR, STEP, COLUMNS)
         out = pointer_to(gradient, start, VECTOR, DTYPE)
-        by_row = inverse_norms(norms, norm0 + channels + rows, (rows < height) & ((used & 2) != 0))
+        by_row = inverse_norms(norms, norm0 + channels + rows, only_if((used & 2) != 0, rows < height))
         w = tl.load(pointer_to(address, start, VECTOR, DTYPE) + offsets, mask=exists, other=0.0).to(ACC)
         result = w * ((by_column[None, :] + by_row[:, None]) * factor)
         if ADD:

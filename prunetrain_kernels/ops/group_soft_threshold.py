@@ -32,6 +32,7 @@ from prunetrain_kernels.ops.tables import (
     by_dtype,
     is_dense,
     is_vector,
+    only_if,
     pointer_to,
     read_tensor,
     slice_tiles,
@@ -70,11 +71,13 @@ def _shrink_tile(
 ):  # fmt: skip
     norm0, used = tl.load(entry + 9), tl.load(entry + 10)
     cols = column0 + tl.arange(0, COLUMNS)
-    by_column = _shrinkage(norms, norm0 + (cols // inner) % channels, (cols < columns) & ((used & 1) != 0), threshold)
+    by_column = _shrinkage(
+        norms, norm0 + (cols // inner) % channels, only_if((used & 1) != 0, cols < columns), threshold
+    )
     for step in range(0, tl.minimum(ROWS, height - row0), STEP):
         rows, start, offsets, exists = tile_of(height, columns, numel, row0 + step, column0, VECTOR, STEP, COLUMNS)
         weight = pointer_to(address, start, VECTOR, DTYPE)
-        by_row = _shrinkage(norms, norm0 + channels + rows, (rows < height) & ((used & 2) != 0), threshold)
+        by_row = _shrinkage(norms, norm0 + channels + rows, only_if((used & 2) != 0, rows < height), threshold)
         w = tl.load(weight + offsets, mask=exists, other=0.0).to(ACC)
         tl.store(weight + offsets, (w * by_column[None, :] * by_row[:, None]).to(DTYPE), mask=exists)
 

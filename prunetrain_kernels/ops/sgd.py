@@ -67,6 +67,7 @@ from prunetrain_kernels.ops.tables import (
     handed_out,
     is_dense,
     is_vector,
+    only_if,
     pointer_to,
     read_tensor,
     slice_tile,
@@ -251,7 +252,7 @@ def _sgd_tile(
     if LASSO:
         pull = tl.load(coefficient).to(ACC)
         cols = column0 + tl.arange(0, COLUMNS)
-        by_column = inverse_norms(norms, norm0 + (cols // inner) % channels, (cols < columns) & ((used & 1) != 0))
+        by_column = inverse_norms(norms, norm0 + (cols // inner) % channels, only_if((used & 1) != 0, cols < columns))
     if MEASURE:
         column_square = tl.zeros((STEP, COLUMNS), ACC)
         column_size = tl.zeros((STEP, COLUMNS), BITS)
@@ -259,16 +260,16 @@ def _sgd_tile(
         rows, start, offsets, exists = tile_of(height, columns, numel, row0 + step, column0, VECTOR, STEP, COLUMNS)
         p_at, g_at = pointer_to(param, start, VECTOR, DTYPE), pointer_to(grad, start, VECTOR, DTYPE)
         b_at = pointer_to(buffer, start, VECTOR, DTYPE)
-        has_buffer = exists & (buffer != 0)
+        has_buffer = only_if(buffer != 0, exists)
         p = tl.load(p_at + offsets, mask=exists, other=0.0).to(ACC)
         g = tl.load(g_at + offsets, mask=exists, other=0.0).to(ACC)
-        b = tl.load(b_at + offsets, mask=has_buffer & (begins == 0), other=0.0).to(ACC)
+        b = tl.load(b_at + offsets, mask=only_if(begins == 0, has_buffer), other=0.0).to(ACC)
         if SCALED:
             g = g / tl.load(grad_scale).to(ACC)
             tl.store(g_at + offsets, g.to(DTYPE), mask=exists)
         g = g * sign + p * decay
         if LASSO:
-            by_row = inverse_norms(norms, norm0 + channels + rows, (rows < height) & ((used & 2) != 0))
+            by_row = inverse_norms(norms, norm0 + channels + rows, only_if((used & 2) != 0, rows < height))
             g += p * ((by_column[None, :] + by_row[:, None]) * pull)
         b = tl.where(begins != 0, g, momentum * b + undamped * g)
         tl.store(b_at + offsets, b.to(DTYPE), mask=has_buffer)

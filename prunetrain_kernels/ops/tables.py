@@ -376,6 +376,14 @@ def tile_of(height, columns, numel, row0, column0, VECTOR: tl.constexpr, ROWS: t
 
 
 @triton.jit
+def only_if(condition, mask):
+    """A mask if a scalar condition holds, else none of it.
+
+    `mask & condition` says the same, but Triton 3.9's interpreter makes integers of that and refuses to load by them."""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def pointer_to(address, start, VECTOR: tl.constexpr, DTYPE: tl.constexpr):
     """The address of a tile, as a pointer."""
     pointer = address.to(tl.pointer_type(DTYPE))

@@ -55,6 +55,14 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops.batch_norm_tiles import (
+    apply_tile,
+    columns_of,
+    gradient_tile,
+    near_present,
+    parameters_of,
+    through_act,
+)
 from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps, by_map
 from prunetrain_kernels.ops.channel_statistics import (
     COUNTS,
@@ -290,116 +298,7 @@ def _plain_input_gradient(
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
-# PLACES and PADDED are a `Placement`: see `channel_statistics`. Parameters are those of y's channels if PADDED.
-
-
-@triton.jit
-def _columns(
-    tile, columns, inner, channels, group, live, first, inverse,
-    PLACES: tl.constexpr, PADDED: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A tile of columns: themselves, their bytes in a mask, whether x has their channels, how many there are in a row;
-    how many of x's there are in a row, and which; beside the tile its channels of parameters, and whether there are."""
-    col = tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    byte = tile * (TILE_COLUMNS // 8) + tl.arange(0, TILE_COLUMNS // 8)
-    channel = (col // inner) % channels
-    known = col < columns
-    present = known
-    x_columns = columns
-    x_col = col
-    if PLACES == "map":
-        place = tl.load(inverse + channel, mask=known, other=-1)
-        present = place >= 0
-        x_columns = group * live * inner
-        x_col = (col // inner // channels * live + place) * inner + col % inner
-        if not PADDED:
-            channel = place
-            known = present
-    elif PLACES != "all":
-        period = channels * inner
-        start = first * inner
-        width = live * inner
-        if PLACES == "vectors":
-            period = period // 8 * 8
-            start = start // 8 * 8
-            width = width // 8 * 8
-        place = col % period - start
-        present = known & (place >= 0) & (place < width)
-        x_columns = group * width
-        x_col = col // period * width + place
-        if not PADDED:
-            channel = channel - first
-            known = present
-    return (col, byte, present, columns, x_columns, x_col), channel, known
-
-
-@triton.jit
-def _load_x(x, at, wanted, PLACES: tl.constexpr):
-    """A tile of x. By places it is loaded flat, so that lanes run along the row: where no two elements are known to be
-    neighbours in memory, Triton 3.6 has them run down the columns, and takes twice the registers."""
-    if PLACES == "all" or PLACES == "vectors":
-        value = tl.load(x + at, mask=wanted, other=0)
-    else:
-        value = tl.reshape(tl.load(x + tl.ravel(at), mask=tl.ravel(wanted), other=0), at.shape)
-    return value
-
-
-@triton.jit
-def _store_x(x, at, value, wanted, PLACES: tl.constexpr):
-    """The counterpart of `_load_x`."""
-    if PLACES == "all" or PLACES == "vectors":
-        tl.store(x + at, value, mask=wanted)
-    else:
-        tl.store(x + tl.ravel(at), tl.ravel(value), mask=tl.ravel(wanted))
-
-
-@triton.jit
-def _near(present, PLACES: tl.constexpr):
-    """Whether any of eight neighbours is present: so masked, dy is still loaded by vectors, and little in vain."""
-    near = present
-    if PLACES == "map" or PLACES == "run":
-        eights: tl.constexpr = present.shape[0] // 8
-        some = tl.max(tl.reshape(present.to(tl.int32), (eights, 8)), 1, keep_dims=True)
-        near = tl.max_constancy(tl.reshape(tl.broadcast_to(some, (eights, 8)), (eights * 8,)) > 0, 8)
-    return near
-
-
-@triton.jit
-def _parameters(mean, var, weight, bias, channel, known, eps, ACC: tl.constexpr):
-    """Mean, scale and shift of each column; and rstd. Where there are none, BN(0) is 0."""
-    m = tl.load(mean + channel, mask=known, other=0).to(ACC)
-    rstd = 1 / tl.sqrt(tl.load(var + channel, mask=known, other=1).to(ACC) + eps)
-    scale = rstd
-    shift = m * 0
-    if weight is not None:
-        scale = rstd * tl.load(weight + channel, mask=known, other=0).to(ACC)
-    if bias is not None:
-        shift = tl.load(bias + channel, mask=known, other=0).to(ACC)
-    return (m, scale, shift), rstd
-
-
-@triton.jit
-def _apply_tile(
-    x, residual, y, mask, row, limit, tile_columns, parameters, PLACES: tl.constexpr, RELU: tl.constexpr
-):  # fmt: skip
-    """One tile, of which each row has `limit` columns."""
-    col, byte, present, columns, x_columns, x_col = tile_columns
-    m, scale, shift = parameters
-    row = row.to(tl.int64)
-    at = row * columns + col
-    valid = col < limit
-    value = _load_x(x, row * x_columns + x_col, valid & present, PLACES).to(m.dtype)
-    value = tl.fma(value - m, scale, shift)
-    if residual is not None:
-        value += tl.load(residual + at, mask=valid, other=0).to(m.dtype)
-    if mask is not None:
-        keep = tl.where(value <= 0, 0, 1).to(tl.int32)  # a NaN goes through, as in torch.relu
-        bits = tl.reshape(keep, (row.shape[0], byte.shape[0], 8)) << tl.arange(0, 8)[None, None, :]
-        packed = tl.sum(bits, 2).to(tl.uint8)
-        tl.store(mask + (row * (columns // 8) + byte), packed, mask=byte * 8 < limit)
-    if RELU:
-        value = tl.where(value <= 0, 0, value)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=valid)
+# What they do with one tile is in `batch_norm_tiles`, which says what PLACES and PADDED are.
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -412,39 +311,19 @@ def _apply_kernel(
     columns = columns8 * 8
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
     tile = program % tiles
-    tile_columns, channel, known = _columns(
+    tile_columns, channel, known = columns_of(
         tile, columns, inner, channels, group, live, first, inverse, PLACES, PADDED, TILE_COLUMNS
     )
-    parameters, _ = _parameters(mean, var, weight, bias, channel, known, eps, ACC)
+    parameters, _ = parameters_of(mean, var, weight, bias, channel, known, eps, ACC)
     begin = program // tiles * rows_per_program
     lane = tl.arange(0, TILE_ROWS)[:, None]
     for start in range(begin, tl.minimum(begin + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
-        _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, PLACES, RELU)
+        apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, PLACES, RELU)
     if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
-        _apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, PLACES, RELU)
-
-
-@triton.jit
-def _through_act(
-    dy, x, mask, row, limit, wanted, tile_columns, parameters, PLACES: tl.constexpr, RELU: tl.constexpr
-):  # fmt: skip
-    """dy of what is `wanted` of a tile, where the ReLU let its input through, else 0; and x - mean, 0 without x."""
-    col, byte, present, columns, x_columns, x_col = tile_columns
-    m, scale, shift = parameters
-    g = tl.load(dy + (row * columns + col), mask=wanted, other=0).to(m.dtype)
-    centred = tl.zeros_like(g)
-    if x is not None:
-        centred = _load_x(x, row * x_columns + x_col, wanted & present, PLACES).to(m.dtype) - m
-    if mask is not None:
-        packed = tl.load(mask + (row * (columns // 8) + byte), mask=byte * 8 < limit, other=0).to(tl.int32)
-        bits = (tl.expand_dims(packed, 2) >> tl.arange(0, 8)[None, None, :]) & 1
-        g = tl.where(tl.reshape(bits, g.shape) == 0, 0, g)
-    elif RELU:
-        g = tl.where(tl.fma(centred, scale, shift) <= 0, 0, g)
-    return g, centred
+        apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, PLACES, RELU)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -457,13 +336,13 @@ def _sums_kernel(
     columns = columns8 * 8
     tile = tl.program_id(0) % tiles
     chunk = tl.program_id(0) // tiles
-    tile_columns, channel, known = _columns(
+    tile_columns, channel, known = columns_of(
         tile, columns, inner, channels, group, live, first, inverse, PLACES, PADDED, TILE_COLUMNS
     )
-    parameters, rstd = _parameters(mean, var, weight, bias, channel, known, eps, ACC)
+    parameters, rstd = parameters_of(mean, var, weight, bias, channel, known, eps, ACC)
     col, near = tile_columns[0], known
     if not PADDED:
-        near = _near(tile_columns[2], PLACES)
+        near = near_present(tile_columns[2], PLACES)
     begin = chunk * rows_per_program
     lane = tl.arange(0, TILE_ROWS)[:, None]
 
@@ -474,7 +353,7 @@ def _sums_kernel(
         limit = tl.where(row < full_rows, columns, 0)
         wanted = (col < limit) & near
         row = row.to(tl.int64)
-        g, centred = _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, PLACES, RELU)
+        g, centred = through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, PLACES, RELU)
         total += g
         total_x += g * centred
     column_sum = tl.sum(total, 0)
@@ -483,7 +362,7 @@ def _sums_kernel(
         row = full_rows + tl.arange(0, 1)[:, None]
         wanted = (col < rest) & near
         row = row.to(tl.int64)
-        g, centred = _through_act(dy, x, mask, row, rest, wanted, tile_columns, parameters, PLACES, RELU)
+        g, centred = through_act(dy, x, mask, row, rest, wanted, tile_columns, parameters, PLACES, RELU)
         column_sum += tl.sum(g, 0)
         column_sum_x += tl.sum(g * centred, 0)
     slot = chunk.to(tl.int64) * columns + col
@@ -513,24 +392,6 @@ def _fold_sums_kernel(
     tl.store(sum_xhat_out + place, tl.sum(total_xhat, 1), mask=present)
 
 
-@triton.jit
-def _gradient_tile(
-    dy, x, mask, dx, dresidual, row, limit, near, tile_columns, parameters, k1, k2,
-    PLACES: tl.constexpr, RELU: tl.constexpr,
-):  # fmt: skip
-    """One tile, as in `_apply_tile`."""
-    col, _, present, columns, x_columns, x_col = tile_columns
-    row = row.to(tl.int64)
-    valid = col < limit
-    g, centred = _through_act(dy, x, mask, row, limit, valid & near, tile_columns, parameters, PLACES, RELU)
-    if dresidual is not None:
-        tl.store(dresidual + (row * columns + col), g.to(dresidual.dtype.element_ty), mask=valid)
-    if k1 is not None:
-        g = g - k1 - centred * k2
-    g = (parameters[1] * g).to(dx.dtype.element_ty)
-    _store_x(dx, row * x_columns + x_col, g, valid & present, PLACES)
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def _gradient_kernel(
     dy, x, mean, var, weight, bias, mask, inverse, sum_dy, sum_dy_xhat, dx, dresidual,
@@ -541,13 +402,13 @@ def _gradient_kernel(
     columns = columns8 * 8
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
     tile = program % tiles
-    tile_columns, channel, known = _columns(
+    tile_columns, channel, known = columns_of(
         tile, columns, inner, channels, group, live, first, inverse, PLACES, PADDED, TILE_COLUMNS
     )
-    parameters, rstd = _parameters(mean, var, weight, bias, channel, known, eps, ACC)
+    parameters, rstd = parameters_of(mean, var, weight, bias, channel, known, eps, ACC)
     near = tile_columns[0] < columns
     if dresidual is None:
-        near = _near(tile_columns[2], PLACES)
+        near = near_present(tile_columns[2], PLACES)
     k1 = None
     k2 = None
     if sum_dy is not None:
@@ -558,10 +419,10 @@ def _gradient_kernel(
     for start in range(begin, tl.minimum(begin + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
-        _gradient_tile(dy, x, mask, dx, dresidual, row, limit, near, tile_columns, parameters, k1, k2, PLACES, RELU)
+        gradient_tile(dy, x, mask, dx, dresidual, row, limit, near, tile_columns, parameters, k1, k2, PLACES, RELU)
     if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
-        _gradient_tile(dy, x, mask, dx, dresidual, row, rest, near, tile_columns, parameters, k1, k2, PLACES, RELU)
+        gradient_tile(dy, x, mask, dx, dresidual, row, rest, near, tile_columns, parameters, k1, k2, PLACES, RELU)
 
 
 # -- native ------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops import batch_norm_cooperative as cooperative
 from prunetrain_kernels.ops.batch_norm_tiles import (
     apply_tile,
     columns_of,
@@ -69,6 +70,7 @@ from prunetrain_kernels.ops.channel_statistics import (
     FOLD_CHANNELS,
     FOLD_SLOTS,
     IN_ORDER,
+    NOT_RUNNING,
     TILE,
     TILE_ROWS,
     Placement,
@@ -788,13 +790,34 @@ def _composed_update_running(
 # -- the whole, with its derivative ------------------------------------------------------------------------------------
 
 
+def _forward_in_one(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, placement: Placement, *,
+    eps: float, relu: bool, record: bool, running: Running,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+    """y, mean, var, mask by one cooperative launch, or None where that is not possible."""
+    if not use_kernels(x) or not cooperative.may_serve(x):
+        return None
+    x, residual = _one_layout(x, residual)
+    y, mask = _apply_outputs(x, residual, placement.inverse, mask=relu and record)
+    m = matrix_of(y)
+    plan = cooperative.plan_for(x, m, backward=False)
+    if plan is None:
+        return None
+    mean, var = cooperative.forward(
+        x, m, plan, weight=weight, bias=bias, eps=eps, residual=residual, placement=placement, running=running,
+        y=y, mask=mask, relu=relu,
+    )  # fmt: skip
+    return y, mean, var, mask
+
+
 def _forward(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, record: bool, of_batch: bool = False,  # noqa: FBT001, FBT002
-    padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
+    padded: bool = False, first: int = -1, running: Running = NOT_RUNNING,  # noqa: FBT001, FBT002
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """y, mean, var, mask. With `mean` and `var` given those are used, and the ones returned are None: but if they are
-    `of_batch`, x's own, one per channel of x, and others are needed, of a padded x, those."""
+    `of_batch`, x's own, one per channel of x, and others are needed, of a padded x, those. What is measured here is
+    added to what is `running`, which may be something where kernels serve x only."""
     placement = Placement(inverse, first, padded)
     measure = mean is None or var is None
     returned: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -805,8 +828,14 @@ def _forward(
         norm = _Norm(mean, var, weight, bias, eps)
         y, mask = _native_forward(x, norm, residual, measure=measure, relu=relu, record=record)
         return y, *returned, mask
+    if measure:
+        whole = _forward_in_one(
+            x, weight, bias, residual, placement, eps=eps, relu=relu, record=record, running=running
+        )  # fmt: skip
+        if whole is not None:
+            return whole
     if mean is None or var is None:
-        mean, var = returned = measure_statistics(x, placement)
+        mean, var = returned = measure_statistics(x, placement, running)
     elif of_batch and padded and inverse is not None:
         mean, var = returned = place_statistics(mean, var, placement)
     y, mask = _apply(x, _Norm(mean, var, weight, bias, eps), residual, placement, relu=relu, record=record)
@@ -868,6 +897,14 @@ def _gradients(
         if residual_gradient:
             dresidual = _stored_as(g.clone() if g is dy else g, dy)
         return dx, dresidual, sum_dy, sum_dy_xhat
+    plan = cooperative.plan_for(x, matrix_of(dy), backward=True) if through_statistics else None
+    if plan is not None:
+        dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
+        summed = cooperative.backward(
+            dy, x, matrix_of(dy), plan, norm=norm[:4], eps=eps, mask=mask, placement=placement, dx=dx,
+            dresidual=dresidual, relu=relu,
+        )  # fmt: skip
+        return dx, dresidual, *(summed if sums else (None, None))
     summed = _launch_sums(dy, x, norm, mask, placement, relu=relu) if sums or through_statistics else None
     if x_gradient or residual_gradient:
         dx, dresidual = _launch_gradient(
@@ -962,8 +999,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        *tensors, options = inputs  # PyTorch looks at each argument several times
-        y, mean, var, mask = _forward(*tensors, *options)
+        *tensors, options, running = inputs  # PyTorch looks at each argument several times
+        y, mean, var, mask = _forward(*tensors, *options, running)
         if mean is not None and var is not None:
             ctx.mark_non_differentiable(mean, var)
         # with a `setup_context`, PyTorch inspects the signature of `forward` at every call
@@ -972,7 +1009,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, dy), None
+        return *_backward(ctx, dy), None, None
 
 
 def _check(
@@ -1130,9 +1167,9 @@ def batch_norm_act_by_maps(
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
     options = (placement.inverse, eps, relu, record, training, padded, placement.first)
 
-    def act(mean: Tensor | None, var: Tensor | None) -> Any:
+    def act(mean: Tensor | None, var: Tensor | None, running: Running = NOT_RUNNING) -> Any:
         tensors = (x, mean, var, weight, bias, residual)
-        return _Eager.apply(*tensors, options) if eager else _batch_norm_act(*tensors, *options)
+        return _Eager.apply(*tensors, options, running) if eager else _batch_norm_act(*tensors, *options)
 
     if not training:
         return act(running_mean, running_var)[0]
@@ -1141,10 +1178,8 @@ def batch_norm_act_by_maps(
     if statistics is not None:
         mean, var = statistics
     running = Running(running_mean, running_var, count / max(count - 1, 1), momentum)
-    updated = eager and mean is None and not padded and _fold_updates(x, running)
-    if updated:
-        mean, var = measure_statistics(x, placement, running)
-    y, new_mean, new_var, *_ = act(mean, var)
+    updated = eager and mean is None and _fold_updates(x, running)
+    y, new_mean, new_var, *_ = act(mean, var, running if updated else NOT_RUNNING)
     if running_mean is not None and running_var is not None:
         if not updated:
             returned = _returns_statistics(mean, of_batch=True, padded=padded)

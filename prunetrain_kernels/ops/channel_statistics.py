@@ -170,7 +170,7 @@ def place_in_x(channel, inverse, channels, first, PLACES: tl.constexpr):
 
 
 @triton.jit
-def _merged(n, mean, m2, first, AXIS: tl.constexpr):
+def merged(n, mean, m2, first, AXIS: tl.constexpr):
     """Chan's formula for many parts at once, along an axis; `first` marks a part that is never empty."""
     total = tl.sum(n, AXIS)
     reference = tl.sum(tl.where(first, mean, 0), AXIS)
@@ -203,7 +203,7 @@ def _statistics_kernel(
         mean += delta * (1 / count)
         m2 += delta * (value - mean)
     n = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC) + ((stop - begin - lane + TILE_ROWS - 1) // TILE_ROWS).to(ACC)
-    n, mean, m2 = _merged(n, mean, m2, lane == 0, 0)
+    n, mean, m2 = merged(n, mean, m2, lane == 0, 0)
     if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
         value = tl.load(x + (full_rows.to(tl.int64) * columns + col), mask=col < rest, other=0).to(ACC)
         delta = tl.where(col < rest, value - mean, 0)
@@ -225,7 +225,7 @@ def slots_of(start, channel, slots, columns, inner, channels, group, FOLD_SLOTS:
 
 
 @triton.jit
-def _update_running(running, channel, new, momentum, here, ACC: tl.constexpr):
+def move_running(running, channel, new, momentum, here, ACC: tl.constexpr):
     """running = (1 - momentum) running + momentum new, of some channels."""
     value = momentum * new + (1 - momentum) * tl.load(running + channel, mask=here, other=0).to(ACC)
     tl.store(running + channel, value.to(running.dtype.element_ty), mask=here)
@@ -251,13 +251,13 @@ def _fold_statistics_kernel(
         mean += delta * share
         m2 += tl.load(m2s + at, mask=here, other=0) + delta * delta * n * share
         n += more
-    total, mean, m2 = _merged(n, mean, m2, tl.arange(0, FOLD_SLOTS)[None, :] == 0, 1)
+    total, mean, m2 = merged(n, mean, m2, tl.arange(0, FOLD_SLOTS)[None, :] == 0, 1)
     var = m2 / tl.maximum(total, 1)
     tl.store(mean_out + out, mean, mask=out < space)
     tl.store(var_out + out, var, mask=out < space)
     if running_mean is not None:
-        _update_running(running_mean, out, mean, momentum, out < space, ACC)
-        _update_running(running_var, out, var * unbiased, momentum, out < space, ACC)
+        move_running(running_mean, out, mean, momentum, out < space, ACC)
+        move_running(running_var, out, var * unbiased, momentum, out < space, ACC)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -278,8 +278,8 @@ def _update_running_kernel(
     here = channel < channels
     m = tl.load(mean + channel, mask=here, other=0).to(ACC)
     v = tl.load(var + channel, mask=here, other=0).to(ACC)
-    _update_running(running_mean, channel, m, momentum, here, ACC)
-    _update_running(running_var, channel, v * unbiased, momentum, here, ACC)
+    move_running(running_mean, channel, m, momentum, here, ACC)
+    move_running(running_var, channel, v * unbiased, momentum, here, ACC)
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------------

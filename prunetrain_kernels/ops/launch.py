@@ -77,6 +77,29 @@ def use_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype in KERNEL_DTYPES and backend() != "reference"
 
 
+def programs_wait() -> bool:
+    """Whether programs of one launch run at the same time, so that they may wait for each other."""
+    return not INTERPRET
+
+
+# Where kernels are only compiled, or interpreted: those of a V100, an A100, an H100 or H200, by architecture.
+_MULTIPROCESSORS = {70: 80, 80: 108, 90: 132}
+
+
+@cache
+def _multiprocessors_of(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Multiprocessors of the GPU that a tensor lies on; where there is none, of the one that is compiled for."""
+    if tensor.is_cuda:
+        return _multiprocessors_of(tensor.get_device())
+    if _compiled is None:
+        return _MULTIPROCESSORS[90]
+    return _MULTIPROCESSORS.get(triton.runtime.driver.active.get_current_target().arch, _MULTIPROCESSORS[90])
+
+
 def is_eager(tensor: Tensor) -> bool:
     """Whether this is a plain call on a real tensor that nothing traces, transforms or records.
 

@@ -1195,7 +1195,7 @@ def _fold_updates(x: Tensor, running: Running) -> bool:
     """Whether the launch that folds x's statistics may add them to the running ones as well."""
     if running.mean is None or running.var is None or not use_kernels(x):
         return False
-    return running.mean.is_contiguous() and running.var.is_contiguous() and (x.is_contiguous() or is_channels_last(x))
+    return running.mean.is_contiguous() and running.var.is_contiguous()
 
 
 def _values_per_channel(

@@ -68,7 +68,8 @@ from prunetrain_kernels.ops.layout import Matrix
 
 ENABLED = True  # tests set it
 
-_SIZES = (4096, 8192, 16384)  # elements of a tile: 32 a thread of 4, 8 or 16 warps
+SIZES = (4096, 8192, 16384)  # elements of a tile, of 4, 8 or 16 warps; tests set smaller ones
+_A_WARP = 1024  # elements of a warp: 32 a thread
 _WIDEST_TILE = 128
 _PARTS = 256  # slots of one channel, at most: more are folded sooner by launches of their own
 
@@ -118,12 +119,12 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan(m: Matrix, programs: int, largest: int = _SIZES[-1]) -> Plan | None:
-    """The plan that takes least time on a GPU of so many multiprocessors, of tiles of `largest` elements or less; None
-    if the activation is too large for it, or its elements or those of a plane make no vectors of 8."""
+def plan(m: Matrix, programs: int, sizes: tuple[int, ...] = SIZES) -> Plan | None:
+    """The plan that takes least time on a GPU of so many multiprocessors, with tiles of one of these sizes; None if the
+    activation is too large for it, or its elements or those of a plane make no vectors of 8."""
     if m.numel % 8 or (m.inner > 1 and m.inner % 8):
         return None
-    plans = [_plan_of(m, size) for size in _SIZES if size <= largest]
+    plans = [_plan_of(m, size) for size in sizes]
     fitting = [p for p in plans if p.programs <= programs and p.parts <= _PARTS]
     return min(fitting, key=lambda p: p.cycles) if fitting else None
 
@@ -145,7 +146,7 @@ def _plan_of(m: Matrix, size: int) -> Plan:
 
 def may_serve(x: Tensor) -> bool:
     """Whether a plan is worth a look, of a tensor that kernels serve."""
-    return ENABLED and 0 < x.numel() <= _SIZES[-1] * multiprocessors(x)
+    return ENABLED and 0 < x.numel() <= SIZES[-1] * multiprocessors(x)
 
 
 def plan_for(x: Tensor, m: Matrix, *, backward: bool) -> Plan | None:
@@ -153,7 +154,7 @@ def plan_for(x: Tensor, m: Matrix, *, backward: bool) -> Plan | None:
     if not may_serve(x):
         return None
     # of fp32 tensors two tiles of the largest size, x and dy, do not fit in the registers
-    return plan(m, multiprocessors(x), _SIZES[1] if backward and x.dtype.itemsize > 2 else _SIZES[-1])
+    return plan(m, multiprocessors(x), SIZES[:2] if backward and x.dtype.itemsize > 2 else SIZES)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -398,8 +399,8 @@ def _launch(
     counts = (of.full_rows, of.rest8, of.columns8, m.inner, m.channels, of.group_bits, x.shape[1], placement.first)
     constants = {
         "RELU": relu, "PLACES": placement.kind(m, x.shape[1]), "PADDED": placement.padded, "PLANES": of.across > 0,
-        "ACC": accumulator(x.dtype), "ROWS": of.rows, "COLUMNS": of.columns, "FOLD": min(of.rows // 2, 128),
-        "num_warps": of.rows * of.columns // 1024,
+        "ACC": accumulator(x.dtype), "ROWS": of.rows, "COLUMNS": of.columns, "FOLD": max(min(of.rows // 2, 128), 1),
+        "num_warps": max(of.rows * of.columns // _A_WARP, 1),
     }  # fmt: skip
     together = programs_wait()
     for phase in ("all",) if together else ("statistics", "apply"):

@@ -28,7 +28,8 @@ from prunetrain_kernels.ops.batch_norm_act import (
 )
 from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps, channel_scatter
 
-paths = pytest.mark.parametrize("path", [pytest.param("kernels", marks=pytest.mark.t0), "reference"])
+by_kernels = [pytest.param(name, marks=pytest.mark.t0) for name in ("kernels", "cooperative")]
+paths = pytest.mark.parametrize("path", [*by_kernels, "reference"])
 module = sys.modules["prunetrain_kernels.ops.batch_norm_act"]  # the package's attribute of that name is the function
 EPS, MOMENTUM = 1e-5, 0.3
 LEAVES = ("x", "weight", "bias", "residual")

@@ -67,8 +67,6 @@ from prunetrain_kernels.ops.batch_norm_tiles import (
 from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps, by_map
 from prunetrain_kernels.ops.channel_statistics import (
     COUNTS,
-    FOLD_CHANNELS,
-    FOLD_SLOTS,
     IN_ORDER,
     NOT_RUNNING,
     TILE,
@@ -79,14 +77,16 @@ from prunetrain_kernels.ops.channel_statistics import (
     batch_norm_statistics,
     batch_norm_update_running_,
     channel_pair,
+    first_slots,
     fold,
     geometry,
     measure_statistics,
     merge_statistics,
+    next_slots,
     place_in_x,
+    place_of_slots,
     place_statistics,
     reduction,
-    slots_of,
     storage_neighbours,
     tiles_across,
     update_running_,
@@ -109,8 +109,6 @@ from prunetrain_kernels.ops.layout import Matrix, dense, is_channels_last, matri
 from prunetrain_kernels.ops.native import DTYPE, ops, use_native
 
 __all__ = [  # what other files import from here; some of it lives in `channel_statistics`
-    "FOLD_CHANNELS",
-    "FOLD_SLOTS",
     "TILE_ROWS",
     "batch_norm_act",
     "batch_norm_act_by_maps",
@@ -382,10 +380,13 @@ def _fold_sums_kernel(
     channel = out[:, None]
     total = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     total_xhat = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
-    for start in range(0, slots, FOLD_SLOTS):
-        _, _, at, here = slots_of(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
+    chunks = slots // (group * inner)
+    each, step = first_slots(slots, inner, group, FOLD_SLOTS)
+    for _ in range(0, slots, FOLD_SLOTS):
+        _, at, here = place_of_slots(each, channel, chunks, columns8 * 8, inner, channels)
         total += tl.load(sums + at, mask=here, other=0)
         total_xhat += tl.load(sums_xhat + at, mask=here, other=0)
+        each = next_slots(each, step, inner, group)
     place = place_in_x(out, inverse, channels, first, PLACES)
     present = (out < channels) & (place >= 0)
     if PLACES != "all":
@@ -580,7 +581,7 @@ def _launch_sums(
         PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
     )  # fmt: skip
     of_results = IN_ORDER if placement.padded else placement
-    fold(_fold_sums_kernel, m.channels, slots, of_results, *results, *counts, count // m.channels)
+    fold(_fold_sums_kernel, m.channels, slots, of_results, count // m.channels, *results, *counts)
     return results
 
 

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from prunetrain_kernels.ops.batch_norm_tiles import (
+    load_residual,
     load_x,
     near_present,
     parameters_of,
@@ -51,7 +52,6 @@ from prunetrain_kernels.ops.channel_statistics import (
     Placement,
     Running,
     channel_pair,
-    merged,
     move_running,
 )
 from prunetrain_kernels.ops.grid_barrier import counter_of, grid_barrier
@@ -167,10 +167,11 @@ COUNTS += ["chunks", "slot_count"]
 @triton.jit
 def _tile_of(
     full_rows, rest8, columns8, inner, channels, group_bits, live, first, tiles, across, inverse,
-    PLACES: tl.constexpr, PADDED: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PLACES: tl.constexpr, PADDED: tl.constexpr, PLANES: tl.constexpr, GROUPED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A program's tile: rows, and how many columns of each there are; its columns, as `placed_columns` has them, and of
-    which channel of y each is; the tile's number, and its chunk's."""
+    """A program's tile: rows, and how many columns of each there are; its columns, as `placed_columns` has them, and
+    the slot of each one's channel; the tile's number, and its chunk's."""
     tile = tl.program_id(0) % tiles
     chunk = tl.program_id(0) // tiles
     columns = columns8 * 8
@@ -182,14 +183,20 @@ def _tile_of(
         stop = (tile // across + 1) * inner
     col = begin + tl.arange(0, COLUMNS)
     byte = begin // 8 + tl.arange(0, COLUMNS // 8)
+    of_channel = col
+    if PLANES:
+        of_channel = tile // across + tl.zeros_like(col)
+    elif GROUPED:
+        of_channel = col % channels
     tile_columns, channel, known = placed_columns(
-        col, byte, col < stop, columns, inner, channels, 1 << group_bits, live, first, inverse, PLACES, PADDED
-    )
+        col, byte, of_channel, col < stop, columns, inner, channels, 1 << group_bits, live, first, inverse,
+        PLACES, PADDED,
+    )  # fmt: skip
     row = chunk * ROWS + tl.arange(0, ROWS)[:, None]
     limit = tl.where(row < full_rows, stop, 0)
-    if not PLANES:
+    if GROUPED:  # otherwise no row is cut short
         limit = tl.where(row == full_rows, rest8 * 8, limit)
-    return row, limit, tile_columns, channel, known, (col // inner) % channels, tile, chunk
+    return row, limit, tile_columns, channel, known, of_channel, tile, chunk
 
 
 @triton.jit
@@ -211,60 +218,74 @@ def _slots_of_planes(slots, tile, across, chunks, full_rows, inner, ROWS: tl.con
 
 @triton.jit
 def _folded_statistics(
-    slots, slot_count, of_channel, tile, full_rows, rest8, inner, channels, group_bits, across, chunks,
-    ACC: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
+    slots, slot_count, of_channel, tile, full_rows, rest8, columns8, inner, channels, group_bits, across, chunks, count,
+    ACC: tl.constexpr, PLANES: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance of each column's channel, by Chan's formula in fixed order."""
-    n = tl.full((COLUMNS,), 0, ACC)
-    mean = tl.full((COLUMNS,), 0, ACC)
-    m2 = tl.full((COLUMNS,), 0, ACC)
+    """Mean and biased variance of each column's channel, of `count` values: with d = mean of a slot - the first one's,
+
+        mean = mean of the first + sum n d / count          M2 = sum (M2 of a slot + n d^2) - (sum n d)^2 / count
+
+    in fixed order: Chan's formula, with one reference for all. The difference loses few digits, however far the first
+    slot is from the others: its own part of M2 is at least one in as many as there are slots."""
     if PLANES:
-        here, at, count = _slots_of_planes(slots, tile, across, chunks, full_rows, inner, ROWS, COLUMNS)
-        means = tl.load(at, mask=here, other=0, cache_modifier=".cg")
-        m2s = tl.load(at + slot_count, mask=here, other=0, cache_modifier=".cg")
-        total, merged_mean, merged_m2 = merged(count.to(ACC), means, m2s, tl.arange(0, 256) == 0, 0)
-        n += total
-        mean += merged_mean
-        m2 += merged_m2
+        here, at, n = _slots_of_planes(slots, tile, across, chunks, full_rows, inner, ROWS, COLUMNS)
+        reference = tl.load(slots + tile // across * (across * chunks), cache_modifier=".cg")
+        d = tl.load(at, mask=here, other=0, cache_modifier=".cg") - reference
+        nd = n.to(ACC) * d
+        sums = tl.full((COLUMNS,), 0, ACC) + tl.sum(nd, 0)
+        squares = tl.sum(tl.load(at + slot_count, mask=here, other=0, cache_modifier=".cg") + nd * d, 0)
     else:
         parts = chunks << group_bits
+        period = channels if GROUPED else columns8 * 8  # the same; the latter tells of vectors
+        first = slots + of_channel
+        reference = tl.load(first, cache_modifier=".cg")
+        sum_nd = tl.full((FOLD, COLUMNS), 0, ACC)
+        sum_m2 = tl.full((FOLD, COLUMNS), 0, ACC)
         for start in range(0, parts, FOLD):
             part = start + tl.arange(0, FOLD)[:, None]
             here = part < parts
-            col = (part & ((1 << group_bits) - 1)) * channels + of_channel
-            count = tl.where(here, _rows_in(part >> group_bits, col, full_rows, rest8, ROWS), 0).to(ACC)
-            at = slots + (part * channels + of_channel)
-            means = tl.load(at, mask=here, other=0, cache_modifier=".cg")
-            m2s = tl.load(at + slot_count, mask=here, other=0, cache_modifier=".cg")
-            more, means, m2s = merged(count, means, m2s, tl.arange(0, FOLD)[:, None] == 0, 0)
-            share = more / tl.maximum(n + more, 1)
-            delta = means - mean
-            mean += delta * share
-            m2 += m2s + delta * delta * n * share
-            n += more
-    return mean, m2 / tl.maximum(n, 1)
+            if GROUPED:
+                col = (part & ((1 << group_bits) - 1)) * channels + of_channel
+                n = _rows_in(part >> group_bits, col, full_rows, rest8, ROWS)
+            else:
+                n = tl.minimum(tl.maximum(full_rows - part * ROWS, 0), ROWS)
+            n = tl.where(here, n, 0).to(ACC)
+            at = first + part * period
+            d = tl.load(at, mask=here, other=0, cache_modifier=".cg") - reference
+            nd = n * d
+            sum_nd += nd
+            sum_m2 += tl.load(at + slot_count, mask=here, other=0, cache_modifier=".cg") + nd * d
+        sums = tl.sum(sum_nd, 0)
+        squares = tl.sum(sum_m2, 0)
+    shift = sums / count
+    return reference + shift, tl.maximum(squares - sums * shift, 0) / count
 
 
 @triton.jit
 def _folded_sums(
-    slots, slot_count, of_channel, tile, full_rows, inner, channels, group_bits, across, chunks,
-    ACC: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
+    slots, slot_count, of_channel, tile, full_rows, columns8, inner, channels, group_bits, across, chunks,
+    ACC: tl.constexpr, PLANES: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     """Both sums of each column's channel, added in fixed order."""
-    total = tl.full((COLUMNS,), 0, ACC)
-    total_x = tl.full((COLUMNS,), 0, ACC)
     if PLANES:
         here, at, _ = _slots_of_planes(slots, tile, across, chunks, full_rows, inner, ROWS, COLUMNS)
-        total += tl.sum(tl.load(at, mask=here, other=0, cache_modifier=".cg"), 0)
-        total_x += tl.sum(tl.load(at + slot_count, mask=here, other=0, cache_modifier=".cg"), 0)
+        zero = tl.full((COLUMNS,), 0, ACC)
+        total = zero + tl.sum(tl.load(at, mask=here, other=0, cache_modifier=".cg"), 0)
+        total_x = zero + tl.sum(tl.load(at + slot_count, mask=here, other=0, cache_modifier=".cg"), 0)
     else:
         parts = chunks << group_bits
+        period = channels if GROUPED else columns8 * 8
+        first = slots + of_channel
+        sums = tl.full((FOLD, COLUMNS), 0, ACC)
+        sums_x = tl.full((FOLD, COLUMNS), 0, ACC)
         for start in range(0, parts, FOLD):
             part = start + tl.arange(0, FOLD)[:, None]
-            here = part < parts
-            at = slots + (part * channels + of_channel)
-            total += tl.sum(tl.load(at, mask=here, other=0, cache_modifier=".cg"), 0)
-            total_x += tl.sum(tl.load(at + slot_count, mask=here, other=0, cache_modifier=".cg"), 0)
+            sums += tl.load(first + part * period, mask=part < parts, other=0, cache_modifier=".cg")
+            sums_x += tl.load(first + part * period + slot_count, mask=part < parts, other=0, cache_modifier=".cg")
+        total = tl.sum(sums, 0)
+        total_x = tl.sum(sums_x, 0)
     return total, total_x
 
 
@@ -290,44 +311,62 @@ def _writes(tile, chunk, across, col, channels, known, PLANES: tl.constexpr, COL
     return known & first & (chunk == 0)
 
 
+@triton.jit
+def _affine(weight, bias, channel, known, ACC: tl.constexpr, COLUMNS: tl.constexpr):
+    """Weight and bias of each column; 1 and 0 where there are none."""
+    scale = tl.full((COLUMNS,), 1, ACC)
+    shift = tl.full((COLUMNS,), 0, ACC)
+    if weight is not None:
+        scale = tl.load(weight + channel, mask=known, other=0).to(ACC)
+    if bias is not None:
+        shift = tl.load(bias + channel, mask=known, other=0).to(ACC)
+    return scale, shift
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     x, weight, bias, residual, inverse, y, mask, mean_out, var_out, running_mean, running_var, slots, counter,
-    unbiased, momentum, eps,
+    unbiased, momentum, eps, count,
     full_rows, rest8, columns8, inner, channels, group_bits, live, first, tiles, across, chunks, slot_count,
-    RELU: tl.constexpr, PLACES: tl.constexpr, PADDED: tl.constexpr, PLANES: tl.constexpr, PHASE: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
+    RELU: tl.constexpr, PLACES: tl.constexpr, PADDED: tl.constexpr, PLANES: tl.constexpr, GROUPED: tl.constexpr,
+    PHASE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     row, limit, tile_columns, channel, known, of_channel, tile, chunk = _tile_of(
         full_rows, rest8, columns8, inner, channels, group_bits, live, first, tiles, across, inverse,
-        PLACES, PADDED, PLANES, ROWS, COLUMNS,
+        PLACES, PADDED, PLANES, GROUPED, ROWS, COLUMNS,
     )  # fmt: skip
     col, _, present, columns, x_columns, x_col = tile_columns
+    row = row.to(tl.int64)
     wanted = (col < limit) & present
-    value = load_x(x, row.to(tl.int64) * x_columns + x_col, wanted, PLACES)
+    value = load_x(x, row * x_columns + x_col, wanted, PLACES)
     if PHASE != "apply":
         rows = _rows_in(chunk, col, full_rows, rest8, ROWS)
+        n = tl.where(present, rows, 0).to(ACC)
         at = (chunk * ROWS).to(tl.int64) * x_columns + x_col
         reference = tl.load(x + at, mask=present & (rows > 0), other=0).to(ACC)
-        n = tl.where(present, rows, 0).to(ACC)
         if PLANES:
             n = tl.sum(n, 0)
             reference = tl.sum(tl.where(tl.arange(0, COLUMNS) == 0, reference, 0), 0)
-        total = tl.sum(tl.where(wanted, value.to(ACC) - reference, 0), 0)
+        # factors of 1 and 0, of rows where a row has all columns or none, cost less than a choice for each element
+        counts = wanted.to(ACC) if GROUPED else (row < full_rows).to(ACC)
+        total = tl.sum((value.to(ACC) - reference) * counts, 0)
         if PLANES:
-            total = tl.sum(total, 0)
+            total = tl.sum(tl.where(present, total, 0), 0)
         mean = reference + total / tl.maximum(n, 1)
-        delta = tl.where(wanted, value.to(ACC) - mean, 0)
+        delta = (value.to(ACC) - mean) * counts
         m2 = tl.sum(delta * delta, 0)
         if PLANES:
-            m2 = tl.sum(m2, 0)
+            m2 = tl.sum(tl.where(present, m2, 0), 0)
         _store_slots(slots, slot_count, mean, m2, tile, chunk, col, columns, across, chunks, PLANES)
+    # all that is not in slots is on its way while programs wait
+    addend = load_residual(residual, row, limit, tile_columns)
+    scale, shift = _affine(weight, bias, channel, known, ACC, COLUMNS)
     if PHASE == "all":
         grid_barrier(counter)
     if PHASE != "statistics":
         mean, var = _folded_statistics(
-            slots, slot_count, of_channel, tile, full_rows, rest8, inner, channels, group_bits, across, chunks,
-            ACC, PLANES, ROWS, COLUMNS, FOLD,
+            slots, slot_count, of_channel, tile, full_rows, rest8, columns8, inner, channels, group_bits, across,
+            chunks, count, ACC, PLANES, GROUPED, ROWS, COLUMNS, FOLD,
         )  # fmt: skip
         mine = _writes(tile, chunk, across, col, channels, known, PLANES, COLUMNS)
         tl.store(mean_out + channel, mean, mask=mine)
@@ -335,13 +374,8 @@ def _forward_kernel(
         if running_mean is not None:
             move_running(running_mean, channel, mean, momentum, mine, ACC)
             move_running(running_var, channel, var * unbiased, momentum, mine, ACC)
-        scale = 1 / tl.sqrt(var + eps)
-        shift = mean * 0
-        if weight is not None:
-            scale *= tl.load(weight + channel, mask=known, other=0).to(ACC)
-        if bias is not None:
-            shift = tl.load(bias + channel, mask=known, other=0).to(ACC)
-        write_y(value, residual, y, mask, row, limit, tile_columns, (mean, scale, shift), RELU)
+        scale /= tl.sqrt(var + eps)
+        write_y(value, addend, y, mask, row, limit, tile_columns, (mean, scale, shift), RELU)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -349,12 +383,12 @@ def _backward_kernel(
     dy, x, mean, var, weight, bias, mask, inverse, sum_out, sum_xhat_out, dx, dresidual, slots, counter,
     eps, count,
     full_rows, rest8, columns8, inner, channels, group_bits, live, first, tiles, across, chunks, slot_count,
-    RELU: tl.constexpr, PLACES: tl.constexpr, PADDED: tl.constexpr, PLANES: tl.constexpr, PHASE: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
+    RELU: tl.constexpr, PLACES: tl.constexpr, PADDED: tl.constexpr, PLANES: tl.constexpr, GROUPED: tl.constexpr,
+    PHASE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     row, limit, tile_columns, channel, known, of_channel, tile, chunk = _tile_of(
         full_rows, rest8, columns8, inner, channels, group_bits, live, first, tiles, across, inverse,
-        PLACES, PADDED, PLANES, ROWS, COLUMNS,
+        PLACES, PADDED, PLANES, GROUPED, ROWS, COLUMNS,
     )  # fmt: skip
     col, _, present, columns, _, _ = tile_columns
     parameters, rstd = parameters_of(mean, var, weight, bias, channel, known, eps, ACC)
@@ -375,8 +409,8 @@ def _backward_kernel(
         grid_barrier(counter)
     if PHASE != "statistics":
         total, total_x = _folded_sums(
-            slots, slot_count, of_channel, tile, full_rows, inner, channels, group_bits, across, chunks,
-            ACC, PLANES, ROWS, COLUMNS, FOLD,
+            slots, slot_count, of_channel, tile, full_rows, columns8, inner, channels, group_bits, across, chunks,
+            ACC, PLANES, GROUPED, ROWS, COLUMNS, FOLD,
         )  # fmt: skip
         total_x *= rstd
         mine = _writes(tile, chunk, across, col, channels, known, PLANES, COLUMNS)
@@ -399,6 +433,7 @@ def _launch(
     counts = (of.full_rows, of.rest8, of.columns8, m.inner, m.channels, of.group_bits, x.shape[1], placement.first)
     constants = {
         "RELU": relu, "PLACES": placement.kind(m, x.shape[1]), "PADDED": placement.padded, "PLANES": of.across > 0,
+        "GROUPED": of.group_bits > 0,
         "ACC": accumulator(x.dtype), "ROWS": of.rows, "COLUMNS": of.columns, "FOLD": max(min(of.rows // 2, 128), 1),
         "num_warps": max(of.rows * of.columns // _A_WARP, 1),
     }  # fmt: skip
@@ -429,7 +464,7 @@ def forward(
     _launch(
         _forward_kernel, x, m, of, placement, relu=relu,
         tensors=(x, weight, bias, residual, placement.map, y, mask, mean, var, running.mean, running.var),
-        numbers=(running.unbiased, running.momentum, eps),
+        numbers=(running.unbiased, running.momentum, eps, float(x.numel() // x.shape[1])),
     )  # fmt: skip
     return mean, var
 

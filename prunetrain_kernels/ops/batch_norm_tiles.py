@@ -16,12 +16,11 @@ from prunetrain_kernels.ops.launch import tl, triton
 
 @triton.jit
 def placed_columns(
-    col, byte, known, columns, inner, channels, group, live, first, inverse,
+    col, byte, channel, known, columns, inner, channels, group, live, first, inverse,
     PLACES: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """tile_columns of columns of y, if they are `known` to exist; each one's channel of parameters, and whether there
-    is one."""
-    channel = (col // inner) % channels
+    """tile_columns of columns of y, which have these channels of y if they are `known` to exist; each one's channel of
+    parameters, and whether there is one."""
     present = known
     x_columns = columns
     x_col = col
@@ -60,7 +59,8 @@ def columns_of(
     col = tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     byte = tile * (TILE_COLUMNS // 8) + tl.arange(0, TILE_COLUMNS // 8)
     return placed_columns(
-        col, byte, col < columns, columns, inner, channels, group, live, first, inverse, PLACES, PADDED
+        col, byte, (col // inner) % channels, col < columns, columns, inner, channels, group, live, first, inverse,
+        PLACES, PADDED,
     )  # fmt: skip
 
 
@@ -110,20 +110,29 @@ def parameters_of(mean, var, weight, bias, channel, known, eps, ACC: tl.constexp
 
 
 @triton.jit
-def write_y(value, residual, y, mask, row, limit, tile_columns, parameters, RELU: tl.constexpr):
-    """`apply_tile` of a tile of x that is loaded."""
+def load_residual(residual, row, limit, tile_columns):
+    """A tile of the residual, None where there is none."""
+    col, _, _, columns, _, _ = tile_columns
+    addend = None
+    if residual is not None:
+        addend = tl.load(residual + (row * columns + col), mask=col < limit, other=0)
+    return addend
+
+
+@triton.jit
+def write_y(value, addend, y, mask, row, limit, tile_columns, parameters, RELU: tl.constexpr):
+    """`apply_tile` of tiles of x and the residual that are loaded."""
     col, byte, _, columns, _, _ = tile_columns
     m, scale, shift = parameters
     row = row.to(tl.int64)
     at = row * columns + col
     valid = col < limit
     value = tl.fma(value.to(m.dtype) - m, scale, shift)
-    if residual is not None:
-        value += tl.load(residual + at, mask=valid, other=0).to(m.dtype)
+    if addend is not None:
+        value += addend.to(m.dtype)
     if mask is not None:
-        keep = tl.where(value <= 0, 0, 1).to(tl.int32)  # a NaN goes through, as in torch.relu
-        bits = tl.reshape(keep, (row.shape[0], byte.shape[0], 8)) << tl.arange(0, 8)[None, None, :]
-        packed = tl.sum(bits, 2).to(tl.uint8)
+        stopped = tl.reshape(value <= 0, (row.shape[0], byte.shape[0], 8))  # a NaN goes through, as in torch.relu
+        packed = tl.sum(tl.where(stopped, 0, 1 << tl.arange(0, 8)[None, None, :]), 2).to(tl.uint8)
         tl.store(mask + (row * (columns // 8) + byte), packed, mask=byte * 8 < limit)
     if RELU:
         value = tl.where(value <= 0, 0, value)
@@ -136,9 +145,10 @@ def apply_tile(
 ):  # fmt: skip
     """y and its mask of one tile, of which each row has `limit` columns."""
     col, _, present, _, x_columns, x_col = tile_columns
-    wanted = (col < limit) & present
-    value = load_x(x, row.to(tl.int64) * x_columns + x_col, wanted, PLACES)
-    write_y(value, residual, y, mask, row, limit, tile_columns, parameters, RELU)
+    row = row.to(tl.int64)
+    value = load_x(x, row * x_columns + x_col, (col < limit) & present, PLACES)
+    addend = load_residual(residual, row, limit, tile_columns)
+    write_y(value, addend, y, mask, row, limit, tile_columns, parameters, RELU)
 
 
 @triton.jit
@@ -154,7 +164,7 @@ def through_act(
         centred = load_x(x, row * x_columns + x_col, wanted & present, PLACES).to(m.dtype) - m
     if mask is not None:
         packed = tl.load(mask + (row * (columns // 8) + byte), mask=byte * 8 < limit, other=0).to(tl.int32)
-        bits = (tl.expand_dims(packed, 2) >> tl.arange(0, 8)[None, None, :]) & 1
+        bits = tl.expand_dims(packed, 2) & (1 << tl.arange(0, 8)[None, None, :])
         g = tl.where(tl.reshape(bits, g.shape) == 0, 0, g)
     elif RELU:
         g = tl.where(tl.fma(centred, scale, shift) <= 0, 0, g)

@@ -6,8 +6,8 @@ There the run fails if its tests passed without a kernel having been launched on
 
 In a module that says `T0_BACKENDS = (...)` each T0 test runs once for each: "kernels" (the interpreter), "cooperative"
 (likewise, with one launch in place of three where an operator has such a kernel), "native" (csrc/cpu) and "reference"
-(plain PyTorch); but one marked `kernels_only`, which runs by "kernels". On a GPU the first two are run. Tests without a tier's mark see operators as
-a user without a GPU does: in the native library if it is built.
+(plain PyTorch); but one marked `kernels_only`, which runs by "kernels". On a GPU the first two are run. Tests without a
+tier's mark see operators as a user without a GPU does: in the native library if it is built.
 
 Tests that `tests/long.txt` names are marked `slow` (tests/times.py), unless the command line asks for single tests.
 """

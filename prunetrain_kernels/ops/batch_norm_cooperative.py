@@ -58,8 +58,8 @@ from prunetrain_kernels.ops.grid_barrier import counter_of, grid_barrier
 from prunetrain_kernels.ops.launch import (
     accumulator,
     accumulator_dtype,
+    gpu_of,
     launch,
-    multiprocessors,
     programs_wait,
     tl,
     triton,
@@ -146,15 +146,16 @@ def _plan_of(m: Matrix, size: int) -> Plan:
 
 def may_serve(x: Tensor) -> bool:
     """Whether a plan is worth a look, of a tensor that kernels serve."""
-    return ENABLED and 0 < x.numel() <= SIZES[-1] * multiprocessors(x)
+    return ENABLED and 0 < x.numel() <= SIZES[-1] * gpu_of(x).multiprocessors
 
 
-def plan_for(x: Tensor, m: Matrix, *, backward: bool) -> Plan | None:
+def plan_for(x: Tensor, m: Matrix) -> Plan | None:
     """The plan for a tensor that kernels serve, of the matrix of y."""
     if not may_serve(x):
         return None
-    # of fp32 tensors two tiles of the largest size, x and dy, do not fit in the registers
-    return plan(m, multiprocessors(x), SIZES[:2] if backward and x.dtype.itemsize > 2 else SIZES)
+    gpu = gpu_of(x)
+    # 16 warps have 128 registers a thread: too few for two tiles of fp32, and for the code of older architectures
+    return plan(m, gpu.multiprocessors, SIZES if x.dtype.itemsize == 2 and gpu.arch >= 90 else SIZES[:2])
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

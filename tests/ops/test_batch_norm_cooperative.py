@@ -28,8 +28,8 @@ BOTH = {"batch_norm_cooperative._forward_kernel", "batch_norm_cooperative._backw
 # -- plan --------------------------------------------------------------------------------------------------------------
 
 # channels, neighbours of one channel, images x pixels
-SHAPES = [(16, 1, 128 * 1024), (32, 1, 128 * 256), (64, 1, 128 * 64), (512, 1, 128 * 16), (37, 1, 4096), (53, 1, 8192),
-          (1, 1, 4096), (3, 1, 8 * 81), (2048, 1, 64), (16, 1024, 128 * 1024), (65, 64, 128 * 64), (8, 1, 40)]  # fmt: skip
+SHAPES = [(16, 1, 128 * 1024), (32, 1, 128 * 256), (64, 1, 128 * 64), (512, 1, 128 * 16), (37, 1, 4096),
+          (53, 1, 8192), (1, 1, 4096), (3, 1, 8 * 81), (2048, 1, 64), (16, 1024, 128 * 1024), (65, 64, 128 * 64), (8, 1, 40)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("channels", "inner", "pixels"), SHAPES)
@@ -80,13 +80,20 @@ def test_the_plan_that_takes_least_time() -> None:
     assert few.cycles == min(each.cycles for each in several)
 
 
-def test_fp32_gradients_take_smaller_tiles() -> None:
-    """x and dy of a tile of 16,384 do not fit in the registers together."""
-    m = matrix(128 * 1024 * 16, 16, 1)
-    x = torch.empty(128, 16, 32, 32)
-    assert cooperative.plan_for(x, m, backward=False) is not None
-    assert cooperative.plan_for(x, m, backward=True) is None
-    assert cooperative.plan_for(x.half(), m, backward=True) is not None
+@pytest.mark.parametrize(
+    ("arch", "dtype", "served"),
+    [(90, torch.float16, True), (90, torch.bfloat16, True), (90, torch.float32, False), (80, torch.float16, False)],
+    ids=str,
+)
+def test_the_largest_tile_is_for_16_bits(
+    arch: int, dtype: torch.dtype, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tile of 16,384 fp32 elements, x and dy do not fit in the registers together."""
+    monkeypatch.setattr(cooperative, "gpu_of", lambda x: launch.Gpu(arch, 132))
+    for channels, of_a_tile in ((16, served), (8, True)):  # of 8 channels, tiles of 8,192 suffice
+        m = matrix(128 * 1024 * channels, channels, 1)
+        x = torch.empty((128, channels, 32, 32), dtype=dtype)
+        assert (cooperative.plan_for(x, m) is not None) == of_a_tile
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

@@ -288,28 +288,27 @@ def _cooperative_cases() -> Iterator[Case]:
     whole = replace(BOTH, no_division=True)
     both = {"_forward_kernel": whole, "_backward_kernel": whole}
     placed = {name: Promise(no_division=True) for name in both}
-    flags: dict[str, dict[str, Any]] = {
-        "": {},
-        " + ReLU": {"relu": True},
-        " + add + ReLU": {"residual": True, "relu": True},
-    }
+    flags: dict[str, dict[str, Any]] = {" + ReLU": {"relu": True}, " + add + ReLU": {"residual": True, "relu": True}}
     shapes: dict[str, dict[str, Any]] = {
         "8 x 64": {"channels": 64}, "64 x 32, 16 x 16": {"channels": 32, "batch": 64, "side": 16},
         "128 x 16, 32 x 32": {"channels": 16, "batch": 128, "side": 32}, "8 x 37": {"channels": 37},
     }  # fmt: skip
-    for dtype in DTYPES:
-        for layout in LAYOUTS:
-            for name, chosen in flags.items():
-                for shape, sizes in shapes.items():
-                    if (layout == "NCHW" and sizes["channels"] != 32) or (dtype.itemsize > 2 and "16, 32" in shape):
-                        continue  # planes of 14 x 14 make no vectors; too large for registers
-                    run = _batch_norm(dtype=dtype, layout=layout, together=True, **chosen, **sizes)
-                    yield Case(f"cooperative BN{name} {_name(dtype)} {layout}, {shape}", dtype, run, both)
-        for place, live in {"map": _apart(32), "run": _run(29, 3), "run of vectors": _run(32, 16)}.items():
-            for padded in (False, True):
-                run = _batch_norm(64, dtype, "NHWC", live=live, padded=padded, residual=True, relu=True, together=True)
-                what = "gated" if padded else "scatter"
-                yield Case(f"cooperative BN + add + ReLU {_name(dtype)}, {what} by {place}", dtype, run, placed)
+    some = [(torch.float16, "NHWC", name, shape) for name in flags for shape in shapes]
+    some += [(torch.float16, "NCHW", " + add + ReLU", "64 x 32, 16 x 16")]
+    some += [(torch.float32, "NHWC", " + add + ReLU", shape) for shape in ("8 x 64", "64 x 32, 16 x 16")]
+    some += [(torch.bfloat16, "NHWC", " + add + ReLU", "128 x 16, 32 x 32")]
+    for dtype, layout, name, shape in some:
+        run = _batch_norm(dtype=dtype, layout=layout, together=True, **flags[name], **shapes[shape])
+        # where the largest tiles are not, the largest of these takes three launches
+        promised = {} if shape.startswith("128") else both
+        yield Case(f"cooperative BN{name} {_name(dtype)} {layout}, {shape}", dtype, run, promised)
+    for place, live in {"map": _apart(32), "run": _run(29, 3), "run of vectors": _run(32, 16)}.items():
+        for padded in (False, True):
+            run = _batch_norm(
+                64, torch.float16, "NHWC", live=live, padded=padded, residual=True, relu=True, together=True, batch=40
+            )  # fmt: skip
+            what = "gated" if padded else "scatter"
+            yield Case(f"cooperative BN + add + ReLU fp16, {what} by {place}", torch.float16, run, placed)
     half = torch.float16
     run = _batch_norm(64, half, "NHWC", relu=True, parameters=None, together=True)
     yield Case("cooperative BN + ReLU fp16, no affine", half, run, both)

@@ -801,7 +801,7 @@ def _forward_in_one(
     x, residual = _one_layout(x, residual)
     y, mask = _apply_outputs(x, residual, placement.inverse, mask=relu and record)
     m = matrix_of(y)
-    plan = cooperative.plan_for(x, m)
+    plan = cooperative.plan_for(x, m, placement)
     if plan is None:
         return None
     mean, var = cooperative.forward(
@@ -898,7 +898,7 @@ def _gradients(
         if residual_gradient:
             dresidual = _stored_as(g.clone() if g is dy else g, dy)
         return dx, dresidual, sum_dy, sum_dy_xhat
-    plan = cooperative.plan_for(x, matrix_of(dy)) if through_statistics else None
+    plan = cooperative.plan_for(x, matrix_of(dy), placement) if through_statistics else None
     if plan is not None:
         dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
         summed = cooperative.backward(

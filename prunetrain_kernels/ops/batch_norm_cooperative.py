@@ -149,13 +149,14 @@ def may_serve(x: Tensor) -> bool:
     return ENABLED and 0 < x.numel() <= SIZES[-1] * gpu_of(x).multiprocessors
 
 
-def plan_for(x: Tensor, m: Matrix) -> Plan | None:
+def plan_for(x: Tensor, m: Matrix, placement: Placement) -> Plan | None:
     """The plan for a tensor that kernels serve, of the matrix of y."""
     if not may_serve(x):
         return None
     gpu = gpu_of(x)
-    # 16 warps have 128 registers a thread: too few for two tiles of fp32, and for the code of older architectures
-    return plan(m, gpu.multiprocessors, SIZES if x.dtype.itemsize == 2 and gpu.arch >= 90 else SIZES[:2])
+    # 16 warps have 128 registers a thread: too few for two tiles of fp32, for places, for older architectures' code
+    largest = x.dtype.itemsize == 2 and gpu.arch >= 90 and placement.inverse is None
+    return plan(m, gpu.multiprocessors, SIZES if largest else SIZES[:2])
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

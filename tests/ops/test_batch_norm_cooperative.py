@@ -19,6 +19,7 @@ from prunetrain_kernels.ops import batch_norm_cooperative as cooperative
 from prunetrain_kernels.ops import grid_barrier, launch
 from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
 from prunetrain_kernels.ops.batch_norm_cooperative import Plan, plan
+from prunetrain_kernels.ops.channel_statistics import IN_ORDER
 from prunetrain_kernels.ops.layout import Matrix, matrix
 
 t0 = pytest.mark.t0
@@ -28,8 +29,10 @@ BOTH = {"batch_norm_cooperative._forward_kernel", "batch_norm_cooperative._backw
 # -- plan --------------------------------------------------------------------------------------------------------------
 
 # channels, neighbours of one channel, images x pixels
-SHAPES = [(16, 1, 128 * 1024), (32, 1, 128 * 256), (64, 1, 128 * 64), (512, 1, 128 * 16), (37, 1, 4096),
-          (53, 1, 8192), (1, 1, 4096), (3, 1, 8 * 81), (2048, 1, 64), (16, 1024, 128 * 1024), (65, 64, 128 * 64), (8, 1, 40)]  # fmt: skip
+SHAPES = [
+    (16, 1, 128 * 1024), (32, 1, 128 * 256), (64, 1, 128 * 64), (512, 1, 128 * 16), (37, 1, 4096), (53, 1, 8192),
+    (1, 1, 4096), (3, 1, 8 * 81), (2048, 1, 64), (16, 1024, 128 * 1024), (65, 64, 128 * 64), (8, 1, 40),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("channels", "inner", "pixels"), SHAPES)
@@ -93,7 +96,7 @@ def test_the_largest_tile_is_for_16_bits(
     for channels, of_a_tile in ((16, served), (8, True)):  # of 8 channels, tiles of 8,192 suffice
         m = matrix(128 * 1024 * channels, channels, 1)
         x = torch.empty((128, channels, 32, 32), dtype=dtype)
-        assert (cooperative.plan_for(x, m) is not None) == of_a_tile
+        assert (cooperative.plan_for(x, m, IN_ORDER) is not None) == of_a_tile
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--only", default="", metavar="TEXT", help="only the network, or the layers, whose name holds this"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows to this CSV")
-    _add_record(parser, "replace bench/results/offline/predict-DEVICE.csv")
+    _add_record(parser, "replace bench/results/offline/predict-DEVICE.csv, or its rows of --suite")
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """The command `python -m bench predict`: tables of predicted times, and the rows that `bench compare` takes up."""
 
+import csv
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,15 +84,16 @@ def predicted(of: Machine, piece: Work) -> Prediction:
 
 
 def run(device: str | None, part: Part = Part(), out: Path | None = None, *, record: bool = False) -> int:  # frozen
-    """Prints the tables of a device, or of all, and writes the rows: to `out`, or in place of the committed ones.
+    """Prints the tables of a device, or of all, and writes the rows: to `out`, or in place of the committed ones (those
+    of one suite, if one is named).
 
     Raises:
-        InputError: an unknown device or suite, no such layer, a part to `record`; or kernels cannot be compiled.
+        InputError: an unknown device or suite, no such layer, some layers to `record`; or kernels cannot be compiled.
     """
     chosen = [machine(device)] if device else list(MACHINES.values())
     part.families()
-    if record and not part.is_whole:
-        raise InputError(f"--record replaces {RECORD}/predict-DEVICE.csv whole; leave --suite and --only out")
+    if record and part.only:
+        raise InputError(f"--record replaces whole suites in {RECORD}/predict-DEVICE.csv; leave --only out")
     environment = rows.environment(torch.device("cpu")) | {"threads": None, "driver": "", "cuda": "", "cudnn": ""}
     for of in chosen:
         predictions = list(predict_all(of, part))
@@ -108,15 +110,21 @@ def run(device: str | None, part: Part = Part(), out: Path | None = None, *, rec
             rows.append(out, lines)
             print(f"{len(lines)} predicted rows in {out}")
         if record:
-            print(f"{len(lines)} predicted rows in {_replace(of, lines)}")
+            print(f"{len(lines)} predicted rows in {_replace(of, lines, part.suite)}")
     return 0
 
 
-def _replace(of: Machine, lines: Sequence[dict[str, Any]]) -> Path:
+def _replace(of: Machine, lines: Sequence[dict[str, Any]], suite: str | None) -> Path:
+    """Writes the rows in place of those that were there, or of those of one suite; the suites keep their order."""
     path = RECORD / f"predict-{of.name.split()[-1].lower()}.csv"
+    kept: list[dict[str, Any]] = []
+    if suite is not None and path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if row["suite"] != suite]
+    every = sorted([*kept, *lines], key=lambda row: work.FAMILIES.index(str(row["suite"])))  # stable: within a suite
     aside = path.with_suffix(".new")
     aside.unlink(missing_ok=True)
-    rows.append(aside, lines)
+    rows.append(aside, every)
     return aside.replace(path)
 
 

@@ -6,7 +6,7 @@ of its own; at a barrier of all programs (`grid_barrier`) the slots are complete
 columns, all in the same fixed order, and finishes its tile, which it still has.
 
     mean, M2    of a column of a tile:  mean = x0 + sum (x - x0) / n,  x0 the column's first;  M2 = sum (x - mean)^2
-                folded over the tiles by Chan's formula (`channel_statistics`)
+                folded over the tiles by Chan's formula, with one reference for all (`_folded_statistics`)
     sums        of g and g (x - mean) likewise, folded by addition
 
 Bytes, E those of an activation: forward 2E (x is read, y written), with residual 3E; backward 3E (dy, x are read, dx
@@ -48,12 +48,7 @@ from prunetrain_kernels.ops.batch_norm_tiles import (
     write_dx,
     write_y,
 )
-from prunetrain_kernels.ops.channel_statistics import (
-    Placement,
-    Running,
-    channel_pair,
-    move_running,
-)
+from prunetrain_kernels.ops.channel_statistics import Placement, Running, channel_pair, move_running
 from prunetrain_kernels.ops.grid_barrier import counter_of, grid_barrier
 from prunetrain_kernels.ops.launch import (
     accumulator,

@@ -14,6 +14,8 @@ Figures of a kernel, one row per distinct kernel and architecture:
     mma                   tensor-core instructions (mma.sync, wgmma)
     atomics               atom and red
     fp64                  instructions on doubles
+
+Atomics are a fault but for the one addition of a barrier (`ops/grid_barrier.py`).
 """
 
 import os
@@ -34,12 +36,14 @@ from prunetrain_kernels.ops import launch
 
 @dataclass(frozen=True)
 class Promise:
-    """Limits that a kernel has to reach on `since` and later: bytes of its widest load and store; tensor cores."""
+    """Limits that a kernel has to reach on `since` and later: bytes of its widest load and store; tensor cores; and
+    whether no loop of it may divide integers, on any architecture."""
 
     load: int = 0
     store: int = 0
     since: int = 80
     mma: bool = False
+    no_division: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,10 @@ _VECTOR = re.compile(r"\.v(\d)\b")
 _TYPE = re.compile(r"\.[a-z](\d+)\b")
 _ATOMIC = re.compile(r"\b(?:atom|red)\.")  # not redux.sync, which stays inside a warp
 _MMA = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)")
+_BARRIERS = {"batch_norm_cooperative": 1}  # atomic instructions of the kernels of a module
+_DIVISION = re.compile(r"\b(?:div|rem)\.[su]\d+\b")
+_LABEL = re.compile(r"^(\$\w+):")
+_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
 _FP64 = re.compile(r"\.f64\b")
 _ASYNC_COPY = re.compile(r"\bcp\.async\.[\w.]*shared\.global[\w.:]*\s*\[[^\]]*\],\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
 
@@ -200,6 +208,18 @@ def _code(ptx: str) -> str:
     """PTX without comments and debug lines, whose file names may hold anything."""
     lines = (line.split("//")[0] for line in ptx.splitlines())
     return "\n".join(line for line in lines if not line.lstrip().startswith((".file", ".loc", ".section", ".b8")))
+
+
+def loop_divisions(ptx: str) -> int:
+    """Integer divisions and remainders inside the loops of a kernel's PTX: between a label and a branch back to it.
+    ptxas makes some 20 instructions of each whose divisor is not known."""
+    lines = _code(ptx).splitlines()
+    labels = {label.group(1): i for i, line in enumerate(lines) if (label := _LABEL.match(line))}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        for target in _BRANCH.findall(line):
+            inside.update(range(labels.get(target, i), i))
+    return sum(len(_DIVISION.findall(lines[i])) for i in inside)
 
 
 def tool(name: str, arch: int) -> str:
@@ -322,7 +342,7 @@ def faults(row: Row, promise: Promise = Promise()) -> Iterator[str]:  # frozen
         yield f"{where} spills {row.spill_stores} bytes (reads {row.spill_loads} back)"
     elif row.stack:
         yield f"{where} uses {row.stack} bytes of stack"
-    if row.atomics:
+    if row.atomics != _BARRIERS.get(row.kernel.partition(".")[0], 0):
         yield f"{where} has {row.atomics} atomic instructions"
     if row.fp64 and row.dtype != "float64":
         yield f"{where} has {row.fp64} fp64 instructions"
@@ -362,7 +382,11 @@ def report(cases: Sequence[Case], arch: int) -> Report:
             seen.add((name, kernel.hash))
             row = inspect(kernel, case, arch)
             result.rows.append(row)
-            result.faults += faults(row, case.promises.get(name, Promise()))
+            promise = case.promises.get(name, Promise())
+            result.faults += faults(row, promise)
+            divisions = loop_divisions(kernel.asm["ptx"]) if promise.no_division else 0
+            if divisions:
+                result.faults.append(f"{row.kernel} ({case.name}, sm_{arch}) divides {divisions} times in loops")
     return result
 
 

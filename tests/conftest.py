@@ -4,9 +4,10 @@
 GPU (tier T2). That is a variable and no option because workers (`pytest -n`) inherit it before they import anything.
 There the run fails if its tests passed without a kernel having been launched on the GPU.
 
-In a module that says `T0_BACKENDS = (...)` each T0 test runs once for each: "kernels" (the interpreter), "native"
-(csrc/cpu) and "reference" (plain PyTorch); but one marked `kernels_only`. Tests without a tier's mark see operators as
-a user without a GPU does: in the native library if it is built.
+In a module that says `T0_BACKENDS = (...)` each T0 test runs once for each: "kernels" (the interpreter), "cooperative"
+(likewise, with one launch in place of three where an operator has such a kernel), "native" (csrc/cpu) and "reference"
+(plain PyTorch); but one marked `kernels_only`, which runs by "kernels". On a GPU the first two are run. Tests without a
+tier's mark see operators as a user without a GPU does: in the native library if it is built.
 
 Tests that `tests/long.txt` names are marked `slow` (tests/times.py), unless the command line asks for single tests.
 """
@@ -21,9 +22,10 @@ os.environ["TRITON_INTERPRET"] = "1" if os.environ.get("PRUNETRAIN_TEST_DEVICE",
 
 import torch
 
-from prunetrain_kernels.ops import launch, native
+from prunetrain_kernels.ops import batch_norm_cooperative, launch, native
 from tests import times
 
+KERNEL_PATHS = ("kernels", "cooperative")
 DEVICE = os.environ.get("PRUNETRAIN_TEST_DEVICE", "cpu")
 if DEVICE not in ("cpu", "cuda"):
     raise pytest.UsageError(f"PRUNETRAIN_TEST_DEVICE is cpu or cuda, not {DEVICE}")
@@ -57,7 +59,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backends = getattr(metafunc.module, "T0_BACKENDS", ())
     kernels_only = metafunc.definition.get_closest_marker("kernels_only") is not None
-    if backends and DEVICE == "cpu" and not kernels_only and metafunc.definition.get_closest_marker("t0") is not None:
+    if DEVICE != "cpu":
+        backends = [path for path in backends if path in KERNEL_PATHS and "cooperative" in backends]
+    if backends and not kernels_only and metafunc.definition.get_closest_marker("t0") is not None:
         metafunc.parametrize("path", backends, indirect=True)
 
 
@@ -105,7 +109,10 @@ def _tier(request: pytest.FixtureRequest, path: str, monkeypatch: pytest.MonkeyP
         yield
         return
     _T0_TESTS.append(request.node.nodeid)
-    monkeypatch.setattr(launch, "INTERPRET", INTERPRETABLE and path == "kernels")
+    monkeypatch.setattr(launch, "INTERPRET", INTERPRETABLE and path in KERNEL_PATHS)
+    monkeypatch.setattr(batch_norm_cooperative, "ENABLED", path == "cooperative")
+    if DEVICE == "cpu":  # small tensors have many tiles then, and tiles little that is left empty
+        monkeypatch.setattr(batch_norm_cooperative, "SIZES", (512, 1024))
     monkeypatch.setattr(native, "ENABLED", path == "native")
     if path == "native" and native.problem() is not None:
         pytest.skip(f"no native library: {native.problem()}")

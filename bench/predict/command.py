@@ -43,7 +43,7 @@ class Prediction:
         """The row of `rows.COLUMNS`; `mode` is "model": nothing was timed."""
         return {
             "provider": OURS, "part": "all", "size": "full", **self.work.what, "mode": "model",
-            "p50_us": self.time.total, "launches": len(self.work.launches), "model_bytes": int(self.work.bytes),
+            "p50_us": self.time.total, "launches": self.work.launched, "model_bytes": int(self.work.bytes),
             "flops": int(self.work.flops) or None, "peak_gb_s": of.copy_gb_s,
             "peak_tflop_s": of.tflop_s.get(str(self.work.what["dtype"])), "launch_us": of.launch_us,
             "roof_us": self.roof, "ratio_to_roof": self.roof / self.time.total, **environment,
@@ -164,7 +164,7 @@ class Sum:
         """As suite `bn` writes its sums."""
         one = self.parts[0].row(of, environment)
         moved = sum(part.count * part.work.bytes for part in self.parts)
-        launched = sum(part.count * len(part.work.launches) for part in self.parts)
+        launched = sum(part.count * part.work.launched for part in self.parts)
         return one | {
             "layer": bn.ALL, "count": sum(part.count for part in self.parts), "h": None, "w": None, "c_full": None,
             "c_live": None, "p50_us": self.total, "launches": launched, "model_bytes": int(moved),

@@ -7,6 +7,9 @@ because programs come in waves, of as many as the SMs hold: a wave takes no less
 for its loads turn by turn, and no less than its busiest SM. So a grid of few programs, a last wave that is nearly empty
 and a loop that keeps too few loads in flight all show there. `launch` is what one kernel costs inside a CUDA graph.
 
+A launch whose programs wait for each other (`ops/grid_barrier.py`) is two, one before the barrier and one after it; the
+second costs the barrier in place of a launch.
+
 What the formula leaves out, all of which makes a GPU slower: bank conflicts, sectors fetched in vain, DRAM that turns
 between reading and writing, clocks that fall under load, latencies that grow under load.
 """
@@ -27,6 +30,8 @@ class Launch:
         programs: of the grid.
         bytes: that it reads and writes, each tensor once; `cached` of them still lie in L2.
         asked: bytes that its loop asks for, masked ones among them, where these are not `bytes`.
+        shared: of those, bytes that all programs read beside `bytes`, each from L2.
+        after_barrier: whether it is the second part of the launch before it.
         flops: on tensor cores, tiles counted whole.
         code: its machine code; None of an operation of PyTorch, which is taken to be bound by bytes.
     """
@@ -38,6 +43,8 @@ class Launch:
     flops: float = 0.0
     code: Code | None = None
     asked: float = 0.0
+    shared: float = 0.0
+    after_barrier: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def turns(launch: Launch) -> float:
 def predict(launch: Launch, machine: Machine, dtype: str) -> Time:
     """The time of one launch."""
     code, cycle = launch.code, 1 / machine.mhz  # us
-    delivered = launch.bytes  # by L2
+    delivered = launch.bytes + launch.shared  # by L2
     instructions = rate = 0.0
     per_sm, chain = 8, 2.0 * machine.latency  # of an operation of PyTorch: 256 threads that load once or twice
     if code is not None:
@@ -92,7 +99,9 @@ def predict(launch: Launch, machine: Machine, dtype: str) -> Time:
         per_sm = resident(code, machine)
         turn = code.loop.instructions if code.loop else 0
         instructions = code.warps * (code.straight + loops * turn)
-        chain = machine.latency * (1 + loops / max(1, code.stages - 1)) + instructions / machine.schedulers
+        # after a barrier nothing is left to be loaded but slots, which the loop loads
+        waits = loops if launch.after_barrier and loops else 1 + loops / max(1, code.stages - 1)
+        chain = machine.latency * waits + instructions / machine.schedulers
         if launch.flops and code.loop:
             delivered = max(delivered, launch.programs * loops * code.loop.bytes * 32 * code.warps)
             rate = machine.tflop_s[dtype] * 1e6 * (1.0 if code.wgmma else machine.mma_share)  # FLOPs a us
@@ -111,7 +120,8 @@ def predict(launch: Launch, machine: Machine, dtype: str) -> Time:
         return max(share, chain * cycle, math.ceil(programs / machine.sms) * alone)
 
     total = full * wave(per_sm * machine.sms) + (wave(last) if last else 0.0)
-    return Time(memory, issue, tensor, max(0.0, total - body), machine.launch_us)
+    fixed = machine.barrier_us if launch.after_barrier else machine.launch_us
+    return Time(memory, issue, tensor, max(0.0, total - body), fixed)
 
 
 def sum_of(times: list[Time]) -> Time:

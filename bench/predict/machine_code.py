@@ -49,6 +49,8 @@ class Code:
         warps: of a program.
         stages: of loads ahead of their use: 1 where a turn waits for what it loads.
         wgmma: whether tensor cores are used by Hopper's asynchronous instructions.
+        before: of `straight`, those before the barrier of all programs; 0 where there is none. Its loop, in which
+            programs wait, is not counted.
     """
 
     straight: int
@@ -58,6 +60,7 @@ class Code:
     warps: int
     stages: int = 1
     wgmma: bool = False
+    before: int = 0
 
 
 OLDEST = 75  # that is disassembled
@@ -83,13 +86,16 @@ def parse(text: str, registers: int, *, shared: int, warps: int, stages: int) ->
         raise RuntimeError(f"cuobjdump said nothing about the code: {text[:200]}")
     spans = _innermost(lines)
     inside = {i for first, last in spans for i in range(first, last + 1)}
-    loops = [_turn([instruction for _, instruction in lines[first : last + 1]]) for first, last in spans]
+    barrier = next((i for i, (_, instruction) in enumerate(lines) if _opcode(instruction).startswith("ATOM")), 0)
+    waits = next((span for span in spans if barrier and span[0] > barrier), None)
+    loops = [_turn([instruction for _, instruction in lines[first : last + 1]])
+             for first, last in spans if (first, last) != waits]  # fmt: skip
     loop = max(loops, key=lambda turn: (turn.flops > 0, turn.widest, turn.bytes), default=None)
     padding = sum(1 for _, instruction in lines if _opcode(instruction) == "NOP")
     ahead = any(_opcode(instruction).startswith(("LDGSTS", "UTMALDG")) for _, instruction in lines)
     return Code(
         len(lines) - len(inside) - padding, loop, registers, shared, warps, stages if ahead else 1,
-        wgmma="HGMMA" in text,
+        wgmma="HGMMA" in text, before=sum(1 for i in range(barrier) if i not in inside),
     )  # fmt: skip
 
 

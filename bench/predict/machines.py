@@ -17,6 +17,9 @@ data sheets do not say:
     mma.sync on Hopper 0.63 of the rate of wgmma: Luo et al., the same paper
     launch             0.5 us a kernel inside a CUDA graph: 3.4 us a kernel of 2.9 us, measured on a V100 in "Getting
                        Started with CUDA Graphs" (NVIDIA Technical Blog, 2019); taken for all three
+    barrier            1 us for all programs of a launch to wait for each other: an assumption. Stores reach L2, an
+                       addition goes there and back, a load finds that all have come: three to four times L2's
+                       latency (0.15 us on Hopper, Luo et al.), and a hundred additions to one number in turn
     copied             0.9 of the data sheet's bandwidth is what a copy reaches: 4.3 of 4.8 TB/s on an H200 (design
                        section 7). The roof that shares are of is a copy's, as where a roof is measured (`bench roof`)
 """
@@ -53,6 +56,7 @@ class Machine:
     mma_share: float = 1.0
     sm_bytes: int = 64
     launch_us: float = 0.5
+    barrier_us: float = 1.0
     copied: float = 0.9
     schedulers: int = 4
     registers: int = 65536

@@ -80,6 +80,11 @@ class Work:
     flops: float = 0.0
     launches: list[Launch] = field(default_factory=list)
 
+    @property
+    def launched(self) -> int:
+        """How many launches these are: one before a barrier and one after it are one."""
+        return sum(not launch.after_barrier for launch in self.launches)
+
 
 def all_work(machine: Machine, network: Network, family: str) -> Iterator[Work]:
     """The work of one family and network, compiled for that machine."""
@@ -116,9 +121,35 @@ def launches(call: Callable[[], object], machine: Machine, parameters: int = 0) 
         known |= set(tensors)
         code = _code(note.compiled, machine.arch)
         work += _beside(note, "before")
+        if code.before:
+            work += _around_the_barrier(note, code, size - again * share)
+            continue
         work.append(Launch(note.kernel, note.programs, size, again * share, _tile_flops(note), code, _asked(note)))
         work += _beside(note, "after")
     return work
+
+
+# What a cooperative kernel reads before its barrier.
+_READ_FIRST = {"_forward_kernel": ("x", "residual"), "_backward_kernel": ("dy", "x", "mask")}
+
+
+def _around_the_barrier(note: Launched, code: machine_code.Code, size: float) -> list[Launch]:
+    """A cooperative launch as two, of which the second folds the slots of each program's columns."""
+    a = note.arguments
+    read = sum(a[name].nbytes for name in _READ_FIRST[note.kernel.rpartition(".")[2]] if a[name] is not None)
+    columns = 1 if a["PLANES"] else a["COLUMNS"]
+    parts = a["chunks"] * (a["across"] if a["PLANES"] else 1 << a["group_bits"])
+    turns = -(-parts // a["FOLD"])
+    slots = a["slots"].element_size() * 2 * note.programs * columns
+    first = replace(code, straight=code.before, loop=None)
+    second = replace(code, straight=code.straight - code.before)
+    return [
+        Launch(note.kernel, note.programs, read, code=first),
+        Launch(
+            note.kernel, note.programs, size - read, code=second, asked=slots * turns * a["FOLD"],
+            shared=slots * parts, after_barrier=True,
+        ),
+    ]  # fmt: skip
 
 
 def _asked(note: Launched) -> float:

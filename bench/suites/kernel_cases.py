@@ -4,6 +4,8 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.offline import Case, Promise, Reuse
+from prunetrain_kernels.ops import batch_norm_cooperative as cooperative
 from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
 from prunetrain_kernels.ops.channel_index import ChannelIndex, channel_gather, channel_scatter, channel_scatter_add
 from prunetrain_kernels.ops.conv2d import conv2d
@@ -199,8 +202,10 @@ def _batch_norm(
     batch: int = 8,
     side: int = 14,
     offset: int = 0,
+    together: bool = False,
 ) -> Callable[[], None]:
-    """Forward and backward; x has the `live` channels, `padded` for parameters of all, None for no affine ones."""
+    """Forward and backward; x has the `live` channels, `padded` for parameters of all, None for no affine ones;
+    `together`: in one launch each, if there is a plan for it."""
     width = channels if live is None else len(live)
     scatter = None if live is None else _index(live, channels)
 
@@ -217,10 +222,20 @@ def _batch_norm(
             else (torch.zeros(count, dtype=parameters, requires_grad=True) for _ in range(2))
         )
         options: dict[str, Any] = {"training": training, "residual": r, "relu": relu}
-        y = batch_norm_act(x, mean, var, weight, bias, **options, scatter=scatter, statistics=moments)
-        y.backward(_activation(full, dtype, layout, offset))
+        with _cooperative(together):
+            y = batch_norm_act(x, mean, var, weight, bias, **options, scatter=scatter, statistics=moments)
+            y.backward(_activation(full, dtype, layout, offset))
 
     return run
+
+
+@contextmanager
+def _cooperative(together: bool) -> Iterator[None]:  # noqa: FBT001
+    before, cooperative.ENABLED = cooperative.ENABLED, together
+    try:
+        yield
+    finally:
+        cooperative.ENABLED = before
 
 
 def _run(live: int, first: int = 0) -> range:
@@ -235,6 +250,7 @@ def _apart(live: int) -> Sequence[int]:
 
 def _batch_norm_cases() -> Iterator[Case]:
     always = {"_statistics_kernel": LOADS, "_apply_kernel": BOTH, "_sums_kernel": LOADS}
+    always |= {"_fold_statistics_kernel": Promise(no_division=True), "_fold_sums_kernel": Promise(no_division=True)}
     dense = always | {"_gradient_kernel": BOTH}
     evaluated = {"_apply_kernel": BOTH, "_gradient_kernel": BOTH}
     flags: dict[str, dict[str, Any]] = {
@@ -264,6 +280,38 @@ def _batch_norm_cases() -> Iterator[Case]:
         "BN + ReLU fp16, fp16 parameters", half, _batch_norm(64, half, "NHWC", relu=True, parameters=half), dense
     )
     yield Case("BN + add + ReLU fp16, misaligned", half, _batch_norm(64, half, "NHWC", offset=1, **both))
+    yield from _cooperative_cases()
+
+
+def _cooperative_cases() -> Iterator[Case]:
+    """Small activations: of each size of a tile, of planes, of a number of channels that is no multiple of 8, gated."""
+    whole = replace(BOTH, no_division=True)
+    both = {"_forward_kernel": whole, "_backward_kernel": whole}
+    placed = {name: Promise(no_division=True) for name in both}
+    flags: dict[str, dict[str, Any]] = {" + ReLU": {"relu": True}, " + add + ReLU": {"residual": True, "relu": True}}
+    shapes: dict[str, dict[str, Any]] = {
+        "8 x 64": {"channels": 64}, "64 x 32, 16 x 16": {"channels": 32, "batch": 64, "side": 16},
+        "128 x 16, 32 x 32": {"channels": 16, "batch": 128, "side": 32}, "8 x 37": {"channels": 37},
+    }  # fmt: skip
+    some = [(torch.float16, "NHWC", name, shape) for name in flags for shape in shapes]
+    some += [(torch.float16, "NCHW", " + add + ReLU", "64 x 32, 16 x 16")]
+    some += [(torch.float32, "NHWC", " + add + ReLU", shape) for shape in ("8 x 64", "64 x 32, 16 x 16")]
+    some += [(torch.bfloat16, "NHWC", " + add + ReLU", "128 x 16, 32 x 32")]
+    for dtype, layout, name, shape in some:
+        run = _batch_norm(dtype=dtype, layout=layout, together=True, **flags[name], **shapes[shape])
+        # where the largest tiles are not, the largest of these takes three launches
+        promised = {} if shape.startswith("128") else both
+        yield Case(f"cooperative BN{name} {_name(dtype)} {layout}, {shape}", dtype, run, promised)
+    for place, live in {"map": _apart(32), "run": _run(29, 3), "run of vectors": _run(32, 16)}.items():
+        for padded in (False, True):
+            run = _batch_norm(
+                64, torch.float16, "NHWC", live=live, padded=padded, residual=True, relu=True, together=True, batch=40
+            )  # fmt: skip
+            what = "gated" if padded else "scatter"
+            yield Case(f"cooperative BN + add + ReLU fp16, {what} by {place}", torch.float16, run, placed)
+    half = torch.float16
+    run = _batch_norm(64, half, "NHWC", relu=True, parameters=None, together=True)
+    yield Case("cooperative BN + ReLU fp16, no affine", half, run, both)
 
 
 def _gated_batch_norm_cases(dtype: torch.dtype, layout: str) -> Iterator[Case]:
@@ -318,6 +366,17 @@ def _batch_norm_reuse() -> Iterator[Reuse]:
                 calls(37, layout, 1, batch=48, side=7),
             ),
         )
+
+    def together(channels: int, batch: int = 8) -> Callable[[], object]:
+        return _batch_norm(
+            channels, torch.float16, "NHWC", residual=True, relu=True, batch=batch, together=True
+        )  # fmt: skip
+
+    yield Reuse(
+        "cooperative batch norm with 64 channels, then fewer in a tile of 64, then another batch",
+        together(64),
+        (together(56), together(40), together(64, batch=6)),
+    )
 
 
 # -- channel_gather, channel_scatter, channel_scatter_add --------------------------------------------------------------

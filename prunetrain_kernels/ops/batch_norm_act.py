@@ -30,7 +30,12 @@ and, where a residual and a ReLU meet, one bit per element of what the ReLU let 
 Without a residual that is computed again from x. Eager PyTorch moves 5E + 8E (BN, ReLU), 8E + 8E (BN, add, ReLU).
 Through `inverse` the x and dx among these are those of L channels, the others (y, r, dr, dy) of C; padded too. Only dy
 is read less where it can be: by the pass that writes dx, unless it writes dr as well, and by sums of L channels. With
-`statistics` from the convolution before, x is read once less in forward.
+`statistics` from the convolution before, x is read once less in forward. Beside these each way writes and reads 8 bytes
+a column and chunk of rows, the slots: of ResNet-50's activations in fp16 0.3 to 4 % of E where E is 50 MB or more, 12 %
+of 26 MB, 25 % of 13 MB; these stay in L2.
+
+A small activation in training takes one launch each way and less bytes, 2E + 3E, with residual and ReLU 3E + 4E:
+`batch_norm_cooperative`. What follows is of all others, and of eval.
 
 On the CPU the same passes are a native operator (csrc/cpu/batch_norm_act.h) where no map is involved; with one, and
 without the library, plain PyTorch serves.
@@ -38,7 +43,7 @@ without the library, plain PyTorch serves.
 Three launches each way, the second a small one: partial results of one tile of columns and one chunk of rows (see
 `layout`) go to private slots, which are folded in fixed order; the last pass runs in reverse order, to meet what the
 first left in L2. Statistics are those of `channel_statistics`, which has their pass and their fold; in a plain call the
-fold updates the running ones too, while programs of torch.compile and padded placements have a fourth launch for it.
+fold updates the running ones too, while programs of torch.compile have a fourth launch for it.
 
 The passes are operators of their own, so that a process group can reduce the statistics and the sums between them, as
 SyncBatchNorm does. `batch_norm_act` is the differentiable whole.
@@ -55,12 +60,20 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops import batch_norm_cooperative as cooperative
+from prunetrain_kernels.ops.batch_norm_tiles import (
+    apply_tile,
+    columns_of,
+    gradient_tile,
+    near_present,
+    parameters_of,
+    through_act,
+)
 from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps, by_map
 from prunetrain_kernels.ops.channel_statistics import (
     COUNTS,
-    FOLD_CHANNELS,
-    FOLD_SLOTS,
     IN_ORDER,
+    NOT_RUNNING,
     TILE,
     TILE_ROWS,
     Placement,
@@ -69,14 +82,16 @@ from prunetrain_kernels.ops.channel_statistics import (
     batch_norm_statistics,
     batch_norm_update_running_,
     channel_pair,
+    first_slots,
     fold,
     geometry,
     measure_statistics,
     merge_statistics,
+    next_slots,
     place_in_x,
+    place_of_slots,
     place_statistics,
     reduction,
-    slots_of,
     storage_neighbours,
     tiles_across,
     update_running_,
@@ -99,8 +114,6 @@ from prunetrain_kernels.ops.layout import Matrix, dense, is_channels_last, matri
 from prunetrain_kernels.ops.native import DTYPE, ops, use_native
 
 __all__ = [  # what other files import from here; some of it lives in `channel_statistics`
-    "FOLD_CHANNELS",
-    "FOLD_SLOTS",
     "TILE_ROWS",
     "batch_norm_act",
     "batch_norm_act_by_maps",
@@ -290,116 +303,7 @@ def _plain_input_gradient(
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
-# PLACES and PADDED are a `Placement`: see `channel_statistics`. Parameters are those of y's channels if PADDED.
-
-
-@triton.jit
-def _columns(
-    tile, columns, inner, channels, group, live, first, inverse,
-    PLACES: tl.constexpr, PADDED: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A tile of columns: themselves, their bytes in a mask, whether x has their channels, how many there are in a row;
-    how many of x's there are in a row, and which; beside the tile its channels of parameters, and whether there are."""
-    col = tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    byte = tile * (TILE_COLUMNS // 8) + tl.arange(0, TILE_COLUMNS // 8)
-    channel = (col // inner) % channels
-    known = col < columns
-    present = known
-    x_columns = columns
-    x_col = col
-    if PLACES == "map":
-        place = tl.load(inverse + channel, mask=known, other=-1)
-        present = place >= 0
-        x_columns = group * live * inner
-        x_col = (col // inner // channels * live + place) * inner + col % inner
-        if not PADDED:
-            channel = place
-            known = present
-    elif PLACES != "all":
-        period = channels * inner
-        start = first * inner
-        width = live * inner
-        if PLACES == "vectors":
-            period = period // 8 * 8
-            start = start // 8 * 8
-            width = width // 8 * 8
-        place = col % period - start
-        present = known & (place >= 0) & (place < width)
-        x_columns = group * width
-        x_col = col // period * width + place
-        if not PADDED:
-            channel = channel - first
-            known = present
-    return (col, byte, present, columns, x_columns, x_col), channel, known
-
-
-@triton.jit
-def _load_x(x, at, wanted, PLACES: tl.constexpr):
-    """A tile of x. By places it is loaded flat, so that lanes run along the row: where no two elements are known to be
-    neighbours in memory, Triton 3.6 has them run down the columns, and takes twice the registers."""
-    if PLACES == "all" or PLACES == "vectors":
-        value = tl.load(x + at, mask=wanted, other=0)
-    else:
-        value = tl.reshape(tl.load(x + tl.ravel(at), mask=tl.ravel(wanted), other=0), at.shape)
-    return value
-
-
-@triton.jit
-def _store_x(x, at, value, wanted, PLACES: tl.constexpr):
-    """The counterpart of `_load_x`."""
-    if PLACES == "all" or PLACES == "vectors":
-        tl.store(x + at, value, mask=wanted)
-    else:
-        tl.store(x + tl.ravel(at), tl.ravel(value), mask=tl.ravel(wanted))
-
-
-@triton.jit
-def _near(present, PLACES: tl.constexpr):
-    """Whether any of eight neighbours is present: so masked, dy is still loaded by vectors, and little in vain."""
-    near = present
-    if PLACES == "map" or PLACES == "run":
-        eights: tl.constexpr = present.shape[0] // 8
-        some = tl.max(tl.reshape(present.to(tl.int32), (eights, 8)), 1, keep_dims=True)
-        near = tl.max_constancy(tl.reshape(tl.broadcast_to(some, (eights, 8)), (eights * 8,)) > 0, 8)
-    return near
-
-
-@triton.jit
-def _parameters(mean, var, weight, bias, channel, known, eps, ACC: tl.constexpr):
-    """Mean, scale and shift of each column; and rstd. Where there are none, BN(0) is 0."""
-    m = tl.load(mean + channel, mask=known, other=0).to(ACC)
-    rstd = 1 / tl.sqrt(tl.load(var + channel, mask=known, other=1).to(ACC) + eps)
-    scale = rstd
-    shift = m * 0
-    if weight is not None:
-        scale = rstd * tl.load(weight + channel, mask=known, other=0).to(ACC)
-    if bias is not None:
-        shift = tl.load(bias + channel, mask=known, other=0).to(ACC)
-    return (m, scale, shift), rstd
-
-
-@triton.jit
-def _apply_tile(
-    x, residual, y, mask, row, limit, tile_columns, parameters, PLACES: tl.constexpr, RELU: tl.constexpr
-):  # fmt: skip
-    """One tile, of which each row has `limit` columns."""
-    col, byte, present, columns, x_columns, x_col = tile_columns
-    m, scale, shift = parameters
-    row = row.to(tl.int64)
-    at = row * columns + col
-    valid = col < limit
-    value = _load_x(x, row * x_columns + x_col, valid & present, PLACES).to(m.dtype)
-    value = tl.fma(value - m, scale, shift)
-    if residual is not None:
-        value += tl.load(residual + at, mask=valid, other=0).to(m.dtype)
-    if mask is not None:
-        keep = tl.where(value <= 0, 0, 1).to(tl.int32)  # a NaN goes through, as in torch.relu
-        bits = tl.reshape(keep, (row.shape[0], byte.shape[0], 8)) << tl.arange(0, 8)[None, None, :]
-        packed = tl.sum(bits, 2).to(tl.uint8)
-        tl.store(mask + (row * (columns // 8) + byte), packed, mask=byte * 8 < limit)
-    if RELU:
-        value = tl.where(value <= 0, 0, value)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=valid)
+# What they do with one tile is in `batch_norm_tiles`, which says what PLACES and PADDED are.
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -412,39 +316,19 @@ def _apply_kernel(
     columns = columns8 * 8
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
     tile = program % tiles
-    tile_columns, channel, known = _columns(
+    tile_columns, channel, known = columns_of(
         tile, columns, inner, channels, group, live, first, inverse, PLACES, PADDED, TILE_COLUMNS
     )
-    parameters, _ = _parameters(mean, var, weight, bias, channel, known, eps, ACC)
+    parameters, _ = parameters_of(mean, var, weight, bias, channel, known, eps, ACC)
     begin = program // tiles * rows_per_program
     lane = tl.arange(0, TILE_ROWS)[:, None]
     for start in range(begin, tl.minimum(begin + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
-        _apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, PLACES, RELU)
+        apply_tile(x, residual, y, mask, row, limit, tile_columns, parameters, PLACES, RELU)
     if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
-        _apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, PLACES, RELU)
-
-
-@triton.jit
-def _through_act(
-    dy, x, mask, row, limit, wanted, tile_columns, parameters, PLACES: tl.constexpr, RELU: tl.constexpr
-):  # fmt: skip
-    """dy of what is `wanted` of a tile, where the ReLU let its input through, else 0; and x - mean, 0 without x."""
-    col, byte, present, columns, x_columns, x_col = tile_columns
-    m, scale, shift = parameters
-    g = tl.load(dy + (row * columns + col), mask=wanted, other=0).to(m.dtype)
-    centred = tl.zeros_like(g)
-    if x is not None:
-        centred = _load_x(x, row * x_columns + x_col, wanted & present, PLACES).to(m.dtype) - m
-    if mask is not None:
-        packed = tl.load(mask + (row * (columns // 8) + byte), mask=byte * 8 < limit, other=0).to(tl.int32)
-        bits = (tl.expand_dims(packed, 2) >> tl.arange(0, 8)[None, None, :]) & 1
-        g = tl.where(tl.reshape(bits, g.shape) == 0, 0, g)
-    elif RELU:
-        g = tl.where(tl.fma(centred, scale, shift) <= 0, 0, g)
-    return g, centred
+        apply_tile(x, residual, y, mask, row, rest, tile_columns, parameters, PLACES, RELU)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -457,13 +341,13 @@ def _sums_kernel(
     columns = columns8 * 8
     tile = tl.program_id(0) % tiles
     chunk = tl.program_id(0) // tiles
-    tile_columns, channel, known = _columns(
+    tile_columns, channel, known = columns_of(
         tile, columns, inner, channels, group, live, first, inverse, PLACES, PADDED, TILE_COLUMNS
     )
-    parameters, rstd = _parameters(mean, var, weight, bias, channel, known, eps, ACC)
+    parameters, rstd = parameters_of(mean, var, weight, bias, channel, known, eps, ACC)
     col, near = tile_columns[0], known
     if not PADDED:
-        near = _near(tile_columns[2], PLACES)
+        near = near_present(tile_columns[2], PLACES)
     begin = chunk * rows_per_program
     lane = tl.arange(0, TILE_ROWS)[:, None]
 
@@ -474,7 +358,7 @@ def _sums_kernel(
         limit = tl.where(row < full_rows, columns, 0)
         wanted = (col < limit) & near
         row = row.to(tl.int64)
-        g, centred = _through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, PLACES, RELU)
+        g, centred = through_act(dy, x, mask, row, limit, wanted, tile_columns, parameters, PLACES, RELU)
         total += g
         total_x += g * centred
     column_sum = tl.sum(total, 0)
@@ -483,7 +367,7 @@ def _sums_kernel(
         row = full_rows + tl.arange(0, 1)[:, None]
         wanted = (col < rest) & near
         row = row.to(tl.int64)
-        g, centred = _through_act(dy, x, mask, row, rest, wanted, tile_columns, parameters, PLACES, RELU)
+        g, centred = through_act(dy, x, mask, row, rest, wanted, tile_columns, parameters, PLACES, RELU)
         column_sum += tl.sum(g, 0)
         column_sum_x += tl.sum(g * centred, 0)
     slot = chunk.to(tl.int64) * columns + col
@@ -501,34 +385,19 @@ def _fold_sums_kernel(
     channel = out[:, None]
     total = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     total_xhat = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
-    for start in range(0, slots, FOLD_SLOTS):
-        _, _, at, here = slots_of(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
+    chunks = slots // (group * inner)
+    each, step = first_slots(slots, inner, group, FOLD_SLOTS)
+    for _ in range(0, slots, FOLD_SLOTS):
+        _, at, here = place_of_slots(each, channel, chunks, columns8 * 8, inner, channels)
         total += tl.load(sums + at, mask=here, other=0)
         total_xhat += tl.load(sums_xhat + at, mask=here, other=0)
+        each = next_slots(each, step, inner, group)
     place = place_in_x(out, inverse, channels, first, PLACES)
     present = (out < channels) & (place >= 0)
     if PLACES != "all":
         present = present & (place < live)
     tl.store(sum_out + place, tl.sum(total, 1), mask=present)
     tl.store(sum_xhat_out + place, tl.sum(total_xhat, 1), mask=present)
-
-
-@triton.jit
-def _gradient_tile(
-    dy, x, mask, dx, dresidual, row, limit, near, tile_columns, parameters, k1, k2,
-    PLACES: tl.constexpr, RELU: tl.constexpr,
-):  # fmt: skip
-    """One tile, as in `_apply_tile`."""
-    col, _, present, columns, x_columns, x_col = tile_columns
-    row = row.to(tl.int64)
-    valid = col < limit
-    g, centred = _through_act(dy, x, mask, row, limit, valid & near, tile_columns, parameters, PLACES, RELU)
-    if dresidual is not None:
-        tl.store(dresidual + (row * columns + col), g.to(dresidual.dtype.element_ty), mask=valid)
-    if k1 is not None:
-        g = g - k1 - centred * k2
-    g = (parameters[1] * g).to(dx.dtype.element_ty)
-    _store_x(dx, row * x_columns + x_col, g, valid & present, PLACES)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -541,13 +410,13 @@ def _gradient_kernel(
     columns = columns8 * 8
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards
     tile = program % tiles
-    tile_columns, channel, known = _columns(
+    tile_columns, channel, known = columns_of(
         tile, columns, inner, channels, group, live, first, inverse, PLACES, PADDED, TILE_COLUMNS
     )
-    parameters, rstd = _parameters(mean, var, weight, bias, channel, known, eps, ACC)
+    parameters, rstd = parameters_of(mean, var, weight, bias, channel, known, eps, ACC)
     near = tile_columns[0] < columns
     if dresidual is None:
-        near = _near(tile_columns[2], PLACES)
+        near = near_present(tile_columns[2], PLACES)
     k1 = None
     k2 = None
     if sum_dy is not None:
@@ -558,10 +427,10 @@ def _gradient_kernel(
     for start in range(begin, tl.minimum(begin + rows_per_program, full_rows), TILE_ROWS):
         row = start + lane
         limit = tl.where(row < full_rows, columns, 0)
-        _gradient_tile(dy, x, mask, dx, dresidual, row, limit, near, tile_columns, parameters, k1, k2, PLACES, RELU)
+        gradient_tile(dy, x, mask, dx, dresidual, row, limit, near, tile_columns, parameters, k1, k2, PLACES, RELU)
     if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
         row = full_rows + tl.arange(0, 1)[:, None]
-        _gradient_tile(dy, x, mask, dx, dresidual, row, rest, near, tile_columns, parameters, k1, k2, PLACES, RELU)
+        gradient_tile(dy, x, mask, dx, dresidual, row, rest, near, tile_columns, parameters, k1, k2, PLACES, RELU)
 
 
 # -- native ------------------------------------------------------------------------------------------------------------
@@ -717,7 +586,7 @@ def _launch_sums(
         PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
     )  # fmt: skip
     of_results = IN_ORDER if placement.padded else placement
-    fold(_fold_sums_kernel, m.channels, slots, of_results, *results, *counts, count // m.channels)
+    fold(_fold_sums_kernel, m.channels, slots, of_results, count // m.channels, *results, *counts)
     return results
 
 
@@ -927,13 +796,34 @@ def _composed_update_running(
 # -- the whole, with its derivative ------------------------------------------------------------------------------------
 
 
+def _forward_in_one(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, placement: Placement, *,
+    eps: float, relu: bool, record: bool, running: Running,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+    """y, mean, var, mask by one cooperative launch, or None where that is not possible."""
+    if not use_kernels(x) or not cooperative.may_serve(x):
+        return None
+    x, residual = _one_layout(x, residual)
+    y, mask = _apply_outputs(x, residual, placement.inverse, mask=relu and record)
+    m = matrix_of(y)
+    plan = cooperative.plan_for(x, m, placement)
+    if plan is None:
+        return None
+    mean, var = cooperative.forward(
+        x, m, plan, weight=weight, bias=bias, eps=eps, residual=residual, placement=placement, running=running,
+        y=y, mask=mask, relu=relu,
+    )  # fmt: skip
+    return y, mean, var, mask
+
+
 def _forward(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, inverse: Tensor | None, eps: float, relu: bool, record: bool, of_batch: bool = False,  # noqa: FBT001, FBT002
-    padded: bool = False, first: int = -1,  # noqa: FBT001, FBT002
+    padded: bool = False, first: int = -1, running: Running = NOT_RUNNING,  # noqa: FBT001, FBT002
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """y, mean, var, mask. With `mean` and `var` given those are used, and the ones returned are None: but if they are
-    `of_batch`, x's own, one per channel of x, and others are needed, of a padded x, those."""
+    `of_batch`, x's own, one per channel of x, and others are needed, of a padded x, those. What is measured here is
+    added to what is `running`, which may be something where kernels serve x only."""
     placement = Placement(inverse, first, padded)
     measure = mean is None or var is None
     returned: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -944,8 +834,14 @@ def _forward(
         norm = _Norm(mean, var, weight, bias, eps)
         y, mask = _native_forward(x, norm, residual, measure=measure, relu=relu, record=record)
         return y, *returned, mask
+    if measure:
+        whole = _forward_in_one(
+            x, weight, bias, residual, placement, eps=eps, relu=relu, record=record, running=running
+        )  # fmt: skip
+        if whole is not None:
+            return whole
     if mean is None or var is None:
-        mean, var = returned = measure_statistics(x, placement)
+        mean, var = returned = measure_statistics(x, placement, running)
     elif of_batch and padded and inverse is not None:
         mean, var = returned = place_statistics(mean, var, placement)
     y, mask = _apply(x, _Norm(mean, var, weight, bias, eps), residual, placement, relu=relu, record=record)
@@ -1007,6 +903,14 @@ def _gradients(
         if residual_gradient:
             dresidual = _stored_as(g.clone() if g is dy else g, dy)
         return dx, dresidual, sum_dy, sum_dy_xhat
+    plan = cooperative.plan_for(x, matrix_of(dy), placement) if through_statistics else None
+    if plan is not None:
+        dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
+        summed = cooperative.backward(
+            dy, x, matrix_of(dy), plan, norm=norm[:4], eps=eps, mask=mask, placement=placement, dx=dx,
+            dresidual=dresidual, relu=relu,
+        )  # fmt: skip
+        return dx, dresidual, *(summed if sums else (None, None))
     summed = _launch_sums(dy, x, norm, mask, placement, relu=relu) if sums or through_statistics else None
     if x_gradient or residual_gradient:
         dx, dresidual = _launch_gradient(
@@ -1101,8 +1005,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        *tensors, options = inputs  # PyTorch looks at each argument several times
-        y, mean, var, mask = _forward(*tensors, *options)
+        *tensors, options, running = inputs  # PyTorch looks at each argument several times
+        y, mean, var, mask = _forward(*tensors, *options, running)
         if mean is not None and var is not None:
             ctx.mark_non_differentiable(mean, var)
         # with a `setup_context`, PyTorch inspects the signature of `forward` at every call
@@ -1111,7 +1015,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, dy), None
+        return *_backward(ctx, dy), None, None
 
 
 def _check(
@@ -1269,9 +1173,9 @@ def batch_norm_act_by_maps(
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
     options = (placement.inverse, eps, relu, record, training, padded, placement.first)
 
-    def act(mean: Tensor | None, var: Tensor | None) -> Any:
+    def act(mean: Tensor | None, var: Tensor | None, running: Running = NOT_RUNNING) -> Any:
         tensors = (x, mean, var, weight, bias, residual)
-        return _Eager.apply(*tensors, options) if eager else _batch_norm_act(*tensors, *options)
+        return _Eager.apply(*tensors, options, running) if eager else _batch_norm_act(*tensors, *options)
 
     if not training:
         return act(running_mean, running_var)[0]
@@ -1280,10 +1184,8 @@ def batch_norm_act_by_maps(
     if statistics is not None:
         mean, var = statistics
     running = Running(running_mean, running_var, count / max(count - 1, 1), momentum)
-    updated = eager and mean is None and not padded and _fold_updates(x, running)
-    if updated:
-        mean, var = measure_statistics(x, placement, running)
-    y, new_mean, new_var, *_ = act(mean, var)
+    updated = eager and mean is None and _fold_updates(x, running)
+    y, new_mean, new_var, *_ = act(mean, var, running if updated else NOT_RUNNING)
     if running_mean is not None and running_var is not None:
         if not updated:
             returned = _returns_statistics(mean, of_batch=True, padded=padded)
@@ -1299,7 +1201,7 @@ def _fold_updates(x: Tensor, running: Running) -> bool:
     """Whether the launch that folds x's statistics may add them to the running ones as well."""
     if running.mean is None or running.var is None or not use_kernels(x):
         return False
-    return running.mean.is_contiguous() and running.var.is_contiguous() and (x.is_contiguous() or is_channels_last(x))
+    return running.mean.is_contiguous() and running.var.is_contiguous()
 
 
 def _values_per_channel(

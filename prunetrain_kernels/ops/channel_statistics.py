@@ -47,10 +47,9 @@ from prunetrain_kernels.ops.native import DTYPE, ops, use_native
 
 TILE_ROWS = 16  # 16 elements a thread: enough loads in flight, accumulators that fit in registers
 TILE = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
-FOLD_CHANNELS = 2
-FOLD_SLOTS = 1024
-_PROGRAMS = 2048  # of a reduction, at most about: several waves on any GPU, and few slots beside the tensor
-_WIDEST_CHUNK = 1024
+_PROGRAMS = 1500  # of a reduction, at most: 7 fit on a multiprocessor, 1,512 are two full waves of an A100, 1.6 of an H200
+_FEWEST_PROGRAMS = 512  # that chunks are made larger for, so that there are less slots
+_SLOTS = 1024  # of a channel, for each of its neighbours in a row: one step of a fold
 _BLOCK = 1024  # channels of one program, where a kernel has no other work than a few values per channel
 
 # -- where channels lie ------------------------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ def place_in_x(channel, inverse, channels, first, PLACES: tl.constexpr):
 
 
 @triton.jit
-def _merged(n, mean, m2, first, AXIS: tl.constexpr):
+def merged(n, mean, m2, first, AXIS: tl.constexpr):
     """Chan's formula for many parts at once, along an axis; `first` marks a part that is never empty."""
     total = tl.sum(n, AXIS)
     reference = tl.sum(tl.where(first, mean, 0), AXIS)
@@ -203,7 +202,7 @@ def _statistics_kernel(
         mean += delta * (1 / count)
         m2 += delta * (value - mean)
     n = tl.full((TILE_ROWS, TILE_COLUMNS), 0, ACC) + ((stop - begin - lane + TILE_ROWS - 1) // TILE_ROWS).to(ACC)
-    n, mean, m2 = _merged(n, mean, m2, lane == 0, 0)
+    n, mean, m2 = merged(n, mean, m2, lane == 0, 0)
     if (rest > 0) & (full_rows < begin + rows_per_program):  # the last row, cut short
         value = tl.load(x + (full_rows.to(tl.int64) * columns + col), mask=col < rest, other=0).to(ACC)
         delta = tl.where(col < rest, value - mean, 0)
@@ -215,17 +214,39 @@ def _statistics_kernel(
 
 
 @triton.jit
-def slots_of(start, channel, slots, columns, inner, channels, group, FOLD_SLOTS: tl.constexpr):
-    """Some of the slots of some channels: chunk and column of each, where it is stored, and whether it exists."""
-    slot = start + tl.arange(0, FOLD_SLOTS)[None, :]
-    period = slot // inner
-    chunk = period // group
-    column = (period % group * channels + channel) * inner + slot % inner
-    return chunk, column, chunk.to(tl.int64) * columns + column, (slot < slots) & (channel >= 0) & (channel < channels)
+def first_slots(slots, inner, group, FOLD_SLOTS: tl.constexpr):
+    """The first FOLD_SLOTS of the slots of a channel, numbered as they lie in a chunk's columns: chunk, period of the
+    row and neighbour of each; and how far the next FOLD_SLOTS are from these, in the same three."""
+    slot = tl.arange(0, FOLD_SLOTS)[None, :]
+    at = (slot // inner // group, slot // inner % group, slot % inner)
+    step = FOLD_SLOTS // inner
+    return at, (step // group, step % group, FOLD_SLOTS % inner)
 
 
 @triton.jit
-def _update_running(running, channel, new, momentum, here, ACC: tl.constexpr):
+def next_slots(at, step, inner, group):
+    """The slots that follow: like numbers of three digits are added, since a division takes some 20 instructions."""
+    chunk, period, neighbour = at
+    neighbour += step[2]
+    carry = neighbour >= inner
+    neighbour -= tl.where(carry, inner, 0)
+    period += step[1] + carry.to(tl.int32)
+    carry = period >= group
+    period -= tl.where(carry, group, 0)
+    return chunk + (step[0] + carry.to(tl.int32)), period, neighbour
+
+
+@triton.jit
+def place_of_slots(at, channel, chunks, columns, inner, channels):
+    """Of some slots of some channels the column, where they are stored, and whether they exist."""
+    chunk, period, neighbour = at
+    column = (period * channels + channel) * inner + neighbour
+    here = (chunk < chunks) & (channel >= 0) & (channel < channels)
+    return column, chunk.to(tl.int64) * columns + column, here
+
+
+@triton.jit
+def move_running(running, channel, new, momentum, here, ACC: tl.constexpr):
     """running = (1 - momentum) running + momentum new, of some channels."""
     value = momentum * new + (1 - momentum) * tl.load(running + channel, mask=here, other=0).to(ACC)
     tl.store(running + channel, value.to(running.dtype.element_ty), mask=here)
@@ -242,22 +263,25 @@ def _fold_statistics_kernel(
     n = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     mean = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
     m2 = tl.full((FOLD_CHANNELS, FOLD_SLOTS), 0, ACC)
-    for start in range(0, slots, FOLD_SLOTS):
-        chunk, column, at, here = slots_of(start, channel, slots, columns8 * 8, inner, channels, group, FOLD_SLOTS)
-        rows = full_rows + (column < rest).to(tl.int32) - chunk * rows_per_program
+    chunks = slots // (group * inner)
+    each, step = first_slots(slots, inner, group, FOLD_SLOTS)
+    for _ in range(0, slots, FOLD_SLOTS):
+        column, at, here = place_of_slots(each, channel, chunks, columns8 * 8, inner, channels)
+        rows = full_rows + (column < rest).to(tl.int32) - each[0] * rows_per_program
         more = tl.where(here, tl.minimum(tl.maximum(rows, 0), rows_per_program), 0).to(ACC)
         delta = tl.load(means + at, mask=here, other=0) - mean
         share = more / tl.maximum(n + more, 1)
         mean += delta * share
         m2 += tl.load(m2s + at, mask=here, other=0) + delta * delta * n * share
         n += more
-    total, mean, m2 = _merged(n, mean, m2, tl.arange(0, FOLD_SLOTS)[None, :] == 0, 1)
+        each = next_slots(each, step, inner, group)
+    total, mean, m2 = merged(n, mean, m2, tl.arange(0, FOLD_SLOTS)[None, :] == 0, 1)
     var = m2 / tl.maximum(total, 1)
     tl.store(mean_out + out, mean, mask=out < space)
     tl.store(var_out + out, var, mask=out < space)
     if running_mean is not None:
-        _update_running(running_mean, out, mean, momentum, out < space, ACC)
-        _update_running(running_var, out, var * unbiased, momentum, out < space, ACC)
+        move_running(running_mean, out, mean, momentum, out < space, ACC)
+        move_running(running_var, out, var * unbiased, momentum, out < space, ACC)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -278,8 +302,8 @@ def _update_running_kernel(
     here = channel < channels
     m = tl.load(mean + channel, mask=here, other=0).to(ACC)
     v = tl.load(var + channel, mask=here, other=0).to(ACC)
-    _update_running(running_mean, channel, m, momentum, here, ACC)
-    _update_running(running_var, channel, v * unbiased, momentum, here, ACC)
+    move_running(running_mean, channel, m, momentum, here, ACC)
+    move_running(running_var, channel, v * unbiased, momentum, here, ACC)
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------------
@@ -320,18 +344,31 @@ def geometry(m: Matrix, live: int, first: int, rows_per_program: int) -> tuple[i
 def reduction(m: Matrix) -> tuple[int, tuple[int], int]:
     """Rows per program, of the shape alone, so that every device adds in the same order; the grid; and how many slots
     each of two results has, one for each column and chunk (`channel_pair` makes them)."""
-    rows = 1 << (-(-m.rows * tiles_across(m) // _PROGRAMS) - 1).bit_length()
-    rows = min(max(rows, TILE_ROWS), _WIDEST_CHUNK)
+    tiles = tiles_across(m)
+    chunks = min(_PROGRAMS // tiles, max(_SLOTS // m.group, _FEWEST_PROGRAMS // tiles))
+    rows = -(-m.rows // (TILE_ROWS * max(chunks, 1))) * TILE_ROWS
     chunks = -(-m.rows // rows)
-    return rows, (tiles_across(m) * chunks,), chunks * m.columns
+    return rows, (tiles * chunks,), chunks * m.columns
 
 
-def fold(kernel: Any, channels: int, slots: Sequence[Tensor], placement: Placement, *arguments: Any) -> None:
-    """Launches a kernel that folds two results' slots over `channels` outputs; `arguments` follow the map."""
+def fold_tile(parts: int) -> tuple[int, int, int]:
+    """Channels and slots of a step of a fold of so many slots a channel, and warps: one step does for most, and leaves
+    few lanes without a slot."""
+    if parts <= 128:
+        return 8, 128, 4
+    return (4, 256, 4) if parts <= 256 else (2, 1024, 8)
+
+
+def fold(
+    kernel: Any, channels: int, slots: Sequence[Tensor], placement: Placement, parts: int, *arguments: Any
+) -> None:
+    """Launches a kernel that folds two results' slots, `parts` of each channel, over `channels` outputs; `arguments`
+    follow the map, and the number of parts those."""
+    fold_channels, fold_slots, warps = fold_tile(parts)
     launch(
-        kernel, (-(-channels // FOLD_CHANNELS),), *slots, placement.map, *arguments,
-        PLACES=placement.kind(), ACC=accumulator(slots[0].dtype), FOLD_CHANNELS=FOLD_CHANNELS, FOLD_SLOTS=FOLD_SLOTS,
-        num_warps=8,
+        kernel, (-(-channels // fold_channels),), *slots, placement.map, *arguments, parts,
+        PLACES=placement.kind(), ACC=accumulator(slots[0].dtype), FOLD_CHANNELS=fold_channels, FOLD_SLOTS=fold_slots,
+        num_warps=warps,
     )  # fmt: skip
 
 
@@ -351,7 +388,7 @@ def fold_statistics(
         running: of as many channels as the outputs, or nothing.
     """
     channels = mean.numel()
-    fold(_fold_statistics_kernel, channels, slots, placement, mean, var, *running, channels, *counts, parts)
+    fold(_fold_statistics_kernel, channels, slots, placement, parts, mean, var, *running, channels, *counts)
 
 
 # -- statistics of a tensor --------------------------------------------------------------------------------------------

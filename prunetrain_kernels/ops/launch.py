@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +75,36 @@ def use_kernels(tensor: Tensor) -> bool:
     if INTERPRET:
         return tensor.dtype in (*KERNEL_DTYPES, torch.float64)
     return tensor.is_cuda and tensor.dtype in KERNEL_DTYPES and backend() != "reference"
+
+
+def programs_wait() -> bool:
+    """Whether programs of one launch run at the same time, so that they may wait for each other."""
+    return not INTERPRET
+
+
+class Gpu(NamedTuple):
+    """What launchers need to know of a GPU: its architecture, as in 90 for sm_90, and how many multiprocessors."""
+
+    arch: int
+    multiprocessors: int
+
+
+# Where kernels are only compiled, or interpreted: V100, A100, H100 and H200.
+_GPUS = {arch: Gpu(arch, multiprocessors) for arch, multiprocessors in ((70, 80), (80, 108), (90, 132))}
+
+
+@cache
+def _gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def gpu_of(tensor: Tensor) -> Gpu:
+    """The GPU that a tensor lies on; where there is none, the one that is compiled for."""
+    if tensor.is_cuda:
+        return _gpu(tensor.get_device())
+    arch = 90 if _compiled is None else triton.runtime.driver.active.get_current_target().arch
+    return _GPUS.get(arch, _GPUS[90])
 
 
 def is_eager(tensor: Tensor) -> bool:

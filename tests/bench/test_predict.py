@@ -14,6 +14,7 @@ from bench.predict import command, formula, machine_code
 from bench.predict.formula import Launch, Time
 from bench.predict.machine_code import Code, Loop
 from bench.predict.machines import MACHINES, Machine, machine, machine_of
+from bench.predict.work import Work
 
 # 1,000 MHz: a cycle is 1 ns. 10 SMs of 4 schedulers issue 40 instructions in it; 1,000 GB/s copied are 1 MB a us.
 TOY = Machine(
@@ -110,6 +111,18 @@ def test_programs_on_an_sm(options: dict[str, int], programs: int) -> None:
     assert formula.resident(looped(1, 1, **options), TOY) == programs
 
 
+def test_the_part_after_a_barrier_costs_the_barrier() -> None:
+    """In place of a launch; what all programs read beside `bytes` comes from L2, and only its loop waits for loads."""
+    code = looped(4, 32)
+    slots = 64 * 32 * 32.0
+    launch = Launch("fold", 10, 1000.0, code=code, asked=10 * slots, shared=10 * slots, after_barrier=True)
+    time = formula.predict(launch, TOY, "fp16")
+    assert time.launch == TOY.barrier_us == 1.0
+    assert time.total - 1 == pytest.approx((64 * 500 + 64) / 1000)
+    assert time.memory == pytest.approx((1000 + 10 * slots) / 10_000 / 1000)
+    assert Work("net", {}, 0.0, 0.0, [Launch("first", 10, 1000.0, code=code), launch]).launched == 1
+
+
 def test_sums_add_up() -> None:
     parts = [Time(3, 1, 0, 1, 0.5), Time(1, 4, 0, 0, 0.5)]
     total = formula.sum_of(parts)
@@ -143,6 +156,23 @@ def test_the_main_loop_of_machine_code() -> None:
     assert (code.straight, code.registers, code.stages, code.wgmma) == (5, 40, 1, False)
     ahead = machine_code.parse(SASS.replace("LDG.E.128", "LDGSTS.E.BYPASS.128"), 40, shared=0, warps=4, stages=3)
     assert (ahead.stages, ahead.loop) == (3, code.loop)
+
+
+BARRIER = """
+        /*0000*/                   LDG.E.128 R8, [R4.64] ;
+        /*0010*/              @P0  ATOMG.E.ADD.STRONG.GPU PT, R2, [R4.64], R3 ;
+        /*0020*/                   LDG.E.STRONG.GPU R2, [R4.64] ;
+        /*0030*/              @P3  BRA 0x20 ;
+        /*0040*/                   LDG.E.128.STRONG.GPU R8, [R4.64] ;
+        /*0050*/              @P3  BRA 0x40 ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_a_barrier_in_machine_code() -> None:
+    """The loop in which programs wait is none; one instruction is before the addition, that and the end are after."""
+    code = machine_code.parse(BARRIER, 40, shared=0, warps=4, stages=1)
+    assert (code.straight, code.before, code.loop) == (3, 1, Loop(instructions=2, bytes=16, widest=16))
 
 
 @pytest.mark.t1

@@ -28,7 +28,7 @@ from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.ops.layout import matrix
 
 t0 = pytest.mark.t0
-T0_BACKENDS = ("kernels", "native", "reference")
+T0_BACKENDS = ("kernels", "cooperative", "native", "reference")
 EPS = 1e-5
 module = sys.modules["prunetrain_kernels.ops.batch_norm_act"]  # the package's attribute of that name is the function
 
@@ -209,7 +209,7 @@ CASES = [
 @t0
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradients(case: Case, path: str, device: torch.device) -> None:
-    if case.dtype == torch.bfloat16 and path == "kernels" and device.type == "cpu":
+    if case.dtype == torch.bfloat16 and path in ("kernels", "cooperative") and device.type == "cpu":
         pytest.skip("Triton's interpreter truncates to bf16 where a GPU rounds; PRUNETRAIN_TEST_DEVICE=cuda runs this")
     check(case, device)
 

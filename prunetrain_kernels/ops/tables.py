@@ -379,8 +379,8 @@ def tile_of(height, columns, numel, row0, column0, VECTOR: tl.constexpr, ROWS: t
 def only_if(condition, mask):
     """A mask if a scalar condition holds, else none of it.
 
-    `mask & condition` says the same, but Triton 3.9's interpreter makes integers of that and refuses to load by them."""
-    return tl.where(condition, mask, False)
+    `mask & condition` says the same, but Triton 3.9's interpreter makes integers of it and refuses to load by them."""
+    return tl.where(condition, mask, False)  # noqa: FBT003 (Triton's own order of arguments)
 
 
 @triton.jit

@@ -906,11 +906,11 @@ def _gradients(
     plan = cooperative.plan_for(x, matrix_of(dy), placement) if through_statistics else None
     if plan is not None:
         dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
-        summed = cooperative.backward(
+        both = cooperative.backward(
             dy, x, matrix_of(dy), plan, norm=norm[:4], eps=eps, mask=mask, placement=placement, dx=dx,
             dresidual=dresidual, relu=relu,
         )  # fmt: skip
-        return dx, dresidual, *(summed if sums else (None, None))
+        return dx, dresidual, *(both if sums else (None, None))
     summed = _launch_sums(dy, x, norm, mask, placement, relu=relu) if sums or through_statistics else None
     if x_gradient or residual_gradient:
         dx, dresidual = _launch_gradient(
@@ -1006,7 +1006,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         *tensors, options, running = inputs  # PyTorch looks at each argument several times
-        y, mean, var, mask = _forward(*tensors, *options, running)
+        y, mean, var, mask = _forward(*tensors, *options, running=running)
         if mean is not None and var is not None:
             ctx.mark_non_differentiable(mean, var)
         # with a `setup_context`, PyTorch inspects the signature of `forward` at every call

@@ -47,9 +47,7 @@ from prunetrain_kernels.ops.native import DTYPE, ops, use_native
 
 TILE_ROWS = 16  # 16 elements a thread: enough loads in flight, accumulators that fit in registers
 TILE = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
-_PROGRAMS = (
-    1500  # of a reduction, at most: 7 fit on a multiprocessor; two full waves of an A100, 1.6 of an H200
-)
+_PROGRAMS = 1500  # of a reduction, at most: 7 fit on a multiprocessor; two full waves of an A100, 1.6 of an H200
 _FEWEST_PROGRAMS = 512  # that chunks are made larger for, so that there are less slots
 _SLOTS = 1024  # of a channel, for each of its neighbours in a row: one step of a fold
 _BLOCK = 1024  # channels of one program, where a kernel has no other work than a few values per channel

@@ -1006,7 +1006,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         *tensors, options, running = inputs  # PyTorch looks at each argument several times
-        y, mean, var, mask = _forward(*tensors, *options, running=running)
+        arguments: list[Any] = [*tensors, *options, running]
+        y, mean, var, mask = _forward(*arguments)
         if mean is not None and var is not None:
             ctx.mark_non_differentiable(mean, var)
         # with a `setup_context`, PyTorch inspects the signature of `forward` at every call

@@ -496,11 +496,12 @@ def _capability(device: torch.device) -> int:
 
 
 def _tile(
-    like: Tensor, rows: int, columns: int, depth: int, precision: str, *, vectors: bool, packed: bool = False
-) -> _Tile:
+    like: Tensor, rows: int, columns: int, depth: int, precision: str, *, vectors: bool, packed: bool = False,
+    narrow: bool = False,
+) -> _Tile:  # fmt: skip
     """The tile of a launch, by closed form: never by measurement, which would make sums depend on the time of day.
     Without `vectors` some tensor is moved element by element, which takes an address in registers for each. `packed`:
-    a weight gradient with PACKED taps."""
+    a weight gradient with PACKED taps; `narrow`: one that moves both tensors so, which would spill in a wide tile."""
     arch = _capability(like.device)
     if arch == 0:
         return _INTERPRETED
@@ -512,7 +513,7 @@ def _tile(
     if not vectors and depth <= 16 and columns <= 32:
         return _Tile(128, 16 if columns <= 16 else 32, 16, 4, 3)
     if not vectors:
-        return _Tile(64, 64 if columns > 32 else 32, 32, 4, 3)
+        return _Tile(64, 64 if columns > 32 and not narrow else 32, 32, 4, 3)
     n = 128 if columns > 64 else 64 if columns > 32 else 32
     m = 64 if rows <= 64 else 128
     k = (32 if single else 64) if depth > 32 else 32
@@ -676,7 +677,8 @@ def _weight_gradient(
     packed = channels < _FEW and taps[0] * taps[1] > 1
     vectors = _by_vectors(inputs, outputs)
     columns = channels * taps[0] * taps[1] if packed else channels
-    tile = _tile(x, filters, columns, pixels, precision, vectors=vectors, packed=packed)
+    narrow = all(side.index is not None or not side.aligned for side in (inputs, outputs))
+    tile = _tile(x, filters, columns, pixels, precision, vectors=vectors, packed=packed, narrow=narrow)
     tiles, other_tiles = -(-columns // tile.n), -(-filters // tile.m)
     programs = tiles * other_tiles * (1 if packed else taps[0] * taps[1])
     splits = max(1, min(_PROGRAMS // programs, pixels // _SHORTEST_SPLIT, _SPLITS))

@@ -29,9 +29,7 @@ BY = 0.25  # share of the training by which the target is to be met: the rest tr
 PLANNED = 0.5
 WITHIN = 0.01  # of the dense network's FLOPs: so near to the target the lasso may rest,
 WITHIN_OF = 0.1  # but nearer where this share of the target, or of what is to go, is less
-FACTOR = 2.0  # lambda changes by at most this from one epoch to the next,
-RANGE = 256.0  # but where the target is due in a few epochs, by as much as lets it change by this until then
-LARGEST_FACTOR = 8.0
+FACTOR = 2.0  # lambda changes by at most this from one epoch to the next
 LARGEST_RATIO = 0.9  # of lambda * R(W) in a total with the first loss: a lasso beyond that would drown the loss
 
 TRAINING, INFERENCE = 0, 1  # places in a pair of FLOPs
@@ -66,11 +64,6 @@ class Target:
     def which(self) -> int:
         """The place, in a pair of FLOPs, of those that the target is about."""
         return TRAINING if self.inference is None else INFERENCE
-
-    @property
-    def factor(self) -> float:
-        """By how much lambda may change from one epoch to the next."""
-        return min(LARGEST_FACTOR, max(FACTOR, RANGE ** (1 / max(1.0, self.by * self.epochs))))
 
     @property
     def name(self) -> str:
@@ -236,7 +229,7 @@ class Steering:
         goal = self.goal(now.passed, self.shares(now.flops)[which])
         needs = course.needs(now, reach)
         wanted = smallest_coefficient(needs, now.shape_flops(), lambda then: self.shares(then)[which] <= goal)
-        factor = self.target.factor ** min(1.0, since)
+        factor = FACTOR ** min(1.0, since)
         return min(max(wanted, now.coefficient / factor), now.coefficient * factor, self.largest)
 
     def reached(self, now: Now) -> float:

@@ -19,7 +19,7 @@ from prunetrain_kernels.graph.keep import restricted
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.prune.checkpoint import load_pruned, save_pruned
 from prunetrain_kernels.train.prunetrain import PruneTrain
-from prunetrain_kernels.train.target import BY, FACTOR, LARGEST_FACTOR, Steering, Target
+from prunetrain_kernels.train.target import BY, FACTOR, Steering, Target
 
 BATCH = 8
 
@@ -110,8 +110,7 @@ def test_lands_on_the_target_and_learns_on(optimizer_class: Any, target: float) 
     first, *others = run.lambdas
     assert first > 0
     assert len(set(others)) > 3, "lambda was adjusted"
-    factor = run.prunetrain.steering.target.factor
-    assert all(1 / factor - 1e-9 <= b / a <= factor + 1e-9 for a, b in zip(run.lambdas, others, strict=False))
+    assert all(1 / FACTOR - 1e-9 <= b / a <= FACTOR + 1e-9 for a, b in zip(run.lambdas, others, strict=False))
 
 
 def test_a_target_for_the_whole_training_counts_every_epoch() -> None:
@@ -133,16 +132,6 @@ def test_once_met_the_lasso_rests() -> None:
     assert float(run.prunetrain.regularize(torch.tensor(2.0))) == 2.0, "no penalty any more"
     run.epoch()
     assert run.optimizer.lasso is None
-
-
-def test_lambda_changes_faster_where_the_target_is_due_soon() -> None:
-    def factor(epochs: float, by: float = BY) -> float:
-        return Target(0.5, None, epochs, by).factor
-
-    assert factor(60) == factor(32) == FACTOR
-    assert factor(16) ** 4 == pytest.approx(FACTOR**8), "as much in four epochs as in eight"
-    assert factor(12) == factor(24, 0.125) > factor(16)
-    assert factor(1) == LARGEST_FACTOR
 
 
 @pytest.mark.parametrize(("optimizer_class", "advised"), [(SGD, True), (ProximalSGD, False)])

@@ -18,7 +18,7 @@ from prunetrain_kernels.graph.sparse import largest_in_spaces, slice_sizes
 from prunetrain_kernels.optim import SGD
 from prunetrain_kernels.train.forecast import rates_to_come
 from prunetrain_kernels.train.prunetrain import PruneTrain
-from prunetrain_kernels.train.target import Steering, Target
+from prunetrain_kernels.train.target import FACTOR, Steering, Target
 
 
 def pruner(model: nn.Module, scheduler: Any = None, **options: Any) -> PruneTrain:
@@ -98,9 +98,7 @@ def test_in_parts_of_an_epoch_lambda_changes_by_less() -> None:
     for _ in range(4):
         train(prunetrain, 2)
         prunetrain.advance(0.25)
-    assert prunetrain.steering is not None
-    factor = prunetrain.steering.target.factor
-    assert first < prunetrain.coefficient <= first * factor * (1 + 1e-9)  # type: ignore[operator]
+    assert first < prunetrain.coefficient <= first * FACTOR * (1 + 1e-9)  # type: ignore[operator]
 
 
 def test_what_a_part_of_an_epoch_has_cost_is_counted_with_the_network_it_had() -> None:

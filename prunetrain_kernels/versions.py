@@ -4,7 +4,7 @@ import re
 import warnings
 
 VERSION = "0.2.0"  # of this package
-NEWEST_TRIED = (2, 14)  # docs/backends.md has what was run, and when
+NEWEST_TRIED = (2, 15)  # docs/backends.md has what was run, and when
 
 
 class UntriedVersionWarning(UserWarning):

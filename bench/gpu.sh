@@ -27,14 +27,14 @@ done
 PYTHON=${PYTHON:-python3}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-420}
 WORKERS=8 SHARES=${SHARES:-$(nproc)}
-DEVICE=cuda SIZES=() ONE_NETWORK=() ONE_STAGE=() ONE_MAP=() COMPILE=(--compile) FAMILIES="lasso sgd bn gated index conv" COMPILED=""
+DEVICE=cuda SIZES=() ONE_NETWORK=() ONE_STAGE=() ONE_MAP=() COMPILE=(--compile) FAMILIES="lasso sgd bn cooperative gated index conv" COMPILED=""
 FIRST="tests/ops/test_conv2d.py tests/ops/test_on_gpu.py tests/ops/test_cuda_native.py tests/ops/test_batch_norm_gated.py"
 TESTS="$FIRST $(ls tests/ops/test_*.py tests/optim/test_*.py | grep -vxF "${FIRST// /$'\n'}" | xargs)"
 if [ $REHEARSE = 1 ]; then  # a CPU is slow, and other work may run on it: every limit is 20 times as long
   export VISIT=${VISIT:-runs/rehearsal} SCALE=20
   SECONDS_IN_ALL=9000 WORKERS=2 SHARES=1 DEVICE=cpu SIZES=(--quick) ONE_NETWORK=(--only resnet32) ONE_STAGE=(--only layer4) ONE_MAP=(--only 64x8x8)
   COMPILE=(--no-compile)
-  FAMILIES="lasso,sgd,bn,gated,index,conv" COMPILED="channel_gather fp16 NHWC" TESTS=tests/ops/test_on_gpu.py
+  FAMILIES="lasso,sgd,bn,cooperative,gated,index,conv" COMPILED="channel_gather fp16 NHWC" TESTS=tests/ops/test_on_gpu.py
 fi
 export VISIT=${VISIT:-runs/visit}
 export OUT=${OUT:-$VISIT-out} STEPS=${STEPS:-} VISIT_ENDS=$(($(date +%s) + SECONDS_IN_ALL))
@@ -86,6 +86,10 @@ if [ $DEVICE = cuda ] && command -v nvcc >/dev/null; then
 fi
 # (1) every kernel once
 ITEMS=$FAMILIES step smoke 45 env CUDA_LAUNCH_BLOCKING=1 "$PYTHON" -m bench.smoke run {} --device $DEVICE
+if [ $PLAN = 0 ] && ! "$PYTHON" bench/visit.py passed smoke cooperative; then
+  echo "gpu.sh: cooperative kernels did not pass; the other steps go without them (PRUNETRAIN_COOPERATIVE=0)"
+  export PRUNETRAIN_COOPERATIVE=0
+fi
 # (2) what the device can do at all, and the operators' times
 step roof 10 "$PYTHON" -m bench roof --device $DEVICE "${SIZES[@]}" --out "$VISIT/rows"
 suites sgd-lasso-bn 60 sgd lasso bn --no-compile --no-counters

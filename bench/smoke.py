@@ -29,8 +29,10 @@ REHEARSED = 90  # the architecture that a CPU stands in for
 FAMILIES: dict[str, tuple[str, ...]] = {
     "lasso": ("slice_statistics fp16", "group_lasso, backward fp16", "add_group_lasso_gradient_ fp16"),
     "sgd": ("SGD fp16", "SGD + lasso fp16", "SGD + lasso, GradScaler fp32", "ProximalSGD fp16"),
-    "bn": ("BN + add + ReLU fp16 NHWC", "BN + ReLU fp16 NCHW", "BN + ReLU fp16, eval",
-           "cooperative BN + add + ReLU fp16 NHWC, 128 x 16, 32 x 32", "cooperative BN + ReLU fp16 NHWC, 8 x 37"),
+    "bn": ("BN + add + ReLU fp16 NHWC", "BN + ReLU fp16 NCHW", "BN + ReLU fp16, eval"),
+    # by itself: programs that wait for each other could wait for ever
+    "cooperative": ("cooperative BN + add + ReLU fp16 NHWC, 128 x 16, 32 x 32",
+                    "cooperative BN + ReLU fp16 NHWC, 8 x 37"),
     "gated": ("gated BN + ReLU fp16 NHWC, map", "gated BN + ReLU fp16 NHWC, map, statistics given",
               "BN + scatter + add + ReLU fp16 NHWC"),
     "index": ("channel_gather fp16 NHWC", "channel_scatter fp16 NCHW", "channel_scatter_add fp16 NHWC"),
@@ -45,7 +47,11 @@ def of_family(family: str) -> list[offline.Case]:
         KeyError: there is no such family, or a case has another name by now.
     """
     names = FAMILIES[family]
-    by_name = {case.name: case for case in cases_of("bn" if family == "gated" else family) if case.name in names}
+    by_name = {
+        case.name: case
+        for case in cases_of("bn" if family in ("gated", "cooperative") else family)
+        if case.name in names
+    }
     return [by_name[name] for name in names]
 
 

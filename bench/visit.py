@@ -3,6 +3,7 @@
     python bench/visit.py begin                         opens or takes up the visit in $VISIT
     python bench/visit.py step NAME SECONDS COMMAND...  runs a step, unless it has come to its end before
     python bench/visit.py step --for "a b" NAME SECONDS COMMAND... {}   a process each for a and b, side by side
+    python bench/visit.py passed NAME ITEM              exit code 1 if that process of that step is known to have failed
     python bench/visit.py end [NAME...]                 prints the summary; exit code 1 unless all but those are done
 
 The folder $VISIT holds `logs/` (everything a step printed), `rows/` (CSV files of the suites), `steps/` (a JSON file
@@ -292,6 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, dest="command")
     commands.add_parser("begin")
     commands.add_parser("end").add_argument("but", nargs="*", metavar="NAME")
+    passed = commands.add_parser("passed")
+    passed.add_argument("name")
+    passed.add_argument("item")
     step = commands.add_parser("step")
     step.add_argument("name")
     step.add_argument("seconds", type=float)
@@ -305,6 +309,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "step":
         result = visit.step(options.name, options.seconds, options.items.split(), options.words).result
         return 0 if result in (DONE, SKIPPED) else 1
+    elif options.command == "passed":
+        codes = next((step.codes for step in visit.steps() if step.name == options.name), {})
+        return 1 if codes.get(options.item) else 0
     else:
         visit.pack()
         print((visit.folder / "visit.txt").read_text(encoding="utf-8"), end="")

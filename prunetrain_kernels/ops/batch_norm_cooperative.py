@@ -26,12 +26,15 @@ from shapes and the GPU alone; nothing is tried out. What is larger, or has a nu
 The number of tiles, and with it the order in which is added, depends on the GPU. On one GPU results are the same bit
 for bit, however often and beside whatever.
 
+`PRUNETRAIN_COOPERATIVE=0` in the environment leaves all to `batch_norm_act`, should a GPU or driver have trouble here.
+
 PHASE lets the same kernel run where programs cannot wait for each other, as in Triton's interpreter: "statistics" ends
 before the barrier, "apply" loads the tile again and begins after it; "all" is both.
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -61,7 +64,6 @@ from prunetrain_kernels.ops.launch import (
 )
 from prunetrain_kernels.ops.layout import Matrix
 
-ENABLED = True  # tests set it
 
 SIZES = (4096, 8192, 16384)  # elements of a tile, of 4, 8 or 16 warps; tests set smaller ones
 _A_WARP = 1024  # elements of a warp: 32 a thread
@@ -69,6 +71,14 @@ _WIDEST_TILE = 128
 _PARTS = 256  # slots of one channel, at most: more are folded sooner by launches of their own
 
 # -- plan --------------------------------------------------------------------------------------------------------------
+
+
+def is_wanted(environment: Mapping[str, str]) -> bool:
+    """Whether the environment leaves these kernels on."""
+    return environment.get("PRUNETRAIN_COOPERATIVE", "").strip() != "0"
+
+
+ENABLED = is_wanted(os.environ)  # tests set it
 
 
 class Plan(NamedTuple):

@@ -103,6 +103,8 @@ def test_the_script_hands_every_step_its_device_and_its_limit(tmp_path: Path) ->
         f'#!/bin/bash\nif [ "$1" = bench/visit.py ]; then exec {sys.executable} "$@"; fi\n'
         'if [ "$1" = - ]; then echo 90 >&2; exit 0; fi\n'
         'echo "RUN $* on $PRUNETRAIN_TEST_DEVICE interpreted: $TRITON_INTERPRET"\n'
+        'if [ -n "$BROKEN" ]; then echo "cooperative: $PRUNETRAIN_COOPERATIVE"; fi\n'
+        'if [[ -n "$BROKEN" && "$*" = *"run cooperative"* ]]; then exit 1; fi\n'
         'if [[ "$*" = *"run step"* ]]; then exit 70; fi\n'
     )
     python.chmod(0o755)
@@ -133,6 +135,10 @@ def test_the_script_hands_every_step_its_device_and_its_limit(tmp_path: Path) ->
     assert results["step"] == "died"
     assert results["t2"] == "done"
     assert (logs / "sgd-lasso-bn.log").read_text() == before
+    _, results = call(SECONDS_IN_ALL="9000", STEPS="smoke roof", BROKEN="1")
+    assert results["smoke"] == "failed"
+    assert "cooperative: \n" in (logs / "smoke-cooperative.log").read_text()
+    assert "cooperative: 0\n" in (logs / "roof.log").read_text(), "what did not pass is not used by later steps"
 
 
 # -- processes that lose the GPU ---------------------------------------------------------------------------------------

@@ -73,6 +73,14 @@ def test_what_has_no_plan(m: Matrix, why: str) -> None:
     assert plan(m, 132) is None
 
 
+def test_the_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cooperative.is_wanted({})
+    assert cooperative.is_wanted({"PRUNETRAIN_COOPERATIVE": "1"})
+    assert not cooperative.is_wanted({"PRUNETRAIN_COOPERATIVE": "0"})
+    monkeypatch.setattr(cooperative, "ENABLED", False)
+    assert not cooperative.may_serve(torch.empty(2, 8, 4, 4))
+
+
 def test_the_plan_that_takes_least_time() -> None:
     """A tile of 4,096 for few elements; of more where one column would have too many slots to fold."""
     assert plan(matrix(128 * 16, 16, 1), 132).programs == 1

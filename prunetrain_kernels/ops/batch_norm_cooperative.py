@@ -64,7 +64,6 @@ from prunetrain_kernels.ops.launch import (
 )
 from prunetrain_kernels.ops.layout import Matrix
 
-
 SIZES = (4096, 8192, 16384)  # elements of a tile, of 4, 8 or 16 warps; tests set smaller ones
 _A_WARP = 1024  # elements of a warp: 32 a thread
 _WIDEST_TILE = 128

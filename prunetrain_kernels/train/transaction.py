@@ -1,6 +1,7 @@
 """What makes a reconfiguration all or nothing, on one rank or many: agreeing, putting back, a batch that fits."""
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -32,7 +33,7 @@ def ranks_in(model: nn.Module) -> tuple[DistributedDataParallel | None, Ranks]:
     """
     ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
     of_whole = vars(model).get("wrapper")
-    ddp = of_whole() if ddp is None and callable(of_whole) else ddp
+    ddp = of_whole() if ddp is None and isinstance(of_whole, weakref.ref) else ddp  # a user's `wrapper` may be anything
     if not isinstance(ddp, DistributedDataParallel):
         return None, Ranks()
     check_rebuildable(ddp)

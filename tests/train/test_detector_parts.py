@@ -15,6 +15,7 @@ from prunetrain_kernels import InputError, PruneTrain, load_pruned, reconfigure,
 from prunetrain_kernels.graph.prunable import prunable
 from prunetrain_kernels.integrations.torchvision import detector_parts
 from prunetrain_kernels.optim import ProximalSGD
+from prunetrain_kernels.train.transaction import ranks_in
 
 
 class Backbone(nn.Module):
@@ -203,3 +204,9 @@ def test_a_detector_in_ddp_on_two_ranks(on_ranks: OnRanks) -> None:  # noqa: F81
     for name, tensor in first.items():
         if "running" not in name:  # every rank has statistics of its own
             assert torch.equal(tensor, second[name]), name
+
+
+def test_a_users_own_wrapper_is_not_called() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+    model.wrapper = lambda: pytest.fail("called")  # type: ignore[assignment]
+    assert ranks_in(model)[0] is None

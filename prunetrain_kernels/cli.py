@@ -284,6 +284,12 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="the share of --epochs by which the target is to be met",
     )
     add(
+        "--target-focus",
+        action=argparse.BooleanOptionalAction,
+        default=defaults["target_focus"],
+        help="from half of that time on the lasso spares the channels that are forecast to stay",
+    )
+    add(
         "--exclude",
         type=_names,
         default=(),

@@ -4,8 +4,8 @@ import copy
 import difflib
 import math
 import numbers
-from collections.abc import Collection, Container, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Container, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from prunetrain_kernels.ops.group_lasso import (
     add_group_lasso_gradient_,
     group_lasso,
     slice_statistics,
+    split_by_layer,
 )
+from prunetrain_kernels.ops.tables import channels_of
 
 
 class Group(NamedTuple):
@@ -33,7 +35,7 @@ class Group(NamedTuple):
         layer, side, channel: the layer's name, "in" or "out", and the number of the channel on that side.
         norm: sqrt(|slice|^2 + eps).
         max_abs: the largest |w| in the slice.
-        multiplier: the factor of the norm in R(W).
+        multiplier: the factor of the norm in R(W); 0 where the slice is spared.
     """
 
     layer: str
@@ -51,6 +53,7 @@ class SliceNorms(NamedTuple):
         inputs, outputs: norms of the input slices (C,) and of the output slices (K,).
         inputs_pulled, outputs_pulled: whether the side has a lasso.
         multiplier: the layer's multiplier of lambda.
+        spared: which of the input slices (C,) and output slices (K,) are spared, bool, or None for none.
     """
 
     inputs: Tensor
@@ -58,6 +61,15 @@ class SliceNorms(NamedTuple):
     inputs_pulled: bool
     outputs_pulled: bool
     multiplier: float
+    spared: tuple[Tensor, Tensor] | None = None
+
+    def factors(self, *, spares: bool = True) -> tuple[Tensor, Tensor]:
+        """The factor of each norm in R(W), of inputs and outputs; `spares`: 0 for what is spared."""
+        sides = []
+        for i, (norms, pulled) in enumerate(zip(self[:2], self[2:4], strict=True)):
+            factors = torch.full_like(norms, self.multiplier * pulled)
+            sides.append(factors * ~self.spared[i] if spares and self.spared is not None else factors)
+        return sides[0], sides[1]
 
 
 class GroupLasso:
@@ -70,7 +82,8 @@ class GroupLasso:
     weight. The paper has no such convolutions.
 
     Layers may differ in strength: with `coefficients={"layer3": 2.0, "stem.conv": 0.0}` R(W) becomes the sum over the
-    layers of a multiplier times their norms, an extension beyond the paper.
+    layers of a multiplier times their norms, an extension beyond the paper. Another is `sparing`: slices that have no
+    lasso for the time being.
 
     It reads the model's present weights at every call, so it stays valid after a reconfiguration.
 
@@ -133,6 +146,8 @@ class GroupLasso:
         self._path: dict[str, list[str]] = {}
         self._sides: dict[str, tuple[str, str]] = {}
         self._multipliers: dict[str, float] = {}
+        self._spared: dict[str, tuple[Tensor, Tensor]] = {}
+        self._kept_factors: tuple[Any, Tensor | None] = (None, None)
         names = []
         for layer in graph.layers.values():
             inner = not graph.spaces[layer.input].is_input, not graph.spaces[layer.output].is_output
@@ -148,7 +163,6 @@ class GroupLasso:
                 self._sides[layer.name] = ("out", "in") if layer.transposed else ("in", "out")
                 self._path[layer.name] = layer.name.split(".") if layer.name else []
                 self._multipliers[layer.name] = multiplier
-        self._alike = set(self._multipliers.values()) <= {1.0}
         return names
 
     def _pulled(self, graph: ChannelGraph, layer: Layer, inner: tuple[bool, bool]) -> tuple[bool, bool]:
@@ -187,21 +201,48 @@ class GroupLasso:
         present = [(weight, groups) for weight, groups in pairs if weight is not None]
         return [weight for weight, _ in present], [groups for _, groups in present]
 
-    def multipliers(self) -> list[float]:
-        """The multipliers of the weights that `weights` gives, in their order."""
-        return [multiplier for name, multiplier in self._multipliers.items() if self._weight(name) is not None]
+    def sparing(self, spared: Mapping[str, tuple[Tensor, Tensor]]) -> "GroupLasso":
+        """The same lasso without the slices that are spared.
 
-    def _parts(self) -> list[tuple[float, list[nn.Parameter], list[Groups]]]:
-        """Present weights and their groups for each multiplier; all in one part where all have 1."""
-        weights, groups = self.weights()
-        if self._alike:
-            return [(1.0, weights, groups)] if weights else []
-        parts: dict[float, tuple[list[nn.Parameter], list[Groups]]] = {}
-        for weight, group, multiplier in zip(weights, groups, self.multipliers(), strict=True):
-            part = parts.setdefault(multiplier, ([], []))
-            part[0].append(weight)
-            part[1].append(group)
-        return [(multiplier, *part) for multiplier, part in parts.items()]
+        Args:
+            spared: by layer, which of its input slices (C,) and output slices (K,) are spared, bool, on the CPU.
+        """
+        lasso = copy.copy(self)
+        lasso._spared = {name: sides for name, sides in spared.items() if name in self._groups}
+        lasso._kept_factors = (None, None)
+        return lasso
+
+    def factors(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Of each weight that `weights` gives the factors of its norms, in their order: those of the C input slices and
+        of the K output slices, fp64, on the CPU. None where all are 1."""
+        if not self._spared and set(self._multipliers.values()) <= {1.0}:
+            return None
+        factors = []
+        for name, weight, group in zip(self._present(), *self.weights(), strict=True):
+            multiplier = self._multipliers[name]
+            sides = [torch.full((n,), multiplier, dtype=torch.float64, device="cpu") for n in channels_of(weight, group.block)]
+            spared = self._spared.get(name)
+            if spared is not None:
+                of_weight = reversed(spared) if self._sides[name] == ("out", "in") else spared
+                sides = [side * ~mask for side, mask in zip(sides, of_weight, strict=True)]
+            factors.append((sides[0], sides[1]))
+        return factors
+
+    def _flat_factors(self, weights: Sequence[Tensor], groups: Sequence[Groups]) -> Tensor | None:
+        """`factors`, as the operators take them; kept while the weights have the same shapes."""
+        if not self._spared and set(self._multipliers.values()) <= {1.0}:
+            return None
+        wide = any(w.dtype == torch.float64 for w in weights)
+        key = ([(w.shape, g.block) for w, g in zip(weights, groups, strict=True)], wide, weights[0].device)
+        if self._kept_factors[0] != key:
+            flat = torch.cat([side for pair in self.factors() or () for side in pair])
+            flat = flat.to(weights[0].device, torch.float64 if wide else torch.float32)
+            self._kept_factors = key, flat
+        return self._kept_factors[1]
+
+    def _present(self) -> list[str]:
+        """Names of the layers with a lasso that have not been removed."""
+        return [name for name in self._groups if self._weight(name) is not None]
 
     def _weight(self, name: str) -> nn.Parameter | None:
         module: nn.Module | None = self.model
@@ -211,7 +252,10 @@ class GroupLasso:
 
     def penalty(self) -> Tensor:
         """R(W): a scalar tensor with autograd, in fp32 (fp64 for fp64 weights)."""
-        return self._sum([(m, group_lasso(weights, groups, self.eps)) for m, weights, groups in self._parts()])
+        weights, groups = self.weights()
+        if not weights:
+            return self._nothing()
+        return group_lasso(weights, groups, self.eps, self._flat_factors(weights, groups))
 
     def add_gradient_(self, coefficient: float | Tensor, only: Container[int] | None = None) -> Tensor:
         """Adds coefficient * dR/dW into every weight's `.grad` and returns R(W); records no graph.
@@ -220,50 +264,48 @@ class GroupLasso:
             coefficient: lambda.
             only: `id`s of weights: only these get a gradient, and R(W) is that of these alone.
         """
-        terms = []
-        for m, weights, groups in self._parts():
-            pairs = [(w, g) for w, g in zip(weights, groups, strict=True) if only is None or id(w) in only]
-            if pairs:
-                scale = coefficient if m == 1 else coefficient * m
-                terms.append(
-                    (m, add_group_lasso_gradient_([w for w, _ in pairs], [g for _, g in pairs], scale, self.eps))
-                )
-        return self._sum(terms)
+        weights, groups = self.weights()
+        flat = self._flat_factors(weights, groups) if weights else None
+        if only is not None:
+            chosen = [i for i, weight in enumerate(weights) if id(weight) in only]
+            if flat is not None:
+                parts = split_by_layer(flat, weights, [group.block for group in groups])
+                flat = torch.cat([torch.empty_like(flat[:0]), *(side for i in chosen for side in parts[i])])
+            weights, groups = [weights[i] for i in chosen], [groups[i] for i in chosen]
+        if not weights:
+            return self._nothing()
+        return add_group_lasso_gradient_(weights, groups, coefficient, self.eps, flat)
 
-    def _sum(self, terms: list[tuple[float, Tensor]]) -> Tensor:
-        """R(W) from pairs of a multiplier and the sum of norms that it multiplies."""
-        scaled = [term if multiplier == 1 else multiplier * term for multiplier, term in terms]
-        if not scaled:
-            return torch.zeros((), device=next((p.device for p in self.model.parameters()), torch.device("cpu")))
-        total = scaled[0]
-        for term in scaled[1:]:
-            total = total + term
-        return total
+    def _nothing(self) -> Tensor:
+        return torch.zeros((), device=next((p.device for p in self.model.parameters()), torch.device("cpu")))
 
     def slice_norms(self) -> dict[str, "SliceNorms"]:
         """Norms of the channel slices of every layer that has a lasso, with eps, on the CPU, by layer."""
         weights, groups = self.weights()
-        names = [name for name in self._groups if self._weight(name) is not None]
+        names, norms_of_weights = self._present(), slice_statistics(weights, groups, self.eps)[0]
         norms_of: dict[str, SliceNorms] = {}
-        for name, group, norms in zip(names, groups, slice_statistics(weights, groups, self.eps)[0], strict=True):
+        for name, group, norms in zip(names, groups, norms_of_weights, strict=True):
             (first, second), used = (norms[0].cpu(), norms[1].cpu()), (group.inputs, group.outputs)
             if self._sides[name] == ("out", "in"):
                 first, second, used = second, first, (used[1], used[0])
-            norms_of[name] = SliceNorms(first, second, *used, self._multipliers[name])
+            norms_of[name] = SliceNorms(first, second, *used, self._multipliers[name], self._spared.get(name))
         return norms_of
 
     def groups(self) -> list[Group]:
         """Every penalised group, in the order of the layers; `pandas.DataFrame(lasso.groups())` makes a table of it."""
         table: list[Group] = []
-        names = [name for name in self._groups if self._weight(name) is not None]
+        names = self._present()
         statistics = slice_statistics(*self.weights(), self.eps)
         for name, norms, sizes in zip(names, *statistics, strict=True):
             used_sides = (self._groups[name].inputs, self._groups[name].outputs)
             for side, used, norm, size in zip(self._sides[name], used_sides, norms, sizes, strict=True):
                 if used:
-                    pairs = zip(norm.tolist(), size.tolist(), strict=True)
-                    strength = self._multipliers[name]
-                    table += [Group(name, side, channel, n, m, strength) for channel, (n, m) in enumerate(pairs)]
+                    factors = [self._multipliers[name]] * len(norm)
+                    if name in self._spared:
+                        spared = self._spared[name][("in", "out").index(side)]
+                        factors = [0.0 if spares else self._multipliers[name] for spares in spared.tolist()]
+                    rows = zip(norm.tolist(), size.tolist(), factors, strict=True)
+                    table += [Group(name, side, channel, *row) for channel, row in enumerate(rows)]
         return table
 
 

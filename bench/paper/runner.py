@@ -35,7 +35,7 @@ IGNORED = ("out", "cache", "threads", "start_from", "start_from_other_data", "ze
 PRUNING = (
     "penalty_ratio", "interval", "reconfigure_once", "threshold", "relative", "policy", "round_to", "grow_batch",
     "batch_granularity", "memory_budget", "batch_limit", "lr_rule", "keep_momentum", "target_flops",
-    "target_train_flops", "target_by", "exclude", "min_channels", "coefficients", "coefficient",
+    "target_train_flops", "target_by", "target_focus", "exclude", "min_channels", "coefficients", "coefficient",
 )  # fmt: skip
 POLL_SECONDS = 0.5
 LINES_OF_A_FAILURE = 8

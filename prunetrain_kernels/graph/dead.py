@@ -70,6 +70,17 @@ def dead_branches(graph: ChannelSpaces, model: nn.Module, zero: set[str]) -> Ite
             )
 
 
+def bypassed_spaces(graph: ChannelSpaces, model: nn.Module) -> set[int]:
+    """Numbers of the spaces that lie within one side of a merge: the network goes on, past them, without a channel of
+    theirs."""
+    branches = [set(branch.layers) for branch in dead_branches(graph, model, set(graph.layers))]
+    around: dict[int, set[str]] = {}
+    for layer in graph.layers.values():
+        for space in (layer.input, layer.output):
+            around.setdefault(space, set()).add(layer.name)
+    return {space for space, layers in around.items() if any(layers <= branch for branch in branches)}
+
+
 def _has_tensors(modules: dict[str, nn.Module], node: fx.Node) -> bool:
     """Whether the node calls a module with parameters or buffers, or with groups: their sizes are fixed, so it cannot
     read the one channel of a removed layer."""

@@ -8,6 +8,9 @@ the penalty of a set of layers and its gradient are
 
     R = sum_l ( sum_c n_in[c] + sum_k n_out[k] )          dR/dW[k, c, ...] = W[k, c, ...] (1 / n_in[c] + 1 / n_out[k])
 
+A slice may have a factor m: its term is m n then, and its pull m W / n, which is the pull of a norm of n / m (`pulling`).
+Kernels know no factors; they read the norms that `pulling` gives.
+
 `eps` makes the gradient finite at zero: below `sqrt(eps) = 1e-4`, which is also the pruning threshold, the pull on a
 slice fades linearly instead of flipping its sign at every step.
 
@@ -384,6 +387,15 @@ def _counted(layers: tuple[tuple[int, int, int], ...], dtype: torch.dtype, devic
     return torch.cat(parts)
 
 
+def pulling(norms: Tensor, factors: Tensor | None) -> Tensor:
+    """Norms whose pull is that of slices with these factors: norms / factors, infinite where the factor is 0.
+
+    Args:
+        norms: of any shape; `factors`: 0 or more, of the same shape, or None for 1.
+    """
+    return norms if factors is None else torch.where(factors > 0, norms / factors, torch.inf)
+
+
 @register("slice_statistics")
 def _slice_statistics(weights: Sequence[Tensor], blocks: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
     return _measure(weights, blocks, eps, sizes=True)
@@ -402,14 +414,17 @@ def _fake_norms(weights: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
 
 @register("group_lasso")
 def _group_lasso(
-    weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float
+    weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float, factors: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     norms, _ = _measure(weights, blocks, eps, sizes=False)
-    return torch.dot(norms, counted(weights, blocks, used, norms)), norms
+    counts = counted(weights, blocks, used, norms)
+    return torch.dot(norms, counts if factors is None else counts * factors), norms
 
 
 @_group_lasso.register_fake
-def _(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float, factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
     norms = _fake_norms(weights, blocks)
     return norms.new_empty(()), norms
 
@@ -442,18 +457,18 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    weights, ctx.blocks, ctx.used, ctx.eps = inputs
+    weights, ctx.blocks, ctx.used, ctx.eps, factors = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *weights)
+    ctx.save_for_backward(output[1], factors, *weights)
 
 
 def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    norms, *weights = ctx.saved_tensors
+    norms, factors, *weights = ctx.saved_tensors
     if is_differentiated_again(upstream):
-        norms = _reference_norms(weights, ctx.blocks, ctx.eps)  # as a function of the weights
-        return _gradient_reference(upstream, norms, weights, ctx.blocks, ctx.used), None, None, None
-    gradients = _group_lasso_gradient(upstream, norms, weights, ctx.blocks, ctx.used)
-    return gradients, None, None, None
+        norms = pulling(_reference_norms(weights, ctx.blocks, ctx.eps), factors)  # as a function of the weights
+        return _gradient_reference(upstream, norms, weights, ctx.blocks, ctx.used), None, None, None, None
+    gradients = _group_lasso_gradient(upstream, pulling(norms, factors), weights, ctx.blocks, ctx.used)
+    return gradients, None, None, None, None
 
 
 _group_lasso.register_autograd(_backward, setup_context=_save)
@@ -462,10 +477,13 @@ _group_lasso.register_autograd(_backward, setup_context=_save)
 # For derivatives of derivatives, and for the transforms of torch.func, of which kernels know nothing.
 
 
-def _composed_penalty(weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float) -> Tensor:
+def _composed_penalty(
+    weights: Sequence[Tensor], blocks: Sequence[int], used: Sequence[int], eps: float, factors: Tensor | None
+) -> Tensor:
     norms = _reference_norms(weights, blocks, eps)
     layers = tuple((*channels_of(w, b), u) for w, b, u in zip(weights, blocks, used, strict=True))
-    return norms @ _counted.__wrapped__(layers, norms.dtype, norms.device)  # no cache may hold what a transform wrapped
+    counts = _counted.__wrapped__(layers, norms.dtype, norms.device)  # no cache may hold what a transform wrapped
+    return norms @ (counts if factors is None else counts * factors)
 
 
 @register("add_group_lasso_gradient_", mutates=("gradients",))
@@ -537,29 +555,37 @@ def slice_statistics(
     return split_by_layer(norms, weights, blocks), split_by_layer(max_abs, weights, blocks)
 
 
-def group_lasso(weights: Sequence[Tensor], groups: Sequence[Groups], eps: float = EPS) -> Tensor:
+def group_lasso(
+    weights: Sequence[Tensor], groups: Sequence[Groups], eps: float = EPS, factors: Tensor | None = None
+) -> Tensor:
     """Penalty R (Eq. 2) of a set of weights as a scalar tensor with autograd, for derivatives of any order.
 
     Args:
         weights: convolution weights (K, C, R, S) or linear weights (K, C * block), any float dtype, on one device.
         groups: which groups of each weight count, one entry per weight.
         eps: added to every squared norm.
+        factors: of the norms: for each weight those of its C input slices, then of its K output slices, in one tensor
+            like the norms (fp32, or fp64 where a weight is); None for 1. It gets no gradient.
 
     Raises:
         ValueError: no weight, lists of different lengths, a shape or block that makes no slices, several devices.
     """
     _check(weights, groups)
     if is_transformed():
-        return _composed_penalty(weights, *_split(groups), eps)
-    penalty: Tensor = _group_lasso(list(weights), *_split(groups), eps)[0]
+        return _composed_penalty(weights, *_split(groups), eps, factors)
+    penalty: Tensor = _group_lasso(list(weights), *_split(groups), eps, factors)[0]
     return penalty
 
 
 @torch.no_grad()
 def add_group_lasso_gradient_(
-    weights: Sequence[Tensor], groups: Sequence[Groups], coefficient: float | Tensor, eps: float = EPS
+    weights: Sequence[Tensor],
+    groups: Sequence[Groups],
+    coefficient: float | Tensor,
+    eps: float = EPS,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """Adds coefficient * dR/dW into each weight's `.grad` and returns R; records no graph.
+    """Adds coefficient * dR/dW into each weight's `.grad` and returns R; records no graph. Arguments as `group_lasso`.
 
     A weight without a `.grad` gets one, as backward would give it; a weight that needs no gradient gets none.
 
@@ -572,7 +598,8 @@ def add_group_lasso_gradient_(
             "add_group_lasso_gradient_ writes .grad, which torch.func has not; add group_lasso(...) there."
         )
     blocks, used = _split(groups)
-    penalty, norms = _group_lasso(list(weights), blocks, used, eps)
+    penalty, norms = _group_lasso(list(weights), blocks, used, eps, factors)
+    norms = pulling(norms, factors)
     scale = coefficient_tensor(coefficient, norms)
     parts = split_by_layer(norms, weights, blocks)
     trained = [i for i, w in enumerate(weights) if w.requires_grad]

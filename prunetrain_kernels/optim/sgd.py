@@ -24,6 +24,7 @@ from prunetrain_kernels.ops.group_lasso import (
     Groups,
     coefficient_tensor,
     counted,
+    pulling,
     slice_statistics,
     split_by_layer,
 )
@@ -37,14 +38,15 @@ from prunetrain_kernels.regularizer import GroupLasso
 class _Norms:
     """Norms and largest |w| of the weights with a lasso, and of which weights, in which state, they were measured.
 
-    Multipliers reach the update through the norms that it reads. It pulls by lambda w / n, so norms divided by
-    multipliers make it pull by lambda * multiplier w / n. What is kept here are the norms themselves.
+    Factors reach the update through the norms that it reads. It pulls by lambda w / n, so norms divided by factors make
+    it pull by lambda * factor w / n (`pulling`). What is kept here are the norms themselves.
     """
 
-    def __init__(self, weights: Sequence[Tensor], groups: list[Groups], multipliers: list[float], eps: float) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], groups: list[Groups], factors: list[tuple[Tensor, Tensor]] | None, eps: float
+    ) -> None:
         self.weights = weights
         self.groups = groups
-        self.multipliers = multipliers
         self.eps = eps
         self.blocks = [g.block for g in groups]
         self.used = [g.used for g in groups]
@@ -53,14 +55,10 @@ class _Norms:
         wide = any(w.dtype == torch.float64 for w in weights)
         self.norms = weights[0].new_empty(count, dtype=torch.float64 if wide else torch.float32)
         self.max_abs = torch.empty_like(self.norms)
-        self.factor = None if set(multipliers) == {1.0} else self._per_norm(multipliers)
+        flat = None if factors is None else torch.cat([side for pair in factors for side in pair])
+        self.factor = None if flat is None else flat.to(self.norms.device, self.norms.dtype)
         self.state: list[tuple[int, int]] | None = None
         self.made_for: Any = None  # parameters and weights when this was made: while they are the same, it serves
-
-    def _per_norm(self, multipliers: list[float]) -> Tensor:
-        """The multipliers, each repeated for every norm of its weight."""
-        sizes = [sum(channels_of(w, block)) for w, block in zip(self.weights, self.blocks, strict=True)]
-        return torch.cat([self.norms.new_full((n,), m) for n, m in zip(sizes, multipliers, strict=True)])
 
     def fit(self, weights: Sequence[Tensor], groups: list[Groups]) -> bool:
         """Whether the norms are of these weights and groups, in their present shapes."""
@@ -88,7 +86,7 @@ class _Norms:
     def for_update(self) -> Tensor:
         """The norms as the update is to read them; it overwrites them by the new weights' own, to be handed to
         `take`."""
-        return self.norms if self.factor is None else self.norms / self.factor
+        return pulling(self.norms, self.factor)
 
     def take(self, norms: Tensor, found_inf: Tensor | None) -> None:
         """Keeps what an update has written, unless it was skipped and wrote nothing; that is decided on the device."""
@@ -315,9 +313,9 @@ class SGD(torch.optim.SGD):
             return self._norms
         if not present:
             return None
-        weights, groups, multipliers = _trained(lasso, params)
+        weights, groups, factors = _trained(lasso, params)
         if self._norms is None or not self._norms.fit(weights, groups):
-            self._norms = _Norms(weights, groups, multipliers, self._eps())
+            self._norms = _Norms(weights, groups, factors, self._eps())
         self._norms.made_for = now
         return self._norms
 
@@ -436,19 +434,24 @@ def _check_lasso(
         )
 
 
-def _trained(lasso: GroupLasso, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Groups], list[float]]:
-    """The lasso's weights that are trained, their groups and multipliers, in the order of the parameters.
+def _trained(
+    lasso: GroupLasso, params: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Groups], list[tuple[Tensor, Tensor]] | None]:
+    """The lasso's weights that are trained, their groups and factors, in the order of the parameters.
 
     Raises:
         InputError: there is none.
     """
     order = {id(p): i for i, p in enumerate(params)}
-    rows = zip(*lasso.weights(), lasso.multipliers(), strict=True)
+    factors = lasso.factors()
+    weights, groups = lasso.weights()
+    rows = zip(weights, groups, [None] * len(weights) if factors is None else factors, strict=True)
     trained = [row for row in rows if row[0].requires_grad and id(row[0]) in order]
     if not trained:
         raise InputError("none of the lasso's weights is trained; end the lasso with regularize_with(None).")
     trained.sort(key=lambda row: order[id(row[0])])
-    return [w for w, _, _ in trained], [g for _, g, _ in trained], [m for _, _, m in trained]
+    of_trained = [pair for _, _, pair in trained if pair is not None]
+    return [w for w, _, _ in trained], [g for _, g, _ in trained], None if factors is None else of_trained
 
 
 def _parameters_on(
@@ -516,7 +519,7 @@ class ProximalSGD(SGD):
 
     The threshold is lr * lambda * (1 - dampening) / (1 - momentum), the length that the subgradient moves a slice per
     step once momentum has built up, so the same lambda means the same strength; dampening counts with momentum only. A
-    layer's multiplier (`GroupLasso(coefficients=...)`) multiplies its threshold.
+    layer's multiplier (`GroupLasso(coefficients=...)`) multiplies its threshold, and what is spared has none.
     Weight decay and momentum are those of SGD; the lasso is in neither. What is exact and what is approximate where a
     weight lies in an input and an output group: see `ops/group_soft_threshold.py`.
 
@@ -542,16 +545,11 @@ class ProximalSGD(SGD):
             return
         group_of = {id(p): i for p, i in zip(step.parameters.params, step.parameters.group, strict=True)}
         group = [group_of[id(w)] for w in step.lasso.weights]
-        kinds = [(i, 1.0) for i in range(len(self.param_groups))]
-        if step.lasso.factor is not None:  # a threshold for each parameter group and multiplier that come together
-            pairs = list(zip(group, step.lasso.multipliers, strict=True))
-            kinds = list(dict.fromkeys(pairs))
-            group = [kinds.index(pair) for pair in pairs]
         coefficient = coefficient_tensor(self._coefficient, step.lasso.norms)
         group_soft_threshold_(
             step.lasso.weights,
-            step.lasso.norms,
-            [self._threshold(i, m, coefficient) for i, m in kinds],
+            step.lasso.for_update(),
+            [self._threshold(i, coefficient) for i in range(len(self.param_groups))],
             step.scaling.found_inf,
             group,
             step.lasso.blocks,
@@ -564,15 +562,14 @@ class ProximalSGD(SGD):
     def _lasso_coefficient(self, step: _Step) -> Tensor | None:
         return None  # no subgradient
 
-    def _threshold(self, group: int, multiplier: float, coefficient: Tensor) -> Tensor:
+    def _threshold(self, group: int, coefficient: Tensor) -> Tensor:
         settings = self.param_groups[group]
         momentum = float(settings["momentum"])
         scale = (1 - float(settings["dampening"])) / (1 - momentum) if momentum else 1.0
-        scale *= multiplier
         tensor = partial(self._scalars.tensor, dtype=coefficient.dtype, device=coefficient.device)
         if isinstance(settings["lr"], Tensor) or isinstance(self._coefficient, Tensor):
             return tensor(group, "lr", settings["lr"]) * coefficient * scale
-        return tensor(group, f"threshold of {multiplier}", settings["lr"] * self._coefficient * scale)
+        return tensor(group, "threshold", settings["lr"] * self._coefficient * scale)
 
 
 def _check_momentum(momentum: float) -> None:

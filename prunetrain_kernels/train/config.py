@@ -85,6 +85,7 @@ class TrainConfig:
     target_flops: float | None = None
     target_train_flops: float | None = None
     target_by: float = BY
+    target_focus: bool = True
     exclude: tuple[str, ...] = ()
     min_channels: int = 1
     coefficients: tuple[str, ...] = ()

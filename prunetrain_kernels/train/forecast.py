@@ -121,8 +121,8 @@ class Now:
     def penalty(self) -> float:
         """R(W), from the norms."""
         layers = self.slice_norms().values()
-        sides = ((n.multiplier, side) for n in layers for side, pulled in zip(n[:2], n[2:4], strict=True) if pulled)
-        return sum(multiplier * float(side.double().sum()) for multiplier, side in sides)
+        sides = (pair for norms in layers for pair in zip(norms[:2], norms.factors(), strict=True))
+        return sum(float((side.double() * factors).sum()) for side, factors in sides)
 
     def by_original(self, of_slices: Mapping[str, Sequence[Any]]) -> dict[str, "Sides"]:
         """Numbers of the present slices at their places in the dense network; NaN where no slice is any more."""
@@ -141,7 +141,7 @@ class Now:
 
     def numbers(self, name: str, side: int) -> Tensor:
         """The original numbers of a layer's present input (0) or output (1) slices."""
-        return self.original.kept[name][side][self.present.graph.computed(name)[side]]
+        return self.present.slice_numbers(name, side)
 
 
 # -- FLOPs of a shape --------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ class Course:
         mean_rate = (last + (last if self.rate is None else self.rate)) / 2
         reach = steps * mean_rate * reach_per_rate(self.optimizer, self.group)
         if self.norms and 0 < reach < math.inf:
-            pulls = now.by_original(pulls_of(norms))
+            pulls = now.by_original(pulls_of(norms, spares=True))
             for name, sides in after.items():
                 if name not in self.norms:
                     continue  # an earlier version did not follow this layer
@@ -479,16 +479,21 @@ class Course:
         self.resistance = {name: (sides[0], sides[1]) for name, sides in state["resistance"].items()}
 
 
-def pulls_of(norms: dict[str, SliceNorms]) -> dict[str, Sides]:
+def pulls_of(norms: dict[str, SliceNorms], *, spares: bool = False) -> dict[str, Sides]:
     """How strongly a lasso of lambda 1 pulls at each slice along itself, by layer; see the top of this file. A layer's
-    multiplier of lambda is in it."""
+    multiplier of lambda is in it.
+
+    Args:
+        spares: as it pulls now, at spared slices only through those that cross them; else as if none of them were
+            spared, which tells what it would take for them to go.
+    """
     pulls = {}
     for name, layer in norms.items():
-        across_inputs, across_outputs = (side.sum() / side.square().sum() for side in (layer.inputs, layer.outputs))
-        pulls[name] = (
-            layer.multiplier * (layer.inputs_pulled + layer.outputs_pulled * layer.inputs * across_outputs),
-            layer.multiplier * (layer.outputs_pulled + layer.inputs_pulled * layer.outputs * across_inputs),
+        own, crossing = layer.factors(spares=spares), layer.factors()
+        across_inputs, across_outputs = (
+            (side * factors).sum() / side.square().sum() for side, factors in zip(layer[:2], crossing, strict=True)
         )
+        pulls[name] = own[0] + layer.inputs * across_outputs, own[1] + layer.outputs * across_inputs
     return pulls
 
 
@@ -498,6 +503,17 @@ def pulls_of(norms: dict[str, SliceNorms]) -> dict[str, Sides]:
 def flops_at(needs: Sequence[Tensor], flops: ShapeFlops, coefficient: float) -> tuple[float, float]:
     """Training and inference FLOPs per image if every channel whose need is at most lambda goes."""
     return flops.of_counts([int((need > coefficient).sum()) for need in needs])
+
+
+def _without_spared(needs: list[Tensor], now: Now) -> list[Tensor]:
+    """The needs, infinite for the channels that the lasso spares: they stay."""
+    graph = now.present.graph
+    for name, norms in now.slice_norms().items():
+        if norms.spared is not None:
+            spaces = graph.layers[name].input, graph.layers[name].output
+            for space, computed, spared in zip(spaces, graph.computed(name), norms.spared, strict=True):
+                needs[space][computed[spared]] = math.inf
+    return needs
 
 
 def forecast(course: Course, now: Now, *, epochs: float, threshold: float, dense: Flops) -> Forecast:
@@ -514,7 +530,7 @@ def forecast(course: Course, now: Now, *, epochs: float, threshold: float, dense
     sizes = torch.cat([torch.tensor([], dtype=torch.float32, device="cpu"), *(side for side, used in sides if used)])
     smallest, median = (float(sizes.min()), float(sizes.median())) if len(sizes) else (math.nan, math.nan)
     reach = course.reach(now, max(0.0, epochs - now.passed))
-    needs = course.needs(now, max(reach, SHORTEST))
+    needs = _without_spared(course.needs(now, max(reach, SHORTEST)), now)
     training, inference = flops_at(needs, now.shape_flops(), now.coefficient)
     return Forecast(
         now.passed, epochs, smallest, median, threshold, now.coefficient * reach,

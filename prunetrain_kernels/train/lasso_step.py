@@ -113,7 +113,8 @@ def look_at_epoch(state: PruningState, *, is_due: bool) -> None:
     state.course.look(now)
     if state.steering is not None and now.coefficient:
         coefficient = state.steering.steered(state.course, now, state.penalty_ratio, since)
-        state.coefficient = state.ranks.broadcast(coefficient)
+        state.coefficient, state.steering.spares = state.ranks.broadcast((coefficient, state.steering.spares))
+        state.present = state.steering.focused(state.present)
     warn_if_diverged(state)
     warn_if_out_of_reach(state)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunetrain_kernels.compiled import eagerly
 from prunetrain_kernels.cost import Flops, FlopTable, flop_table
@@ -64,6 +64,10 @@ class Present:
     @property
     def example_inputs(self) -> ExampleInputs:
         return self.graph.example_inputs
+
+    def slice_numbers(self, name: str, side: int) -> Tensor:
+        """The original numbers of a layer's present input (0) or output (1) slices, int64, on the CPU."""
+        return self.original.kept[name][side][self.graph.computed(name)[side]]
 
 
 def fuse_all(model: nn.Module, copies: Sequence[nn.Module], example_inputs: ExampleInputs) -> FuseReport:

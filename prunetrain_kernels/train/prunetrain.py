@@ -103,6 +103,8 @@ class PruneTrain(PruningState):
             at every epoch's end, and the lasso rests once the target is met; whether, or why not, is said at the end.
         target_training: FLOPs of the whole training instead, as a share of what the dense network would take.
         target_by: the share of the epochs by which the target is to be met.
+        target_focus: from half of that time on the lasso spares the channels that are forecast to stay, so that it
+            does not shrink them too; False has it pull at all channels until the target is met.
         exclude: names of layers, or of modules around some, whose channels all stay, and that have no lasso.
         min_channels: no layer keeps fewer channels than this, or than it has.
         coefficient: lambda itself, for pretrained networks, whose first loss is no guide: a slice of norm n takes about
@@ -158,6 +160,7 @@ class PruneTrain(PruningState):
         target: float | None = None,
         target_training: float | None = None,
         target_by: float = BY,
+        target_focus: bool = True,
         exclude: Sequence[str] = (),
         min_channels: int = 1,
         coefficients: Mapping[str, float] | None = None,
@@ -165,7 +168,7 @@ class PruneTrain(PruningState):
         log: Log | None = None,
     ) -> None:
         check_kinds(locals())
-        wanted = target_of(target, target_training, epochs, target_by)
+        wanted = target_of(target, target_training, epochs, target_by, focus=target_focus)
         interval = interval_of(interval, None if wanted is None else wanted.epochs)
         check_arguments(penalty_ratio, interval, amp, zeroing_tolerance, steers=wanted is not None)
         check_coefficient(coefficient, penalty_ratio)
@@ -276,8 +279,9 @@ class PruneTrain(PruningState):
         with self.lock, Everything(self) as change:
             outcome = carry_out(self, change)
             self.present, self.warned_of_layout = outcome.present, outcome.warned_of_layout
-            if self.steering is not None and outcome.met is not None:
-                self.steering.met = outcome.met
+            if self.steering is not None:
+                self.steering.met = self.steering.met if outcome.met is None else outcome.met
+                self.present = self.steering.focused(self.present)
             self.history.append(outcome.entry)
             change.done = True  # from here on it lasts, and nothing fails
         return outcome.report

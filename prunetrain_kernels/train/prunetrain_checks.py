@@ -19,7 +19,7 @@ from prunetrain_kernels.train.mini_batch import MiniBatch
 # arguments of PruneTrain, by what they must be
 NUMBERS = ("penalty_ratio", "threshold", "zeroing_tolerance")
 WHOLE = ("round_to", "min_channels")
-FLAGS = ("relative", "fuse", "keep_momentum")
+FLAGS = ("relative", "fuse", "keep_momentum", "target_focus")
 
 
 def check_kinds(arguments: Mapping[str, Any]) -> None:

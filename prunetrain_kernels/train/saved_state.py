@@ -21,7 +21,7 @@ from prunetrain_kernels.train.state import PruningState
 from prunetrain_kernels.train.target import Steering
 from prunetrain_kernels.train.transaction import Everything
 
-CAME_LATER = ("room",)  # numbers that states of earlier versions lack
+CAME_LATER = ("room", "spares")  # what states of earlier versions lack
 
 
 def state_dict_of(state: PruningState) -> dict[str, Any]:
@@ -69,6 +69,8 @@ def _take_up(state: PruningState, saved: dict[str, Any]) -> None:
         state.steering.load_state_dict(saved["steering"])
     original = state.original.loaded(saved)
     state.present = replace(look_again(state.model, state.present, state.amp), original=original)
+    if state.steering is not None:
+        state.present = state.steering.focused(state.present)
     if state.batch is not None:
         state.batch.load_state_dict(saved["batch"])
         with eagerly(state.model):

@@ -324,6 +324,7 @@ def pruning_options(config: TrainConfig) -> dict[str, Any]:
         "target": config.target_flops,
         "target_training": config.target_train_flops,
         "target_by": config.target_by,
+        "target_focus": config.target_focus,
         "exclude": config.exclude,
         "min_channels": config.min_channels,
         "coefficients": multipliers(config.coefficients),

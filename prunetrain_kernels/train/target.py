@@ -2,7 +2,8 @@
 
 At the end of every epoch, and at every reconfiguration, lambda becomes what the forecast (`forecast.py`) says is needed
 for the network to have shrunk to the target by a given share of the training. It changes by a bounded factor each time,
-so that a wrong forecast is corrected before it does harm. Once the target is met the lasso rests, and the remaining
+so that a wrong forecast is corrected before it does harm. Half way to the target the lasso is *focused*: from then on
+it pulls only at the channels that are forecast to go, and spares those that stay, which it would shrink too. Once the target is met the lasso rests, and the remaining
 epochs fine-tune; the reconfiguration that meets it keeps as many sparse channels, the largest, as it takes not to fall
 below. The paper has one constant lambda; that stays the default.
 """
@@ -10,17 +11,20 @@ below. The paper has one constant lambda; that stays the default.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunetrain_kernels.cost import Flops, share
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.graph import Keep
+from prunetrain_kernels.graph.dead import bypassed_spaces
 from prunetrain_kernels.graph.keep import fewest_channels
-from prunetrain_kernels.train.forecast import DIVERGED, Course, Now, ShapeFlops, flops_at
+from prunetrain_kernels.graph.sparse import everywhere
+from prunetrain_kernels.train.forecast import DIVERGED, Course, Now, ShapeFlops, Sides, flops_at
 from prunetrain_kernels.train.present import Present
 
 BY = 0.25  # share of the training by which the target is to be met: the rest trains the smaller network
@@ -29,6 +33,8 @@ BY = 0.25  # share of the training by which the target is to be met: the rest tr
 PLANNED = 0.5
 WITHIN = 0.01  # of the dense network's FLOPs: so near to the target the lasso may rest,
 WITHIN_OF = 0.1  # but nearer where this share of the target, or of what is to go, is less
+FOCUSED_FROM = 0.5  # of the time until the target is due: from then on channels that stay are spared
+FLOOR = 0.5  # of the channels that uniform shrinking would leave: no space is planned to keep fewer, unless bypassed
 FACTOR = 2.0  # lambda changes by at most this from one epoch to the next
 LARGEST_RATIO = 0.9  # of lambda * R(W) in a total with the first loss: a lasso beyond that would drown the loss
 
@@ -44,12 +50,14 @@ class Target:
         training: FLOPs of the whole training, as a share of what the dense network would take; None likewise.
         epochs: of the whole training.
         by: the share of them by which the network is to have its final shape, about.
+        focus: whether the lasso spares the channels that are forecast to stay, from half of that time on.
     """
 
     inference: float | None
     training: float | None
     epochs: float
     by: float = BY
+    focus: bool = True
 
     @property
     def share(self) -> float:
@@ -70,7 +78,9 @@ class Target:
         return "training FLOPs of the whole run" if self.inference is None else "inference FLOPs"
 
 
-def target_of(inference: float | None, training: float | None, epochs: float | None, by: float) -> Target | None:
+def target_of(
+    inference: float | None, training: float | None, epochs: float | None, by: float, *, focus: bool = True
+) -> Target | None:
     """The target that PruneTrain's arguments ask for, or None.
 
     Raises:
@@ -89,7 +99,7 @@ def target_of(inference: float | None, training: float | None, epochs: float | N
         raise InputError(f"target_by must be a share of the training, above 0 and up to 1, not {by!r}.")
     if epochs is None:
         raise InputError("a target needs the length of the training: give PruneTrain epochs=..., all of them together.")
-    return Target(inference, training, float(epochs), by)
+    return Target(inference, training, float(epochs), by, bool(focus))
 
 
 def _is_number(value: object) -> bool:
@@ -118,6 +128,7 @@ class Steering:
         first: the lambda that the training began with, None before.
         largest: lambda is not larger now; it may be once R(W) has fallen. `room`: lambda * R(W) is not larger.
         met: whether the target has been met.
+        spares: by layer, which of the dense network's input and output slices the lasso spares (bool); empty for none.
     """
 
     target: Target
@@ -127,6 +138,7 @@ class Steering:
     largest: float = math.inf
     room: float | None = None
     met: bool = False
+    spares: dict[str, Sides] = field(default_factory=dict)
 
     counted: float = 0.0
 
@@ -227,10 +239,34 @@ class Steering:
             return now.coefficient
         which = self.target.which
         goal = self.goal(now.passed, self.shares(now.flops)[which])
-        needs = course.needs(now, reach)
-        wanted = smallest_coefficient(needs, now.shape_flops(), lambda then: self.shares(then)[which] <= goal)
+        needs, flops = course.needs(now, reach), now.shape_flops()
+
+        def is_small(then: tuple[float, float]) -> bool:
+            return self.shares(then)[which] <= goal
+
+        focuses = self.focuses(now.passed)
+        if focuses:
+            planned = with_floors(needs, now, FLOOR * math.sqrt(goal))
+            if math.isfinite(smallest_coefficient(planned, flops, is_small)):
+                needs = planned
+        wanted = smallest_coefficient(needs, flops, is_small)
+        if focuses and math.isfinite(wanted):
+            self.spares = _slices_of(now, [need > wanted for need in needs])
         factor = FACTOR ** min(1.0, since)
         return min(max(wanted, now.coefficient / factor), now.coefficient * factor, self.largest)
+
+    def focuses(self, passed: float) -> bool:
+        """Whether channels that are forecast to stay are spared."""
+        return self.target.focus and passed >= FOCUSED_FROM * self.target.by * self.target.epochs
+
+    def focused(self, present: Present) -> Present:
+        """The same network, with a lasso that spares the slices that are to be spared."""
+        masks = {
+            name: (sides[0][present.slice_numbers(name, 0)], sides[1][present.slice_numbers(name, 1)])
+            for name, sides in ({} if self.met else self.spares).items()
+            if name in present.graph.layers and name in present.original.kept
+        }
+        return dataclasses.replace(present, lasso=present.lasso.sparing(masks))
 
     def reached(self, now: Now) -> float:
         """The share that was reached, of what the target is about."""
@@ -281,6 +317,7 @@ class Steering:
             "room": self.room,
             "met": self.met,
             "counted": self.counted,
+            "spares": {name: list(sides) for name, sides in self.spares.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -288,8 +325,57 @@ class Steering:
         self.spent, self.first = state["spent"], state["first"]
         self.largest, self.counted = state["largest"], state["counted"]
         self.room = state.get("room")
+        self.spares = {name: (sides[0], sides[1]) for name, sides in state.get("spares", {}).items()}
         same = tuple(state["target"]) == (self.target.inference, self.target.training)
         self.met = same and state["met"]
+
+
+def with_floors(needs: Sequence[Tensor], now: Now, least: float) -> list[Tensor]:
+    """The needs, infinite for those channels of each space that need most, as many as it is to keep at the least.
+
+    A forecast that is made early ranks channels by little more than their first weights, and would have layers of few
+    channels with hundreds beside them. What a merge bypasses may go altogether.
+
+    Args:
+        least: share of the dense network's channels.
+    """
+    graph, bypassed = now.present.graph, bypassed_spaces(now.present.graph, now.model)
+    dense: dict[int, int] = {}
+    for layer in graph.layers.values():
+        if layer.name in now.original.dense_layers:
+            sizes = now.original.dense_layers[layer.name][1:]
+            dense |= dict(zip((layer.input, layer.output), sizes, strict=True))
+    result = []
+    for number, need in enumerate(needs):
+        kept = min(len(need), math.ceil(least * dense.get(number, len(need))))
+        floored = need
+        if kept and number not in bypassed:
+            floored = torch.where(need >= need.topk(kept).values[-1], math.inf, need)  # equals stay and go together
+        result.append(floored)
+    return everywhere(graph, result)
+
+
+def _slices_of(now: Now, stay: Sequence[Tensor]) -> dict[str, Sides]:
+    """The slices of channels that stay, in each layer, numbered by the dense network.
+
+    A frozen space's slices are none of them: nothing pulls at them, or only for a gate to leave them out.
+
+    Args:
+        stay: one mask per space.
+    """
+    graph = now.present.graph
+    slices: dict[str, Sides] = {}
+    for name, layer in graph.layers.items():
+        if name not in now.original.kept:
+            continue
+        sides = []
+        for side, space in enumerate((layer.input, layer.output)):
+            mask = torch.zeros(now.original.dense_layers[name][1 + side], dtype=torch.bool, device="cpu")
+            if not graph.spaces[space].frozen:
+                mask[now.numbers(name, side)] = stay[space][graph.computed(name)[side]]
+            sides.append(mask)
+        slices[name] = sides[0], sides[1]
+    return slices
 
 
 def smallest_coefficient(needs: Sequence[Tensor], flops: ShapeFlops, is_small: Any) -> float:

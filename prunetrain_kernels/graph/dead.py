@@ -73,7 +73,10 @@ def dead_branches(graph: ChannelSpaces, model: nn.Module, zero: set[str]) -> Ite
 def bypassed_spaces(graph: ChannelSpaces, model: nn.Module) -> set[int]:
     """Numbers of the spaces that lie within one side of a merge: the network goes on, past them, without a channel of
     theirs."""
-    branches = [set(branch.layers) for branch in dead_branches(graph, model, set(graph.layers))]
+    sides = list(dead_branches(graph, model, set(graph.layers)))
+    # of a merge of two branches only one may go, and either
+    sides += dead_branches(graph, model, set(graph.layers) - {branch.last for branch in sides})
+    branches = [set(branch.layers) for branch in sides]
     around: dict[int, set[str]] = {}
     for layer in graph.layers.values():
         for space in (layer.input, layer.output):

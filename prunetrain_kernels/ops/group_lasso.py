@@ -393,7 +393,10 @@ def pulling(norms: Tensor, factors: Tensor | None) -> Tensor:
     Args:
         norms: of any shape; `factors`: 0 or more, of the same shape, or None for 1.
     """
-    return norms if factors is None else torch.where(factors > 0, norms / factors, torch.inf)
+    if factors is None:
+        return norms
+    pulled = factors > 0
+    return torch.where(pulled, norms / torch.where(pulled, factors, 1.0), torch.inf)  # no 0 divides, in derivatives too
 
 
 @register("slice_statistics")

@@ -230,9 +230,10 @@ class PruningState:
         """R(W) for a log, a scalar tensor without a graph: of the last step's weights, or of the present ones where the
         lasso is inside the update; None before the first step."""
         optimizer = self.lasso_optimizer
-        if optimizer is not None and optimizer.lasso is self.lasso:
-            return optimizer.penalty()
-        return self.penalty_before
+        if optimizer is None or optimizer.lasso is None:
+            return self.penalty_before
+        # between an epoch's end and the next step the update has the lasso of the epoch before
+        return optimizer.penalty() if optimizer.lasso is self.lasso else self.lasso.penalty().detach()
 
     # -- where it leads -------------------------------------------------------------------------------------------
 

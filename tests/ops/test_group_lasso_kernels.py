@@ -187,13 +187,34 @@ def test_gradient_check(device: torch.device) -> None:
     assert torch.autograd.gradcheck(lambda *ws: group_lasso(ws, groups, 1e-2), inputs, atol=1e-8)
 
 
+def test_factors(device: torch.device) -> None:
+    """Penalty, gradient and gradient check with a factor for each norm, zeros among them."""
+    torch.manual_seed(0)
+    weights = [torch.randn(s, dtype=torch.float64, device=device) for s in ((3, 2, 2, 1), (4, 6))]
+    groups = [Groups(1, True, True), Groups(3, True, False)]
+    factors = torch.tensor([0.0, 2.0, 1.0, 0.0, 0.5, 3.0, 0.0, 9.0, 9.0, 9.0, 9.0], dtype=torch.float64, device=device)
+    norms = torch.cat([side for pair in slice_statistics(weights, groups, 1e-2)[0] for side in pair])
+    counts = torch.tensor([1.0] * 7 + [0.0] * 4, dtype=torch.float64, device=device)
+    inputs = [w.requires_grad_() for w in weights]
+    penalty = group_lasso(inputs, groups, 1e-2, factors)
+    assert penalty.item() == pytest.approx(float((norms * counts * factors).sum()), rel=1e-14)
+    assert torch.autograd.gradcheck(lambda *ws: group_lasso(ws, groups, 1e-2, factors), inputs, atol=1e-8)
+    assert torch.autograd.gradgradcheck(lambda *ws: group_lasso(ws, groups, 1e-2, factors), inputs, atol=1e-7)
+    found = torch.autograd.grad(penalty, inputs)
+    assert not found[0][1, 0].any()  # both of its slices have a factor of 0
+    again = torch.func.grad(lambda ws: group_lasso(ws, groups, 1e-2, factors))([w.detach() for w in inputs])
+    for a, b in zip(found, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
 def arguments(device: torch.device) -> dict[str, tuple]:
     weights, groups = weights_of(torch.float32, "channels_last", device, ["first-layer", "1d"])
     blocks, used = [g.block for g in groups], [g.used for g in groups]
     norms = torch.cat([side for pair in slice_statistics(weights, groups)[0] for side in pair])
     plain, one = [w.detach() for w in weights], torch.ones((), device=device)
     return {
-        "group_lasso": (weights, blocks, used, 1e-8),
+        "group_lasso": (weights, blocks, used, 1e-8, None),
+        "group_lasso with factors": (weights, blocks, used, 1e-8, torch.arange(float(len(norms)), device=device) % 3),
         "slice_statistics": (plain, blocks, 1e-8),
         "group_lasso_gradient": (one, norms, plain, blocks, used),
         "add_group_lasso_gradient_": ([torch.ones_like(w) for w in plain], plain, norms, one, blocks, used),
@@ -201,10 +222,14 @@ def arguments(device: torch.device) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize(
-    "name", ["group_lasso", "slice_statistics", "group_lasso_gradient", "add_group_lasso_gradient_"]
-)
+    "name",
+    [
+        "group_lasso", "group_lasso with factors", "slice_statistics", "group_lasso_gradient",
+        "add_group_lasso_gradient_",
+    ],
+)  # fmt: skip
 def test_operators_pass_pytorchs_own_check(name: str, device: torch.device) -> None:
-    operator = getattr(torch.ops.prunetrain_kernels, name).default
+    operator = getattr(torch.ops.prunetrain_kernels, name.split()[0]).default
     torch.library.opcheck(operator, arguments(device)[name])
 
 

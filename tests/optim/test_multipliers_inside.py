@@ -234,9 +234,12 @@ def test_a_layer_left_out_is_none_of_the_lassos() -> None:
 
 
 @pytest.mark.t0
+@pytest.mark.parametrize("spares", [False, True], ids=["all", "spared"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("cls", [SGD, ProximalSGD])
-def test_on_every_backend(cls: type[SGD], dtype: torch.dtype, path: str, device: torch.device) -> None:
+def test_on_every_backend(
+    cls: type[SGD], dtype: torch.dtype, spares: bool, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside the formulas in float64 that see the same gradients, with a skipped step in between."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 9, 3), nn.ReLU(), nn.Conv2d(9, 6, 3), nn.Flatten(), nn.Linear(96, 4))
@@ -244,6 +247,12 @@ def test_on_every_backend(cls: type[SGD], dtype: torch.dtype, path: str, device:
     coefficients = {"0": 3.0, "2": 0.3}
     optimizer = cls(model.parameters(), 0.05, 0.9)
     lasso = GroupLasso(model, (torch.zeros(1, 3, 8, 8, device=device, dtype=dtype),), coefficients=coefficients)
+    if spares:
+        lasso = lasso.sparing(
+            {name: (torch.arange(len(n.inputs)) % 3 == 1, torch.arange(len(n.outputs)) % 2 == 0)
+             for name, n in lasso.slice_norms().items()}
+        )  # fmt: skip
+        monkeypatch.setitem(globals(), "SPARED", ((3, 1), (2, 0)))
     optimizer.regularize_with(lasso, 0.02)
     exact = torch.optim.SGD(wide.parameters(), 0.05, 0.9)
     for step, skipped in enumerate((False, True, False)):
@@ -276,22 +285,26 @@ def check_gradients(lasso: GroupLasso, model: nn.Module, dtype: torch.dtype) -> 
             assert float((found - expected).abs().max()) <= 6 * torch.finfo(dtype).eps * float(expected.abs().max())
 
 
+SPARED: tuple[tuple[int, int], ...] = ()  # by side: slices with this remainder have no lasso
 SIDES = {0: (1, (1,), 3.0), 2: (1, (0, 1), 0.3), 4: (16, (0,), 1.0)}  # block, sides, multiplier
 
 
-def norms(model: nn.Module, eps: float) -> list[tuple[Tensor, int, float, Tensor]]:
+def norms(model: nn.Module, eps: float) -> list[tuple[Tensor, int, Tensor, Tensor]]:
     found = []
     for layer, (block, sides, multiplier) in SIDES.items():
         weight = model[layer].weight.double()
         cube = weight.reshape(weight.shape[0], weight.shape[1] // block, -1)
         for side in sides:
             norm = (cube.square().sum((0, 2) if side == 0 else (1, 2)) + eps).sqrt()
-            found.append((model[layer].weight, side, multiplier, norm))
+            factors = torch.full_like(norm, multiplier)
+            if SPARED:
+                factors[torch.arange(len(norm), device=norm.device) % SPARED[side][0] == SPARED[side][1]] = 0
+            found.append((model[layer].weight, side, factors, norm))
     return found
 
 
 def by_hand(model: nn.Module) -> Tensor:
-    return sum(multiplier * norm.sum() for _, _, multiplier, norm in norms(model, 1e-8))  # type: ignore[return-value]
+    return sum((multiplier * norm).sum() for _, _, multiplier, norm in norms(model, 1e-8))  # type: ignore[return-value]
 
 
 def exact_step(optimizer: torch.optim.SGD, model: nn.Module, proximal: bool) -> None:

@@ -24,7 +24,7 @@ def figures(folder: Path) -> list[common.Drawing]:
 
 def with_a_dense_one(runs: "pd.DataFrame") -> "pd.DataFrame":
     """The runs of first seeds that were asked for a target, and the dense ones beside them."""
-    runs = runs[(runs["seed"] == "0") & (runs["method"].isin(("dense", "target", "proximal-target")))]
+    runs = runs[(runs["seed"] == "0") & (runs["method"].isin(("dense", "target", "proximal-target", "unfocused-target")))]
     methods = runs.groupby(["network", "dataset"])["method"].transform(lambda method: "dense" in set(method))
     counts = runs.groupby(["network", "dataset"])["method"].transform("size")
     return runs[methods & (counts > 1)]
@@ -68,8 +68,8 @@ def draw(runs: "pd.DataFrame", logs: dict[str, "pd.DataFrame"]) -> "common.Drawn
 
 def _series(method: str, target: float) -> str:
     """What a run was asked for, as a reader who knows no method's name reads it."""
-    proximal = ", proximal step" * method.startswith("proximal")
-    return "dense" if method == "dense" else f"asked for {common.percent(target)} of the FLOPs{proximal}"
+    how = {"proximal-target": ", proximal step", "unfocused-target": ", proximal step, not focused"}.get(method, "")
+    return "dense" if method == "dense" else f"asked for {common.percent(target)} of the FLOPs{how}"
 
 
 def _draw_run(left: "Axes", right: "Axes", log: "pd.DataFrame", dense: "pd.DataFrame", look: dict[str, Any]) -> None:

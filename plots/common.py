@@ -39,6 +39,7 @@ METHODS = {
     "target": "PruneTrain",
     "proximal": "proximal",
     "proximal-target": "proximal",
+    "unfocused-target": "proximal, not focused",
     "once": "reconfigured once",
     "ssl": "SSL",
     "adjusted": "PruneTrain, batch grown",

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 FILES = ("fig8.csv",)
 METHODS = {
     "prunetrain": "PruneTrain", "target": "PruneTrain, to a target", "proximal": "proximal",
-    "proximal-target": "proximal, to a target", "ssl": "SSL", "dense": "dense",
+    "proximal-target": "proximal, to a target", "unfocused-target": "proximal, to a target, not focused", "ssl": "SSL",
+    "dense": "dense",
 }  # fmt: skip
 PANELS = (
     ("inference_mflops", "inference, MFLOPs per image"),
@@ -86,10 +87,11 @@ MARKS: dict[str, dict[str, Any]] = {
     "target": {"marker": "P", "linestyle": (0, (1, 1))},
     "proximal": {"marker": "v", "linestyle": "-"},
     "proximal-target": {"marker": "X", "linestyle": (0, (1, 1))},
+    "unfocused-target": {"marker": "*", "linestyle": (0, (1, 1))},
     "ssl": {"marker": "s", "linestyle": (0, (3, 1.5))},
     "dense": {"marker": "^", "linestyle": ""},
 }
-HOLLOW = ("ssl", "proximal", "proximal-target")
+HOLLOW = ("ssl", "proximal", "proximal-target", "unfocused-target")
 PAPER_MARK: dict[str, Any] = {
     "color": common.GREY, "marker": "D", "linestyle": "", "markerfacecolor": "none", "markersize": 6,
 }  # fmt: skip

@@ -220,7 +220,8 @@ class GroupLasso:
         factors = []
         for name, weight, group in zip(self._present(), *self.weights(), strict=True):
             multiplier = self._multipliers[name]
-            sides = [torch.full((n,), multiplier, dtype=torch.float64, device="cpu") for n in channels_of(weight, group.block)]
+            sizes = channels_of(weight, group.block)
+            sides = [torch.full((n,), multiplier, dtype=torch.float64, device="cpu") for n in sizes]
             spared = self._spared.get(name)
             if spared is not None:
                 of_weight = reversed(spared) if self._sides[name] == ("out", "in") else spared

@@ -25,6 +25,7 @@ METHOD_NAMES = {
     "target": "PruneTrain, to a target",
     "proximal": "proximal",
     "proximal-target": "proximal, to a target",
+    "unfocused-target": "proximal, to a target, not focused",
     "once": "reconfigured once",
     "ssl": "SSL",
     "adjusted": "PruneTrain, batch adjusted",

@@ -8,8 +8,8 @@ the penalty of a set of layers and its gradient are
 
     R = sum_l ( sum_c n_in[c] + sum_k n_out[k] )          dR/dW[k, c, ...] = W[k, c, ...] (1 / n_in[c] + 1 / n_out[k])
 
-A slice may have a factor m: its term is m n then, and its pull m W / n, which is the pull of a norm of n / m (`pulling`).
-Kernels know no factors; they read the norms that `pulling` gives.
+A slice may have a factor m: its term is m n then, and its pull m W / n, which is the pull of a norm of n / m. Kernels
+know no factors; they read the norms that `pulling` gives.
 
 `eps` makes the gradient finite at zero: below `sqrt(eps) = 1e-4`, which is also the pruning threshold, the pull on a
 slice fades linearly instead of flipping its sign at every step.

@@ -31,7 +31,6 @@ from prunetrain_kernels.ops.group_lasso import (
 from prunetrain_kernels.ops.group_soft_threshold import group_soft_threshold_
 from prunetrain_kernels.ops.launch import is_eager
 from prunetrain_kernels.ops.sgd import Hyperparameters, LassoState, Parameters, Scaling, flat, sgd_, sgd_update_
-from prunetrain_kernels.ops.tables import channels_of
 from prunetrain_kernels.regularizer import GroupLasso
 
 

@@ -445,7 +445,7 @@ class Course:
                 resistance: Tensor | float = 0.0
                 if name in self.resistance:
                     resistance = self.resistance[name][side][now.numbers(name, side)].nan_to_num(0.0)
-                need = (norms[name][side] / reach + resistance) / pulls[name][side]
+                need = (norms[name][:2][side] / reach + resistance) / pulls[name][side]
                 need = torch.where(pulls[name][side] > 0, need.clamp(min=0.0), math.inf).nan_to_num(math.inf, math.inf)
                 # what a gated layer does not compute has gone
                 whole = torch.zeros(sizes[side], dtype=torch.float32, device="cpu")

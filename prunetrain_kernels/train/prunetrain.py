@@ -103,8 +103,7 @@ class PruneTrain(PruningState):
             at every epoch's end, and the lasso rests once the target is met; whether, or why not, is said at the end.
         target_training: FLOPs of the whole training instead, as a share of what the dense network would take.
         target_by: the share of the epochs by which the target is to be met.
-        target_focus: from half of that time on the lasso spares the channels that are forecast to stay, so that it
-            does not shrink them too; False has it pull at all channels until the target is met.
+        target_focus: whether, from half of that time on, the lasso spares the channels that are forecast to stay.
         exclude: names of layers, or of modules around some, whose channels all stay, and that have no lasso.
         min_channels: no layer keeps fewer channels than this, or than it has.
         coefficient: lambda itself, for pretrained networks, whose first loss is no guide: a slice of norm n takes about
@@ -178,8 +177,7 @@ class PruneTrain(PruningState):
         self.threshold, self.relative, self.policy = threshold, relative, policy
         self.cost, self.round_to = cost, round_to
         self.zeroing_tolerance, self.keep_momentum = zeroing_tolerance, keep_momentum
-        self.amp = amp or autocast_around(self.model)
-        self.log = log
+        self.amp, self.log = amp or autocast_around(self.model), log
         limits = Limits(tuple(exclude), min_channels)
         choice = {"threshold": threshold, "relative": relative, "policy": policy, "round_to": round_to}
         with eagerly(self.model, *self.also):
@@ -280,8 +278,7 @@ class PruneTrain(PruningState):
             outcome = carry_out(self, change)
             self.present, self.warned_of_layout = outcome.present, outcome.warned_of_layout
             if self.steering is not None:
-                self.steering.met = self.steering.met if outcome.met is None else outcome.met
-                self.present = self.steering.focused(self.present)
+                self.present = self.steering.after(outcome.present, met=outcome.met)
             self.history.append(outcome.entry)
             change.done = True  # from here on it lasts, and nothing fails
         return outcome.report

@@ -2,10 +2,11 @@
 
 At the end of every epoch, and at every reconfiguration, lambda becomes what the forecast (`forecast.py`) says is needed
 for the network to have shrunk to the target by a given share of the training. It changes by a bounded factor each time,
-so that a wrong forecast is corrected before it does harm. Half way to the target the lasso is *focused*: from then on
-it pulls only at the channels that are forecast to go, and spares those that stay, which it would shrink too. Once the target is met the lasso rests, and the remaining
-epochs fine-tune; the reconfiguration that meets it keeps as many sparse channels, the largest, as it takes not to fall
-below. The paper has one constant lambda; that stays the default.
+so that a wrong forecast is corrected before it does harm. Half way there the lasso is *focused*: from then on it pulls
+only at the channels that are forecast to go, and spares those that stay, which it would shrink too. Once the target is
+met the lasso rests, and the remaining epochs fine-tune; the reconfiguration that meets it keeps as many sparse channels,
+the largest, as it takes not to fall below. The paper has one constant lambda, for all channels alike; that stays the
+default.
 """
 
 import dataclasses
@@ -268,6 +269,15 @@ class Steering:
         }
         return dataclasses.replace(present, lasso=present.lasso.sparing(masks))
 
+    def after(self, present: Present, *, met: bool | None) -> Present:
+        """`focused`, of the network that a reconfiguration has left.
+
+        Args:
+            met: whether it meets the target; None where the lasso rests already.
+        """
+        self.met = self.met if met is None else met
+        return self.focused(present)
+
     def reached(self, now: Now) -> float:
         """The share that was reached, of what the target is about."""
         share_now = self.shares(now.flops)[self.target.which]
@@ -370,7 +380,7 @@ def _slices_of(now: Now, stay: Sequence[Tensor]) -> dict[str, Sides]:
             continue
         sides = []
         for side, space in enumerate((layer.input, layer.output)):
-            mask = torch.zeros(now.original.dense_layers[name][1 + side], dtype=torch.bool, device="cpu")
+            mask = torch.zeros(int(now.original.dense_layers[name][1 + side]), dtype=torch.bool, device="cpu")
             if not graph.spaces[space].frozen:
                 mask[now.numbers(name, side)] = stay[space][graph.computed(name)[side]]
             sides.append(mask)

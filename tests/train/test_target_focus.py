@@ -188,7 +188,7 @@ def test_derivatives_of_the_gradient_and_transforms() -> None:
 @pytest.mark.parametrize("make", [SGD, ProximalSGD])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_update_pulls_at_nothing_that_is_spared(make: Any, dtype: torch.dtype) -> None:
-    """Without gradients of a loss only the lasso moves weights: by the formulas, and what both sides spare not at all."""
+    """Without a loss's gradients only the lasso moves weights: by the formulas, and what both sides spare not at all."""
     model = network().to(dtype)
     whole = GroupLasso(model, X.to(dtype))
     masks = random_masks(whole, 4)
@@ -267,7 +267,7 @@ def test_a_target_that_floors_forbid_is_steered_to_without_them() -> None:
     model, prunetrain = pruner(target=0.2, target_by=0.25, epochs=40, exclude=("0",))
     for _ in range(5):
         epoch(model, prunetrain)
-    assert 0 < spared(prunetrain)
+    assert spared(prunetrain) > 0
     mask = prunetrain.lasso.slice_norms()["3"].spared
     assert mask is not None
     assert int(mask[1].sum()) < math.ceil(FLOOR * math.sqrt(0.2) * 24)

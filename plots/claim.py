@@ -24,7 +24,9 @@ def figures(folder: Path) -> list[common.Drawing]:
 
 def with_a_dense_one(runs: "pd.DataFrame") -> "pd.DataFrame":
     """The runs of first seeds that were asked for a target, and the dense ones beside them."""
-    runs = runs[(runs["seed"] == "0") & (runs["method"].isin(("dense", "target", "proximal-target", "unfocused-target")))]
+    runs = runs[
+        (runs["seed"] == "0") & (runs["method"].isin(("dense", "target", "proximal-target", "unfocused-target")))
+    ]
     methods = runs.groupby(["network", "dataset"])["method"].transform(lambda method: "dense" in set(method))
     counts = runs.groupby(["network", "dataset"])["method"].transform("size")
     return runs[methods & (counts > 1)]

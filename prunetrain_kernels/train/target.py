@@ -4,9 +4,9 @@ At the end of every epoch, and at every reconfiguration, lambda becomes what the
 for the network to have shrunk to the target by a given share of the training. It changes by a bounded factor each time,
 so that a wrong forecast is corrected before it does harm. Half way there the lasso is *focused*: from then on it pulls
 only at the channels that are forecast to go, and spares those that stay, which it would shrink too. Once the target is
-met the lasso rests, and the remaining epochs fine-tune; the reconfiguration that meets it keeps as many sparse channels,
-the largest, as it takes not to fall below. The paper has one constant lambda, for all channels alike; that stays the
-default.
+met the lasso rests, and the remaining epochs fine-tune; the reconfiguration that meets it keeps as many sparse
+channels, the largest, as it takes not to fall below. The paper has one constant lambda, for all channels alike; that
+stays the default.
 """
 
 import dataclasses
@@ -251,7 +251,9 @@ class Steering:
             if math.isfinite(smallest_coefficient(planned, flops, is_small)):
                 needs = planned
         wanted = smallest_coefficient(needs, flops, is_small)
-        if focuses and math.isfinite(wanted):
+        if not focuses:
+            self.spares = {}  # those of a state that another target has left
+        elif math.isfinite(wanted):
             self.spares = _slices_of(now, [need > wanted for need in needs])
         factor = FACTOR ** min(1.0, since)
         return min(max(wanted, now.coefficient / factor), now.coefficient * factor, self.largest)
@@ -264,7 +266,7 @@ class Steering:
         """The same network, with a lasso that spares the slices that are to be spared."""
         masks = {
             name: (sides[0][present.slice_numbers(name, 0)], sides[1][present.slice_numbers(name, 1)])
-            for name, sides in ({} if self.met else self.spares).items()
+            for name, sides in (self.spares if self.target.focus and not self.met else {}).items()
             if name in present.graph.layers and name in present.original.kept
         }
         return dataclasses.replace(present, lasso=present.lasso.sparing(masks))

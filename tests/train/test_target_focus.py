@@ -188,7 +188,7 @@ def test_derivatives_of_the_gradient_and_transforms() -> None:
 @pytest.mark.parametrize("make", [SGD, ProximalSGD])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_update_pulls_at_nothing_that_is_spared(make: Any, dtype: torch.dtype) -> None:
-    """Without a loss's gradients only the lasso moves weights: by the formulas, and what both sides spare not at all."""
+    """Without a loss only the lasso moves weights: by the formulas, and what both sides spare not at all."""
     model = network().to(dtype)
     whole = GroupLasso(model, X.to(dtype))
     masks = random_masks(whole, 4)
@@ -336,6 +336,19 @@ def test_a_state_from_before_it_is_taken_up() -> None:
     assert not spared(fresh)
     epoch(twin, fresh)
     assert spared(fresh)
+
+
+def test_a_focused_state_goes_on_without_focus() -> None:
+    model, prunetrain = pruner(target=0.2, target_by=0.25, epochs=40)
+    for _ in range(6):
+        epoch(model, prunetrain)
+    assert spared(prunetrain)
+    for options in ({"target_focus": False}, {"target_by": 0.9}):
+        twin, fresh = pruner(**{"target": 0.2, "target_by": 0.25, "epochs": 40} | options)
+        twin.load_state_dict(model.state_dict())
+        fresh.load_state_dict(prunetrain.state_dict())
+        epoch(twin, fresh)
+        assert not spared(fresh)
 
 
 def test_once_met_nothing_is_spared_and_nothing_pulls() -> None:

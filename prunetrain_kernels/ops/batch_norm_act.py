@@ -31,8 +31,8 @@ Without a residual that is computed again from x. Eager PyTorch moves 5E + 8E (B
 Through `inverse` the x and dx among these are those of L channels, the others (y, r, dr, dy) of C; padded too. Only dy
 is read less where it can be: by the pass that writes dx, unless it writes dr as well, and by sums of L channels. With
 `statistics` from the convolution before, x is read once less in forward. Beside these each way writes and reads 8 bytes
-a column and chunk of rows, the slots: of ResNet-50's activations in fp16 0.3 to 4 % of E where E is 50 MB or more, 12 %
-of 26 MB, 25 % of 13 MB; these stay in L2.
+a column and chunk of rows, the slots: of ResNet-50's activations in fp16, batch 256, 0.3 to 3 % of E where E is 50 MB
+or more, 6 % of 26 MB, 10 % of 13 MB; these stay in L2.
 
 A small activation in training takes one launch each way and less bytes, 2E + 3E, with residual and ReLU 3E + 4E:
 `batch_norm_cooperative`. What follows is of all others, and of eval.
@@ -74,6 +74,7 @@ from prunetrain_kernels.ops.channel_statistics import (
     COUNTS,
     IN_ORDER,
     NOT_RUNNING,
+    PROGRAMS_OF_SUMS,
     TILE,
     TILE_ROWS,
     Placement,
@@ -577,7 +578,7 @@ def _launch_sums(
 ) -> tuple[Tensor, Tensor]:
     """Both sums by kernels, of tensors in one layout."""
     m = matrix_of(dy)
-    rows, grid, count = reduction(m)
+    rows, grid, count = reduction(m, PROGRAMS_OF_SUMS)
     slots = channel_pair(x, count)
     counts = geometry(m, x.shape[1], placement.first, rows)
     results = channel_pair(x, placement.parameter_channels(x))

@@ -17,10 +17,10 @@ from test_batch_norm_gated import check as check_gated
 from bench import launches
 from prunetrain_kernels.ops import batch_norm_cooperative as cooperative
 from prunetrain_kernels.ops import grid_barrier, launch
-from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
+from prunetrain_kernels.ops.batch_norm_act import _apply_outputs, _matrix_of_y, batch_norm_act
 from prunetrain_kernels.ops.batch_norm_cooperative import Plan, plan
 from prunetrain_kernels.ops.channel_statistics import IN_ORDER
-from prunetrain_kernels.ops.layout import Matrix, matrix
+from prunetrain_kernels.ops.layout import Matrix, matrix, matrix_of
 
 t0 = pytest.mark.t0
 T0_BACKENDS = ("cooperative",)
@@ -205,6 +205,28 @@ def test_what_has_three_launches_still(change: dict[str, Any], path: str, device
         results(ours, case, problem(case, device))
     assert counts
     assert not BOTH & set(counts)
+
+
+@t0
+@pytest.mark.parametrize(
+    ("size", "inner", "residual", "scattered"),
+    [((3, 8, 3, 3), 1, True, False), ((3, 5, 2, 4), 8, False, False), ((3, 8, 3, 3), 1, False, True),
+     ((3, 8, 3, 3), 9, False, True), ((3, 1, 4, 2), 1, True, True)],
+    ids=str,
+)  # fmt: skip
+def test_the_matrix_of_y_before_y(
+    size: tuple[int, ...], inner: int, residual: bool, scattered: bool, path: str, device: torch.device
+) -> None:
+    """It is that of the tensor which is then made: nothing is allocated where there turns out to be no plan."""
+    stored = torch.channels_last if inner == 1 else torch.contiguous_format
+    channels = size[1] + 3 if scattered else size[1]
+    x = torch.empty(size, device=device).contiguous(memory_format=stored)
+    inverse = torch.full((channels,), -1, dtype=torch.int32, device=device) if scattered else None
+    r = torch.empty((size[0], channels, *size[2:]), device=device).contiguous(memory_format=stored)
+    r_or_none = r if residual else None
+    y, _ = _apply_outputs(x, r_or_none, inverse)
+    assert _matrix_of_y(x, r_or_none, inverse) == matrix_of(y)
+    assert matrix_of(y).inner == inner
 
 
 # -- barrier -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,12 @@ from prunetrain_kernels.ops import batch_norm_cooperative as cooperative
 from prunetrain_kernels.ops import grid_barrier, launch
 from prunetrain_kernels.ops.batch_norm_act import _apply_outputs, _matrix_of_y, batch_norm_act
 from prunetrain_kernels.ops.batch_norm_cooperative import Plan, plan
-from prunetrain_kernels.ops.channel_statistics import IN_ORDER
+from prunetrain_kernels.ops.channel_statistics import (
+    IN_ORDER,
+    PROGRAMS_OF_STATISTICS,
+    PROGRAMS_OF_SUMS,
+    reduction,
+)
 from prunetrain_kernels.ops.layout import Matrix, matrix, matrix_of
 
 t0 = pytest.mark.t0
@@ -105,6 +110,19 @@ def test_the_largest_tile_is_for_16_bits(
         m = matrix(128 * 1024 * channels, channels, 1)
         x = torch.empty((128, channels, 32, 32), dtype=dtype)
         assert (cooperative.plan_for(x, m, IN_ORDER) is not None) == of_a_tile
+
+
+@pytest.mark.parametrize("most", [PROGRAMS_OF_STATISTICS, PROGRAMS_OF_SUMS])
+@pytest.mark.parametrize(
+    ("channels", "side"), [(64, 56), (128, 28), (128, 56), (256, 14), (512, 7), (2048, 7)]
+)
+def test_a_reduction_of_what_has_no_plan_runs_in_one_wave(channels: int, side: int, most: int) -> None:
+    """Of no shape of ResNet-50 a few programs are left that start when all others have ended."""
+    m = matrix(256 * side**2 * channels, channels, 1)
+    rows, grid, slots = reduction(m, most)
+    assert most / 2 < grid[0] <= most
+    chunks = slots // m.columns
+    assert (chunks - 1) * rows < m.rows <= chunks * rows
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

@@ -113,9 +113,7 @@ def test_the_largest_tile_is_for_16_bits(
 
 
 @pytest.mark.parametrize("most", [PROGRAMS_OF_STATISTICS, PROGRAMS_OF_SUMS])
-@pytest.mark.parametrize(
-    ("channels", "side"), [(64, 56), (128, 28), (128, 56), (256, 14), (512, 7), (2048, 7)]
-)
+@pytest.mark.parametrize(("channels", "side"), [(64, 56), (128, 28), (128, 56), (256, 14), (512, 7), (2048, 7)])
 def test_a_reduction_of_what_has_no_plan_runs_in_one_wave(channels: int, side: int, most: int) -> None:
     """Of no shape of ResNet-50 a few programs are left that start when all others have ended."""
     m = matrix(256 * side**2 * channels, channels, 1)

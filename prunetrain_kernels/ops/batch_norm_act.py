@@ -31,8 +31,8 @@ Without a residual that is computed again from x. Eager PyTorch moves 5E + 8E (B
 Through `inverse` the x and dx among these are those of L channels, the others (y, r, dr, dy) of C; padded too. Only dy
 is read less where it can be: by the pass that writes dx, unless it writes dr as well, and by sums of L channels. With
 `statistics` from the convolution before, x is read once less in forward. Beside these each way writes and reads 8 bytes
-a column and chunk of rows, the slots: of ResNet-50's activations in fp16 0.3 to 4 % of E where E is 50 MB or more, 12 %
-of 26 MB, 25 % of 13 MB; these stay in L2.
+a column and chunk of rows, the slots: of ResNet-50's activations in fp16, batch 256, 0.3 to 3 % of E where E is 50 MB
+or more, 6 % of 26 MB, 10 % of 13 MB; these stay in L2.
 
 A small activation in training takes one launch each way and less bytes, 2E + 3E, with residual and ReLU 3E + 4E:
 `batch_norm_cooperative`. What follows is of all others, and of eval.
@@ -74,6 +74,7 @@ from prunetrain_kernels.ops.channel_statistics import (
     COUNTS,
     IN_ORDER,
     NOT_RUNNING,
+    PROGRAMS_OF_SUMS,
     TILE,
     TILE_ROWS,
     Placement,
@@ -165,14 +166,14 @@ def _stored_as(y: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(y)
 
 
-def _spread(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor like x, which is dense, but for the number of channels. Where x is stored both ways, as
-    with one channel, or none, its strides tell which was meant."""
+def _spread(x: Tensor, channels: int, dtype: torch.dtype | None = None, device: str | None = None) -> Tensor:
+    """An uninitialised tensor like x, which is dense, but for the number of channels, and what else is given. Where x
+    is stored both ways, as with one channel, or none, its strides tell which was meant."""
     last = is_channels_last(x) and (not x.is_contiguous() or (x.stride(1) == 1 and x.stride(-1) >= min(x.shape[1], 2)))
     formats = {4: torch.channels_last, 5: torch.channels_last_3d} if last else {}
     stored = formats.get(x.dim(), torch.contiguous_format)
     shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=stored)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=device or x.device, memory_format=stored)
 
 
 def _pack_bits(keep: Tensor) -> Tensor:
@@ -504,6 +505,13 @@ def _apply_outputs(
     return y, torch.empty((y.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
 
 
+def _matrix_of_y(x: Tensor, residual: Tensor | None, inverse: Tensor | None) -> Matrix:
+    """The matrix of what `_apply_outputs` makes, before it is made."""
+    if residual is None and inverse is not None:
+        return matrix_of(_spread(x, len(inverse), device="meta"))
+    return matrix_of(x if residual is None else residual)
+
+
 @lru_cache(maxsize=4096)
 def _apply_grid(m: Matrix) -> tuple[int, tuple[int]]:
     """Rows per program of an apply pass, and how many programs there are."""
@@ -577,7 +585,7 @@ def _launch_sums(
 ) -> tuple[Tensor, Tensor]:
     """Both sums by kernels, of tensors in one layout."""
     m = matrix_of(dy)
-    rows, grid, count = reduction(m)
+    rows, grid, count = reduction(m, PROGRAMS_OF_SUMS)
     slots = channel_pair(x, count)
     counts = geometry(m, x.shape[1], placement.first, rows)
     results = channel_pair(x, placement.parameter_channels(x))
@@ -804,11 +812,11 @@ def _forward_in_one(
     if not use_kernels(x) or not cooperative.may_serve(x):
         return None
     x, residual = _one_layout(x, residual)
-    y, mask = _apply_outputs(x, residual, placement.inverse, mask=relu and record)
-    m = matrix_of(y)
+    m = _matrix_of_y(x, residual, placement.inverse)
     plan = cooperative.plan_for(x, m, placement)
     if plan is None:
         return None
+    y, mask = _apply_outputs(x, residual, placement.inverse, mask=relu and record)
     mean, var = cooperative.forward(
         x, m, plan, weight=weight, bias=bias, eps=eps, residual=residual, placement=placement, running=running,
         y=y, mask=mask, relu=relu,

@@ -16,8 +16,14 @@ written), with residual and ReLU 4E and two looks less at the mask. That is E an
 The tile is ROWS x COLUMNS, 32 elements a thread. An activation is a matrix, as in `layout`, but of rows that are as
 short as vectors allow:
 
-    channels_last   columns are channels (a group of them where C is no multiple of 8), one tile has up to 128 of them
+    channels_last   columns are channels (a group of them where C is no multiple of 8), one tile has 32 to 128 of them:
+                    the fewer, the fewer slots each program folds
     contiguous      PLANES: each tile lies within the H*W of one channel, so that it has one mean; H*W a multiple of 8
+
+A thread moves four neighbours at a time, of 16-bit elements 8 bytes, although 16 would be possible (rows are told as
+`columns4`): with eight columns of a row, a sum over rows passes more than twice as many numbers from lane to lane, and
+the compiler lays out the tile anew for the fold, whose slots it loads four at a time. A row's part of a tile is 64
+bytes or more, or the whole row: whole sectors.
 
 `plan` says whether an activation is small enough: as many tiles as the GPU has multiprocessors, at most. It follows
 from shapes and the GPU alone; nothing is tried out. What is larger, or has a number of elements that is no multiple of
@@ -66,7 +72,7 @@ from prunetrain_kernels.ops.layout import Matrix
 
 SIZES = (4096, 8192, 16384)  # elements of a tile, of 4, 8 or 16 warps; tests set smaller ones
 _A_WARP = 1024  # elements of a warp: 32 a thread
-_WIDEST_TILE = 128
+_WIDTHS = (32, 64, 128)  # columns of a tile
 _PARTS = 256  # slots of one channel, at most: more are folded sooner by launches of their own
 
 # -- plan --------------------------------------------------------------------------------------------------------------
@@ -125,21 +131,23 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=4096)
 def plan(m: Matrix, programs: int, sizes: tuple[int, ...] = SIZES) -> Plan | None:
     """The plan that takes least time on a GPU of so many multiprocessors, with tiles of one of these sizes; None if the
-    activation is too large for it, or its elements or those of a plane make no vectors of 8."""
+    activation is too large for it, or its elements or those of a plane make no vectors of 8. What has a plan has less
+    than 2^31 elements, so that kernels count in 32 bits."""
     if m.numel % 8 or (m.inner > 1 and m.inner % 8):
         return None
-    plans = [_plan_of(m, size) for size in sizes]
+    widths = _WIDTHS if m.inner == 1 else _WIDTHS[-1:]  # within a plane narrower tiles only make more slots
+    plans = [_plan_of(m, size, width) for size in sizes for width in widths]
     fitting = [p for p in plans if p.programs <= programs and p.parts <= _PARTS]
     return min(fitting, key=lambda p: p.cycles) if fitting else None
 
 
-def _plan_of(m: Matrix, size: int) -> Plan:
-    """With tiles of so many elements."""
+def _plan_of(m: Matrix, size: int, widest: int) -> Plan:
+    """With tiles of so many elements, and at most so many columns."""
     group = 8 // math.gcd(m.channels, 8) if m.inner == 1 else 1
     columns = group * m.channels * m.inner
     full_rows, rest = divmod(m.numel, columns)
     width = m.inner if m.inner > 1 else columns
-    tile_columns = min(_WIDEST_TILE, 1 << (width - 1).bit_length())
+    tile_columns = min(widest, 1 << (width - 1).bit_length())
     rows = size // tile_columns
     across = -(-width // tile_columns)
     return Plan(
@@ -166,25 +174,25 @@ def plan_for(x: Tensor, m: Matrix, placement: Placement) -> Plan | None:
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 # Every number of a launch: a network that changes shape must not compile anything new.
-COUNTS = ["full_rows", "rest8", "columns8", "inner", "channels", "group_bits", "live", "first", "tiles", "across"]
-COUNTS += ["chunks", "slot_count"]
+COUNTS = ["full_rows", "rest8", "columns4", "inner", "channels", "group_bits", "live", "first", "across", "chunks"]
+COUNTS += ["slot_count"]
 
 
 @triton.jit
 def _tile_of(
-    full_rows, rest8, columns8, inner, channels, group_bits, live, first, tiles, across, inverse,
+    full_rows, rest8, columns4, inner, channels, group_bits, live, first, across, inverse,
     PLACES: tl.constexpr, PADDED: tl.constexpr, PLANES: tl.constexpr, GROUPED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A program's tile: rows, and how many columns of each there are; its columns, as `placed_columns` has them, and
     the slot of each one's channel; the tile's number, and its chunk's."""
-    tile = tl.program_id(0) % tiles
-    chunk = tl.program_id(0) // tiles
-    columns = columns8 * 8
+    tile = tl.program_id(0)
+    chunk = tl.program_id(1)
+    columns = columns4 * 4  # by four, not eight: see the module's docstring
     stop = columns
     begin = tile * COLUMNS
     if PLANES:
-        inner = inner // 8 * 8  # which tells the compiler that it is a multiple
+        inner = inner // 4 * 4  # which tells the compiler that it is a multiple
         begin = tile // across * inner + tile % across * COLUMNS
         stop = (tile // across + 1) * inner
     col = begin + tl.arange(0, COLUMNS)
@@ -224,7 +232,7 @@ def _slots_of_planes(slots, tile, across, chunks, full_rows, inner, ROWS: tl.con
 
 @triton.jit
 def _folded_statistics(
-    slots, slot_count, of_channel, tile, full_rows, rest8, columns8, inner, channels, group_bits, across, chunks, count,
+    slots, slot_count, of_channel, tile, full_rows, rest8, columns4, inner, channels, group_bits, across, chunks, count,
     ACC: tl.constexpr, PLANES: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     FOLD: tl.constexpr,
 ):  # fmt: skip
@@ -243,7 +251,7 @@ def _folded_statistics(
         squares = tl.sum(tl.load(at + slot_count, mask=here, other=0, cache_modifier=".cg") + nd * d, 0)
     else:
         parts = chunks << group_bits
-        period = channels if GROUPED else columns8 * 8  # the same; the latter tells of vectors
+        period = channels if GROUPED else columns4 * 4  # the same; the latter tells of vectors
         first = slots + of_channel
         reference = tl.load(first, cache_modifier=".cg")
         sum_nd = tl.full((FOLD, COLUMNS), 0, ACC)
@@ -270,7 +278,7 @@ def _folded_statistics(
 
 @triton.jit
 def _folded_sums(
-    slots, slot_count, of_channel, tile, full_rows, columns8, inner, channels, group_bits, across, chunks,
+    slots, slot_count, of_channel, tile, full_rows, columns4, inner, channels, group_bits, across, chunks,
     ACC: tl.constexpr, PLANES: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     FOLD: tl.constexpr,
 ):  # fmt: skip
@@ -282,7 +290,7 @@ def _folded_sums(
         total_x = zero + tl.sum(tl.load(at + slot_count, mask=here, other=0, cache_modifier=".cg"), 0)
     else:
         parts = chunks << group_bits
-        period = channels if GROUPED else columns8 * 8
+        period = channels if GROUPED else columns4 * 4
         first = slots + of_channel
         sums = tl.full((FOLD, COLUMNS), 0, ACC)
         sums_x = tl.full((FOLD, COLUMNS), 0, ACC)
@@ -333,33 +341,32 @@ def _affine(weight, bias, channel, known, ACC: tl.constexpr, COLUMNS: tl.constex
 def _forward_kernel(
     x, weight, bias, residual, inverse, y, mask, mean_out, var_out, running_mean, running_var, slots, counter,
     unbiased, momentum, eps, count,
-    full_rows, rest8, columns8, inner, channels, group_bits, live, first, tiles, across, chunks, slot_count,
+    full_rows, rest8, columns4, inner, channels, group_bits, live, first, across, chunks, slot_count,
     RELU: tl.constexpr, PLACES: tl.constexpr, PADDED: tl.constexpr, PLANES: tl.constexpr, GROUPED: tl.constexpr,
     PHASE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     row, limit, tile_columns, channel, known, of_channel, tile, chunk = _tile_of(
-        full_rows, rest8, columns8, inner, channels, group_bits, live, first, tiles, across, inverse,
+        full_rows, rest8, columns4, inner, channels, group_bits, live, first, across, inverse,
         PLACES, PADDED, PLANES, GROUPED, ROWS, COLUMNS,
     )  # fmt: skip
     col, _, present, columns, x_columns, x_col = tile_columns
-    row = row.to(tl.int64)
     wanted = (col < limit) & present
     value = load_x(x, row * x_columns + x_col, wanted, PLACES)
     if PHASE != "apply":
         rows = _rows_in(chunk, col, full_rows, rest8, ROWS)
         n = tl.where(present, rows, 0).to(ACC)
-        at = (chunk * ROWS).to(tl.int64) * x_columns + x_col
-        reference = tl.load(x + at, mask=present & (rows > 0), other=0).to(ACC)
+        reference = tl.load(x + (chunk * ROWS * x_columns + x_col), mask=present & (rows > 0), other=0).to(ACC)
         if PLANES:
             n = tl.sum(n, 0)
             reference = tl.sum(tl.where(tl.arange(0, COLUMNS) == 0, reference, 0), 0)
-        # factors of 1 and 0, of rows where a row has all columns or none, cost less than a choice for each element
+        # from what is not there, and was loaded as 0, 0 is subtracted: by factors of 1 and 0, one for a row where a row
+        # has all columns or none, that is one instruction
         counts = wanted.to(ACC) if GROUPED else (row < full_rows).to(ACC)
-        total = tl.sum((value.to(ACC) - reference) * counts, 0)
+        total = tl.sum(tl.fma(-reference, counts, value.to(ACC)), 0)
         if PLANES:
             total = tl.sum(tl.where(present, total, 0), 0)
         mean = reference + total / tl.maximum(n, 1)
-        delta = (value.to(ACC) - mean) * counts
+        delta = tl.fma(-mean, counts, value.to(ACC))
         m2 = tl.sum(delta * delta, 0)
         if PLANES:
             m2 = tl.sum(tl.where(present, m2, 0), 0)
@@ -371,7 +378,7 @@ def _forward_kernel(
         grid_barrier(counter)
     if PHASE != "statistics":
         mean, var = _folded_statistics(
-            slots, slot_count, of_channel, tile, full_rows, rest8, columns8, inner, channels, group_bits, across,
+            slots, slot_count, of_channel, tile, full_rows, rest8, columns4, inner, channels, group_bits, across,
             chunks, count, ACC, PLANES, GROUPED, ROWS, COLUMNS, FOLD,
         )  # fmt: skip
         mine = _writes(tile, chunk, across, col, channels, known, PLANES, COLUMNS)
@@ -388,12 +395,12 @@ def _forward_kernel(
 def _backward_kernel(
     dy, x, mean, var, weight, bias, mask, inverse, sum_out, sum_xhat_out, dx, dresidual, slots, counter,
     eps, count,
-    full_rows, rest8, columns8, inner, channels, group_bits, live, first, tiles, across, chunks, slot_count,
+    full_rows, rest8, columns4, inner, channels, group_bits, live, first, across, chunks, slot_count,
     RELU: tl.constexpr, PLACES: tl.constexpr, PADDED: tl.constexpr, PLANES: tl.constexpr, GROUPED: tl.constexpr,
     PHASE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     row, limit, tile_columns, channel, known, of_channel, tile, chunk = _tile_of(
-        full_rows, rest8, columns8, inner, channels, group_bits, live, first, tiles, across, inverse,
+        full_rows, rest8, columns4, inner, channels, group_bits, live, first, across, inverse,
         PLACES, PADDED, PLANES, GROUPED, ROWS, COLUMNS,
     )  # fmt: skip
     col, _, present, columns, _, _ = tile_columns
@@ -401,7 +408,6 @@ def _backward_kernel(
     near = col < columns
     if (dresidual is None) and (not PADDED):
         near = near_present(present, PLACES)
-    row = row.to(tl.int64)
     g, centred = through_act(dy, x, mask, row, limit, (col < limit) & near, tile_columns, parameters, PLACES, RELU)
     if PHASE != "apply":
         total = tl.sum(g, 0)
@@ -415,7 +421,7 @@ def _backward_kernel(
         grid_barrier(counter)
     if PHASE != "statistics":
         total, total_x = _folded_sums(
-            slots, slot_count, of_channel, tile, full_rows, columns8, inner, channels, group_bits, across, chunks,
+            slots, slot_count, of_channel, tile, full_rows, columns4, inner, channels, group_bits, across, chunks,
             ACC, PLANES, GROUPED, ROWS, COLUMNS, FOLD,
         )  # fmt: skip
         total_x *= rstd
@@ -436,18 +442,20 @@ def _launch(
 ) -> None:  # fmt: skip
     """One launch of all phases, or two where programs cannot wait for each other."""
     slots = torch.empty(2 * of.slots, dtype=accumulator_dtype(x.dtype), device=x.device)
-    counts = (of.full_rows, of.rest8, of.columns8, m.inner, m.channels, of.group_bits, x.shape[1], placement.first)
+    counts = (of.full_rows, of.rest8, 2 * of.columns8, m.inner, m.channels, of.group_bits, x.shape[1], placement.first)
+    most = 128 if placement.map is None else 16  # slots at a time: beside a map's places fewer fit in registers
     constants = {
         "RELU": relu, "PLACES": placement.kind(m, x.shape[1]), "PADDED": placement.padded, "PLANES": of.across > 0,
         "GROUPED": of.group_bits > 0,
-        "ACC": accumulator(x.dtype), "ROWS": of.rows, "COLUMNS": of.columns, "FOLD": max(min(of.rows // 2, 128), 1),
+        "ACC": accumulator(x.dtype), "ROWS": of.rows, "COLUMNS": of.columns,
+        "FOLD": max(min(of.rows // 2, most), 1),
         "num_warps": max(of.rows * of.columns // _A_WARP, 1),
     }  # fmt: skip
     together = programs_wait()
     for phase in ("all",) if together else ("statistics", "apply"):
         launch(
-            kernel, (of.programs,), *tensors, slots, counter_of(x.device) if together else None, *numbers, *counts,
-            of.tiles, of.across, of.chunks, of.slots, PHASE=phase, **constants,
+            kernel, (of.tiles, of.chunks), *tensors, slots, counter_of(x.device) if together else None, *numbers,
+            *counts, of.across, of.chunks, of.slots, PHASE=phase, **constants,
             **({"launch_cooperative_grid": True} if together else {}),
         )  # fmt: skip
 

@@ -124,7 +124,6 @@ def write_y(value, addend, y, mask, row, limit, tile_columns, parameters, RELU: 
     """`apply_tile` of tiles of x and the residual that are loaded."""
     col, byte, _, columns, _, _ = tile_columns
     m, scale, shift = parameters
-    row = row.to(tl.int64)
     at = row * columns + col
     valid = col < limit
     value = tl.fma(value.to(m.dtype) - m, scale, shift)

@@ -47,7 +47,9 @@ from prunetrain_kernels.ops.native import DTYPE, ops, use_native
 
 TILE_ROWS = 16  # 16 elements a thread: enough loads in flight, accumulators that fit in registers
 TILE = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS}
-_PROGRAMS = 1500  # of a reduction, at most: 7 fit on a multiprocessor; two full waves of an A100, 1.6 of an H200
+# Programs of a reduction, at most: all run at once on an A100 and on an H200, 7 on a multiprocessor of the kernel of
+# statistics, 5 of that of sums, which moves twice as much at a time. A few more, and most of a GPU waits for those few.
+PROGRAMS_OF_STATISTICS, PROGRAMS_OF_SUMS = 750, 540
 _FEWEST_PROGRAMS = 512  # that chunks are made larger for, so that there are less slots
 _SLOTS = 1024  # of a channel, for each of its neighbours in a row: one step of a fold
 _BLOCK = 1024  # channels of one program, where a kernel has no other work than a few values per channel
@@ -341,11 +343,12 @@ def geometry(m: Matrix, live: int, first: int, rows_per_program: int) -> tuple[i
 
 
 @lru_cache(maxsize=4096)
-def reduction(m: Matrix) -> tuple[int, tuple[int], int]:
-    """Rows per program, of the shape alone, so that every device adds in the same order; the grid; and how many slots
-    each of two results has, one for each column and chunk (`channel_pair` makes them)."""
+def reduction(m: Matrix, most: int) -> tuple[int, tuple[int], int]:
+    """Of a reduction of `most` programs, more only where rows are wider: rows per program, of the shape alone, so that
+    every device adds in the same order; the grid; and how many slots each of two results has, one for each column and
+    chunk (`channel_pair` makes them)."""
     tiles = tiles_across(m)
-    chunks = min(_PROGRAMS // tiles, max(_SLOTS // m.group, _FEWEST_PROGRAMS // tiles))
+    chunks = min(most // tiles, max(_SLOTS // m.group, _FEWEST_PROGRAMS // tiles))
     rows = -(-m.rows // (TILE_ROWS * max(chunks, 1))) * TILE_ROWS
     chunks = -(-m.rows // rows)
     return rows, (tiles * chunks,), chunks * m.columns
@@ -414,7 +417,7 @@ def measure_statistics(x: Tensor, placement: Placement, running: Running = NOT_R
         mean, var = torch.batch_norm_update_stats(x.to(mean.dtype), None, None, 0.0)
         return place_statistics(mean, var, whole)
     m = matrix_of(x)
-    rows, grid, count = reduction(m)
+    rows, grid, count = reduction(m, PROGRAMS_OF_STATISTICS)
     slots = channel_pair(x, count)
     counts = geometry(m, m.channels, whole.first, rows)
     launch(_statistics_kernel, grid, x, *slots, *counts, ACC=accumulator(x.dtype), **TILE)

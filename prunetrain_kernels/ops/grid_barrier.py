@@ -31,13 +31,12 @@ _POOL = 1024  # counters that are made at a time
 
 @triton.jit
 def grid_barrier(counter):
-    """No program goes on before all have come here; what they stored before, all may load after (by `.cg`, past the
-    first-level cache)."""
+    """No program of a grid of up to two axes goes on before all have come here; what they stored before, all may load
+    after (by `.cg`, past the first-level cache)."""
     tl.debug_barrier()  # all threads have stored; the next line, of one thread, publishes that to all programs
-    others = tl.num_programs(0) - 1
-    before = tl.atomic_add(
-        counter, tl.where(tl.program_id(0) == 0, 2147483647 - (others - 1), 1), sem="acq_rel", scope="gpu"
-    )
+    others = tl.num_programs(0) * tl.num_programs(1) - 1
+    is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    before = tl.atomic_add(counter, tl.where(is_first, 2147483647 - (others - 1), 1), sem="acq_rel", scope="gpu")
     now = before
     while (before ^ now) >= 0:  # until the highest bit differs
         now = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")

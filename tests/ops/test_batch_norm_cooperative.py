@@ -17,10 +17,15 @@ from test_batch_norm_gated import check as check_gated
 from bench import launches
 from prunetrain_kernels.ops import batch_norm_cooperative as cooperative
 from prunetrain_kernels.ops import grid_barrier, launch
-from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
+from prunetrain_kernels.ops.batch_norm_act import _apply_outputs, _matrix_of_y, batch_norm_act
 from prunetrain_kernels.ops.batch_norm_cooperative import Plan, plan
-from prunetrain_kernels.ops.channel_statistics import IN_ORDER
-from prunetrain_kernels.ops.layout import Matrix, matrix
+from prunetrain_kernels.ops.channel_statistics import (
+    IN_ORDER,
+    PROGRAMS_OF_STATISTICS,
+    PROGRAMS_OF_SUMS,
+    reduction,
+)
+from prunetrain_kernels.ops.layout import Matrix, matrix, matrix_of
 
 t0 = pytest.mark.t0
 T0_BACKENDS = ("cooperative",)
@@ -66,7 +71,7 @@ def test_a_plan_covers_every_element_once(channels: int, inner: int, pixels: int
         (matrix(133 * 16384, 128, 1), "one tile more than multiprocessors"),
         (matrix(3 * 25, 3, 1), "no multiple of 8 elements"),
         (matrix(8 * 5 * 49, 5, 49), "planes of 49"),
-        (matrix(128 * 1024 * 13, 13, 1), "1,024 slots of a channel"),
+        (matrix(256 * 1024 * 5, 5, 1), "512 slots of a channel"),
     ],
 )
 def test_what_has_no_plan(m: Matrix, why: str) -> None:
@@ -82,11 +87,11 @@ def test_the_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_plan_that_takes_least_time() -> None:
-    """A tile of 4,096 for few elements; of more where one column would have too many slots to fold."""
+    """A tile of 4,096 for few elements, of few columns where a channel would have many slots to fold."""
     assert plan(matrix(128 * 16, 16, 1), 132).programs == 1
     assert plan(matrix(128 * 1024 * 16, 16, 1), 132) == Plan(131072, 0, 2, 0, 1, 0, 128, 1024, 16)
     few = plan(matrix(128 * 64 * 64, 64, 1), 132)
-    assert (few.programs, few.rows * few.columns) == (64, 8192)
+    assert (few.programs, few.rows, few.columns, few.parts) == (128, 128, 32, 64)
     several = [plan(matrix(128 * 64 * 64, 64, 1), 132, (size,)) for size in cooperative.SIZES]
     assert few.cycles == min(each.cycles for each in several)
 
@@ -105,6 +110,17 @@ def test_the_largest_tile_is_for_16_bits(
         m = matrix(128 * 1024 * channels, channels, 1)
         x = torch.empty((128, channels, 32, 32), dtype=dtype)
         assert (cooperative.plan_for(x, m, IN_ORDER) is not None) == of_a_tile
+
+
+@pytest.mark.parametrize("most", [PROGRAMS_OF_STATISTICS, PROGRAMS_OF_SUMS])
+@pytest.mark.parametrize(("channels", "side"), [(64, 56), (128, 28), (128, 56), (256, 14), (512, 7), (2048, 7)])
+def test_a_reduction_of_what_has_no_plan_runs_in_one_wave(channels: int, side: int, most: int) -> None:
+    """Of no shape of ResNet-50 a few programs are left that start when all others have ended."""
+    m = matrix(256 * side**2 * channels, channels, 1)
+    rows, grid, slots = reduction(m, most)
+    assert most / 2 < grid[0] <= most
+    chunks = slots // m.columns
+    assert (chunks - 1) * rows < m.rows <= chunks * rows
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -205,6 +221,28 @@ def test_what_has_three_launches_still(change: dict[str, Any], path: str, device
         results(ours, case, problem(case, device))
     assert counts
     assert not BOTH & set(counts)
+
+
+@t0
+@pytest.mark.parametrize(
+    ("size", "inner", "residual", "scattered"),
+    [((3, 8, 3, 3), 1, True, False), ((3, 5, 2, 4), 8, False, False), ((3, 8, 3, 3), 1, False, True),
+     ((3, 8, 3, 3), 9, False, True), ((3, 1, 4, 2), 1, True, True)],
+    ids=str,
+)  # fmt: skip
+def test_the_matrix_of_y_before_y(
+    size: tuple[int, ...], inner: int, residual: bool, scattered: bool, path: str, device: torch.device
+) -> None:
+    """It is that of the tensor which is then made: nothing is allocated where there turns out to be no plan."""
+    stored = torch.channels_last if inner == 1 else torch.contiguous_format
+    channels = size[1] + 3 if scattered else size[1]
+    x = torch.empty(size, device=device).contiguous(memory_format=stored)
+    inverse = torch.full((channels,), -1, dtype=torch.int32, device=device) if scattered else None
+    r = torch.empty((size[0], channels, *size[2:]), device=device).contiguous(memory_format=stored)
+    r_or_none = r if residual else None
+    y, _ = _apply_outputs(x, r_or_none, inverse)
+    assert _matrix_of_y(x, r_or_none, inverse) == matrix_of(y)
+    assert matrix_of(y).inner == inner
 
 
 # -- barrier -----------------------------------------------------------------------------------------------------------

@@ -115,7 +115,10 @@ def arguments(config: TrainConfig) -> list[str]:
         flag = f"--{option.name.replace('_', '-')}"
         if option.name == "out" or value != option.default:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [flag] if value is True else [flag, text]
+            if isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+            else:
+                words += [flag, text]
     return words
 
 

@@ -1,4 +1,5 @@
-"""Rules for attention over heads: matrix products head by head, and the parts of a fused query, key and value.
+"""Rules for attention over heads: the fused function, and the parts of a fused query, key and value. Matrix products
+head by head are in `contractions.py`.
 
 The channels of such values are a grid of heads and features of a head, in which all features of a head are one channel:
 a head without weights in query, key and value, and in the layer that reads it, adds nothing, so it can go.
@@ -11,6 +12,7 @@ from torch import fx
 
 from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.channels import Channels
+from prunetrain_kernels.graph.contractions import without_heads
 from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.shapes import fixed_axes, without_axis
 
@@ -35,23 +37,13 @@ def heads_in(flow: Flow, node: Any, *, features: int | None = None) -> tuple[int
     return outer[0], value.ids
 
 
-def product(flow: Flow, node: fx.Node) -> Outcome:
-    """Rule for a matrix product of each head: query times key, or attention times value."""
-    a, b = argument(node, 0, "input"), argument(node, 1, "other")
-    if flow.tensors(node) not in ([a, b], [a]) or flow.shape(node) is None:
-        return False
-    scores = heads_in(flow, a, features=-1), heads_in(flow, b, features=-2)
-    if all(scores) and _is_grid(flow, a) and _is_grid(flow, b):
-        return _joined(flow, node, [*scores], None)
-    mixed = heads_in(flow, a), heads_in(flow, b, features=-1)
-    return all(mixed) and not _is_grid(flow, a) and _is_grid(flow, b) and _joined(flow, node, [*mixed], b)
-
-
 def scaled_dot_product(flow: Flow, node: fx.Node) -> Outcome:
     """Rule for `F.scaled_dot_product_attention` without a mask per head."""
     tensors = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
     mask = argument(node, 3, "attn_mask")
     heads = [heads_in(flow, each, features=-1) for each in tensors]
+    if not any(_is_grid(flow, each) for each in tensors) and set(flow.tensors(node)) <= {*tensors, mask}:
+        return without_heads(flow, node, tensors)
     if not all(heads) or not all(_is_grid(flow, each) for each in tensors) or node.kwargs.get("enable_gqa"):
         return False
     if mask is not None:

@@ -6,7 +6,6 @@ channels' letter has them too, since each channel of it is made of the same chan
 another matter: a channel that nobody's weights read need not be 0, so it has a part in the sum, and all have to stay.
 """
 
-import math
 import string
 from dataclasses import dataclass
 from typing import Any
@@ -168,17 +167,18 @@ def _of_parameter(flow: Flow, operand: Operand, along: str) -> Channels | None:
     return flow.parameter(node, operand.dim_of(along))
 
 
-def without_heads(flow: Flow, node: fx.Node, tensors: list[Any]) -> Outcome:
+def without_heads(flow: Flow, node: fx.Node, tensors: list[Any], mask: Any) -> Outcome:
     """Rule for `F.scaled_dot_product_attention` whose operands have channels, not heads, in their last dimension: those
     of query and key are summed over, those of the value go through."""
     query, key, value = tensors
     after, channels = flow.shape(node), flow.channels_of(value)
     last = len(after or ()) - 1
-    if after is None or channels is None or channels.dims != (last,) or math.prod(after[:-1]) == 0:
+    if after is None or channels is None or channels.dims != (last,):
         return False
-    if any(flow.channels_of(each) is not None and flow.channels_of(each).dims != (last,) for each in (query, key)):  # type: ignore[union-attr]
+    summed = [each for each in map(flow.channels_of, (query, key)) if each is not None]
+    if any(each.dims != (last,) for each in summed):
         return False
-    for each in filter(None, map(flow.channels_of, (query, key))):
+    for each in (*summed, *filter(None, [flow.channels_of(mask)])):
         flow.freeze(each, f"operation 'scaled_dot_product_attention' {OVER_CHANNELS}")
     flow.set(node, channels)
     return True

@@ -159,7 +159,7 @@ def arithmetic(flow: Flow, node: fx.Node) -> Outcome:
             aligned.append((operand, value.shifted(offset)))
     if not aligned:
         return all((flow.shape(operand) or torch.Size()).numel() == 1 for operand in operands)
-    widest = max(aligned, key=lambda pair: (not flow.all_stay(pair[1]), pair[1].features))[1]
+    widest = max(aligned, key=lambda pair: (pair[1].features > 1 and not flow.all_stay(pair[1]), pair[1].features))[1]
     values = [_aligned(flow, operand, len(after), widest) for operand in operands]
     if any(value is None for value in values):
         return False

@@ -175,7 +175,7 @@ MAPS, TOKENS = (3, 6, 6), (7, 5)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "experts": (Experts, MAPS, 12 + 3 * 8 + 10),
     "experts-by-einsum": (lambda: Experts("bechw,be->bchw"), MAPS, 12 + 3 * 8 + 10),
-    "experts-without-arrow": (lambda: Experts("aEbcd,aE -> abcd"), MAPS, 12 + 3 * 8 + 10),
+    "experts-by-other-letters": (lambda: Experts("aEbcd,aE -> abcd"), MAPS, 12 + 3 * 8 + 10),
     "dense-graph": (DenseGraph, TOKENS, 12 + 10),
     "non-local": (NonLocal, MAPS, 12 + 6),
     "non-local-fused": (lambda: NonLocal(fused=True), MAPS, 12 + 6),

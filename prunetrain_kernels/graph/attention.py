@@ -1,4 +1,5 @@
-"""Rules for attention over heads: matrix products head by head, and the parts of a fused query, key and value.
+"""Rules for attention over heads: the fused function, and the parts of a fused query, key and value. Matrix products
+head by head are in `contractions.py`.
 
 The channels of such values are a grid of heads and features of a head, in which all features of a head are one channel:
 a head without weights in query, key and value, and in the layer that reads it, adds nothing, so it can go.
@@ -11,47 +12,35 @@ from torch import fx
 
 from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.channels import Channels
+from prunetrain_kernels.graph.contractions import without_heads
 from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.shapes import fixed_axes, without_axis
 
 
-def heads_in(flow: Flow, node: Any, *, features: int | None = None) -> tuple[int, tuple[int, ...]] | None:
-    """The dimension in which a value has heads, and the id of each; None if it has none that a matrix product keeps.
-
-    Args:
-        features: the dimension, negative, in which the features of a head may lie; None where it has none.
-    """
+def heads_in(flow: Flow, node: Any) -> tuple[int, tuple[int, ...]] | None:
+    """The dimension in which a value has heads, whose features lie in the last one, and the id of each head; None if it
+    has none."""
     value, shape = flow.channels_of(node), flow.shape(node)
     if value is None or shape is None or len(shape) < 3 or value.block != 1:
         return None
-    inner = None if features is None else len(shape) + features
+    inner = len(shape) - 1
     outer = [d for d in value.dims if d != inner]
     if len(outer) != 1 or outer[0] >= len(shape) - 2:
         return None
-    if inner is not None and value.dim is None:
+    if value.dim is None:
         if inner not in fixed_axes(flow, value):
             return None
         value = without_axis(value, inner)
     return outer[0], value.ids
 
 
-def product(flow: Flow, node: fx.Node) -> Outcome:
-    """Rule for a matrix product of each head: query times key, or attention times value."""
-    a, b = argument(node, 0, "input"), argument(node, 1, "other")
-    if flow.tensors(node) not in ([a, b], [a]) or flow.shape(node) is None:
-        return False
-    scores = heads_in(flow, a, features=-1), heads_in(flow, b, features=-2)
-    if all(scores) and _is_grid(flow, a) and _is_grid(flow, b):
-        return _joined(flow, node, [*scores], None)
-    mixed = heads_in(flow, a), heads_in(flow, b, features=-1)
-    return all(mixed) and not _is_grid(flow, a) and _is_grid(flow, b) and _joined(flow, node, [*mixed], b)
-
-
 def scaled_dot_product(flow: Flow, node: fx.Node) -> Outcome:
     """Rule for `F.scaled_dot_product_attention` without a mask per head."""
     tensors = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
     mask = argument(node, 3, "attn_mask")
-    heads = [heads_in(flow, each, features=-1) for each in tensors]
+    heads = [heads_in(flow, each) for each in tensors]
+    if not any(_is_grid(flow, each) for each in tensors) and set(flow.tensors(node)) <= {*tensors, mask}:
+        return without_heads(flow, node, tensors, mask)
     if not all(heads) or not all(_is_grid(flow, each) for each in tensors) or node.kwargs.get("enable_gqa"):
         return False
     if mask is not None:
@@ -84,14 +73,14 @@ def _is_grid(flow: Flow, node: Any) -> bool:
 
 
 def _joined(flow: Flow, node: fx.Node, heads: list[Any], like: Any) -> Outcome:
-    """Joins the heads of all operands; the result has the channels of `like`, or else the heads alone."""
+    """Joins the heads of all operands; the result has the channels of `like`."""
     after = flow.shape(node)
     if after is None or len({dim for dim, _ in heads}) != 1 or len({len(ids) for _, ids in heads}) != 1:
         return False
-    dim, ids = heads[0]
+    _, ids = heads[0]
     for _, others in heads[1:]:
         ids = flow.join(ids, others)
-    value = Channels(ids, dims=(dim,)) if like is None else flow.channels_of(like)
+    value = flow.channels_of(like)
     if value is None or math.prod(after[d] for d in value.dims) != value.features:
         return False
     flow.set(node, value)

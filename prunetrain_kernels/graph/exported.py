@@ -48,7 +48,8 @@ SAME_ARGUMENTS: dict[str, Any] = {
     "conv3d": F.conv3d, "conv_transpose1d": F.conv_transpose1d, "conv_transpose2d": F.conv_transpose2d,
     "conv_transpose3d": F.conv_transpose3d, "prelu": torch.prelu,
     "layer_norm": F.layer_norm, "rms_norm": F.rms_norm, "group_norm": F.group_norm, "glu": F.glu,
-    "grid_sampler": F.grid_sample, "matmul": torch.matmul, "unbind": torch.unbind,
+    "grid_sampler": F.grid_sample, "matmul": torch.matmul, "bmm": torch.bmm, "einsum": torch.einsum,
+    "unbind": torch.unbind,
     "scaled_dot_product_attention": F.scaled_dot_product_attention,
     **{
         name: getattr(torch, name)

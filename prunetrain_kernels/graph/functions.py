@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from prunetrain_kernels.graph.attention import product, scaled_dot_product, unbound
+from prunetrain_kernels.graph.attention import scaled_dot_product, unbound
 from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.channels import Channels
+from prunetrain_kernels.graph.contractions import einsum, product
 from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.layers import (
     functional_batch_norm,
@@ -24,7 +25,17 @@ from prunetrain_kernels.graph.layers import (
     functional_layer,
     functional_prelu,
 )
-from prunetrain_kernels.graph.maps import along_dims, of_size, pooling, reduction, repetition, sampling, unpooling
+from prunetrain_kernels.graph.maps import (
+    along_dims,
+    folded,
+    of_size,
+    pooling,
+    reduction,
+    repetition,
+    sampling,
+    unfolded,
+    unpooling,
+)
 from prunetrain_kernels.graph.norms import LAST_DIMS_FUNCTIONS, layer_norm_function
 from prunetrain_kernels.graph.operations import (
     ADDITIONS,
@@ -33,6 +44,7 @@ from prunetrain_kernels.graph.operations import (
     ELEMENTWISE,
     IN_PLACE,
     LIKE,
+    MATRIX_PRODUCTS,
     MIXES,
     MIXING_FUNCTIONS,
     OF_SIZE,
@@ -50,6 +62,7 @@ from prunetrain_kernels.graph.operations import (
 from prunetrain_kernels.graph.parameters import is_saved_tensor
 from prunetrain_kernels.graph.shapes import (
     concatenation,
+    fixed_axes,
     halves,
     index,
     is_count_of,
@@ -61,6 +74,7 @@ from prunetrain_kernels.graph.shapes import (
     reshape_as,
     shuffle,
     softmax,
+    spread_over,
     stack,
     transposed,
     unpacked,
@@ -145,7 +159,7 @@ def arithmetic(flow: Flow, node: fx.Node) -> Outcome:
             aligned.append((operand, value.shifted(offset)))
     if not aligned:
         return all((flow.shape(operand) or torch.Size()).numel() == 1 for operand in operands)
-    widest = max(aligned, key=lambda pair: pair[1].features)[1]
+    widest = max(aligned, key=lambda pair: (pair[1].features > 1 and not flow.all_stay(pair[1]), pair[1].features))[1]
     values = [_aligned(flow, operand, len(after), widest) for operand in operands]
     if any(value is None for value in values):
         return False
@@ -169,20 +183,31 @@ def _aligned(flow: Flow, operand: fx.Node, ndim: int, widest: Channels) -> Chann
     """An operand's channels in the result's dimensions; without ids if it has none there; None if they do not fit."""
     shape = flow.shape(operand) or torch.Size()
     offset = ndim - len(shape)
-    spread = all(d < offset or shape[d - offset] == 1 for d in widest.dims)
+    fixed = fixed_axes(flow, widest)
+    varying = [d for d in widest.dims if d not in fixed]
+    spread = all(d < offset or shape[d - offset] == 1 for d in varying)
     value = flow.channels_of(operand)
     if value is None and spread:
         return Channels(())
     if value is None:
-        dim = None if widest.dim is None else widest.dim - offset
+        dim = varying[0] - offset if len(varying) == 1 else None
         is_saved = dim is not None and operand.op == "get_attr" and is_saved_tensor(flow, str(operand.target))
-        value = flow.parameter(operand, dim) if is_saved and dim is not None and shape[dim] == widest.features else None
-        return None if value is None else value.shifted(offset)
+        count = widest.grid[widest.dims.index(varying[0])] if widest.grid and varying else widest.features
+        value = flow.parameter(operand, dim) if is_saved and dim is not None and shape[dim] == count else None
+        if value is None:
+            return None
     value = value.shifted(offset)
     if value.features == 1 and spread and widest.features > 1:
         flow.freeze(value, "its one channel is spread over others")
         return value
-    return value if value.dims == widest.dims and value.grid == widest.grid else None
+    if value.dims == widest.dims and value.grid == widest.grid:
+        return value
+    if spread and (fixed or flow.all_stay(value)):
+        flow.freeze(value, "each of them meets all channels of another tensor")
+        return Channels(())
+    if fixed and value.dims == tuple(varying) and value.block == 1:
+        return spread_over(value, widest.dims, widest.grid)  # one value for each head, say
+    return None
 
 
 def _reads_images(node: fx.Node) -> bool:
@@ -221,9 +246,12 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(SPATIAL_FUNCTIONS, pooling),
     **dict.fromkeys(UNPOOLING, unpooling),
     F.grid_sample: sampling,
+    F.unfold: unfolded,
+    F.fold: folded,
     **dict.fromkeys(RESHAPES, reshape),
     **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
-    **dict.fromkeys((torch.matmul, operator.matmul, "matmul", "__matmul__"), product),
+    **dict.fromkeys(MATRIX_PRODUCTS, product),
+    **dict.fromkeys((torch.einsum, torch.functional.einsum), einsum),
     F.scaled_dot_product_attention: scaled_dot_product,
     **dict.fromkeys((torch.unbind, "unbind"), unbound),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenation),

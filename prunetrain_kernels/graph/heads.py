@@ -10,7 +10,10 @@ from typing import Any
 
 from torch import nn
 
-NUMBERS_OF_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads", "heads")
+NUMBERS_OF_HEADS = (
+    "num_heads", "num_attention_heads", "n_heads", "n_head", "nheads", "heads", "num_key_value_heads", "num_kv_heads",
+    "n_kv_heads", "n_kv_head",
+)  # fmt: skip
 NUMBERS_OF_FEATURES = ("attn_dim", "all_head_size", "inner_dim")  # of all heads together
 HEADS = "heads"  # the kind of follower that a module with such attributes is
 

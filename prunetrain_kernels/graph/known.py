@@ -153,6 +153,10 @@ class Known:
         """Says that the channels stay as they are; `weak`: a better reason may take the place of this one."""
         self.ids.freeze(value.ids, reason, weak=weak)
 
+    def all_stay(self, value: Channels) -> bool:
+        """Whether it is known by now that none of the channels can go."""
+        return all(self.ids.find(i) in self.ids.frozen for i in value.ids)
+
     def keep_two(self, ids: tuple[int, ...]) -> None:
         """Says that at least two of the channels stay."""
         self.ids.keep_two(ids)

@@ -79,6 +79,28 @@ def unpooling(flow: Flow, node: fx.Node) -> Outcome:
     return True
 
 
+def unfolded(flow: Flow, node: fx.Node) -> Outcome:
+    """Rule for unfold, (N, C, H, W) to (N, C * taps, windows): each channel has a feature for each tap of a window."""
+    read = flow.source(node)
+    if read is None or read.channels.dims != (1,) or read.channels.block != 1 or len(read.before) != 4:
+        return False
+    flow.set(node, Channels(read.channels.ids, read.after[1] // read.before[1]))
+    return flow.tensors(node) == [read.node]
+
+
+def folded(flow: Flow, node: fx.Node) -> Outcome:
+    """Rule for fold, (N, C * taps, windows) to (N, C, H, W), which adds the windows up, channel by channel."""
+    read = flow.source(node)
+    if read is None or read.channels.dims != (1,) or len(read.after) != 4:
+        return False
+    value, taps = read.channels.plain(), read.before[1] // read.after[1]
+    for start in range(0, len(value.ids), taps):
+        for other in value.ids[start + 1 : start + taps]:
+            flow.join(value.ids[start : start + 1], (other,))
+    flow.set(node, Channels(value.ids[::taps]))
+    return flow.tensors(node) == [read.node]
+
+
 def sampling(flow: Flow, node: fx.Node) -> Outcome:
     """Rule for grid_sample, which takes every channel of a map at the same points. The points have two or three
     numbers each, which all stay."""
@@ -139,9 +161,10 @@ def along_dims(flow: Flow, node: fx.Node) -> Outcome:
     dims = dims_of(written, len(before))
     if not dims or any(len(shape) != len(before) for shape in results):
         return False
-    if set(dims) & set(value.dims):
+    mixed = set(dims) & set(value.dims)
+    if mixed - set(fixed_axes(flow, value)):
         return f"operation '{_name(node)}' {OVER_CHANNELS}"
-    return gives(flow, node, value)
+    return all(shape == before for shape in results if mixed) and gives(flow, node, value)
 
 
 def repetition(flow: Flow, node: fx.Node) -> Outcome:

@@ -67,6 +67,7 @@ PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mult
 QUOTIENTS = {operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "divide"}
 # torch.fx records `a += b` as operator.add, so a plain `a + b` has to count as one that may write into a.
 IN_PLACE = {operator.add, operator.iadd, "add_"}
+MATRIX_PRODUCTS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"}
 RESHAPES = {"view", "reshape", torch.reshape, torch.flatten, "flatten", torch.unflatten, "unflatten"}
 TRANSPOSED = ("mT", "mH", "T", "H")  # attributes
 _PERMUTATIONS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")

@@ -15,7 +15,7 @@ from torch import fx, nn
 from prunetrain_kernels.graph.calls import Outcome
 from prunetrain_kernels.graph.flow import Flow
 from prunetrain_kernels.graph.layers import STANDARDISED, convolution, group_norm, linear
-from prunetrain_kernels.graph.maps import pooling, unpooling
+from prunetrain_kernels.graph.maps import folded, pooling, unfolded, unpooling
 from prunetrain_kernels.graph.norms import LAST_DIMS_MODULES, layer_norm_module
 from prunetrain_kernels.graph.operations import MIXES
 from prunetrain_kernels.graph.shapes import halves, reshape_to, shuffle, softmax
@@ -108,6 +108,14 @@ def _unpooling(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
     return unpooling(flow, node)
 
 
+def _unfold(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
+    return unfolded(flow, node)
+
+
+def _fold(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcome:
+    return folded(flow, node)
+
+
 def _glu(flow: Flow, node: fx.Node, name: str, module: nn.GLU) -> Outcome:
     return halves(flow, node, module.dim)
 
@@ -177,6 +185,8 @@ _RULES: dict[type[nn.Module], ModuleRule] = {
     **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), _shuffle),
     **dict.fromkeys((nn.Softmax, nn.LogSoftmax), _softmax),
     nn.GLU: _glu,
+    nn.Unfold: _unfold,
+    nn.Fold: _fold,
     **dict.fromkeys((nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d), _unpooling),
     **dict.fromkeys(POINTWISE_MODULES, _pointwise),
     **dict.fromkeys(SPATIAL_MODULES, _spatial),

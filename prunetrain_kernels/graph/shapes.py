@@ -269,6 +269,25 @@ def without_axis(value: Channels, dim: int) -> Channels:
     return Channels(ids, dims=dims, grid=grid if len(grid) > 1 else ())
 
 
+def spread_over(value: Channels, dims: tuple[int, ...], grid: tuple[int, ...]) -> Channels:
+    """Channels of one dimension as a grid over `dims`, of which it is one; the other axes are fixed. Of an empty `grid`
+    the channels as they are."""
+    if not grid:
+        return value
+    axis = dims.index(value.dims[0])
+    stride, size = math.prod(grid[axis + 1 :]), grid[axis]
+    return Channels(tuple(value.ids[place // stride % size] for place in range(math.prod(grid))), 1, dims, grid)
+
+
+def resized_axis(value: Channels, dim: int, size: int) -> Channels:
+    """A grid with another number of entries along a fixed axis."""
+    axis = value.dims.index(dim)
+    grid = (*value.grid[:axis], size, *value.grid[axis + 1 :])
+    stride, old = math.prod(grid[axis + 1 :]), value.grid[axis]
+    places = ((place // (stride * size) * old * stride) + place % stride for place in range(math.prod(grid)))
+    return Channels(tuple(value.ids[place] for place in places), 1, value.dims, grid)
+
+
 def _along(value: Channels, axis: int) -> list[tuple[int, ...]]:
     """The ids along one axis of a grid, for each place in the others."""
     stride, size = math.prod(value.grid[axis + 1 :]), value.grid[axis]
@@ -332,7 +351,10 @@ def _all_of(flow: Flow, tensors: Any) -> list[Channels]:
         return flow.parts_of(tensors) or []
     if not isinstance(tensors, list | tuple) or not all(isinstance(t, fx.Node) for t in tensors):
         return []
-    dim = next((v.dim for t in tensors if (v := flow.channels_of(t)) is not None), None)
+    known = [flow.channels_of(t) for t in tensors]
+    if all(known):
+        return [v for v in known if v is not None]
+    dim = next((v.dim for v in known if v is not None), None)
     if dim is None:
         return []
     values = [flow.channels_in(t, dim) for t in tensors]
@@ -347,6 +369,8 @@ def concatenation(flow: Flow, node: fx.Node) -> Outcome:
         return False
     dim %= len(after)
     parts = _all_of(flow, tensors)
+    if parts and all(v.grid for v in parts):
+        return _grids_together(flow, node, parts, dim)
     if not parts or any(v.dim is None or v.dims != parts[0].dims for v in parts):
         return False
     first = parts[0]
@@ -361,6 +385,26 @@ def concatenation(flow: Flow, node: fx.Node) -> Outcome:
     for v in parts[1:]:
         ids = flow.join(ids, v.ids)
     flow.set(node, Channels(ids, first.block, first.dims))
+    return True
+
+
+def _grids_together(flow: Flow, node: fx.Node, parts: list[Channels], dim: int) -> Outcome:
+    """Rule for grids side by side along another dimension than theirs, or along an axis that is fixed in all of them:
+    their channels are joined."""
+    after = flow.shape(node)
+    if after is None or any(v.dims != parts[0].dims or v.block != 1 for v in parts):
+        return False
+    together = parts
+    if dim in parts[0].dims:
+        if any(dim not in fixed_axes(flow, v) for v in parts):
+            return False
+        together = [resized_axis(v, dim, after[dim]) for v in parts]
+    if any(v.grid != together[0].grid for v in together):
+        return False
+    ids = together[0].ids
+    for v in together[1:]:
+        ids = flow.join(ids, v.ids)
+    flow.set(node, Channels(ids, 1, together[0].dims, together[0].grid))
     return True
 
 
@@ -463,6 +507,8 @@ def index(flow: Flow, node: fx.Node) -> Outcome:
             continue
         if isinstance(entry, int) and value.block == 1 and old in fixed_axes(flow, value):
             value = without_axis(value, old)
+        elif isinstance(entry, slice) and value.block == 1 and old in fixed_axes(flow, value):
+            value = resized_axis(value, old, read.after[new])  # half of the features of each head, as rotations take
         elif old in value.dims and not _takes_all(entry, before[old]):
             reason = "the forward picks channels by number"
             if not isinstance(entry, slice):

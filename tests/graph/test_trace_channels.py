@@ -366,7 +366,7 @@ FROZEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "a",
         "'conv2d'",
     ),
-    "matmul": (lambda: Net(lambda m, x: m.fc(pool(torch.matmul(m.b(m.a(x)), m.a(x))))), "a", "'matmul'"),
+    "cdist": (lambda: Net(lambda m, x: m.fc(pool(torch.cdist(m.b(m.a(x)), m.a(x))))), "a", "'cdist'"),
     "channel-slice": (
         lambda: Net(lambda m, x: m.fc(pool(m.b(m.a(x))[:, 2:])), features=6),
         "b",

@@ -49,8 +49,8 @@ class Operand:
 def product(flow: Flow, node: fx.Node) -> Outcome:
     """Rule for `a @ b`, matmul and bmm."""
     a, b = argument(node, 0, "input"), argument(node, 1, "other", "mat2", "tensor2")
-    shapes = flow.shape(a), flow.shape(b)
-    if shapes[0] is None or shapes[1] is None:
+    shapes = [tuple(shape) for shape in (flow.shape(a), flow.shape(b)) if shape is not None]
+    if len(shapes) < 2:
         return False
     left, right = ["row", "sum"][-len(shapes[0]) :], ["sum", "column"][-len(shapes[1]) :]
     if len(shapes[1]) == 1:
@@ -71,9 +71,8 @@ def product(flow: Flow, node: fx.Node) -> Outcome:
 def einsum(flow: Flow, node: fx.Node) -> Outcome:
     """Rule for `torch.einsum(equation, ...)`; an equation that takes a diagonal is not followed."""
     equation = argument(node, 0, "equation")
-    tensors = list(node.args[1:])
-    if len(tensors) == 1 and isinstance(tensors[0], list | tuple):
-        tensors = list(tensors[0])
+    listed: Any = list(node.args[1:])
+    tensors: list[fx.Node] = list(listed[0]) if len(listed) == 1 and isinstance(listed[0], list | tuple) else listed
     shapes = [flow.shape(each) for each in tensors]
     if not isinstance(equation, str) or not tensors or any(shape is None for shape in shapes):
         return False

@@ -45,7 +45,8 @@ def draw(runs: "pd.DataFrame", logs: dict[str, "pd.DataFrame"]) -> "common.Drawn
     subjects = list(runs[["network", "dataset"]].drop_duplicates().itertuples(index=False))
     runs = runs.assign(series=list(map(_series, runs["method"], runs["target"])))
     looks = common.looks(["dense", *dict.fromkeys(runs.loc[runs["method"] != "dense", "series"])])
-    figure = common.new_figure(2.5 * len(subjects) + 0.3)
+    long_legend = len(looks) > 3
+    figure = common.new_figure(2.5 * len(subjects) + (0.25 * len(looks) if long_legend else 0.3))
     grid = figure.subplots(len(subjects), 2, squeeze=False)
     for (left, right), (network, dataset) in zip(grid, subjects, strict=True):
         subject_runs = runs[(runs["network"] == network) & (runs["dataset"] == dataset)]
@@ -60,7 +61,7 @@ def draw(runs: "pd.DataFrame", logs: dict[str, "pd.DataFrame"]) -> "common.Drawn
         for ax in (left, right):
             ax.grid()
     handles = [Line2D([], [], **common.line_look(look), label=common.plain(label)) for label, look in looks.items()]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3, handlelength=3)
+    figure.legend(handles=handles, loc="outside upper left", ncols=1 if long_legend else 3, handlelength=3)
     return common.finish(
         figure,
         f"{common.subject(runs)}, {_epochs(runs)}, one seed. Left: every epoch is a point; the ring is the end. "

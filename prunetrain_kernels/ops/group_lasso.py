@@ -528,6 +528,16 @@ def _check(weights: Sequence[Tensor], groups: Sequence[Groups], *, penalised: bo
             )
 
 
+def _check_factors(factors: Tensor | None, weights: Sequence[Tensor], groups: Sequence[Groups]) -> None:
+    if factors is not None:
+        count = sum(sum(channels_of(w, g.block)) for w, g in zip(weights, groups, strict=True))
+        if factors.shape != (count,):
+            raise InputError(
+                f"group_lasso takes one factor for each norm, a tensor of shape ({count},) for these weights, not "
+                f"{tuple(factors.shape)}."
+            )
+
+
 def _split(groups: Sequence[Groups]) -> tuple[list[int], list[int]]:
     return [g.block for g in groups], [g.used for g in groups]
 
@@ -574,6 +584,7 @@ def group_lasso(
         ValueError: no weight, lists of different lengths, a shape or block that makes no slices, several devices.
     """
     _check(weights, groups)
+    _check_factors(factors, weights, groups)
     if is_transformed():
         return _composed_penalty(weights, *_split(groups), eps, factors)
     penalty: Tensor = _group_lasso(list(weights), *_split(groups), eps, factors)[0]
@@ -596,6 +607,7 @@ def add_group_lasso_gradient_(
         ValueError: as `group_lasso`; inside a torch.func transform, where no weight has a `.grad`.
     """
     _check(weights, groups)
+    _check_factors(factors, weights, groups)
     if is_transformed():
         raise InputError(
             "add_group_lasso_gradient_ writes .grad, which torch.func has not; add group_lasso(...) there."

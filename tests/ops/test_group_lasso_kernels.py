@@ -202,6 +202,9 @@ def test_factors(device: torch.device) -> None:
     assert torch.autograd.gradgradcheck(lambda *ws: group_lasso(ws, groups, 1e-2, factors), inputs, atol=1e-7)
     found = torch.autograd.grad(penalty, inputs)
     assert not found[0][1, 0].any()  # both of its slices have a factor of 0
+    for call in (group_lasso, lambda w, g, e, f: add_group_lasso_gradient_(w, g, 1.0, e, f)):
+        with pytest.raises(ValueError, match=r"one factor for each norm, a tensor of shape \(11,\)"):
+            call(inputs, groups, 1e-2, factors[:-1])
     again = torch.func.grad(lambda ws: group_lasso(ws, groups, 1e-2, factors))([w.detach() for w in inputs])
     for a, b in zip(found, again, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)

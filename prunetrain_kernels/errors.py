@@ -14,7 +14,13 @@ class InputError(PruneTrainError, ValueError):
 
 
 class TraceError(InputError):
-    """The model's channels cannot be followed; the message names the operation."""
+    """The model's channels cannot be followed; the message names the operation.
+
+    Attributes:
+        at: the name of the call that failed, where it is one of a traced program; else empty.
+    """
+
+    at = ""
 
 
 class CheckpointError(PruneTrainError, RuntimeError):

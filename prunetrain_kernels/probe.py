@@ -79,13 +79,15 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Restores the model and the random number generators afterwards, whatever is run inside.
 
     That is: each module's mode, its buffers (the same objects with the same values), its attributes where they were
-    bound to other objects, and the generators of PyTorch (on the CPU and the model's devices), Python and NumPy.
+    bound to other objects, the data of its parameters where they were bound anew (`p.data = ...`, as momentum encoders
+    do), and the generators of PyTorch (on the CPU and the model's devices), Python and NumPy.
     """
     modules = list(model.modules())
     attributes = [(module, attributes_of(module)) for module in modules]
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     tensors = (t for m in modules for table in (m._parameters, m._buffers) for t in table.values())
     devices = sorted({t.get_device() for t in tensors if t is not None and t.is_cuda})
+    parameters = [(p, p.detach()) for m in modules for p in m._parameters.values() if p is not None]
     restore_random_state, restore_generators = random_state(), _generators_of(modules)
     try:
         with torch.random.fork_rng(devices=devices):
@@ -95,6 +97,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         restore_generators()
         for module, before in attributes:
             restore_attributes(module, before)
+        for parameter, data in parameters:
+            if parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape:
+                parameter.data = data
         with torch.no_grad():
             for module, name, buffer, values in buffers:
                 module._buffers[name] = buffer

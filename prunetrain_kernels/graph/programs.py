@@ -24,9 +24,11 @@ from prunetrain_kernels.graph.runs import (
     cloned,
     describe_difference,
     in_double,
+    parameters_kept,
     replaced,
     run,
     unsynchronized,
+    without_autocast,
 )
 from prunetrain_kernels.graph.traced import Shape, Traced, pass_by_position, same_calls, wiring
 from prunetrain_kernels.graph.tracer import trace
@@ -45,6 +47,7 @@ from prunetrain_kernels.probe import (
 MOST_TRACES = {"torch.fx": 32, "torch.export": 6}
 NOTHING_NEW = {"torch.fx": 6, "torch.export": 3}
 BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+NEEDS_GRADIENTS = "does not require grad"  # what PyTorch says where a derivative is asked for without
 COUNTED = 4  # a forward that counts its calls is traced at its first, second, ... call
 
 
@@ -114,7 +117,12 @@ class _Tracing:
     ) -> None:
         model, seed = runs.model, start.seed
         has_generators = bool(generators_of(model))
-        with unchanged(model), in_mode(model, training=training), drawing(model, seed) as draws:
+        with (
+            unchanged(model),
+            in_mode(model, training=training),
+            parameters_kept(model) as written,
+            drawing(model, seed) as draws,
+        ):
             for _ in range(start.calls_before):
                 tracer(model, runs.inputs, training=training)
                 seed_global(seed)
@@ -128,6 +136,7 @@ class _Tracing:
             self.compared = new and not any(same_calls(self.traced, each) for each in known)
             if self.compared:
                 self._compare(runs, run_program, start, training=training)
+        runs.written |= written
 
     def _compare(self, runs: Runs, run_program: Runner, start: Start, *, training: bool) -> None:
         """Runs the program in the state that tracing has left, which is the model's in its run."""
@@ -135,23 +144,30 @@ class _Tracing:
         with (
             in_mode(runs.model, training=mode),
             unsynchronized(runs.model),
-            torch.no_grad(),
             torch.autocast(tensors_in(runs.inputs)[0].device.type, enabled=False),
         ):
             try:
-                outputs = named_tensors_in(run_program(cloned(runs.inputs), self.traced.values, training=mode))
+                outputs = _outputs_of(runs, run_program, self.traced.values, training=mode)
             except MemoryError:  # says nothing about the model
                 raise
             except Exception as error:
                 if not runs.modes:
                     raise
-                self.traced.distrusted = f"the program that was traced fails: {first_line(error)}"
+                at = error.at if isinstance(error, TraceError) else ""
+                why = f" at '{at}': {first_line(error.__cause__ or error)}" if at else f": {first_line(error)}"
+                self.traced.distrusted = f"the program that was traced fails{why}"
                 return
         if training not in runs.modes:
             return
         gap = difference(runs.outputs(training=training, start=start), outputs)
         if gap.is_rounding or not runs.repeats_itself(training=training, start=start):
             return  # the model itself gives something else each time
+        with without_autocast() as switched_off:
+            without = run(runs.model, runs.inputs, training=training, start=start)
+        if switched_off:
+            gap = difference(without, outputs)
+        if gap.is_rounding:
+            return
         if gap.largest != torch.inf and _equal_in_double(runs, run_program, start, training=training):
             return
         self.traced.distrusted = (
@@ -159,11 +175,28 @@ class _Tracing:
         )
 
 
+def _outputs_of(
+    runs: Runs, run_program: Runner, values: dict[fx.Node, Any], *, training: bool
+) -> dict[str, Tensor]:
+    """The program's outputs by name. Without gradients, if that can be: a forward may ask for some itself, by
+    `torch.enable_grad`, which is no call of a traced program, and `torch.autograd.grad`, which is one."""
+    try:
+        with torch.no_grad():
+            return named_tensors_in(run_program(cloned(runs.inputs), values, training=training))
+    except TraceError as error:
+        if not runs.modes or NEEDS_GRADIENTS not in str(error):
+            raise
+        with torch.enable_grad():
+            outputs = named_tensors_in(run_program(cloned(runs.inputs), values, training=training))
+        return {name: tensor.detach() for name, tensor in outputs.items()}
+
+
 def _equal_in_double(runs: Runs, run_program: Runner, start: Start, *, training: bool) -> bool:
     """Whether a difference was rounding after all, enlarged by a deep network; False where float64 cannot be used."""
     inputs, wide = in_double(runs.model, runs.inputs)
     try:
-        of_model = run(runs.model, inputs, training=training, start=start, tensors=wide)
+        with without_autocast():
+            of_model = run(runs.model, inputs, training=training, start=start, tensors=wide)
         with (
             looking(runs.model, training=training),
             unsynchronized(runs.model),
@@ -234,6 +267,7 @@ class Recorder(fx.Interpreter):
 
     def __init__(self, model: nn.Module, program: fx.Graph, values: dict[fx.Node, Any], *, training: bool) -> None:
         super().__init__(model, graph=program)
+        self.extra_traceback = False  # else torch.fx adds lines of its own to an error's message
         self.values = values
         self.evaluates = not training
 
@@ -243,10 +277,17 @@ class Recorder(fx.Interpreter):
         except MemoryError:  # says nothing about the model
             raise
         except Exception as error:
-            raise TraceError(
-                f"the model fails on the example inputs at '{n.name}' ({n.op} {n.target}): {first_line(error)}; pass "
-                "example_inputs that the model accepts."
-            ) from error
+            target = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", n.op)
+            way_out = (
+                "it is run without gradients here, so put what asks for them into `with torch.enable_grad():`."
+                if NEEDS_GRADIENTS in str(error)
+                else "pass example_inputs that the model accepts."
+            )
+            failure = TraceError(
+                f"the model fails on the example inputs at '{n.name}' ({n.op} {target}): {first_line(error)}; {way_out}"
+            )
+            failure.at = n.name
+            raise failure from error
         self.values[n] = Shape(result.shape) if isinstance(result, Tensor) and not result.is_nested else result
         return result
 

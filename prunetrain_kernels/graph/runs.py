@@ -1,8 +1,10 @@
 """Runs of the model itself, with which a traced program and a cut network are compared."""
 
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ class Runs:
         modes: the modes in which it runs: True for training, False for evaluation.
         failed: for each mode in which it does not run, the first line of its error.
         known: the outputs so far, by mode and start.
+        written: names of the parameters that the forward writes into.
     """
 
     model: nn.Module
@@ -44,6 +47,7 @@ class Runs:
     modes: tuple[bool, ...] = ()
     failed: dict[bool, str] = field(default_factory=dict)
     known: dict[tuple[bool, Start], dict[str, Tensor]] = field(default_factory=dict)
+    written: set[str] = field(default_factory=set)
 
     def outputs(self, *, training: bool, start: Start) -> dict[str, Tensor]:
         """The model's named outputs in a mode."""
@@ -84,6 +88,7 @@ def run(
         looking(model, training=training),
         unsynchronized(model),
         replaced(model, tensors or {}),
+        parameters_kept(model) if training else nullcontext(),
         drawing(model, start.seed) as draws,
     ):
         for _ in range(start.calls_before):
@@ -108,6 +113,28 @@ def unsynchronized(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_autocast() -> Iterator[list[torch.autocast]]:
+    """Inside, what a forward does under a `torch.autocast` of its own is done without, in this thread: autocast is no
+    call of a traced program. Gives a list of those that were switched off."""
+    enter, thread = torch.autocast.__enter__, threading.get_ident()
+    switched_off: list[torch.autocast] = []
+
+    def enter_without(self: torch.autocast) -> Any:
+        if threading.get_ident() == thread and self._enabled:
+            switched_off.append(self)
+            self._enabled = False
+        return enter(self)
+
+    torch.autocast.__enter__ = enter_without  # type: ignore[method-assign]
+    try:
+        yield switched_off
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+        for each in switched_off:  # a decorator enters the same one at each call
+            each._enabled = True
+
+
+@contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
     """Puts `tensors` in place of a model's parameters and buffers, and the old objects back afterwards."""
     before: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
@@ -124,6 +151,26 @@ def replaced(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> I
     finally:
         for table, key, old in reversed(before):
             table[key] = old
+
+
+@contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[set[str]]:
+    """Puts back the values of parameters into which a forward writes: a momentum encoder, a largest norm of weights.
+    Gives the names of these, once it is left."""
+    written: set[str] = set()
+    before = [(name, p, p.detach(), p.detach().clone()) for name, p in model.named_parameters()]
+    try:
+        yield written
+    finally:
+        for name, parameter, data, values in before:
+            bound_anew = parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape
+            if bound_anew:
+                parameter.data = data
+            changed = not torch.equal(data, values) and not torch.equal(data.nan_to_num(), values.nan_to_num())
+            if changed:
+                data.copy_(values)
+            if bound_anew or changed:
+                written.add(name)
 
 
 @contextmanager

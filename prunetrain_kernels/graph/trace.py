@@ -12,7 +12,7 @@ from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import TraceError
 from prunetrain_kernels.graph.keep import ChannelGraph
 from prunetrain_kernels.graph.programs import programs_of
-from prunetrain_kernels.graph.runs import Runs, buffers_copied, runs_of
+from prunetrain_kernels.graph.runs import Runs, buffers_copied, parameters_kept, runs_of
 from prunetrain_kernels.graph.traced import distinct
 from prunetrain_kernels.graph.tracer import UntraceableError, tracing
 from prunetrain_kernels.graph.trial import freeze_what_fails
@@ -58,7 +58,7 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     """
     _refuse_wrapped(model)
     refuse_sharded(model)
-    with tracing(), unchanged(model), buffers_copied(model):
+    with tracing(), unchanged(model), buffers_copied(model), parameters_kept(model):
         runs = runs_of(model, example_inputs)
         graph, failed = None, None
         try:
@@ -89,7 +89,7 @@ def _graph(runs: Runs, tracer: str) -> ChannelGraph:
     graph.tracer = tracer
     distrusted = tuple(dict.fromkeys(each.distrusted for each in all_programs if each.distrusted))
     is_alone = len(programs) == 1 and not distrusted
-    modes = [False] if is_alone and False in runs.modes else list(runs.modes)
+    modes = [False] if is_alone and False in runs.modes and not runs.written else list(runs.modes)
     starts = [known for mode in modes for known in [k for k in runs.known if k[0] == mode][:MOST_STARTS]]
     graph.doubts = distrusted + freeze_what_fails(graph, runs, starts)
     graph.alike_in_both_modes = runs.alike_in_both_modes

@@ -267,19 +267,56 @@ def _trace(
             restore_attributes(module, attributes)
         tracer = _Tracer(set(closed), inputs, sees_buffers=sees_buffers)
         try:
-            return tracer.trace(model), closed
+            with _tables_restored(model):
+                return tracer.trace(model), closed
         except MemoryError:  # says nothing about the model
             raise
         except Exception as error:
             if SLICED_BY_A_SIZE in str(error) and sees_buffers != "all":
                 sees_buffers = "all"
                 continue
-            reason = first_line(error) + _where(error)
+            reason = _in_words(error) + _where(error)
             if not tracer.failed_in or tracer.failed_in in closed:
                 raise UntraceableError(
                     f"the forward of {type(model).__name__} cannot be traced by torch.fx: {reason}"
                 ) from error
             closed[tracer.failed_in] = reason
+
+
+@contextmanager
+def _tables_restored(model: nn.Module) -> Iterator[None]:
+    """Puts parameters and buffers back that a traced forward binds anew (`self.mean = self.mean * 0.9 + ...`): what it
+    binds is a traced value, with which nothing can be computed later."""
+    before = [(table, dict(table)) for m in model.modules() for table in (m._parameters, m._buffers)]
+    try:
+        yield
+    finally:
+        for table, tensors in before:
+            table.update(tensors)  # type: ignore[arg-type]
+
+
+# What torch.fx says of what it cannot trace, by its beginning, and the same in the words of who wrote the forward.
+_WORDS = {
+    "symbolically traced variables cannot be used as inputs to control flow": "what it does next depends on the data (if, "
+    "while, bool() or assert on a tensor)",
+    "Proxy object cannot be iterated": "it goes through a tensor, or values made of one, one by one (a for loop, "
+    "unpacking, or list())",
+    "'len' is not supported in symbolic tracing": "it asks for the len() of a tensor (x.shape[0] can be traced)",
+    "argument of type: ": "it passes or returns an object of a kind that cannot be written down; tensors, lists, tuples, "
+    "dicts and dataclasses can",
+    "float() argument must be": "it makes a number of a tensor (float(), .item())",
+    "int() argument must be": "it makes a number of a tensor (int(), .item())",
+}
+
+
+def _in_words(error: Exception) -> str:
+    """The first line of an error; of one of torch.fx's own what it means for the forward."""
+    said = first_line(error)
+    for beginning, words in _WORDS.items():
+        if said.startswith(beginning):
+            detail = said.removeprefix(beginning) if beginning.startswith("argument of type") else ""
+            return f"{words}{f' ({detail})' if detail else ''}"
+    return said
 
 
 def _where(error: Exception) -> str:

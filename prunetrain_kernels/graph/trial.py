@@ -5,7 +5,7 @@ look like any other once it is traced. So a graph is believed only when the mode
 quarter of the free channels, computes what it computes with their weights at zero, in each mode in which it runs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,17 +53,23 @@ def freeze_what_fails(graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[b
         for i, reason in trial.culprits(sorted(heads)).items():
             graph.spaces[i].frozen = f"the heads do not follow the attribute that tells their number: {reason}"
         spaces = [i for i in spaces if not graph.spaces[i].frozen]
-    while spaces and trial.why_not(spaces):
-        stay = trial.culprits(spaces)
-        reasons |= dict.fromkeys(stay.values())
-        for i, reason in stay.items():
-            graph.spaces[i].frozen = reason
-        spaces = [i for i in spaces if i not in stay]
+    reasons |= trial.freeze(spaces)
+    if runs.written:  # a momentum encoder, made of another's parameters: no cut of both alike tells that they go together
+        follow = {i for i in spaces if _holds_any_of(graph, i, runs.written)}
+        reasons |= trial.freeze([i for i in spaces if i in follow])
+        reasons |= trial.freeze([i for i in spaces if i not in follow])
     for whole in graph.spaces:
         if whole.members is not None and not whole.frozen:
             frozen = [graph.spaces[n].frozen for n in whole.members[:, 0].unique().tolist()]
             whole.frozen = frozen[0] if all(frozen) else None
     return tuple(reasons)
+
+
+def _holds_any_of(graph: ChannelSpaces, space: int, parameters: Collection[str]) -> bool:
+    """Whether channels of a space lie in any of the parameters, given by their names."""
+    layers = [layer.name for layer in graph.layers.values() if space in (layer.input, layer.output)]
+    followers = [follower.module for follower in graph.followers.values() if follower.space == space]
+    return any(name.rpartition(".")[0] in (*layers, *followers) for name in parameters)
 
 
 def _channels_to_cut(size: int, least: int) -> Tensor:
@@ -163,6 +169,18 @@ class _Trial:
         except Exception:
             return False
         return difference(*outputs).is_rounding
+
+    def freeze(self, spaces: Sequence[int]) -> dict[str, None]:
+        """Freezes those of the spaces that cannot be cut, each with the reason; returns the reasons."""
+        reasons: dict[str, None] = {}
+        spaces = [i for i in spaces if not self.graph.spaces[i].frozen]
+        while spaces and self.why_not(spaces):
+            stay = self.culprits(spaces)
+            reasons |= dict.fromkeys(stay.values())
+            for i, reason in stay.items():
+                self.graph.spaces[i].frozen = reason
+            spaces = [i for i in spaces if i not in stay]
+        return reasons
 
     def culprits(self, spaces: Sequence[int]) -> dict[int, str]:
         """The spaces, with reasons, that cannot be cut by themselves among those that cannot be cut together; all of

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.probe import outside_inference_mode
 
 
 def is_compiled_module(module: nn.Module) -> bool:
@@ -24,11 +25,13 @@ def is_compiled_module(module: nn.Module) -> bool:
 
 @contextmanager
 def eagerly(*models: nn.Module) -> Iterator[None]:
-    """Inside, modules that were compiled in place (`module.compile()`) run, and are traced, as they were written."""
+    """Inside, modules that were compiled in place (`module.compile()`) run, and are traced, as they were written; and
+    `torch.inference_mode()` around it is off."""
     compiled = [module for model in models for module in model.modules() if "_compiled_call_impl" in vars(module)]
     calls = [vars(module).pop("_compiled_call_impl") for module in compiled]
     try:
-        yield
+        with outside_inference_mode():
+            yield
     finally:
         for module, call in zip(compiled, calls, strict=True):
             vars(module)["_compiled_call_impl"] = call

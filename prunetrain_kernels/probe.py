@@ -11,16 +11,19 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.inputs import ExampleInputs, call
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The largest difference that rounding explains, as a share of the output's scale. Products are summed in another order
 # when channels go, so a deep network in low precision moves by far more than one rounding.
@@ -55,6 +58,37 @@ def refuse_sharded(model: nn.Module) -> None:
             )
 
 
+def refuse_unusable(model: object) -> None:
+    """Raises InputError for what is no network of PyTorch's modules that can be run and trained as it is."""
+    if not isinstance(model, nn.Module):
+        kind = "a class" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"the model must be a torch.nn.Module, not {kind}; make one first: model = MyNetwork().")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "a TorchScript module cannot be pruned; pass the module that it was made from, and script or trace that "
+            "one when it is pruned."
+        )
+    if isinstance(model, fx.GraphModule) and "train" in vars(model):
+        raise InputError(
+            "a program of torch.export has one mode only, and cannot be pruned; pass the module that was exported, and "
+            "export that one when it is pruned."
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise InputError(
+                f"'{name}' has no shape yet, because it is in a lazy module; call the model once, model(x), before."
+            )
+        if tensor.is_meta:
+            raise InputError(
+                f"'{name}' is on the device 'meta' and has no values; give the model some before: "
+                "model.to_empty(device='cpu'), then its initialisation or load_state_dict."
+            )
+        if tensor.is_inference() and tensor.requires_grad:
+            raise InputError(
+                f"'{name}' was made in torch.inference_mode(), so autograd refuses it; make the model outside of it."
+            )
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message without the full stop at its end; its class if it has no message.
 
@@ -69,6 +103,23 @@ def first_line(error: BaseException) -> str:
 def first_sentence(error: BaseException) -> str:
     """The first sentence of an exception's first line: some libraries put advice of their own behind it."""
     return re.split(r"(?<=[^.\s])\.\s+(?=[A-Z(])", first_line(error), maxsplit=1)[0]
+
+
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """Inside, tensors that are made can be trained, also where the caller is in `torch.inference_mode()`: those made
+    there are refused by autograd for ever."""
+    return torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def makes_trainable(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs `outside_inference_mode`, for one that makes tensors which are trained later."""
+
+    @wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with outside_inference_mode():
+            return function(*args, **kwargs)
+
+    return outside
 
 
 # -- running a model ---------------------------------------------------------------------------------------------------
@@ -376,6 +427,8 @@ def _scale(tensor: Tensor) -> float:
     """Largest finite absolute value of a floating-point tensor, 0 of any other."""
     if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
         return 0.0
+    if tensor.is_floating_point() and tensor.dtype not in ROUNDING:
+        tensor = tensor.float()
     magnitude = tensor.detach().abs()
     if magnitude.dtype not in ROUNDING:
         magnitude = magnitude.float()
@@ -392,8 +445,9 @@ def _gap(x: Tensor, y: Tensor) -> tuple[float, int]:
         x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
     if not x.is_floating_point():
         return (0.0 if torch.equal(x, y) else torch.inf), x.numel()
-    same = (x == y) | (x.isnan() & y.isnan())  # also two infinities, whose difference is NaN
     wide = torch.float64 if x.device.type != "mps" else torch.float32
-    gaps = (x.to(wide) - y.to(wide)).abs().masked_fill_(same, 0)
+    x, y = x.to(wide), y.to(wide)  # of the narrowest types, such as float8, PyTorch compares nothing
+    same = (x == y) | (x.isnan() & y.isnan())  # also two infinities, whose difference is NaN
+    gaps = (x - y).abs().masked_fill_(same, 0)
     finite = int(torch.isfinite(x).sum())
     return float(gaps.nan_to_num_(nan=torch.inf, posinf=torch.inf).max()), finite

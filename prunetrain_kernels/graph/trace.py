@@ -18,7 +18,7 @@ from prunetrain_kernels.graph.tracer import UntraceableError, tracing
 from prunetrain_kernels.graph.trial import freeze_what_fails
 from prunetrain_kernels.graph.walk import walk
 from prunetrain_kernels.inputs import ExampleInputs
-from prunetrain_kernels.probe import first_sentence, refuse_sharded, unchanged
+from prunetrain_kernels.probe import first_sentence, outside_inference_mode, refuse_sharded, refuse_unusable, unchanged
 
 HOW_TO_TRACE = "Move the part that depends on data into a submodule of its own, whose channels then stay as they are."
 MOST_STARTS = 4  # runs of a mode, with different random numbers, that the trial cut repeats
@@ -54,11 +54,13 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
 
     Raises:
         TraceError: the model's own forward cannot be traced, or fails on the example inputs.
-        InputError: the model's parameters are spread over processes (FSDP).
+        InputError: the model is no module, TorchScript or an exported program, or has parameters without values or
+            spread over processes (FSDP).
     """
+    refuse_unusable(model)
     _refuse_wrapped(model)
     refuse_sharded(model)
-    with tracing(), unchanged(model), buffers_copied(model), parameters_kept(model):
+    with tracing(), outside_inference_mode(), unchanged(model), buffers_copied(model), parameters_kept(model):
         runs = runs_of(model, example_inputs)
         graph, failed = None, None
         try:

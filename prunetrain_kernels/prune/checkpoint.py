@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.files import write_atomically
 from prunetrain_kernels.nn.gated_conv import restore_gating
-from prunetrain_kernels.probe import first_line
+from prunetrain_kernels.probe import first_line, makes_trainable
 from prunetrain_kernels.prune.also import Copy, copies_of, unwrapped
 from prunetrain_kernels.prune.archive import read_archive
 from prunetrain_kernels.prune.branches import parameters_that_go, swap_in
@@ -126,6 +126,7 @@ def _checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
+@makes_trainable
 def load_pruned(
     path: str | Path,
     model: nn.Module,

@@ -27,13 +27,14 @@ from prunetrain_kernels.inputs import ExampleInputs, call, checked_inputs
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, unpair
 from prunetrain_kernels.nn.sync_batch_norm import SyncBatchNorm, make_plain
-from prunetrain_kernels.probe import first_line, looking
+from prunetrain_kernels.probe import first_line, looking, makes_trainable
 from prunetrain_kernels.prune.branches import ConstantBatchNorm, ConstantConv, RemovedLayer, swap_in
 
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 BATCH_NORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
+@makes_trainable
 def to_dense(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
     """A copy of `model` in which nothing of this package is left: union channels, plain modules, its own forwards.
 

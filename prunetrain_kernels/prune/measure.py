@@ -124,7 +124,8 @@ def _is_enough(evaluation: Outputs | None, training: Outputs) -> bool:
 
 def _shows_something(outputs: Outputs) -> bool:
     """Whether there is any element that can be compared: a finite number, an integer or a bool."""
-    return any(bool(torch.isfinite(tensor).any()) for tensor in outputs.values())
+    narrow = {name for name, t in outputs.items() if t.is_floating_point() and t.dtype.itemsize < 2}  # float8
+    return any(bool(torch.isfinite(t.float() if name in narrow else t).any()) for name, t in outputs.items())
 
 
 def _structure(outputs: Outputs) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -5,7 +5,9 @@ kept for a parameter and has its shape is cut once, wherever it is kept. What ca
 construction of `PruneTrain` as far as it can be known there, and before every reconfiguration.
 """
 
+import contextlib
 import copy
+import random
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,7 @@ from torch.optim import Optimizer
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.probe import random_state
 from prunetrain_kernels.prune.optimizer_holdings import (
+    DEEPEST_OBJECT,
     FUNCTIONS,
     NOT_OPENED,
     Holdings,
@@ -254,11 +257,13 @@ def _trial(optimizer: Any) -> Holdings | None:
     devices = sorted({p.get_device() for p in params_of(optimizer) if p.is_cuda})
     put_back = random_state()
     try:
-        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            copied = _tiny_copy(optimizer)
-            return None if copied is None else _stepped(copied)
-    except Exception:  # about the trial, not about the user's network
+        for make in (_tiny_copy, _whole_copy):
+            with contextlib.suppress(Exception):  # about the trial, not about the user's network
+                with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    copied = make(optimizer)
+                    if copied is not None:
+                        return _stepped(copied)
         return None
     finally:
         put_back()
@@ -299,6 +304,41 @@ def _tiny_copy(optimizer: Optimizer) -> Any | None:
     return copied
 
 
+def _whole_copy(optimizer: Optimizer) -> Any | None:
+    """A copy of an optimizer with copies of its parameters and of all that it keeps, for one that keeps masks or
+    schedules from its construction on; None if it wraps another, or has attributes that cannot be copied for certain."""
+    own = {id(p) for p in params_of(optimizer)}
+    attributes = {n: v for n, v in vars(optimizer).items() if n != "step" and not n.endswith("_hooks")}
+    if not all(value and _is_plain(value) for value in class_containers(optimizer).values()):
+        return None
+    if not all(_can_be_copied(v, own) for n, v in attributes.items() if n not in ("state", "param_groups")):
+        return None
+    memo: dict[int, Any] = {}
+    copied = object.__new__(type(optimizer))
+    hooks = {n: OrderedDict() for n in vars(optimizer) if n.endswith("_hooks")}
+    copied.__dict__.update(hooks | {n: copy.deepcopy(v, memo) for n, v in attributes.items()})
+    for parameter in params_of(copied):
+        parameter.grad = torch.ones_like(parameter)
+    return copied
+
+
+def _can_be_copied(value: Any, own: set[int], depth: int = 0) -> bool:
+    """Whether a value is plain, tensors, or an object of these, which no other object shares; no optimizer of the
+    parameters whose ids are `own`, and no module."""
+    if isinstance(value, Mapping):
+        return all(_can_be_copied(part, own, depth + 1) for part in value.values())
+    if isinstance(value, list | tuple | set):
+        return all(_can_be_copied(part, own, depth + 1) for part in value)
+    if isinstance(value, Tensor) or _is_plain(value):
+        return True
+    if isinstance(value, nn.Module) or depth > DEEPEST_OBJECT or type(value).__module__.startswith("torch.distributed"):
+        return False
+    if isinstance(value, Optimizer) and not own.isdisjoint(id(p) for p in params_of(value)):
+        return False
+    held = {n: v for n, v in getattr(value, "__dict__", {}).items() if n != "step" and not n.endswith("_hooks")}
+    return bool(held) and all(_can_be_copied(part, own, depth + 1) for part in held.values())
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a value, and all in it, can be copied without side effects."""
     if isinstance(value, Mapping):
@@ -307,7 +347,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, FUNCTIONS):  # a copy of a function shares what it holds with it
         return not isinstance(value, MethodType) and all(isinstance(v, NOT_OPENED) for v in bound_in(value).values())
-    return isinstance(value, NOT_OPENED)
+    return isinstance(value, (*NOT_OPENED, random.Random))
 
 
 def _stepped(optimizer: Any) -> Holdings:

@@ -30,7 +30,7 @@ from prunetrain_kernels.inputs import ExampleInputs
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, pair, unpair
 from prunetrain_kernels.ops.channel_index import ChannelIndex
-from prunetrain_kernels.probe import Difference, difference, outputs_of, refuse_sharded
+from prunetrain_kernels.probe import Difference, difference, makes_trainable, outputs_of, refuse_sharded
 from prunetrain_kernels.prune.also import copies_of, inputs_for, unwrapped
 from prunetrain_kernels.prune.branches import parameters_that_go, replacements, swap_in
 from prunetrain_kernels.prune.changes import LayerChange, Reconfiguration, layer_changes
@@ -71,6 +71,7 @@ from prunetrain_kernels.prune.undo import AllOrNothing
 __all__ = ["LayerChange", "Reconfiguration", "reconfigure", "reconfiguring"]
 
 
+@makes_trainable
 def reconfigure(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None,

@@ -23,6 +23,7 @@ from prunetrain_kernels.errors import CheckpointError
 from prunetrain_kernels.graph.gating import why_not_gated
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, describe_gating, gate_, restore_gating, unpair
+from prunetrain_kernels.probe import makes_trainable
 from prunetrain_kernels.prune.also import copies_of, unwrapped
 from prunetrain_kernels.prune.branches import describe_stand_ins, parameters_that_go, restore_stand_ins, swap_in
 from prunetrain_kernels.prune.fits import INDICES, check_built, fitting_stand_ins, tensors_of
@@ -54,6 +55,7 @@ def pruned_shape(model: nn.Module) -> Shape:
     }
 
 
+@makes_trainable
 def apply_shape(
     model: nn.Module,
     shape: Mapping[str, Any],

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module
 from torch.utils import _python_dispatch
 
-from prunetrain_kernels.probe import random_state
+from prunetrain_kernels.probe import outside_inference_mode, random_state
 from prunetrain_kernels.prune.optimizer_holdings import Holdings, groups_of, holdings_of, params_of
 from prunetrain_kernels.prune.slices import set_data
 
@@ -38,6 +38,8 @@ class AllOrNothing:
     Attributes:
         done: to be set when the change is to last.
         holdings: what the optimizers keep; None without optimizers.
+
+    Inside, `torch.inference_mode()` around it is off: a parameter that is made in it could not be trained any more.
     """
 
     def __init__(
@@ -59,11 +61,16 @@ class AllOrNothing:
         self._steps += [] if self.holdings is None else _optimizer_steps(self.holdings, copying=copying)
 
     def __enter__(self) -> Self:
+        self._outside = outside_inference_mode()
+        self._outside.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        if not self.done:
-            self.put_back()
+        try:
+            if not self.done:
+                self.put_back()
+        finally:
+            self._outside.__exit__(None, None, None)
 
     def when_undone(self, step: Step) -> None:
         """Has a step run after everything is put back, if it is."""

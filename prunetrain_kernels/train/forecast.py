@@ -252,7 +252,12 @@ def rates_to_come(scheduler: Any, optimizer: Optimizer, group: int, passed: floa
                 return _run_ahead(candidate, numbers[0], passed, epochs)
             except Exception:  # anybody's code; the forecast then goes by the present rate
                 break
-    return [float(settings["lr"])] * epochs
+    return [_rate_of(settings)] * epochs
+
+
+def _rate_of(settings: Mapping[str, Any]) -> float:
+    """The learning rate of a parameter group; 1 where the optimizer has none (A2Grad): its steps count alike then."""
+    return float(settings.get("lr", 1.0))
 
 
 def _run_ahead(scheduler: Any, group: int, passed: float, epochs: int) -> list[float]:
@@ -375,12 +380,12 @@ class Course:
             self.norms = now().by_original(now().slice_norms())
         # A scheduler may be stepped before the end of the epoch is told. A rate that is a tensor is read then: here
         # it would be waited for in each step, and a step that is being captured may not.
-        rate = groups_of(self.optimizer)[self.group]["lr"]
-        self.last_rate = None if isinstance(rate, Tensor) else float(rate)
+        settings = groups_of(self.optimizer)[self.group]
+        self.last_rate = None if isinstance(settings.get("lr"), Tensor) else _rate_of(settings)
         self.rate = self.last_rate if self.rate is None else self.rate
 
     def _rate_now(self) -> float:
-        return float(groups_of(self.optimizer)[self.group]["lr"])
+        return _rate_of(groups_of(self.optimizer)[self.group])
 
     def _steps_made(self) -> int:
         """Updates since the last look: as the optimizer counts them, replayed graphs too, or else the calls before."""

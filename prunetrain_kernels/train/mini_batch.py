@@ -304,11 +304,11 @@ def scale_learning_rate(optimizer: Optimizer | Sequence[Optimizer], scheduler: A
     """
     scaled: set[int] = set()  # groups may share the tensor that is their rate
     for group in groups_to_schedule(optimizer):
-        if isinstance(group["lr"], Tensor):
+        if isinstance(group.get("lr"), Tensor):
             with torch.no_grad():
                 group["lr"].mul_(1.0 if id(group["lr"]) in scaled else factor)
             scaled.add(id(group["lr"]))
-        else:
+        elif "lr" in group:  # A2Grad, for one, has none
             group["lr"] *= factor
         for key in _GROUP_RATES:
             if key in group:

@@ -33,6 +33,7 @@ def look_ahead(model: nn.Module, present: Present, *, wants_lasso: bool) -> bool
     what = prunable(present.graph, _flops_by_layer(model, present))
     LOG.info("%s: %s", type(model).__name__, what)
     _warn_of_hidden_parts(model)
+    _warn_of_uncalled_parts(model, present)
     if wants_lasso and present.lasso.is_empty:
         warnings.warn(
             f"nothing of {type(model).__name__} can be pruned, so it is trained as it is, without a lasso: "
@@ -70,6 +71,22 @@ def _warn_of_hidden_parts(model: nn.Module) -> None:
             "the module inside in its place, and DistributedDataParallel around the whole network.",
             PruneTrainWarning,
             stacklevel=5,
+        )
+
+
+def _warn_of_uncalled_parts(model: nn.Module, present: Present) -> None:
+    """Warns of modules that the forward never calls, and that something else may call: what they read inside the
+    network is not known, and may go."""
+    named = present.graph.uncalled
+    trained = [name for name in named if any(p.requires_grad for p in model.get_submodule(name).parameters())]
+    if trained and not present.limits.exclude:
+        more = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
+        warnings.warn(
+            f"the forward of {type(model).__name__} never calls '{trained[0]}'{more} on the example inputs. It stays as "
+            "it is, but the channels that it reads inside the network may be pruned. If your loop calls it, or the forward "
+            "will later, have the forward return what it reads, or name the layers before it in exclude=[...].",
+            PruneTrainWarning,
+            stacklevel=4,
         )
 
 

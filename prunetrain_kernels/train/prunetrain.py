@@ -25,6 +25,7 @@ from prunetrain_kernels.cost import autocast_around
 from prunetrain_kernels.errors import InputError, PruneTrainWarning
 from prunetrain_kernels.graph.gating import ConvolutionCost
 from prunetrain_kernels.inputs import ExampleInputs
+from prunetrain_kernels.probe import refuse_unusable
 from prunetrain_kernels.prune.also import copies_of, unwrapped
 from prunetrain_kernels.prune.measure import ZEROING_TOLERANCE
 from prunetrain_kernels.prune.optimizers import as_list, check_at_construction
@@ -329,6 +330,7 @@ def _parts_of(
     Raises:
         InputError: as `PruneTrain`; nothing has been changed then.
     """
+    refuse_unusable(model)
     ddp, ranks = ranks_in(model)
     is_compiled = is_compiled_module(model) or any("_compiled_call_impl" in vars(m) for m in model.modules())
     network, _ = unwrapped(model)

@@ -14,7 +14,7 @@ from prunetrain_kernels.compiled import is_compiled_module
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.probe import refuse_sharded
 from prunetrain_kernels.prune.measure import check_tolerance
-from prunetrain_kernels.train.mini_batch import MiniBatch
+from prunetrain_kernels.train.mini_batch import MiniBatch, schedulers_in
 
 # arguments of PruneTrain, by what they must be
 NUMBERS = ("penalty_ratio", "threshold", "zeroing_tolerance")
@@ -24,7 +24,7 @@ FLAGS = ("relative", "fuse", "keep_momentum", "target_focus")
 
 def check_kinds(arguments: Mapping[str, Any]) -> None:
     """Raises InputError for an argument that is no number, such as text or NaN; or no whole one, where things are
-    counted; or no flag.
+    counted; or no flag; or no function, or no scheduler.
 
     Args:
         arguments: those of PruneTrain, by their names; others are not looked at.
@@ -45,6 +45,18 @@ def check_kinds(arguments: Mapping[str, Any]) -> None:
     for name in FLAGS:
         if not isinstance(arguments[name], bool | np.bool_):
             raise InputError(f"{name} must be True or False, not {arguments[name]!r}.")
+
+
+    if arguments["log"] is not None and not callable(arguments["log"]):
+        raise InputError(f"log must be a function, such as wandb.log, not {arguments['log']!r}.")
+    if not isinstance(arguments["cost"], str) and not callable(arguments["cost"]):
+        raise InputError(f"cost must be 'roof', 'measure' or a function of your own, not {arguments['cost']!r}.")
+    for scheduler in schedulers_in(arguments["scheduler"]):
+        if not hasattr(scheduler, "step"):
+            raise InputError(
+                f"scheduler must be a learning-rate scheduler, or a list of several, not {scheduler!r}; give the object "
+                "whose step() the loop calls."
+            )
 
 
 def _is_whole(value: object) -> bool:

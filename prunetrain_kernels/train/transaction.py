@@ -100,9 +100,10 @@ class Everything(AllOrNothing):
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         """Puts everything back, DDP's buckets last: the old tensors have new gradient accumulators, which it must find.
         Only where all ranks fail together: one that is interrupted alone must not wait for the others there."""
-        if self.done:
+        undone = not self.done
+        super().__exit__(kind)
+        if not undone:
             return
-        self.put_back()
         together = kind is not None and issubclass(kind, Exception) and not issubclass(kind, RankLostError)
         if self._ddp is not None and together:
             rebuild_buckets(self._ddp)

@@ -74,7 +74,7 @@ def refuse_unusable(model: object) -> None:
             "export that one when it is pruned."
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise InputError(
                 f"'{name}' has no shape yet, because it is in a lazy module; call the model once, model(x), before."
             )

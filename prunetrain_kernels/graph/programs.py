@@ -175,9 +175,7 @@ class _Tracing:
         )
 
 
-def _outputs_of(
-    runs: Runs, run_program: Runner, values: dict[fx.Node, Any], *, training: bool
-) -> dict[str, Tensor]:
+def _outputs_of(runs: Runs, run_program: Runner, values: dict[fx.Node, Any], *, training: bool) -> dict[str, Tensor]:
     """The program's outputs by name. Without gradients, if that can be: a forward may ask for some itself, by
     `torch.enable_grad`, which is no call of a traced program, and `torch.autograd.grad`, which is one."""
     try:

@@ -297,13 +297,17 @@ def _tables_restored(model: nn.Module) -> Iterator[None]:
 
 # What torch.fx says of what it cannot trace, by its beginning, and the same in the words of who wrote the forward.
 _WORDS = {
-    "symbolically traced variables cannot be used as inputs to control flow": "what it does next depends on the data (if, "
-    "while, bool() or assert on a tensor)",
-    "Proxy object cannot be iterated": "it goes through a tensor, or values made of one, one by one (a for loop, "
-    "unpacking, or list())",
+    "symbolically traced variables cannot be used as inputs to control flow": (
+        "what it does next depends on the data (if, while, bool() or assert on a tensor)"
+    ),
+    "Proxy object cannot be iterated": (
+        "it goes through a tensor, or values made of one, one by one (a for loop, unpacking, or list())"
+    ),
     "'len' is not supported in symbolic tracing": "it asks for the len() of a tensor (x.shape[0] can be traced)",
-    "argument of type: ": "it passes or returns an object of a kind that cannot be written down; tensors, lists, tuples, "
-    "dicts and dataclasses can",
+    "argument of type: ": (
+        "it passes or returns an object of a kind that cannot be written down; tensors, lists, tuples, dicts and "
+        "dataclasses can"
+    ),
     "float() argument must be": "it makes a number of a tensor (float(), .item())",
     "int() argument must be": "it makes a number of a tensor (int(), .item())",
 }

@@ -54,7 +54,9 @@ def freeze_what_fails(graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[b
             graph.spaces[i].frozen = f"the heads do not follow the attribute that tells their number: {reason}"
         spaces = [i for i in spaces if not graph.spaces[i].frozen]
     reasons |= trial.freeze(spaces)
-    if runs.written:  # a momentum encoder, made of another's parameters: no cut of both alike tells that they go together
+    if (
+        runs.written
+    ):  # a momentum encoder, made of another's parameters: no cut of both alike tells that they go together
         follow = {i for i in spaces if _holds_any_of(graph, i, runs.written)}
         reasons |= trial.freeze([i for i in spaces if i in follow])
         reasons |= trial.freeze([i for i in spaces if i not in follow])

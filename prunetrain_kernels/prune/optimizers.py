@@ -258,12 +258,15 @@ def _trial(optimizer: Any) -> Holdings | None:
     put_back = random_state()
     try:
         for make in (_tiny_copy, _whole_copy):
-            with contextlib.suppress(Exception):  # about the trial, not about the user's network
-                with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    copied = make(optimizer)
-                    if copied is not None:
-                        return _stepped(copied)
+            with (
+                contextlib.suppress(Exception),  # about the trial, not about the user's network
+                torch.random.fork_rng(devices=devices),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")
+                copied = make(optimizer)
+                if copied is not None:
+                    return _stepped(copied)
         return None
     finally:
         put_back()
@@ -306,7 +309,7 @@ def _tiny_copy(optimizer: Optimizer) -> Any | None:
 
 def _whole_copy(optimizer: Optimizer) -> Any | None:
     """A copy of an optimizer with copies of its parameters and of all that it keeps, for one that keeps masks or
-    schedules from its construction on; None if it wraps another, or has attributes that cannot be copied for certain."""
+    schedules from its construction on; None if it wraps another, or has attributes that cannot be copied safely."""
     own = {id(p) for p in params_of(optimizer)}
     attributes = {n: v for n, v in vars(optimizer).items() if n != "step" and not n.endswith("_hooks")}
     if not all(value and _is_plain(value) for value in class_containers(optimizer).values()):
@@ -315,7 +318,7 @@ def _whole_copy(optimizer: Optimizer) -> Any | None:
         return None
     memo: dict[int, Any] = {}
     copied = object.__new__(type(optimizer))
-    hooks = {n: OrderedDict() for n in vars(optimizer) if n.endswith("_hooks")}
+    hooks: dict[str, Any] = {n: OrderedDict() for n in vars(optimizer) if n.endswith("_hooks")}
     copied.__dict__.update(hooks | {n: copy.deepcopy(v, memo) for n, v in attributes.items()})
     for parameter in params_of(copied):
         parameter.grad = torch.ones_like(parameter)

@@ -82,9 +82,9 @@ def _warn_of_uncalled_parts(model: nn.Module, present: Present) -> None:
     if trained and not present.limits.exclude:
         more = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
         warnings.warn(
-            f"the forward of {type(model).__name__} never calls '{trained[0]}'{more} on the example inputs. It stays as "
-            "it is, but the channels that it reads inside the network may be pruned. If your loop calls it, or the forward "
-            "will later, have the forward return what it reads, or name the layers before it in exclude=[...].",
+            f"the forward of {type(model).__name__} never calls '{trained[0]}'{more} on the example inputs. It stays "
+            "as it is, but the channels that it reads inside the network may be pruned. If your loop calls it, or the "
+            "forward will later, have the forward return what it reads, or name the layers before it in exclude=[...].",
             PruneTrainWarning,
             stacklevel=4,
         )

@@ -46,7 +46,6 @@ def check_kinds(arguments: Mapping[str, Any]) -> None:
         if not isinstance(arguments[name], bool | np.bool_):
             raise InputError(f"{name} must be True or False, not {arguments[name]!r}.")
 
-
     if arguments["log"] is not None and not callable(arguments["log"]):
         raise InputError(f"log must be a function, such as wandb.log, not {arguments['log']!r}.")
     if not isinstance(arguments["cost"], str) and not callable(arguments["cost"]):
@@ -54,8 +53,8 @@ def check_kinds(arguments: Mapping[str, Any]) -> None:
     for scheduler in schedulers_in(arguments["scheduler"]):
         if not hasattr(scheduler, "step"):
             raise InputError(
-                f"scheduler must be a learning-rate scheduler, or a list of several, not {scheduler!r}; give the object "
-                "whose step() the loop calls."
+                f"scheduler must be a learning-rate scheduler, or a list of several, not {scheduler!r}; give the "
+                "object whose step() the loop calls."
             )
 
 

@@ -17,6 +17,7 @@ from wrappers import (
     InClass,
     InNumpy,
     Inside,
+    Masked,
     Masters,
     Noting,
     Prepared,
@@ -250,6 +251,18 @@ def test_is_refused_at_construction(name: str) -> None:
     assert same(before, snapshot(model))
     assert entries == [sorted(vars(o)) for one in listed(optimizer) for o in chain(one)]
     assert not any(getattr(o, "state", None) for one in listed(optimizer) for o in chain(one))
+
+
+def test_state_from_the_construction_on_and_schedules_are_tried_too() -> None:
+    model, x = small_net("out-of-place", torch.float32)
+    optimizer = Masked(model.parameters())
+    before, chance = snapshot(model), optimizer.schedule.random.getstate()
+    with pytest.raises(InputError, match=r"Masked keeps a state 'seen' of shape \(\d+,\) for a parameter of shape"):
+        PruneTrain(model, optimizer, (x,))
+    assert same(before, snapshot(model))
+    assert all(set(optimizer.state[p]) == {"mask"} for p in model.parameters())
+    assert optimizer.schedule.random.getstate() == chance
+    assert all(p.grad is None for p in (*model.parameters(), optimizer.schedule.angle))
 
 
 @pytest.mark.parametrize("name", ["adafactor", "lbfgs", "factors", "factors-in-objects", "notes-of-shapes"])

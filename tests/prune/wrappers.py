@@ -1,6 +1,7 @@
 """Optimizers around optimizers, and optimizers that keep things in other places than `state`: as libraries write them,
 in a few lines each."""
 
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -356,6 +357,34 @@ class Noting(Factored):
 @dataclass
 class Note:
     original_shape: list[int]
+
+
+class Schedule:
+    """An object of an optimizer's with an optimizer of its own, as SPAM's warm-up has, and a source of chance."""
+
+    def __init__(self) -> None:
+        self.angle = nn.Parameter(torch.zeros(1))
+        self.inner, self.random = optim.SGD([self.angle], lr=1.0), random.Random(0)
+
+
+class Masked(optim.Optimizer):
+    """SPAM's: masks from the construction on, and momentum of what they let through, in one row."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params, {"lr": 0.01})
+        self.schedule = Schedule()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["mask"] = torch.ones_like(p, dtype=torch.bool)
+        self.state["total"] = 0  # type: ignore[index]
+
+    @torch.no_grad()
+    def step(self, closure: Closure = None) -> None:  # type: ignore[override]
+        self.schedule.random.random()
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                mask = self.state[p]["mask"]
+                seen = self.state[p].setdefault("seen", torch.zeros_like(p.grad[mask]))
+                p[mask] -= 0.01 * seen.add_(p.grad[mask])
 
 
 class InNumpy(optim.Optimizer):

@@ -237,7 +237,7 @@ def test_other_files_are_refused_when_a_run_goes_on(undisturbed: Path, tree: Pat
             "--augment resized-crop, not crop",
         ),
         ({"crop": 11}, "--crop 12, not 11"),
-        ({"image_size": 16}, "--image-size None, not 16"),
+        ({"image_size": 16}, "without --image-size, not with --image-size 16"),
     ):
         with pytest.raises(CheckpointError, match=says):
             train(replace(config, **changes), resume=True, progress=False)

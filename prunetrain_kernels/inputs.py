@@ -44,11 +44,6 @@ def checked_inputs(example_inputs: Any, error: type[InputError] = InputError) ->
     for place, value in leaves:
         if not isinstance(value, (Tensor, *PLAIN)):
             raise error(f"{HOW}; example_inputs{place} is {_described(value)}: turn it into a tensor.")
-        if isinstance(value, Tensor) and value.is_meta:
-            raise error(
-                f"example_inputs{place} is on the device 'meta' and has no values; give a few real examples, on the "
-                "model's device."
-            )
     if not any(isinstance(value, Tensor) for _, value in leaves):
         raise error(f"{HOW}; there is no tensor in it.")
     inputs: ExampleInputs = mapped(example_inputs, lambda x: x)

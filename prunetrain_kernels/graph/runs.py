@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from prunetrain_kernels.errors import TraceError
 from prunetrain_kernels.graph.draws import drawing, seed_global
-from prunetrain_kernels.inputs import ExampleInputs, batches_in, call, checked_inputs, first_of, mapped, of_batch
+from prunetrain_kernels.inputs import (
+    ExampleInputs,
+    batches_in,
+    call,
+    checked_inputs,
+    first_of,
+    mapped,
+    of_batch,
+    tensors_in,
+)
 from prunetrain_kernels.probe import Difference, difference, first_line, looking, named_tensors_in
 
 # More examples than this only cost time: shapes are the same, and max|dy| is measured at every reconfiguration.
@@ -286,5 +295,11 @@ def _runs_in_one_mode(
 
 def _checked(example_inputs: ExampleInputs) -> ExampleInputs:
     """Copies of the example inputs, for the caller may write into the tensors later; raises TraceError where they have
-    another form than `inputs.py` says."""
-    return mapped(checked_inputs(example_inputs, TraceError), lambda x: x.detach().clone())  # type: ignore[no-any-return]
+    another form than `inputs.py` says, or no values."""
+    inputs = checked_inputs(example_inputs, TraceError)
+    if any(x.is_meta for x in tensors_in(inputs)):
+        raise TraceError(
+            "the example inputs are on the device 'meta' and have no values; give a few real ones, on the device of "
+            "the model."
+        )
+    return mapped(inputs, lambda x: x.detach().clone())  # type: ignore[no-any-return]

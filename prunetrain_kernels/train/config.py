@@ -279,3 +279,12 @@ def multipliers(words: Sequence[str]) -> dict[str, float]:
                 f"--coefficients {word}: say how many times lambda a layer gets, as in layer3=2."
             ) from None
     return parsed
+
+
+def other_option(option: str, before: Any, now: Any) -> str:
+    """What an option was and is, in words: "with --lr 0.1, not 0.2", "without --fuse, not with it"."""
+    name = f"--{option.replace('_', '-')}"
+    if before is None or before is False:
+        return f"without {name}, not with {'it' if now is True else f'{name} {now}'}"
+    given = f"with {name}" if before is True else f"with {name} {before}"
+    return f"{given}, not without it" if now is None or now is False else f"{given}, not {now}"

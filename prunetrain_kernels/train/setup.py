@@ -38,7 +38,7 @@ from prunetrain_kernels.models import build
 from prunetrain_kernels.nn import synchronize_batch_norm
 from prunetrain_kernels.optim import SGD, ProximalSGD
 from prunetrain_kernels.probe import first_line
-from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig, multipliers
+from prunetrain_kernels.train.config import AMP_DTYPES, TrainConfig, multipliers, other_option
 from prunetrain_kernels.train.distributed import Ranks, SentBytes, distributed, one_after_the_other
 from prunetrain_kernels.train.mini_batch import MiniBatch, scale_learning_rate
 from prunetrain_kernels.train.prunetrain import PruneTrain
@@ -358,19 +358,10 @@ def saved_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str
             continue  # it is not read again, so it may have moved
         if option not in NOT_COMPARED and value != before[option] and not is_smaller_batch(option, value, before):
             raise CheckpointError(
-                f"'{folder}' was trained {_other_option(option, before[option], value)}; resume with the same options, "
+                f"'{folder}' was trained {other_option(option, before[option], value)}; resume with the same options, "
                 "or choose another --out."
             )
     return saved
-
-
-def _other_option(option: str, before: Any, now: Any) -> str:
-    """What an option was and is, in words: "with --lr 0.1, not 0.2", "without --fuse, not with it"."""
-    name = f"--{option.replace('_', '-')}"
-    if before is None or before is False:
-        return f"without {name}, not with {'it' if now is True else f'{name} {now}'}"
-    given = f"with {name}" if before is True else f"with {name} {before}"
-    return f"{given}, not without it" if now is None or now is False else f"{given}, not {now}"
 
 
 @contextmanager

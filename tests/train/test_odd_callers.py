@@ -187,8 +187,8 @@ def test_models_of_another_kind(name: str, call: str) -> None:
         ({"scheduler": [0.1]}, "scheduler must be a learning-rate scheduler"),
         ({"cost": 3}, "cost must be"),
         ({"cost": None, "policy": "auto"}, "cost must be"),
-        ({"example_inputs": (X.to("meta"),)}, "example_inputs[0] is on the device 'meta'"),
-        ({"example_inputs": {"x": X.to("meta")}}, "example_inputs['x'] is on the device 'meta'"),
+        ({"example_inputs": (X.to("meta"),)}, "inputs are on the device 'meta'"),
+        ({"example_inputs": {"x": X.to("meta")}}, "inputs are on the device 'meta'"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "+".join(value),
 )

@@ -77,8 +77,6 @@ def test_in_inference_mode_all_stays_trainable(options: dict[str, Any], tmp_path
     with torch.inference_mode():
         assert prunetrain.epoch_end() is not None
         save_pruned(tmp_path / "net.pt", model, optimizer, prunetrain)
-        loaded, shaped = Net(), Net()
-    del loaded, shaped  # made in inference mode by the user; those below are not
     step(model, optimizer, prunetrain)
     loaded, shaped = Net(), Net()
     its_optimizer = sgd(loaded)

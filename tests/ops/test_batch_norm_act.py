@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench import launches
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops import batch_norm_passes as passes
 from prunetrain_kernels.ops.batch_norm_act import (
     batch_norm_act,
     batch_norm_apply,
@@ -275,9 +276,9 @@ def test_the_fold_updates_running_statistics_as_their_own_launch_does(
 
 def test_a_small_activation_is_split_into_more_programs() -> None:
     large, small = matrix(256 * 256 * 56 * 56, 256, 1), matrix(128 * 64 * 8 * 8, 64, 1)
-    assert module._apply_grid(large)[0] == module._APPLY_ROWS
-    rows, (programs,) = module._apply_grid(small)
-    assert rows == module.TILE_ROWS
+    assert passes._apply_grid(large)[0] == passes._APPLY_ROWS
+    rows, (programs,) = passes._apply_grid(small)
+    assert rows == passes.TILE_ROWS
     assert programs == 256  # of 64 rows each there would be 64, fewer than a large GPU has multiprocessors
 
 
@@ -391,8 +392,8 @@ def test_bytes_that_are_kept_and_not_written(path: str, device: torch.device, mo
         launched = []
         returns = (p.x.clone(), p.x.new_empty(0))
         if path == "native":
-            monkeypatch.setattr(module, "_native_forward", lambda *_, **k: launched.append(k["record"]) or returns)
-        monkeypatch.setattr(module, "_apply", lambda *_, **k: launched.append(k["record"]) or returns)
+            monkeypatch.setattr(module, "native_forward", lambda *_, **k: launched.append(k["record"]) or returns)
+        monkeypatch.setattr(module, "apply_pass", lambda *_, **k: launched.append(k["record"]) or returns)
         batch_norm_act(p.x, None, None, residual=p.residual, relu=True, training=True)
     assert launched == [False]  # no mask where nobody will ask for a gradient
 

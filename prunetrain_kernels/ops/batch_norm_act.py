@@ -52,10 +52,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd.graph import increment_version
 
 from prunetrain_kernels.errors import InputError
 from prunetrain_kernels.ops import batch_norm_cooperative as cooperative
+from prunetrain_kernels.ops import batch_norm_usual as usual
 from prunetrain_kernels.ops.batch_norm_passes import (
     apply_pass,
     batch_norm_apply,
@@ -74,6 +76,7 @@ from prunetrain_kernels.ops.batch_norm_reference import (
     composed,
     composed_gradients,
     composed_update_running,
+    in_format,
     matrix_of_y,
     one_layout,
     plain_gradients,
@@ -83,6 +86,7 @@ from prunetrain_kernels.ops.batch_norm_reference import (
 )
 from prunetrain_kernels.ops.channel_index import ChannelIndex, Maps
 from prunetrain_kernels.ops.channel_statistics import (
+    IN_ORDER,
     NOT_RUNNING,
     TILE_ROWS,
     Placement,
@@ -228,19 +232,22 @@ def _gradients(
         if residual_gradient:
             dresidual = stored_as(g.clone() if g is dy else g, dy)
         return dx, dresidual, sum_dy, sum_dy_xhat
-    plan = cooperative.plan_for(x, matrix_of(dy), placement) if through_statistics else None
+    m = matrix_of(dy)
+    plan = cooperative.plan_for(x, m, placement) if through_statistics else None
     if plan is not None:
         dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
         both = cooperative.backward(
-            dy, x, matrix_of(dy), plan, norm=norm[:4], eps=eps, mask=mask, placement=placement, dx=dx,
+            dy, x, m, plan, norm=norm[:4], eps=eps, mask=mask, placement=placement, dx=dx,
             dresidual=dresidual, relu=relu,
         )  # fmt: skip
         return dx, dresidual, *(both if sums else (None, None))
-    summed = launch_sums(dy, x, norm, mask, placement, relu=relu) if sums or through_statistics else None
+    summed = None
+    if sums or through_statistics:
+        summed = launch_sums(dy, x, m, norm, mask, placement=placement, relu=relu)
     if x_gradient or residual_gradient:
         dx, dresidual = launch_gradient(
-            dy, x, norm, mask, summed if through_statistics else None, x.numel() // x.shape[1], placement,
-            relu=relu, residual_gradient=residual_gradient,
+            dy, x, m, norm, mask, sums=summed if through_statistics else None, count=x.numel() // x.shape[1],
+            placement=placement, relu=relu, residual_gradient=residual_gradient,
         )  # fmt: skip
     return dx if x_gradient else None, dresidual, *(summed if sums and summed is not None else (None, None))
 
@@ -291,26 +298,37 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise InputError("batch_norm_act has no gradient for statistics; detach them.")
     x, mean, var, weight, bias, mask, inverse = ctx.saved_tensors
-    of_x, of_weight, of_bias, of_residual = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
-    dx: Any
-    dresidual: Any
-    sum_dy: Any
-    sum_dy_xhat: Any
+    norm, placement = Norm(mean, var, weight, bias, ctx.eps), Placement(inverse, ctx.first, ctx.padded)
+    needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
+    dx, dweight, dbias, dresidual = _all_gradients(
+        dy, x, norm, mask, placement, needs=needs, relu=ctx.relu, channels_last=ctx.channels_last, training=ctx.training
+    )  # fmt: skip
+    return dx, None, None, dweight, dbias, dresidual
+
+
+def _all_gradients(
+    dy: Tensor, x: Tensor, norm: Norm, mask: Tensor | None, placement: Placement, *, needs: tuple[bool, ...],
+    relu: bool, channels_last: bool, training: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, weight, bias and residual, those that are needed; the others are None."""
+    of_x, of_weight, of_bias, of_residual = needs
+    results: Any
     if is_differentiated_again(dy):
-        norm, placement = Norm(mean, var, weight, bias, ctx.eps), Placement(inverse, ctx.first, ctx.padded)
-        dx, dresidual, sum_dy, sum_dy_xhat = composed_gradients(
-            dy, x, norm, mask, placement, relu=ctx.relu, channels_last=ctx.channels_last, training=ctx.training
-        )
-    else:
-        gradients = _gradients if is_eager(dy) else _batch_norm_act_backward
-        dx, dresidual, sum_dy, sum_dy_xhat = gradients(
-            dy, x, mean, var, weight, bias, mask, inverse, ctx.eps, ctx.relu, ctx.channels_last, ctx.training,
-            of_x, of_weight or of_bias, of_residual and ctx.relu, ctx.padded, ctx.first,
+        results = composed_gradients(
+            dy, x, norm, mask, placement, relu=relu, channels_last=channels_last, training=training
         )  # fmt: skip
-    dweight = sum_dy_xhat.to(weight.dtype) if of_weight else None
-    dbias = sum_dy.to(bias.dtype) if of_bias else None
-    of_addend = (dresidual if ctx.relu else dy) if of_residual else None
-    return dx if of_x else None, None, None, dweight, dbias, of_addend
+    else:
+        if mask is not None:  # its bits lie as y did; what was saved of x may have come back in another layout
+            x = in_format(x, channels_last=channels_last)
+        gradients = _gradients if is_eager(dy) else _batch_norm_act_backward
+        results = gradients(
+            dy, x, *norm[:4], mask, placement.inverse, norm.eps, relu, channels_last, training,
+            of_x, of_weight or of_bias, of_residual and relu, placement.padded, placement.first,
+        )  # fmt: skip
+    dx, dresidual, sum_dy, sum_dy_xhat = results
+    dweight = sum_dy_xhat.to(norm.weight.dtype) if of_weight and norm.weight is not None else None
+    dbias = sum_dy.to(norm.bias.dtype) if of_bias and norm.bias is not None else None
+    return dx if of_x else None, dweight, dbias, (dresidual if relu else dy) if of_residual else None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -342,6 +360,81 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return *_backward(ctx, dy), None, None
+
+
+class _Usual(torch.autograd.Function):
+    """A usual training call: see `batch_norm_usual`. Everything but tensors that have a gradient is in one argument,
+    for PyTorch looks at each several times."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: tuple[Any, ...]
+    ) -> Tensor:
+        known, running, eps, relu = call
+        y, mean, var, mask = usual.forward(
+            known, x, weight, bias, residual, running=running, eps=eps, relu=relu, record=True
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mean, var, weight, bias, mask)
+        ctx.known, ctx.eps, ctx.relu = known, eps, relu
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 5
+        x, mean, var, weight, bias, mask = ctx.saved_tensors
+        norm, relu = Norm(mean, var, weight, bias, ctx.eps), ctx.relu
+        of_x, of_weight, of_bias, of_residual, _ = needs = ctx.needs_input_grad
+        known = None
+        if of_x and is_eager(dy) and not is_differentiated_again(dy):
+            known = usual.backward_of(dy, x, weight, bias)
+        last = ctx.known.channels_last
+        if known is None or known.channels_last is not last:  # the latter where hooks have moved what was saved
+            return *_all_gradients(
+                dy, x, norm, mask, IN_ORDER, needs=needs[:4], relu=relu, channels_last=last, training=True
+            ), None  # fmt: skip
+        dx, dresidual, sum_dy, sum_dy_xhat = usual.backward(
+            known, dy, x, norm, mask, relu=relu, residual_gradient=of_residual and relu
+        )  # fmt: skip
+        dweight = dbias = None
+        if of_weight:
+            dweight = sum_dy_xhat if weight.dtype is sum_dy_xhat.dtype else sum_dy_xhat.to(weight.dtype)
+        if of_bias:
+            dbias = sum_dy if bias.dtype is sum_dy.dtype else sum_dy.to(bias.dtype)
+        return dx, dweight, dbias, (dresidual if relu else dy) if of_residual else None, None
+
+
+_apply_usual: Any = super(torch.autograd.Function, _Usual).apply
+
+
+def _usual_call(
+    known: usual.Known, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *,
+    running: tuple[Tensor | None, Tensor | None], momentum: float, eps: float, relu: bool,
+) -> Tensor:  # fmt: skip
+    """y; with the running statistics moved."""
+    running_mean, running_var = running
+    to_move = NOT_RUNNING if running_mean is None else Running(running_mean, running_var, known.unbiased, momentum)
+    record = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    if record:
+        # what `_Usual.apply` does, in more time, where no transform is active; a tensor may come out of one that was
+        y = _apply_usual(
+            unwrap_if_dead(x),
+            weight if weight is None else unwrap_if_dead(weight),
+            bias if bias is None else unwrap_if_dead(bias),
+            residual if residual is None else unwrap_if_dead(residual),
+            (known, to_move, eps, relu),
+        )
+    else:
+        y = usual.forward(known, x, weight, bias, residual, running=to_move, eps=eps, relu=relu, record=False)[0]
+    if running_mean is not None and running_var is not None:
+        increment_version((running_mean, running_var))
+    return y
 
 
 def _check(
@@ -485,11 +578,18 @@ def batch_norm_act_by_maps(
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`batch_norm_act` by the maps of a `ChannelIndex`, `scatter`; None is no scatter."""
+    eager = is_eager(x)
+    if training and eager and maps is None and statistics is None:
+        known = usual.forward_of(x, running_mean, running_var, weight, bias, residual)
+        if known is not None:
+            return _usual_call(
+                known, x, weight, bias, residual, running=(running_mean, running_var), momentum=momentum, eps=eps,
+                relu=relu,
+            )  # fmt: skip
     parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     padded = _check(x, parameters, residual, statistics, maps)
     count = _values_per_channel(x, running_mean, running_var, statistics, training=training)
     placement = _placement(maps, x.shape[1], padded=padded)
-    eager = is_eager(x)
     if (training and count == 0) or (not eager and is_composed()):
         constants = None if training or running_mean is None or running_var is None else (running_mean, running_var)
         result, *measured = composed(x, constants, weight, bias, residual, placement, eps=eps, relu=relu)

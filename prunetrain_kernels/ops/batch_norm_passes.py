@@ -52,6 +52,7 @@ from prunetrain_kernels.ops.channel_statistics import (
     reduction,
     storage_neighbours,
     tiles_across,
+    without_gaps,
 )
 from prunetrain_kernels.ops.launch import accumulator, launch, refuse_derivative, register, tl, triton, use_kernels
 from prunetrain_kernels.ops.layout import Matrix, matrix_of
@@ -255,15 +256,22 @@ def apply_pass(
     if not use_kernels(x):
         return plain_apply(x, norm, residual, placement, relu=relu, record=record)
     y, mask = apply_outputs(x, residual, placement.inverse, mask=relu and record)
-    m = matrix_of(y)
+    launch_apply(x, matrix_of(y), norm, residual, placement, y=y, mask=mask, relu=relu)
+    return y, mask
+
+
+def launch_apply(
+    x: Tensor, m: Matrix, norm: Norm, residual: Tensor | None, placement: Placement, *, y: Tensor, mask: Tensor | None,
+    relu: bool,
+) -> None:  # fmt: skip
+    """Writes y, and the mask if there is one, by a kernel; tensors in one layout, `m` the matrix of y."""
     rows, grid = _apply_grid(m)
     launch(
         _apply_kernel, grid,
-        x, *norm[:4], residual, placement.map, y, mask,
+        x, *without_gaps(*norm[:4]), residual, placement.map, y, mask,
         *geometry(m, x.shape[1], placement.first, rows), norm.eps, RELU=relu,
         PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
     )  # fmt: skip
-    return y, mask
 
 
 @register("batch_norm_apply")
@@ -305,16 +313,15 @@ def check_mask(mask: Tensor | None, dy: Tensor) -> None:
 
 
 def launch_sums(
-    dy: Tensor, x: Tensor, norm: Norm, mask: Tensor | None, placement: Placement, *, relu: bool
+    dy: Tensor, x: Tensor, m: Matrix, norm: Norm, mask: Tensor | None, *, placement: Placement, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Both sums by kernels, of tensors in one layout."""
-    m = matrix_of(dy)
+    """Both sums by kernels, of tensors in one layout; `m` is the matrix of dy."""
     rows, grid, count = reduction(m, PROGRAMS_OF_SUMS)
     slots = channel_pair(x, count)
     counts = geometry(m, x.shape[1], placement.first, rows)
     results = channel_pair(x, placement.parameter_channels(x))
     launch(
-        _sums_kernel, grid, dy, x, *norm[:4], mask, placement.map, *slots, *counts, norm.eps, RELU=relu,
+        _sums_kernel, grid, dy, x, *without_gaps(*norm[:4]), mask, placement.map, *slots, *counts, norm.eps, RELU=relu,
         PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
     )  # fmt: skip
     of_results = IN_ORDER if placement.padded else placement
@@ -323,17 +330,17 @@ def launch_sums(
 
 
 def launch_gradient(
-    dy: Tensor, x: Tensor, norm: Norm, mask: Tensor | None, sums: tuple[Tensor, Tensor] | None, count: float,
-    placement: Placement, *, relu: bool, residual_gradient: bool,
+    dy: Tensor, x: Tensor, m: Matrix, norm: Norm, mask: Tensor | None, *, sums: tuple[Tensor, Tensor] | None,
+    count: float, placement: Placement, relu: bool, residual_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dx, and dresidual or nothing, by a kernel, of tensors in one layout."""
-    m = matrix_of(dy)
+    """dx, and dresidual or nothing, by a kernel, of tensors in one layout; `m` is the matrix of dy."""
     rows, grid = _apply_grid(m)
     dx, dresidual = torch.empty_like(x), torch.empty_like(dy) if residual_gradient else None
     x_read = x if sums is not None or (relu and mask is None) else None
+    totals = (None, None) if sums is None else without_gaps(*sums)
     launch(
         _gradient_kernel, grid,
-        dy, x_read, *norm[:4], mask, placement.map, *(sums or (None, None)), dx, dresidual,
+        dy, x_read, *without_gaps(*norm[:4]), mask, placement.map, *totals, dx, dresidual,
         *geometry(m, x.shape[1], placement.first, rows), norm.eps, float(count), RELU=relu,
         PLACES=placement.kind(m, x.shape[1]), PADDED=placement.padded, ACC=accumulator(x.dtype), **TILE,
     )  # fmt: skip
@@ -370,7 +377,7 @@ def batch_norm_backward_sums(
         wanted = [False, True, True]
         _, sum_dy_xhat, sum_dy = plain_gradients(g, x, norm, placement, training=True, wanted=wanted)
         return sum_dy, sum_dy_xhat
-    return launch_sums(dy, x, norm, mask, placement, relu=relu)
+    return launch_sums(dy, x, matrix_of(dy), norm, mask, placement=placement, relu=relu)
 
 
 @batch_norm_backward_sums.register_fake
@@ -414,7 +421,8 @@ def batch_norm_backward_apply(
         dresidual = stored_as(g.clone() if g is dy else g, dy) if residual_gradient else None
     else:
         dx, dresidual = launch_gradient(
-            dy, x, norm, mask, sums, count, placement, relu=relu, residual_gradient=residual_gradient
+            dy, x, matrix_of(dy), norm, mask, sums=sums, count=count, placement=placement, relu=relu,
+            residual_gradient=residual_gradient,
         )  # fmt: skip
     return some(dx, x), some(dresidual, x)
 

@@ -53,10 +53,13 @@ def one_layout(x: Tensor, other: Tensor | None, *, channels_last: bool | None = 
         return x, None
     if not (x.is_contiguous() and is_channels_last(x)):
         return x, dense(other, like=x)
-    if channels_last is None or other.dim() < 4:
-        return x, dense(other)
-    formats = (torch.channels_last, torch.channels_last_3d)
-    return x, other.contiguous(memory_format=formats[x.dim() - 4] if channels_last else torch.contiguous_format)
+    return x, dense(other) if channels_last is None else in_format(other, channels_last=channels_last)
+
+
+def in_format(x: Tensor, *, channels_last: bool) -> Tensor:
+    """x in channels_last, if it has a height and width, or contiguous; itself if it lies so."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
 
 
 def apply_outputs(

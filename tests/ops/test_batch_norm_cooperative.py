@@ -274,6 +274,7 @@ def test_counters_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         def synchronize(self) -> None: ...
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: now["stream"], raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))

@@ -33,14 +33,14 @@ class Known(NamedTuple):
     Attributes:
         m: the matrix of its activations.
         plan: that of one launch, or None where it takes three.
-        count: values of each channel.
-        unbiased: count / (count - 1).
+        values: of each channel.
+        unbiased: values / (values - 1).
         channels_last: whether activations are, and not contiguous as well.
     """
 
     m: Matrix
     plan: cooperative.Plan | None
-    count: int
+    values: int
     unbiased: float
     channels_last: bool
 
@@ -133,7 +133,7 @@ def backward(
         return dx, dresidual, *sums
     sums = launch_sums(dy, x, m, norm, mask, placement=IN_ORDER, relu=relu)
     dx, dresidual = launch_gradient(
-        dy, x, m, norm, mask, sums=sums, count=known.count, placement=IN_ORDER, relu=relu,
+        dy, x, m, norm, mask, sums=sums, count=known.values, placement=IN_ORDER, relu=relu,
         residual_gradient=residual_gradient,
     )  # fmt: skip
     return dx, dresidual, *sums

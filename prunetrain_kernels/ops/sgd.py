@@ -24,8 +24,9 @@ are read from tensors, so that a captured CUDA graph follows them. No atomics: t
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -155,6 +156,11 @@ def check_parameters(parameters: Parameters) -> None:
             raise InputError(
                 f"a parameter of shape {tuple(p.shape)} came with a gradient of shape {tuple(g.shape)} and a momentum "
                 f"buffer of shape {tuple(b.shape)}; all three must agree."
+            )
+        if p.device.type in ("cpu", "cuda") and any(t.numel() and not t.data_ptr() for t in (p, g, b)):
+            raise InputError(
+                f"a parameter of shape {tuple(p.shape)}, its gradient or its momentum buffer has no memory, because a "
+                "storage was resized to nothing; step when the memory is back."
             )
         if not p.device == g.device == b.device == params[0].device:
             raise InputError(
@@ -424,10 +430,12 @@ class _Plan(NamedTuple):
     Attributes:
         facts: everything that the plan depends on.
         parts: the launches.
+        same_layouts: whether every gradient has the layout of its parameter.
     """
 
     facts: tuple[Any, ...]
     parts: list[_Part]
+    same_layouts: bool
 
 
 _plans: deque[_Plan] = deque(maxlen=8)
@@ -445,18 +453,22 @@ def _remember(plan: _Plan) -> None:
         _plans.appendleft(plan)
 
 
+_DEVICE = attrgetter("device")
+_LOOK: tuple[Callable[[Tensor], Any], ...] = (attrgetter("shape"), Tensor.stride, attrgetter("dtype"))
+
+
 def _facts(parameters: Parameters) -> tuple[Any, ...]:
     """All that a plan depends on: addresses, shapes, layouts, dtypes, and the integers that tables hold."""
     params, grads, buffers, *others = parameters
+    # what is at the address of a plan's parameter is on its device; of gradients the addresses are in no plan
+    of_each = [list(map(read, some)) for some in (params, grads, buffers) for read in _LOOK]
     return (
-        [p.data_ptr() for p in params],
-        [b.data_ptr() for b in buffers],
-        [g.shape for g in grads],
-        [(p.stride(), p.dtype) for p in params],
-        [(g.stride(), g.dtype) for g in grads],
-        [(b.stride(), b.dtype) for b in buffers],
-        [p.shape for p in params],
-        [list(values) for values in others],
+        list(map(Tensor.data_ptr, params)),
+        list(map(Tensor.data_ptr, buffers)),
+        list(map(_DEVICE, grads)),
+        list(map(Tensor.data_ptr, grads)).count(0),  # a gradient may have lost its memory
+        *of_each,
+        *map(list, others),
         (native.ENABLED, use_kernels(params[0])) if params else None,
     )
 
@@ -488,7 +500,8 @@ def _plan(parameters: Parameters) -> _Plan | None:
                 flags_tensor(tuple(parameters.first[i] for i in positions), leader.device),
             )
         )
-    plan = _Plan(facts, parts)
+    same_layouts = all(p.stride() == g.stride() for p, g in zip(params, parameters.grads, strict=True))
+    plan = _Plan(facts, parts, same_layouts)
     if params and params[0].device.type in ("cpu", "cuda"):  # elsewhere an address says nothing
         _remember(plan)
     return plan
@@ -577,7 +590,9 @@ def sgd_update_(
         _update_by_reference(parameters, lasso, learning_rates, hyperparameters, scaling)
         return
     handed_out(plan, parameters.params[0].device if parameters.params else torch.device("cpu"))
-    grads = [in_layout_of(p, g) for p, g in zip(parameters.params, parameters.grads, strict=True)]
+    grads: Sequence[Tensor] = parameters.grads
+    if not plan.same_layouts:
+        grads = [in_layout_of(p, g) for p, g in zip(parameters.params, parameters.grads, strict=True)]
     settings = settings_of(hyperparameters)
     for part in plan.parts:
         _launch(part, grads, lasso, learning_rates, settings, scaling)

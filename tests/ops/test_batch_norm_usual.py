@@ -152,12 +152,17 @@ def test_what_does_not_fit_any_more_is_refused(path: str, device: torch.device) 
         t.call()
 
 
+def _with_gaps(parameter: Tensor, dy: Tensor) -> Tensor:
+    parameter.data = _gapped(parameter)
+    return dy
+
+
 BETWEEN: dict[str, Callable[[Tensors, Tensor], Tensor]] = {
     "dy in another layout": lambda t, dy: dy.contiguous(),
     "dy with gaps": lambda t, dy: torch.stack([dy, dy], 4)[..., 0],
     "dy expanded": lambda t, dy: dy.new_full((), 2.0).expand_as(dy),
-    "weight with gaps": lambda t, dy: (setattr(t.weight, "data", _gapped(t.weight)), dy)[1],
-    "bias with gaps": lambda t, dy: (setattr(t.bias, "data", _gapped(t.bias)), dy)[1],
+    "weight with gaps": lambda t, dy: _with_gaps(t.weight, dy),
+    "bias with gaps": lambda t, dy: _with_gaps(t.bias, dy),
 }
 
 
@@ -230,7 +235,12 @@ def test_out_of_a_transform(path: str, device: torch.device) -> None:
     """A tensor that left the transform that wrapped it is taken for what it is."""
     t = _tensors(device)
     left: list[Tensor] = []
-    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(t.x.detach())
+
+    def leaks(x: Tensor) -> Tensor:
+        left.append(x)
+        return x.sum()
+
+    torch.func.grad(leaks)(t.x.detach())
     (leaked,) = left
     a = batch_norm_act(leaked, None, None, t.weight, t.bias, training=True)
     b = batch_norm_act(t.x, None, None, t.weight, t.bias, training=True)
@@ -246,9 +256,10 @@ def test_values_per_channel_with_gaps(training: bool, path: str, device: torch.d
     results = []
     for gapped in (False, True):
         of = [_gapped(v) if gapped else v.detach() for v in (mean, var, t.weight, t.bias)]
-        given = {"statistics": (of[0], of[1])} if training else {}
-        running = (None, None) if training else (of[0], of[1])
-        y = batch_norm_act(x, *running, of[2], of[3], training=training, **given)
+        if training:
+            y = batch_norm_act(x, None, None, of[2], of[3], training=True, statistics=(of[0], of[1]))
+        else:
+            y = batch_norm_act(x, *of)
         passes = batch_norm_apply(x, *of, None, None, 1e-5, relu=True, record=False)[0]
         sums = batch_norm_backward_sums(dy, x, *of, None, None, 1e-5, relu=True)
         some = [_gapped(s) for s in sums] if gapped else sums

@@ -197,13 +197,9 @@ class GroupLasso:
 
     def weights(self) -> tuple[list[nn.Parameter], list[Groups]]:
         """The model's present weights, and which of their groups are penalised; removed layers are left out."""
-        weights, present = [], []
-        for name, groups in self._groups.items():
-            weight = self._weight(name)
-            if weight is not None:
-                weights.append(weight)
-                present.append(groups)
-        return weights, present
+        pairs = [(self._weight(name), groups) for name, groups in self._groups.items()]
+        present = [(weight, groups) for weight, groups in pairs if weight is not None]
+        return [weight for weight, _ in present], [groups for _, groups in present]
 
     def sparing(self, spared: Mapping[str, tuple[Tensor, Tensor]]) -> "GroupLasso":
         """The same lasso without the slices that are spared.
@@ -252,9 +248,7 @@ class GroupLasso:
     def _weight(self, name: str) -> nn.Parameter | None:
         module: nn.Module | None = self.model
         for part in self._path[name]:  # get_submodule takes three times as long, and every step asks for all
-            if module is None:
-                return None
-            module = module._modules[part]
+            module = None if module is None else module._modules[part]
         return None if module is None else module._parameters.get("weight")
 
     def penalty(self) -> Tensor:

@@ -26,7 +26,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from operator import attrgetter
+from operator import attrgetter, eq
 from typing import Any, NamedTuple
 
 import torch
@@ -157,15 +157,15 @@ def check_parameters(parameters: Parameters) -> None:
                 f"a parameter of shape {tuple(p.shape)} came with a gradient of shape {tuple(g.shape)} and a momentum "
                 f"buffer of shape {tuple(b.shape)}; all three must agree."
             )
-        if p.device.type in ("cpu", "cuda") and any(t.numel() and not t.data_ptr() for t in (p, g, b)):
-            raise InputError(
-                f"a parameter of shape {tuple(p.shape)}, its gradient or its momentum buffer has no memory, because a "
-                "storage was resized to nothing; step when the memory is back."
-            )
         if not p.device == g.device == b.device == params[0].device:
             raise InputError(
                 f"sgd_ got tensors on {params[0].device}, {p.device}, {g.device} and {b.device}; one call updates one "
                 "device."
+            )
+        if p.device.type in ("cpu", "cuda") and any(t.numel() and not t.data_ptr() for t in (p, g, b)):
+            raise InputError(
+                f"a parameter of shape {tuple(p.shape)}, its gradient or its momentum buffer has no memory, because a "
+                "storage was resized to nothing; step when the memory is back."
             )
 
 
@@ -433,7 +433,7 @@ class _Plan(NamedTuple):
         same_layouts: whether every gradient has the layout of its parameter.
     """
 
-    facts: tuple[Any, ...]
+    facts: "_Facts"
     parts: list[_Part]
     same_layouts: bool
 
@@ -453,31 +453,45 @@ def _remember(plan: _Plan) -> None:
         _plans.appendleft(plan)
 
 
-_DEVICE = attrgetter("device")
+# What a plan depends on of its parameters (0), gradients (1) and buffers (2). What is at the address of a parameter of
+# a plan is on its device; of gradients the addresses are in no plan.
 _LOOK: tuple[Callable[[Tensor], Any], ...] = (attrgetter("shape"), Tensor.stride, attrgetter("dtype"))
+_READS: list[tuple[int, Callable[[Tensor], Any]]] = [
+    (0, Tensor.data_ptr), (2, Tensor.data_ptr), *((which, read) for which in range(3) for read in _LOOK),
+    (1, attrgetter("device")),
+]  # fmt: skip
 
 
-def _facts(parameters: Parameters) -> tuple[Any, ...]:
-    """All that a plan depends on: addresses, shapes, layouts, dtypes, and the integers that tables hold."""
-    params, grads, buffers, *others = parameters
-    # what is at the address of a plan's parameter is on its device; of gradients the addresses are in no plan
-    of_each = [list(map(read, some)) for some in (params, grads, buffers) for read in _LOOK]
-    return (
-        list(map(Tensor.data_ptr, params)),
-        list(map(Tensor.data_ptr, buffers)),
-        list(map(_DEVICE, grads)),
-        list(map(Tensor.data_ptr, grads)).count(0),  # a gradient may have lost its memory
-        *of_each,
-        *map(list, others),
-        (native.ENABLED, use_kernels(params[0])) if params else None,
-    )
+class _Facts(NamedTuple):
+    """All that a plan depends on: of `_READS` the values of each tensor, and the rest."""
+
+    reads: list[list[Any]]
+    rest: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, parameters: Parameters) -> "_Facts":
+        return cls([list(map(read, parameters[which])) for which, read in _READS], _rest(parameters))
+
+    def hold(self, parameters: Parameters) -> bool:
+        """Whether they are those of `parameters`; compared one by one, up to the first that is not."""
+        for (which, read), kept in zip(_READS, self.reads, strict=True):
+            tensors = parameters[which]
+            if len(tensors) != len(kept) or not all(map(eq, map(read, tensors), kept)):
+                return False
+        return self.rest == _rest(parameters)
+
+
+def _rest(parameters: Parameters) -> tuple[Any, ...]:
+    """The integers that tables hold; how many gradients have no memory; and what the process has switched on."""
+    params, grads, _, *integers = parameters
+    without_memory = list(map(Tensor.data_ptr, grads)).count(0)
+    return (*map(list, integers), without_memory, (native.ENABLED, use_kernels(params[0])) if params else None)
 
 
 def _plan(parameters: Parameters) -> _Plan | None:
     """The plan of these parameters; None if neither kernels nor the native library can update them."""
-    facts = _facts(parameters)
     for plan in _known_plans():
-        if plan.facts == facts:
+        if plan.facts.hold(parameters):
             return plan
     check_parameters(parameters)
     if not _fits(parameters):
@@ -501,7 +515,7 @@ def _plan(parameters: Parameters) -> _Plan | None:
             )
         )
     same_layouts = all(p.stride() == g.stride() for p, g in zip(params, parameters.grads, strict=True))
-    plan = _Plan(facts, parts, same_layouts)
+    plan = _Plan(_Facts.of(parameters), parts, same_layouts)
     if params and params[0].device.type in ("cpu", "cuda"):  # elsewhere an address says nothing
         _remember(plan)
     return plan

@@ -352,21 +352,11 @@ class SGD(torch.optim.SGD):
                 if weight.grad is None:  # the lasso pulls at a weight that the loss did not reach, too
                     weight.grad = torch.zeros_like(weight)
         scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for device, parameters in self._gather(state).items():
+        for device, parameters in _gather(self, state).items():
             lasso = state if state is not None and state.norms.device == device else None
             on_device = Scaling(*(None if value is None else value.to(device) for value in scaling))
             self._update(_Step(parameters, device, lasso, on_device))
         return loss
-
-    def _gather(self, lasso: _Norms | None) -> dict[torch.device, Parameters]:
-        """What the step updates on each device: as in the step before, unless something has changed."""
-        rows = None if self._gathered is None else self._gathered.rows(self.param_groups, self.state, lasso)
-        if rows is None:
-            devices = {p.device for group in self.param_groups for p in group["params"] if p.grad is not None}
-            rows = {device: _parameters_on(device, self.param_groups, self.state, lasso) for device in devices}
-            begin = any(any(of.first) for of in rows.values())
-            self._gathered = None if begin else Gathering(self.param_groups, self.state, lasso, rows)
-        return rows
 
     def _check_settings(self) -> None:
         """Raises InputError where a schedule has brought the settings out of range, before anything is changed."""
@@ -403,6 +393,18 @@ class SGD(torch.optim.SGD):
         _call_operator(step, LassoState(norms, max_abs, coefficient, eps), rates, hyperparameters)
         if step.lasso is not None:
             step.lasso.take(norms, step.scaling.found_inf)
+
+
+def _gather(optimizer: SGD, lasso: _Norms | None) -> dict[torch.device, Parameters]:
+    """What a step updates on each device: as in the step before, unless something has changed."""
+    groups, state = optimizer.param_groups, optimizer.state
+    rows = None if optimizer._gathered is None else optimizer._gathered.rows(groups, state, lasso)
+    if rows is None:
+        devices = {p.device for group in groups for p in group["params"] if p.grad is not None}
+        rows = {device: _parameters_on(device, groups, state, lasso) for device in devices}
+        begin = any(any(of.first) for of in rows.values())
+        optimizer._gathered = None if begin else Gathering(groups, state, lasso, rows)
+    return rows
 
 
 def _call_operator(

@@ -470,13 +470,14 @@ class _Facts(NamedTuple):
 
     @classmethod
     def of(cls, parameters: Parameters) -> "_Facts":
-        return cls([list(map(read, parameters[which])) for which, read in _READS], _rest(parameters))
+        tensors: Any = parameters[:3]
+        return cls([list(map(read, tensors[which])) for which, read in _READS], _rest(parameters))
 
     def hold(self, parameters: Parameters) -> bool:
         """Whether they are those of `parameters`; compared one by one, up to the first that is not."""
+        tensors: Any = parameters[:3]
         for (which, read), kept in zip(_READS, self.reads, strict=True):
-            tensors = parameters[which]
-            if len(tensors) != len(kept) or not all(map(eq, map(read, tensors), kept)):
+            if len(tensors[which]) != len(kept) or not all(map(eq, map(read, tensors[which]), kept)):
                 return False
         return self.rest == _rest(parameters)
 

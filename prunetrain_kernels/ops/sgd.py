@@ -394,9 +394,9 @@ def _fits(parameters: Parameters) -> bool:
     for p, g, b in zip(parameters.params, parameters.grads, parameters.buffers, strict=True):
         if p.numel() == 0:
             continue
-        if not ((use_kernels(p) or native.use_native(p)) and is_dense(p) and g.dtype == b.dtype == p.dtype):
+        if not ((use_kernels(p) or native.use_native(p)) and is_dense(p) and g.dtype == p.dtype):
             return False
-        if b.stride() != p.stride() and b.numel():
+        if b.numel() and (b.stride() != p.stride() or b.dtype != p.dtype):
             return False
     return True
 

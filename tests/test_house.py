@@ -124,7 +124,7 @@ def circles(statements: list[Import]) -> list[frozenset[str]]:
 # Longest that a file, a class and a function may be, in lines.
 FILE_LINES, CLASS_LINES, FUNCTION_LINES = 700, 250, 60
 # Operators with their kernels stand in one file each, so that a kernel can be read beside its reference.
-LONG_FILES = {"prunetrain_kernels/ops/batch_norm_act.py", "prunetrain_kernels/ops/conv2d.py"}
+LONG_FILES = {"prunetrain_kernels/ops/conv2d.py"}
 # Functions that do nothing but add options to a parser: as long as the options are many.
 OPTION_TABLES = {"prunetrain_kernels/cli.py: _add_train"}
 

@@ -117,7 +117,9 @@ def launches(call: Callable[[], object], machine: Machine, parameters: int = 0) 
         again = sum(nbytes for key, nbytes in tensors.items() if key in known)
         # last passes of a batch norm run backwards: as much of what is read again is still there as fits beside the
         # rest of what this pass moves. In the same order either all is there or nothing.
-        share = min(1.0, machine.l2 / size) if note.kernel.startswith("batch_norm_act") else float(size <= machine.l2)
+        share = (
+            min(1.0, machine.l2 / size) if note.kernel.startswith("batch_norm_passes") else float(size <= machine.l2)
+        )
         known |= set(tensors)
         code = _code(note.compiled, machine.arch)
         work += _beside(note, "before")

@@ -350,8 +350,12 @@ def _batch_norm_reuse() -> Iterator[Reuse]:
         return lambda: [_batch_norm(channels, half, layout, batch=batch, side=side, **some)() for some in chosen]
 
     def first(layout: str) -> Callable[[], object]:
-        """A run with vectors, one without, and no channel that is not live."""
-        return lambda: [calls(64, layout, 32)(), calls(64, layout, 31, side=13)(), calls(64, layout, 64)()]
+        """A run with vectors, one without, and no channel that is not live; then shapes whose channels have up to 128,
+        256 and more slots, for which a fold has a tile each."""
+        some = [calls(64, layout, 32), calls(64, layout, 31, side=13), calls(64, layout, 64)]
+        some += [calls(64, layout, 16, batch=1, side=10), calls(40, layout, 20, batch=48, side=7)]
+        some += [calls(16, layout, 8, batch=32, side=28)]
+        return lambda: [call() for call in some]
 
     for layout in LAYOUTS:
         yield Reuse(

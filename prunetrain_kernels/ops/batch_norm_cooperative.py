@@ -57,14 +57,15 @@ from prunetrain_kernels.ops.batch_norm_tiles import (
     write_dx,
     write_y,
 )
-from prunetrain_kernels.ops.channel_statistics import Placement, Running, channel_pair, move_running
+from prunetrain_kernels.ops.channel_statistics import Placement, Running, channel_pair, move_running, without_gaps
 from prunetrain_kernels.ops.grid_barrier import counter_of, grid_barrier
 from prunetrain_kernels.ops.launch import (
+    Gpu,
     accumulator,
     accumulator_dtype,
     gpu_of,
-    launch,
     programs_wait,
+    start,
     tl,
     triton,
 )
@@ -163,11 +164,13 @@ def may_serve(x: Tensor) -> bool:
 
 def plan_for(x: Tensor, m: Matrix, placement: Placement) -> Plan | None:
     """The plan for a tensor that kernels serve, of the matrix of y."""
-    if not may_serve(x):
-        return None
-    gpu = gpu_of(x)
+    return plan_on(gpu_of(x), m, x.dtype, places=placement.inverse is not None) if may_serve(x) else None
+
+
+def plan_on(gpu: Gpu, m: Matrix, dtype: torch.dtype, *, places: bool = False) -> Plan | None:
+    """The plan on a GPU, by the matrix of y; `places` says whether the channels of x lie among those of y."""
     # 16 warps have 128 registers a thread: too few for two tiles of fp32, for places, for older architectures' code
-    largest = x.dtype.itemsize == 2 and gpu.arch >= 90 and placement.inverse is None
+    largest = dtype.itemsize == 2 and gpu.arch >= 90 and not places
     return plan(m, gpu.multiprocessors, SIZES if largest else SIZES[:2])
 
 
@@ -441,23 +444,35 @@ def _launch(
     numbers: Sequence[float], relu: bool,
 ) -> None:  # fmt: skip
     """One launch of all phases, or two where programs cannot wait for each other."""
-    slots = torch.empty(2 * of.slots, dtype=accumulator_dtype(x.dtype), device=x.device)
-    counts = (of.full_rows, of.rest8, 2 * of.columns8, m.inner, m.channels, of.group_bits, x.shape[1], placement.first)
-    most = 128 if placement.map is None else 16  # slots at a time: beside a map's places fewer fit in registers
+    slots = x.new_empty(2 * of.slots, dtype=accumulator_dtype(x.dtype))
+    together, places = programs_wait(), placement.kind(m, x.shape[1])
+    counts = _counts(m, of, x.shape[1], placement.first)
+    for constants in _constants(of, x.dtype, places, (relu, placement.padded, together)):
+        counter = counter_of(x.device) if together else None
+        start(kernel, (of.tiles, of.chunks), (*tensors, slots, counter, *numbers, *counts), constants)
+
+
+@lru_cache(maxsize=4096)
+def _counts(m: Matrix, of: Plan, live: int, first: int) -> tuple[int, ...]:
+    """COUNTS, for an x of `live` channels, `first` that of a run."""
+    counts = (of.full_rows, of.rest8, 2 * of.columns8, m.inner, m.channels, of.group_bits, live, first)
+    return (*counts, of.across, of.chunks, of.slots)
+
+
+@lru_cache(maxsize=4096)
+def _constants(of: Plan, dtype: torch.dtype, places: str, flags: tuple[bool, bool, bool]) -> tuple[dict[str, Any], ...]:
+    """What each launch is compiled for, by name: of all phases, or of each; `flags` are whether there is a ReLU,
+    whether the placement is padded, and whether programs wait for each other."""
+    relu, padded, together = flags
+    most = 16 if places == "map" else 128  # slots at a time: beside a map's places fewer fit in registers
     constants = {
-        "RELU": relu, "PLACES": placement.kind(m, x.shape[1]), "PADDED": placement.padded, "PLANES": of.across > 0,
-        "GROUPED": of.group_bits > 0,
-        "ACC": accumulator(x.dtype), "ROWS": of.rows, "COLUMNS": of.columns,
-        "FOLD": max(min(of.rows // 2, most), 1),
+        "RELU": relu, "PLACES": places, "PADDED": padded, "PLANES": of.across > 0, "GROUPED": of.group_bits > 0,
+        "ACC": accumulator(dtype), "ROWS": of.rows, "COLUMNS": of.columns, "FOLD": max(min(of.rows // 2, most), 1),
         "num_warps": max(of.rows * of.columns // _A_WARP, 1),
     }  # fmt: skip
-    together = programs_wait()
-    for phase in ("all",) if together else ("statistics", "apply"):
-        launch(
-            kernel, (of.tiles, of.chunks), *tensors, slots, counter_of(x.device) if together else None, *numbers,
-            *counts, of.across, of.chunks, of.slots, PHASE=phase, **constants,
-            **({"launch_cooperative_grid": True} if together else {}),
-        )  # fmt: skip
+    if together:
+        return ({**constants, "PHASE": "all", "launch_cooperative_grid": True},)
+    return ({**constants, "PHASE": "statistics"}, {**constants, "PHASE": "apply"})
 
 
 def forward(
@@ -477,8 +492,8 @@ def forward(
     mean, var = channel_pair(x, placement.parameter_channels(x))
     _launch(
         _forward_kernel, x, m, of, placement, relu=relu,
-        tensors=(x, weight, bias, residual, placement.map, y, mask, mean, var, running.mean, running.var),
-        numbers=(running.unbiased, running.momentum, eps, float(x.numel() // x.shape[1])),
+        tensors=(x, *without_gaps(weight, bias), residual, placement.map, y, mask, mean, var, *running[:2]),
+        numbers=(running.unbiased, running.momentum, eps, float(m.numel // m.channels)),
     )  # fmt: skip
     return mean, var
 
@@ -501,7 +516,7 @@ def backward(
     sums = channel_pair(x, placement.parameter_channels(x))
     _launch(
         _backward_kernel, x, m, of, placement, relu=relu,
-        tensors=(dy, x, *norm, mask, placement.map, *sums, dx, dresidual),
-        numbers=(eps, float(x.numel() // x.shape[1])),
+        tensors=(dy, x, *without_gaps(*norm), mask, placement.map, *sums, dx, dresidual),
+        numbers=(eps, float(m.numel // m.channels)),
     )  # fmt: skip
     return sums

@@ -313,13 +313,18 @@ def _update_running_kernel(
 
 def channel_pair(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Two uninitialised results per channel (or slots of them), (channels,), fp32 (fp64 of an fp64 x)."""
-    dtype, device = accumulator_dtype(x.dtype), x.device
-    return torch.empty(channels, dtype=dtype, device=device), torch.empty(channels, dtype=dtype, device=device)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
 
 
 def storage_neighbours(x: Tensor) -> int:
     """Neighbours in storage that share a channel of a dense x."""
     return 1 if is_channels_last(x) else x.numel() // (x.shape[0] * x.shape[1])
+
+
+def without_gaps(*values: Tensor | None) -> tuple[Any, ...]:
+    """Values per channel as kernels read them, one beside the other: a view with gaps is copied."""
+    return tuple([t if t is None or t.is_contiguous() else t.contiguous() for t in values])  # quicker than a generator
 
 
 def as_native_reads(x: Tensor, *values: Tensor | None) -> list[Any]:
@@ -416,13 +421,19 @@ def measure_statistics(x: Tensor, placement: Placement, running: Running = NOT_R
     if not use_kernels(x):
         mean, var = torch.batch_norm_update_stats(x.to(mean.dtype), None, None, 0.0)
         return place_statistics(mean, var, whole)
-    m = matrix_of(x)
+    launch_statistics(x, matrix_of(x), mean, var, placement=whole, running=running)
+    return mean, var
+
+
+def launch_statistics(
+    x: Tensor, m: Matrix, mean: Tensor, var: Tensor, *, placement: Placement = IN_ORDER, running: Running = NOT_RUNNING
+) -> None:
+    """Writes the statistics of a dense x, and adds them to what is `running`, by kernels; `m` is x's own matrix."""
     rows, grid, count = reduction(m, PROGRAMS_OF_STATISTICS)
     slots = channel_pair(x, count)
-    counts = geometry(m, m.channels, whole.first, rows)
+    counts = geometry(m, m.channels, placement.first, rows)
     launch(_statistics_kernel, grid, x, *slots, *counts, ACC=accumulator(x.dtype), **TILE)
-    fold_statistics(slots, mean, var, counts, count // m.channels, placement=whole, running=running)
-    return mean, var
+    fold_statistics(slots, mean, var, counts, count // m.channels, placement=placement, running=running)
 
 
 def place_statistics(mean: Tensor, var: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
@@ -511,7 +522,7 @@ def update_running_(
         return
     launch(
         _update_running_kernel, (-(-mean.numel() // _BLOCK),),
-        running_mean, running_var, mean, var, mean.numel(), unbiased, momentum,
+        running_mean, running_var, *without_gaps(mean, var), mean.numel(), unbiased, momentum,
         ACC=accumulator(mean.dtype), BLOCK=_BLOCK,
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ is never replayed beside itself. (Two processes, or two devices, share no memory
 Triton's interpreter runs programs one after the other and would never leave a barrier: see PHASE where it is used.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,15 +69,21 @@ def counter_of(device: torch.device) -> Tensor:
     right, and a launch more.
     """
     if device.type != "cuda":
-        return torch.empty(_STRIDE, dtype=torch.int32, device=device)
+        return _no_counter(device)
     index: Any = torch.cuda.current_device() if device.index is None else device.index
-    counters = _of_devices.setdefault(index, _Counters())
+    counters = _of_devices.get(index) or _of_devices.setdefault(index, _Counters())
     if torch.cuda.is_current_stream_capturing():
         if not counters.unused:
             return torch.zeros(_STRIDE, dtype=torch.int32, device=device)
         counters.captured.append(counters.unused.pop())
         return counters.captured[-1]
-    stream = torch.cuda.current_stream(device).cuda_stream
-    if stream not in counters.of_streams:
-        counters.of_streams[stream] = counters.take(device)
-    return counters.of_streams[stream]
+    stream = torch._C._cuda_getCurrentRawStream(index)  # `torch.cuda.current_stream` makes an object each time
+    counter = counters.of_streams.get(stream)
+    if counter is None:
+        counter = counters.of_streams[stream] = counters.take(device)
+    return counter
+
+
+@cache
+def _no_counter(device: torch.device) -> Tensor:
+    return torch.empty(_STRIDE, dtype=torch.int32, device=device)

@@ -139,6 +139,7 @@ def group_soft_threshold_(
     wide = norms.dtype == torch.float64
     if all(use_kernels(w) and is_dense(w) and (w.dtype == torch.float64) == wide for w in weights):
         tiles, _ = slice_tiles(weights, blocks, used, group)
+        norms = norms.contiguous()
         for positions in by_dtype(weights):
             table = table_of(tuple(tiles[i] for i in positions), norms.device)
             launch(

@@ -81,7 +81,7 @@ def matrix(numel: int, channels: int, inner: int) -> Matrix:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a dense (N, C, ...) keeps the channels of a pixel together.
+    """Whether a (N, C, ...) is one run of numbers that keeps the channels of a pixel together.
 
     True also for a tensor that is stored both ways, such as (N, C) or (N, C, 1, 1): this layout has less to index.
     """
@@ -89,7 +89,7 @@ def is_channels_last(x: Tensor) -> bool:
         return x.is_contiguous(memory_format=torch.channels_last)
     if x.dim() == 5:
         return x.is_contiguous(memory_format=torch.channels_last_3d)
-    return x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1]
+    return (x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1]) and x.is_contiguous()
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:

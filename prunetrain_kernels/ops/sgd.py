@@ -24,8 +24,9 @@ are read from tensors, so that a captured CUDA graph follows them. No atomics: t
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import attrgetter, eq
 from typing import Any, NamedTuple
 
 import torch
@@ -160,6 +161,11 @@ def check_parameters(parameters: Parameters) -> None:
             raise InputError(
                 f"sgd_ got tensors on {params[0].device}, {p.device}, {g.device} and {b.device}; one call updates one "
                 "device."
+            )
+        if p.device.type in ("cpu", "cuda") and any(t.numel() and not t.data_ptr() for t in (p, g, b)):
+            raise InputError(
+                f"a parameter of shape {tuple(p.shape)}, its gradient or its momentum buffer has no memory, because a "
+                "storage was resized to nothing; step when the memory is back."
             )
 
 
@@ -388,9 +394,9 @@ def _fits(parameters: Parameters) -> bool:
     for p, g, b in zip(parameters.params, parameters.grads, parameters.buffers, strict=True):
         if p.numel() == 0:
             continue
-        if not ((use_kernels(p) or native.use_native(p)) and is_dense(p) and g.dtype == b.dtype == p.dtype):
+        if not ((use_kernels(p) or native.use_native(p)) and is_dense(p) and g.dtype == p.dtype):
             return False
-        if b.stride() != p.stride() and b.numel():
+        if b.numel() and (b.stride() != p.stride() or b.dtype != p.dtype):
             return False
     return True
 
@@ -424,10 +430,12 @@ class _Plan(NamedTuple):
     Attributes:
         facts: everything that the plan depends on.
         parts: the launches.
+        same_layouts: whether every gradient has the layout of its parameter.
     """
 
-    facts: tuple[Any, ...]
+    facts: "_Facts"
     parts: list[_Part]
+    same_layouts: bool
 
 
 _plans: deque[_Plan] = deque(maxlen=8)
@@ -445,27 +453,46 @@ def _remember(plan: _Plan) -> None:
         _plans.appendleft(plan)
 
 
-def _facts(parameters: Parameters) -> tuple[Any, ...]:
-    """All that a plan depends on: addresses, shapes, layouts, dtypes, and the integers that tables hold."""
-    params, grads, buffers, *others = parameters
-    return (
-        [p.data_ptr() for p in params],
-        [b.data_ptr() for b in buffers],
-        [g.shape for g in grads],
-        [(p.stride(), p.dtype) for p in params],
-        [(g.stride(), g.dtype) for g in grads],
-        [(b.stride(), b.dtype) for b in buffers],
-        [p.shape for p in params],
-        [list(values) for values in others],
-        (native.ENABLED, use_kernels(params[0])) if params else None,
-    )
+# What a plan depends on of its parameters (0), gradients (1) and buffers (2). What is at the address of a parameter of
+# a plan is on its device; of gradients the addresses are in no plan.
+_LOOK: tuple[Callable[[Tensor], Any], ...] = (attrgetter("shape"), Tensor.stride, attrgetter("dtype"))
+_READS: list[tuple[int, Callable[[Tensor], Any]]] = [
+    (0, Tensor.data_ptr), (2, Tensor.data_ptr), *((which, read) for which in range(3) for read in _LOOK),
+    (1, attrgetter("device")),
+]  # fmt: skip
+
+
+class _Facts(NamedTuple):
+    """All that a plan depends on: of `_READS` the values of each tensor, and the rest."""
+
+    reads: list[list[Any]]
+    rest: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, parameters: Parameters) -> "_Facts":
+        tensors: Any = parameters[:3]
+        return cls([list(map(read, tensors[which])) for which, read in _READS], _rest(parameters))
+
+    def hold(self, parameters: Parameters) -> bool:
+        """Whether they are those of `parameters`; compared one by one, up to the first that is not."""
+        tensors: Any = parameters[:3]
+        for (which, read), kept in zip(_READS, self.reads, strict=True):
+            if len(tensors[which]) != len(kept) or not all(map(eq, map(read, tensors[which]), kept)):
+                return False
+        return self.rest == _rest(parameters)
+
+
+def _rest(parameters: Parameters) -> tuple[Any, ...]:
+    """The integers that tables hold; how many gradients have no memory; and what the process has switched on."""
+    params, grads, _, *integers = parameters
+    without_memory = list(map(Tensor.data_ptr, grads)).count(0)
+    return (*map(list, integers), without_memory, (native.ENABLED, use_kernels(params[0])) if params else None)
 
 
 def _plan(parameters: Parameters) -> _Plan | None:
     """The plan of these parameters; None if neither kernels nor the native library can update them."""
-    facts = _facts(parameters)
     for plan in _known_plans():
-        if plan.facts == facts:
+        if plan.facts.hold(parameters):
             return plan
     check_parameters(parameters)
     if not _fits(parameters):
@@ -488,7 +515,8 @@ def _plan(parameters: Parameters) -> _Plan | None:
                 flags_tensor(tuple(parameters.first[i] for i in positions), leader.device),
             )
         )
-    plan = _Plan(facts, parts)
+    same_layouts = all(p.stride() == g.stride() for p, g in zip(params, parameters.grads, strict=True))
+    plan = _Plan(_Facts.of(parameters), parts, same_layouts)
     if params and params[0].device.type in ("cpu", "cuda"):  # elsewhere an address says nothing
         _remember(plan)
     return plan
@@ -577,7 +605,9 @@ def sgd_update_(
         _update_by_reference(parameters, lasso, learning_rates, hyperparameters, scaling)
         return
     handed_out(plan, parameters.params[0].device if parameters.params else torch.device("cpu"))
-    grads = [in_layout_of(p, g) for p, g in zip(parameters.params, parameters.grads, strict=True)]
+    grads: Sequence[Tensor] = parameters.grads
+    if not plan.same_layouts:
+        grads = [in_layout_of(p, g) for p, g in zip(parameters.params, parameters.grads, strict=True)]
     settings = settings_of(hyperparameters)
     for part in plan.parts:
         _launch(part, grads, lasso, learning_rates, settings, scaling)

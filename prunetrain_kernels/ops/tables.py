@@ -290,7 +290,7 @@ def _upload(pointers: tuple[int, ...], device: torch.device, *, captured: bool) 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
     """The addresses of tensors, int64 on their device; 0 for one without elements. Uploaded only when they change."""
     device = tensors[0].device
-    key = (tuple(t.data_ptr() for t in tensors), device)
+    key = (tuple(map(Tensor.data_ptr, tensors)), device)
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     upload = _uploads.get(key)
     if upload is None:

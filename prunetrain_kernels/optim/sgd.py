@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ from prunetrain_kernels.ops.group_lasso import (
 from prunetrain_kernels.ops.group_soft_threshold import group_soft_threshold_
 from prunetrain_kernels.ops.launch import is_eager
 from prunetrain_kernels.ops.sgd import Hyperparameters, LassoState, Parameters, Scaling, flat, sgd_, sgd_update_
+from prunetrain_kernels.optim.gathering import Gathering
 from prunetrain_kernels.regularizer import GroupLasso
+
+_DTYPE, _SHAPE, _TRAINED, _VERSION = map(attrgetter, ("dtype", "shape", "requires_grad", "_version"))
 
 
 class _Norms:
@@ -56,7 +60,7 @@ class _Norms:
         self.max_abs = torch.empty_like(self.norms)
         flat = None if factors is None else torch.cat([side for pair in factors for side in pair])
         self.factor = None if flat is None else flat.to(self.norms.device, self.norms.dtype)
-        self.state: list[tuple[int, int]] | None = None
+        self.state: tuple[list[int], list[int]] | None = None
         self.made_for: Any = None  # parameters and weights when this was made: while they are the same, it serves
 
     def fit(self, weights: Sequence[Tensor], groups: list[Groups]) -> bool:
@@ -64,13 +68,17 @@ class _Norms:
         same = len(weights) == len(self.weights) and all(a is b for a, b in zip(weights, self.weights, strict=True))
         return same and self.groups == groups and self.shapes == [w.shape for w in weights]
 
+    def _now(self) -> tuple[list[int], list[int]]:
+        """Where the weights are, and how often PyTorch has seen each written."""
+        return list(map(Tensor.data_ptr, self.weights)), list(map(_VERSION, self.weights))
+
     def mark(self) -> None:
         """Says that the norms are those of the weights as they are now."""
-        self.state = [(w.data_ptr(), w._version) for w in self.weights]
+        self.state = self._now()
 
     def measure(self) -> None:
         """Measures the weights, unless nothing has replaced or written them since their norms were last known."""
-        if self.state != [(w.data_ptr(), w._version) for w in self.weights]:
+        if self.state != self._now():
             norms, max_abs = slice_statistics(self.weights, self.groups, self.eps)
             torch.cat([side for pair in norms for side in pair], out=self.norms)
             torch.cat([side for pair in max_abs for side in pair], out=self.max_abs)
@@ -172,7 +180,7 @@ class SGD(torch.optim.SGD):
     """
 
     # Attributes that are made anew when parameters change their shape: `prune/optimizers.py` leaves them alone.
-    follows_by_itself = ("_lasso", "_coefficient", "_norms", "_scalars")
+    follows_by_itself = ("_lasso", "_coefficient", "_norms", "_scalars", "_gathered")
     _step_supports_amp_scaling = True  # read by GradScaler: it then hands over grad_scale and found_inf
 
     def __init__(
@@ -194,6 +202,7 @@ class SGD(torch.optim.SGD):
         self._coefficient: float | Tensor = 0.0
         self._norms: _Norms | None = None
         self._scalars, self._waits = _Scalars(), False  # waits: for a step with the lasso that was given
+        self._gathered: Gathering | None = None
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=None, fused=None
         )
@@ -204,7 +213,7 @@ class SGD(torch.optim.SGD):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         fresh = {"_lasso": None, "_coefficient": 0.0, "_norms": None, "_waits": False, "_scalars": _Scalars()}
-        self.__dict__.update(fresh | self.__dict__)
+        self.__dict__.update(fresh | {"_gathered": None} | self.__dict__)
 
     # -- the lasso ------------------------------------------------------------------------------------------------
 
@@ -307,7 +316,9 @@ class SGD(torch.optim.SGD):
         params = [p for group in self.param_groups for p in group["params"]]
         lasso = self._required()
         present, _ = lasso.weights()
-        now = ([id(p) for p in params], [(id(w), w.requires_grad, w.shape) for w in present])
+        # a weight is cut under the same identity
+        reads: Any = ((id, params), (id, present), (_TRAINED, present), (_SHAPE, present))
+        now = [list(map(read, some)) for read, some in reads]
         if self._norms is not None and self._norms.made_for == now:
             return self._norms
         if not present:
@@ -341,16 +352,10 @@ class SGD(torch.optim.SGD):
                 if weight.grad is None:  # the lasso pulls at a weight that the loss did not reach, too
                     weight.grad = torch.zeros_like(weight)
         scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for device in {p.device for group in self.param_groups for p in group["params"] if p.grad is not None}:
+        for device, parameters in _gather(self, state).items():
             lasso = state if state is not None and state.norms.device == device else None
-            self._update(
-                _Step(
-                    _parameters_on(device, self.param_groups, self.state, lasso),
-                    device,
-                    lasso,
-                    Scaling(*(None if value is None else value.to(device) for value in scaling)),
-                )
-            )
+            on_device = Scaling(*(None if value is None else value.to(device) for value in scaling))
+            self._update(_Step(parameters, device, lasso, on_device))
         return loss
 
     def _check_settings(self) -> None:
@@ -388,6 +393,18 @@ class SGD(torch.optim.SGD):
         _call_operator(step, LassoState(norms, max_abs, coefficient, eps), rates, hyperparameters)
         if step.lasso is not None:
             step.lasso.take(norms, step.scaling.found_inf)
+
+
+def _gather(optimizer: SGD, lasso: _Norms | None) -> dict[torch.device, Parameters]:
+    """What a step updates on each device: as in the step before, unless something has changed."""
+    groups, state = optimizer.param_groups, optimizer.state
+    rows = None if optimizer._gathered is None else optimizer._gathered.rows(groups, state, lasso)
+    if rows is None:
+        devices = {p.device for group in groups for p in group["params"] if p.grad is not None}
+        rows = {device: _parameters_on(device, groups, state, lasso) for device in devices}
+        begin = any(any(of.first) for of in rows.values())
+        optimizer._gathered = None if begin else Gathering(groups, state, lasso, rows)
+    return rows
 
 
 def _call_operator(
@@ -459,7 +476,7 @@ def _parameters_on(
     state: Mapping[Tensor, Mapping[str, Any]],
     lasso: _Norms | None,
 ) -> Parameters:
-    """The parameters on a device that have a gradient, for one call of the operator; `lasso` is that of their weights.
+    """The parameters on a device that have a gradient, for one call of the operator; `lasso` is that of some of them.
 
     A parameter without a momentum buffer in `state` gets one that the update is to initialise.
     """
@@ -497,7 +514,7 @@ def _hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
 
 def _dtype_of_rates(parameters: Parameters) -> torch.dtype:
     """The dtype in which learning rates are read: fp64 where a parameter or gradient is fp64 or complex128."""
-    dtypes = {t.dtype for tensors in (parameters.params, parameters.grads) for t in tensors}
+    dtypes = {*map(_DTYPE, parameters.params), *map(_DTYPE, parameters.grads)}
     return torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
 
 

@@ -13,7 +13,7 @@ from bench_kit import compiling
 pytestmark = pytest.mark.t1
 
 ARCHITECTURES = (70, 80, 90)
-OPERATORS = {"group_lasso", "sgd", "group_soft_threshold", "batch_norm_act", "channel_index", "conv2d"}
+OPERATORS = {"group_lasso", "sgd", "group_soft_threshold", "batch_norm_passes", "channel_index", "conv2d"}
 OPERATORS |= {"channel_statistics", "slots"}  # what two of them share
 OPERATORS |= {"batch_norm_cooperative"}  # another way to launch one of them
 
@@ -39,7 +39,7 @@ def test_every_kernel_of_every_operator(arch: int, tmp_path: Path) -> None:
         assert 0 < int(row["registers"]) <= 255
         assert int(row["cubin_bytes"]) > 0
     # the passes over activations and weights, as the report promises them from sm_80 on
-    for kernel in ("batch_norm_act._apply_kernel", "batch_norm_act._gradient_kernel", "sgd._sgd_kernel"):
+    for kernel in ("batch_norm_passes._apply_kernel", "batch_norm_passes._gradient_kernel", "sgd._sgd_kernel"):
         aligned = [row for row in rows if row["kernel"] == kernel and "misaligned" not in row["case"]]
         assert aligned
         # through a map, or a run that is no multiple of 8, single elements are moved

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench import launches
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.ops import batch_norm_passes as passes
 from prunetrain_kernels.ops.batch_norm_act import (
     batch_norm_act,
     batch_norm_apply,
@@ -273,11 +274,36 @@ def test_the_fold_updates_running_statistics_as_their_own_launch_does(
     assert not torch.equal(folded[0], start[0])
 
 
+GAPPED = {
+    "(N, C) transposed": lambda: torch.randn(8, 6).t(),
+    "(N, C), every second column": lambda: torch.randn(6, 16)[:, ::2],
+    "(N, C), the first columns": lambda: torch.randn(6, 11)[:, :8],
+    "(N, C, 1), the first of two": lambda: torch.randn(6, 8, 2)[:, :, :1],
+    "(N, C, 1) transposed": lambda: torch.randn(8, 6, 1).transpose(0, 1),
+    "(N, C, 1, 1), every second channel": lambda: torch.randn(6, 16, 1, 1)[:, ::2],
+    "(N, C, H, W), the first columns": lambda: torch.randn(2, 8, 3, 5)[..., :4],
+}
+
+
+@t0
+@pytest.mark.parametrize("which", GAPPED)
+def test_what_is_not_one_run_of_numbers(which: str, path: str, device: torch.device) -> None:
+    """Input, residual and gradient that are views with gaps, or transposed: also where there is one pixel or none."""
+    torch.manual_seed(3)
+    x, residual, dy = (GAPPED[which]().to(device) for _ in range(3))
+    leaves = x.requires_grad_(), residual.requires_grad_()
+    of_ours = batch_norm_act(x, None, None, training=True, residual=residual)
+    of_torch = F.batch_norm(x, None, None, training=True) + residual
+    results = [(y, *torch.autograd.grad(y, leaves, dy)) for y in (of_ours, of_torch)]
+    for ours, torchs in zip(*results, strict=True):
+        assert torch.allclose(ours, torchs, rtol=1e-5, atol=1e-5)
+
+
 def test_a_small_activation_is_split_into_more_programs() -> None:
     large, small = matrix(256 * 256 * 56 * 56, 256, 1), matrix(128 * 64 * 8 * 8, 64, 1)
-    assert module._apply_grid(large)[0] == module._APPLY_ROWS
-    rows, (programs,) = module._apply_grid(small)
-    assert rows == module.TILE_ROWS
+    assert passes._apply_grid(large)[0] == passes._APPLY_ROWS
+    rows, (programs,) = passes._apply_grid(small)
+    assert rows == passes.TILE_ROWS
     assert programs == 256  # of 64 rows each there would be 64, fewer than a large GPU has multiprocessors
 
 
@@ -391,8 +417,8 @@ def test_bytes_that_are_kept_and_not_written(path: str, device: torch.device, mo
         launched = []
         returns = (p.x.clone(), p.x.new_empty(0))
         if path == "native":
-            monkeypatch.setattr(module, "_native_forward", lambda *_, **k: launched.append(k["record"]) or returns)
-        monkeypatch.setattr(module, "_apply", lambda *_, **k: launched.append(k["record"]) or returns)
+            monkeypatch.setattr(module, "native_forward", lambda *_, **k: launched.append(k["record"]) or returns)
+        monkeypatch.setattr(module, "apply_pass", lambda *_, **k: launched.append(k["record"]) or returns)
         batch_norm_act(p.x, None, None, residual=p.residual, relu=True, training=True)
     assert launched == [False]  # no mask where nobody will ask for a gradient
 

@@ -17,8 +17,9 @@ from test_batch_norm_gated import check as check_gated
 from bench import launches
 from prunetrain_kernels.ops import batch_norm_cooperative as cooperative
 from prunetrain_kernels.ops import grid_barrier, launch
-from prunetrain_kernels.ops.batch_norm_act import _apply_outputs, _matrix_of_y, batch_norm_act
+from prunetrain_kernels.ops.batch_norm_act import batch_norm_act
 from prunetrain_kernels.ops.batch_norm_cooperative import Plan, plan
+from prunetrain_kernels.ops.batch_norm_reference import apply_outputs, matrix_of_y
 from prunetrain_kernels.ops.channel_statistics import (
     IN_ORDER,
     PROGRAMS_OF_STATISTICS,
@@ -240,8 +241,8 @@ def test_the_matrix_of_y_before_y(
     inverse = torch.full((channels,), -1, dtype=torch.int32, device=device) if scattered else None
     r = torch.empty((size[0], channels, *size[2:]), device=device).contiguous(memory_format=stored)
     r_or_none = r if residual else None
-    y, _ = _apply_outputs(x, r_or_none, inverse)
-    assert _matrix_of_y(x, r_or_none, inverse) == matrix_of(y)
+    y, _ = apply_outputs(x, r_or_none, inverse)
+    assert matrix_of_y(x, r_or_none, inverse) == matrix_of(y)
     assert matrix_of(y).inner == inner
 
 
@@ -273,6 +274,7 @@ def test_counters_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         def synchronize(self) -> None: ...
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: now["stream"], raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))

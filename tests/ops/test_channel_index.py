@@ -169,6 +169,23 @@ def test_tensors_that_are_stored_both_ways(x_where: str, base_where: str, channe
 
 
 @t0
+@pytest.mark.parametrize("which", ["(N, C) transposed", "(N, C) with gaps", "(N, C, 1) with gaps"])
+def test_what_is_not_one_run_of_numbers(which: str, device: torch.device) -> None:
+    full = {
+        "(N, C) transposed": random(8, 6, dtype=torch.float32, device=device).t(),
+        "(N, C) with gaps": random(6, 16, dtype=torch.float32, device=device)[:, ::2],
+        "(N, C, 1) with gaps": random(6, 8, 2, dtype=torch.float32, device=device)[:, :, :1],
+    }[which]
+    index = chosen(8, 3, device)
+    part = full[:, index.index.tolist()]
+    part = torch.stack([part, part], -1)[..., 0]
+    assert not part.is_contiguous()
+    assert torch.equal(channel_gather(full, index), part)
+    assert torch.equal(channel_scatter(part, index), expected_scatter(part, index))
+    assert torch.equal(channel_scatter_add(full, part, index), expected_scatter(part, index, full))
+
+
+@t0
 @pytest.mark.parametrize("offset", [1, 3])
 def test_misaligned(offset: int, device: torch.device) -> None:
     x = fenced(random(2, 37, 3, 3, dtype=torch.float16, device=device), offset)

@@ -32,15 +32,17 @@ trained on beside a masked twin in float64, saved, loaded, and pruned a second t
 * **traced by**: torch.fx, or torch.export for a network whose forward torch.fx cannot follow.
 * **layers**: convolutions and linear layers whose channels are followed, of all that the network has.
 * **spaces**: sets of channels that stay or go together; those put together from others (concatenations) not counted.
-* **channels**: how many may go, of all, and their share; a channel counts once, however many layers share it.
+* **channels**: how many may go, of all but those of the network's own input and output, and their share; a channel
+  counts once, however many layers share it.
 * **FLOPs**: the share of a forward pass's multiply-adds of which the input or the output channel may go. 100% minus
   this is what would be left if everything that may go went. A few channels can carry many FLOPs: compare both shares. A
   depthwise convolution's input and output are one channel.
 * **frozen**: the channels that stay whatever their weights, by reason. Every network's input and output are frozen; the
   list leaves these out. Where "none can go", the operation that is named has a part of every channel in its result,
-  also of one that is 0, so pruning would not be exact. Where a number "is written out" or channels are picked "by
-  number", the forward holds their number as a constant (`split((26, 26))`, `view(n, 4, 16)`): with fewer it would fail,
-  or take others. What is "not followed" has no rule: whether pruning would be exact is not known, so nothing is cut.
+  also of one that is 0, so pruning would not be exact. A number of channels that an attribute of a module tells
+  (`split(x, self.width, 1)`) is set when channels go. Where a number "is written out" or channels are picked "by
+  number", the forward holds it as a constant (`split(x, 26, 1)`, `view(n, 4, 16)`): with fewer it would fail, or take
+  others. What is "not followed" has no rule: whether pruning would be exact is not known, so nothing is cut.
 """
 
 
@@ -79,7 +81,7 @@ class Row:
     Attributes:
         layers, all_layers: convolutions and linear layers whose channels are followed; all.
         spaces: not counting those put together from others.
-        channels, all_channels: that may go; all.
+        channels, all_channels: that may go; all, but for those of the network's input and output.
         share: of the forward FLOPs, that may go.
         frozen: channels by the reason why they stay, but for those of the network's input and output.
         tracer: "torch.fx" or "torch.export".
@@ -110,9 +112,10 @@ def describe(model: nn.Module, x: Tensor) -> Row:
 def describe_graph(graph: ChannelGraph, model: nn.Module, x: Tensor) -> Row:
     """The row of a network that is traced already."""
     spaces = [space for space in graph.spaces if space.members is None]
+    inner = [space for space in spaces if not space.is_input and not space.is_output]
     reasons: Counter[str] = Counter()
-    for space in spaces:
-        if space.frozen and not space.is_input and not space.is_output:
+    for space in inner:
+        if space.frozen:
             reasons[without_names(space.frozen)] += space.size
     followed = {*graph.layers, *graph.followers}
     layers = [name for name, module in model.named_modules() if isinstance(module, KINDS)]
@@ -120,8 +123,8 @@ def describe_graph(graph: ChannelGraph, model: nn.Module, x: Tensor) -> Row:
         sum(name in followed for name in layers),
         len(layers),
         len(spaces),
-        sum(space.size for space in spaces if not space.frozen),
-        sum(space.size for space in spaces),
+        sum(space.size for space in inner if not space.frozen),
+        sum(space.size for space in inner),
         prunable_share(graph, count_flops_by_layer(model, (x,))),
         dict(reasons.most_common()),
         graph.tracer,

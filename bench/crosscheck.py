@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from prunetrain_kernels.graph import ChannelGraph, trace_channels
+from prunetrain_kernels.graph.told import TOLD
 
 INTRODUCTION = """\
 [Torch-Pruning](https://github.com/VainF/Torch-Pruning) 1.6.1 finds by its own tracing which layers lose channels
@@ -39,15 +40,15 @@ DIFFERENCES: dict[str, set[str]] = {
     "convnext_tiny": {"frozen"},
     "espcn": {"indices"},
     "detector": {"indices"},
-    "timm:skresnet18": {"frozen", "indices"},
+    "timm:skresnet18": {"indices"},
     "timm:resnest14d": {"groups", "indices"},
-    "timm:res2net50_26w_4s": {"frozen", "indices"},
+    "timm:res2net50_26w_4s": {"indices"},
     "timm:nfnet_l0": {"frozen"},
-    "timm:dpn68": {"frozen", "groups"},
-    "timm:cspresnet50": {"frozen", "indices"},
-    "timm:cspdarknet53": {"frozen", "indices"},
-    "timm:mixnet_s": {"frozen"},
-    "timm:rexnet_100": {"frozen"},
+    "timm:dpn68": {"groups", "indices"},
+    "timm:cspresnet50": {"indices"},
+    "timm:cspdarknet53": {"indices"},
+    "timm:mixnet_s": {"indices"},
+    "timm:rexnet_100": {"indices"},
     "timm:convnext_atto": {"frozen"},
     "timm:fastvit_t8": {"multiplier", "indices"},
     "timm:edgenext_xx_small": {"frozen"},
@@ -121,6 +122,8 @@ def our_places(graph: ChannelGraph) -> dict[tuple[int, int], set[Place]]:
             for first in range(index, len(inputs) * layer.groups, len(inputs)):
                 places[channel] |= {Place(layer.name, "in", first * layer.block + b) for b in range(layer.block)}
     for follower in graph.followers.values():
+        if follower.kind == TOLD:
+            continue
         for index, channel in enumerate(channels_of(graph, follower.space)):
             block = follower.block
             places[channel] |= {Place(follower.name, "follow", index * block + b) for b in range(block)}

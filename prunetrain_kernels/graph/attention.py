@@ -41,14 +41,24 @@ def scaled_dot_product(flow: Flow, node: fx.Node) -> Outcome:
     heads = [heads_in(flow, each) for each in tensors]
     if not any(_is_grid(flow, each) for each in tensors) and set(flow.tensors(node)) <= {*tensors, mask}:
         return without_heads(flow, node, tensors, mask)
-    if not all(heads) or not all(_is_grid(flow, each) for each in tensors) or node.kwargs.get("enable_gqa"):
+    if not all(heads) or not all(_is_grid(flow, each) for each in tensors):
         return False
+    if node.kwargs.get("enable_gqa"):
+        heads = _each_for_several(heads)
     if mask is not None:
         shape = flow.shape(mask)
         one_for_all = shape is not None and (len(shape) < 3 or shape[-3] == 1) and flow.channels_of(mask) is None
         if not one_for_all:
             return "its mask differs from head to head"
-    return _joined(flow, node, heads, tensors[2])
+    return _joined(flow, node, heads, tensors[0] if node.kwargs.get("enable_gqa") else tensors[2])
+
+
+def _each_for_several(heads: list[Any]) -> list[Any]:
+    """The heads of query, key and value, where each of a key and a value is for several of the query in a row."""
+    count = len(heads[0][1])
+    if any(count % len(ids) for _, ids in heads):
+        return heads
+    return [(dim, tuple(i for i in ids for _ in range(count // len(ids)))) for dim, ids in heads]
 
 
 def unbound(flow: Flow, node: fx.Node) -> Outcome:

@@ -13,3 +13,8 @@ def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> 
     if len(node.args) > position:
         return node.args[position]
     return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether an argument is a whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)

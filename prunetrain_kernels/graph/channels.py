@@ -106,6 +106,8 @@ def reshaped(value: Channels, before: Sizes, after: Sizes) -> Channels | None:
     if value.features == 1 and value.dims[0] < len(after) and after[value.dims[0]] == 1:
         return value  # a single channel, in the same dimension as before
     inside = [(a, b) for a, b in aligned(before, after, value.dims) if set(value.dims) & set(a)]
+    if value.grid and len(inside) == len(value.dims):
+        return _reshaped_axes(value, before, inside)
     if len(inside) != 1:
         return None
     a, b = inside[0]
@@ -120,6 +122,28 @@ def reshaped(value: Channels, before: Sizes, after: Sizes) -> Channels | None:
     if len(a) > 1 or value.block > 1:
         return None
     return replace(value, dims=b, grid=tuple(after[d] for d in b))
+
+
+def _reshaped_axes(value: Channels, before: Sizes, groups: list[tuple[Sizes, Sizes]]) -> Channels | None:
+    """The channels of a grid whose dimensions are reshaped each by itself: one may swallow those behind it, so that
+    every channel is there as many times in a row."""
+    dims: list[int] = []
+    for dim, (a, b) in zip(value.dims, groups, strict=True):
+        if a[0] != dim or len(b) != 1 or set(a) & set(value.dims) != {dim}:
+            return None
+        value = repeated(value, dim, math.prod(before[d] for d in a[1:]))
+        dims.append(b[0])
+    return replace(value, dims=tuple(dims))
+
+
+def repeated(value: Channels, dim: int, times: int) -> Channels:
+    """The channels with each place along a dimension `times` times in a row."""
+    axis, sizes = value.dims.index(dim), value.grid or (len(value.ids),)
+    stride = math.prod(sizes[axis + 1 :])
+    rows = [value.ids[i : i + stride] for i in range(0, len(value.ids), stride)]
+    ids = tuple(i for row in rows for _ in range(times) for i in row)
+    grid = (*value.grid[:axis], value.grid[axis] * times, *value.grid[axis + 1 :]) if value.grid else ()
+    return replace(value, ids=ids, grid=grid)
 
 
 def tied_columns(ids: tuple[int, ...], grid: Sizes, varies: int) -> list[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 By then it is known whether a tensor's channels (`parameters.py`) are those of a layer, with which they are cut.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 
 import torch.nn.functional as F
@@ -63,7 +64,8 @@ def _goes_with_its_layer(flow: Flow, path: str, key: str, uses: list[tuple[fx.No
 
 def tells_channels(flow: Flow, user: fx.Node) -> bool:
     """Whether an operation has said where the channels of all its operands lie."""
-    return (user.target in ELEMENTWISE or user.target is F.instance_norm) and user not in flow.not_followed
+    tells = user.target in ELEMENTWISE or user.target in (F.instance_norm, F.embedding, operator.getitem)
+    return tells and user not in flow.not_followed
 
 
 def _make_followers(flow: Flow, module: nn.Module, path: str, by_key: dict[str, tuple[int, tuple[int, ...]]]) -> None:

@@ -6,16 +6,18 @@ says what comes out of it. `walk.py` asks the rules, call by call, and makes a g
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.graph.channels import Channels
-from prunetrain_kernels.graph.heads import HEADS, heads_of
+from prunetrain_kernels.graph.heads import HEADS, NUMBERS_OF_HEADS, heads_of
 from prunetrain_kernels.graph.known import Known
 from prunetrain_kernels.graph.spaces import Follower, Layer, Merge
+from prunetrain_kernels.graph.told import TOLD, Place
 from prunetrain_kernels.graph.traced import Traced
 
+TABLE = "embedding"  # the kind of follower whose rows are picked by number
 UNLIKE_BLOCKS = "is used with different numbers of features per channel"
 
 
@@ -51,6 +53,7 @@ class Flow(Known):
         self.pinned: dict[str, str] = {}
         self.parameters: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._by_heads: set[int] = set()  # ids that are attention heads
+        self._told: set[tuple[fx.Node, Place]] = set()  # uses of attributes that are followed
         self._reads: set[tuple[fx.Node, fx.Node]] = set()  # uses of parameters: the tensor, and by whom
 
     # -- what comes out of a call --------------------------------------------------------------------------------------
@@ -122,9 +125,36 @@ class Flow(Known):
         assert home is not None
         stride = math.prod(value.grid[axis + 1 :])
         ids = tuple(value.ids[head * stride] for head in range(value.grid[axis]))
+        for name in NUMBERS_OF_HEADS:  # which a number of heads may have told before
+            told = self.followed.get(f"{home}.{name}", ())
+            if len(told) == len(ids):
+                self.join(told, ids)
         self.followers.setdefault(home, Follower(home, HEADS, -1, value.grid[-1]))
         self.followed[home] = self.join(self.followed.setdefault(home, ids), ids)
         self._by_heads.update(ids)
+
+    def heads_of_module(self, module: str) -> tuple[int, ...] | None:
+        """The heads whose number a module tells; None where none are known."""
+        follower = self.followers.get(module)
+        return self.followed[module] if follower is not None and follower.kind == HEADS else None
+
+    def told(self, place: Place) -> tuple[int, ...] | None:
+        """The channels that an attribute counts; None where it is not known yet."""
+        follower = self.followers.get(place.name)
+        return None if follower is None or follower.kind != TOLD else self.followed[place.name]
+
+    def tell(self, place: Place, ids: tuple[int, ...]) -> None:
+        """Says that an attribute counts these channels, one as often as it is there: it is set with them."""
+        self.followers[place.name] = Follower(place.name, TOLD, -1, tensor=place.attribute)
+        self.followed[place.name] = ids
+
+    def understand_told(self, node: fx.Node, places: Iterable[Place]) -> None:
+        """Says that the node still works when the attributes, whose number it is passed, are set with the channels."""
+        self._told.update((node, place) for place in places)
+
+    def understands_told(self, node: fx.Node, place: Place) -> bool:
+        """Whether `understand_told` was said of the node and the attribute."""
+        return (node, place) in self._told
 
     def is_by_heads(self, value: Channels) -> bool:
         """Whether the channels are heads, whose number an attribute tells."""
@@ -159,6 +189,17 @@ class Flow(Known):
     def make_constant(self, node: fx.Node, name: str, channels: int, kind: str = "constant") -> None:
         """Says that the module makes channels from nothing: no producer or consumer, only values to slice."""
         self.follow_value(node, name, kind, Channels(self.new_space(channels)))
+
+    def make_table(self, node: fx.Node, name: str) -> None:
+        """Says that the module gives rows of its weight: channels begin with it, in the last dimension, and it is cut
+        with those that read them."""
+        last = len(self.shape(node) or ()) - 1
+        known = self.followed.get(name) or self.new_space((self.shape(node) or ())[last])
+        self.followers.setdefault(name, Follower(name, TABLE, -1, dim=1))
+        self.followed[name] = known
+        self.pinned.setdefault(name, "it is an embedding")
+        self.ends.add(node)
+        self.set(node, Channels(known, dims=(last,)))
 
     def make_layer(
         self,

@@ -37,6 +37,7 @@ from prunetrain_kernels.graph.maps import (
     unpooling,
 )
 from prunetrain_kernels.graph.norms import LAST_DIMS_FUNCTIONS, layer_norm_function
+from prunetrain_kernels.graph.numbers import is_count_of
 from prunetrain_kernels.graph.operations import (
     ADDITIONS,
     ALONG_DIMS,
@@ -47,6 +48,7 @@ from prunetrain_kernels.graph.operations import (
     MATRIX_PRODUCTS,
     MIXES,
     MIXING_FUNCTIONS,
+    OF_PLACES,
     OF_SIZE,
     PERMUTATIONS,
     POINTWISE_FUNCTIONS,
@@ -65,13 +67,15 @@ from prunetrain_kernels.graph.shapes import (
     fixed_axes,
     halves,
     index,
-    is_count_of,
+    interleaved,
     other_dims,
     pad,
     permutation,
     pieces_of,
+    places_along,
     reshape,
     reshape_as,
+    rows_of,
     shuffle,
     softmax,
     spread_over,
@@ -108,6 +112,11 @@ def _convolution(flow: Flow, node: fx.Node) -> Outcome:
 
 def _linear(flow: Flow, node: fx.Node) -> Outcome:
     return functional_layer(flow, node, "linear")
+
+
+def _rows(flow: Flow, node: fx.Node) -> Outcome:
+    plain = argument(node, 3, "max_norm") is None and set(flow.tensors(node)) <= set(node.args[:2])
+    return plain and rows_of(flow, node, argument(node, 1, "weight"), argument(node, 0, "input"))
 
 
 def _attribute(flow: Flow, node: fx.Node) -> Outcome:
@@ -226,16 +235,18 @@ def _reads_images(node: fx.Node) -> bool:
 def _expansion(flow: Flow, node: fx.Node) -> Outcome:
     """expand(-1, -1, h, w): channels stay as they are, but for a single one that is spread over several."""
     read = flow.source(node)
-    if read is None or read.channels.dim is None:
+    if read is None:
         return False
     source, value, before, after = read
-    dim = read.channels.dim + len(after) - len(before)
-    if after[dim] != before[read.channels.dim]:
-        return False
+    added, fixed = len(after) - len(before), fixed_axes(flow, value)
     sizes = unpacked(node.args[1:])
-    if len(sizes) != len(after) or not is_count_of(flow, node, sizes[dim], value.ids, Fraction(value.block)):
+    if len(sizes) != len(after) or any(after[dim + added] != before[dim] for dim in value.dims):
         return False
-    flow.set(node, value.in_dim(dim))
+    for dim in value.dims:
+        ids, features = places_along(value, dim), Fraction(value.block)
+        if dim not in fixed and not is_count_of(flow, node, sizes[dim + added], ids, features):
+            return False
+    flow.set(node, value.shifted(added))
     return set(flow.tensors(node)) == {source}
 
 
@@ -258,6 +269,7 @@ _RULES: dict[Any, Rule] = {
     torch.stack: stack,
     **dict.fromkeys((torch.chunk, "chunk", torch.split, "split", torch.functional.split), pieces_of),
     operator.getitem: index,
+    F.embedding: _rows,
     getattr: _attribute,
     **dict.fromkeys(PERMUTATIONS, permutation),
     **dict.fromkeys(("t", "adjoint", torch.t, torch.adjoint), transposed),
@@ -265,7 +277,9 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(REDUCTIONS, reduction),
     **dict.fromkeys(ALONG_DIMS, along_dims),
     **dict.fromkeys(("repeat", "tile", torch.tile), repetition),
+    **dict.fromkeys((torch.repeat_interleave, "repeat_interleave"), interleaved),
     **dict.fromkeys(OF_SIZE, of_size),
+    **dict.fromkeys(OF_PLACES, lambda flow, node: True),
     **dict.fromkeys(SOFTMAX, _softmax),
     F.glu: _halves,
     F.pad: pad,

@@ -49,6 +49,7 @@ from prunetrain_kernels.graph.sparse import (
     sparse_slices,
     weight_of,
 )
+from prunetrain_kernels.graph.told import TOLD
 
 POLICIES = ("union", "gating", "auto")
 Sides = tuple[Tensor | None, Tensor | None]  # the input and output channels that a gated layer computes; None for all
@@ -408,7 +409,8 @@ def _repeats(graph: ChannelSpaces) -> list[int]:
     times = [0] * len(graph.spaces)
     for i, space in enumerate(graph.spaces):
         grouped = [name for name in space.consumers if graph.layers[name].groups > 1]
-        if len(grouped) == len(space.consumers) + len(space.producers) + len(space.followers):
+        followers = [name for name in space.followers if graph.followers[name].kind != TOLD]
+        if len(grouped) == len(space.consumers) + len(space.producers) + len(followers):
             continue  # its channels are those of one group
         if space.members is None:
             times[i] = 1

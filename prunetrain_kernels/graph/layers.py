@@ -8,6 +8,7 @@ from torch import fx, nn
 from prunetrain_kernels.graph.calls import Outcome, argument
 from prunetrain_kernels.graph.channels import Channels
 from prunetrain_kernels.graph.flow import Flow
+from prunetrain_kernels.graph.numbers import follows
 from prunetrain_kernels.graph.operations import MIXES
 from prunetrain_kernels.graph.parameters import scaled_tensor
 
@@ -48,7 +49,9 @@ def functional_layer(flow: Flow, node: fx.Node, kind: str, *, transposed: bool =
         return False
     is_depthwise = groups > 1 and groups == (tensor.shape[0] if transposed else tensor.shape[1] * groups)
     if is_depthwise and not isinstance(module, nn.modules.conv._ConvNd):
-        return "a number of groups that is written out cannot follow the channels"
+        read = flow.source(node)
+        if read is None or not follows(flow, node, groups, read.channels.plain().ids):
+            return "a number of groups that is written out cannot follow the channels"
     if kind == "linear":
         outcome = linear(flow, node, name, tensor)
     else:

@@ -11,23 +11,15 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from prunetrain_kernels.graph.calls import Outcome, argument
+from prunetrain_kernels.graph.calls import Outcome, argument, is_whole
 from prunetrain_kernels.graph.channels import Channels
 from prunetrain_kernels.graph.flow import Flow
+from prunetrain_kernels.graph.numbers import WRITTEN_OUT, follows, is_count_of
 from prunetrain_kernels.graph.operations import ALONG_DIMS, OF_SIZE, OVER_CHANNELS, READ_MAP_SIZE
-from prunetrain_kernels.graph.shapes import WRITTEN_OUT, fixed_axes, is_count_of, unpacked
-from prunetrain_kernels.graph.traced import Shape
-
-
-def shapes_after(flow: Flow, node: fx.Node) -> list[torch.Size]:
-    """The shapes of all tensors that a call gives, one or a tuple; none if it gives anything else."""
-    value = flow.value(node)
-    values = list(value) if isinstance(value, tuple) else [value]
-    if not all(isinstance(v, Tensor | Shape) for v in values):
-        return []
-    return [v.shape if isinstance(v, Tensor) else v.sizes for v in values]
+from prunetrain_kernels.graph.shapes import fixed_axes, shapes_after, unpacked
+from prunetrain_kernels.graph.told import Told
 
 
 def gives(flow: Flow, node: fx.Node, channels: Channels) -> bool:
@@ -46,7 +38,7 @@ def _name(node: fx.Node) -> str:
 def dims_of(value: Any, ndim: int) -> list[int] | None:
     """One dimension, or several, as numbers from 0 upwards; None if they are not written out."""
     dims = [value] if isinstance(value, int) else value
-    if not isinstance(dims, list | tuple) or not all(type(d) is int for d in dims):
+    if not isinstance(dims, list | tuple) or not all(is_whole(d) for d in dims):
         return None
     return [d % ndim for d in dims]
 
@@ -214,6 +206,15 @@ def of_size(flow: Flow, node: fx.Node) -> Outcome:
             if count.channels.dim is not None and is_count_of(flow, node, size, value.ids, Fraction(value.block)):
                 flow.set(node, value)
                 return True
+    told = [dim for dim, size in enumerate(sizes) if isinstance(size, Told)] if len(sizes) == len(after) else []
+    if 1 in told or len(told) == 1:
+        dim = 1 if 1 in told else told[0]
+        ids = flow.new_space(after[dim])
+        if follows(
+            flow, node, sizes[dim], ids
+        ):  # zeros(n, self.width): they have the channels that the attribute counts
+            flow.set(node, Channels(ids, dims=(dim,)))
+            return True
     if len(after) > 1 and after[1] > 1:
         flow.leave_unknown(node, WRITTEN_OUT, decisive=True)
         flow.channels_in(node, 1)

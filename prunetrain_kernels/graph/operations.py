@@ -84,7 +84,6 @@ REDUCTIONS = set(_REDUCTIONS) | {getattr(torch, name) for name in _REDUCTIONS}
 _ALONG_DIMS = {
     "flip": (1, None), "roll": (2, None), "cumsum": (1, None), "cumprod": (1, None), "logcumsumexp": (1, None),
     "cummax": (1, None), "cummin": (1, None), "sort": (1, -1), "argsort": (1, -1), "topk": (2, -1), "diff": (2, -1),
-    "repeat_interleave": (2, None),
 }  # fmt: skip
 ALONG_DIMS = {**_ALONG_DIMS, **{getattr(torch, name): how for name, how in _ALONG_DIMS.items()}, F.normalize: (2, 1)}
 SOFTMAX = {F.softmax, torch.softmax, "softmax", F.log_softmax, torch.log_softmax, "log_softmax", F.softmin}
@@ -100,5 +99,7 @@ OF_SIZE = {
     torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn, torch.full, "new_zeros", "new_ones", "new_empty",
     "new_full",
 }  # fmt: skip
+# Functions that make a tensor of numbers, one for each place: they have no channels.
+OF_PLACES = {torch.arange, torch.linspace, torch.eye, torch.randperm}
 # Functions that read the size of a map from a whole size: they ask no number of channels.
 READ_MAP_SIZE = {F.affine_grid, torch.affine_grid_generator, *UNPOOLING}

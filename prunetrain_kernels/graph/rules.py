@@ -73,6 +73,24 @@ def batch_norm_rule(flow: Flow, node: fx.Node, name: str, module: Any) -> Outcom
     return plain and flow.follow(node, name, "batch_norm")
 
 
+def _embedding(flow: Flow, node: fx.Node, name: str, module: nn.Embedding) -> Outcome:
+    """Rule for an embedding, which begins channels as a layer does, but has no weights for inputs: a channel that
+    nobody reads any more can go, whatever its words say there."""
+    picked, after = flow.shape(node.args[0]), flow.shape(node)
+    if (
+        module.max_norm is not None
+        or picked is None
+        or after is None
+        or tuple(after) != (*picked, *module.weight.shape[1:])
+    ):
+        return False
+    numbers = flow.channels_of(node.args[0])
+    if numbers is not None:
+        flow.freeze(numbers, "an embedding picks rows by it")
+    flow.make_table(node, name)
+    return True
+
+
 def _mixing_norm(flow: Flow, node: fx.Node, name: str, module: nn.Module) -> Outcome:
     return f"'{name}' ({type(module).__name__}) {MIXES}"
 
@@ -180,6 +198,7 @@ _RULES: dict[type[nn.Module], ModuleRule] = {
     **dict.fromkeys((nn.LocalResponseNorm, nn.CrossMapLRN2d), _mixing_norm),
     nn.MultiheadAttention: _multihead_attention,
     nn.PReLU: _prelu,
+    nn.Embedding: _embedding,
     nn.Flatten: _flatten_module,
     nn.Unflatten: _unflatten_module,
     **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), _shuffle),

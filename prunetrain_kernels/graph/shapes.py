@@ -1,71 +1,40 @@
-"""Rules for functions that move channels about: reshapes, concatenations and the like.
-
-A size that the forward reads from a tensor and gives to a reshape is followed from the one to the other (`counts`).
-"""
+"""Rules for functions that move channels about: reshapes, concatenations and the like."""
 
 import math
-import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from prunetrain_kernels.graph.calls import Outcome, argument
-from prunetrain_kernels.graph.channels import Channels, Count, reshaped, tied_columns
+from prunetrain_kernels.graph.calls import Outcome, argument, is_whole
+from prunetrain_kernels.graph.channels import Channels, repeated, reshaped, tied_columns
 from prunetrain_kernels.graph.flow import Flow
+from prunetrain_kernels.graph.numbers import (
+    OF_OTHERS,
+    WRITTEN_OUT,
+    follows,
+    follows_heads,
+    is_count_of,
+    is_count_of_others,
+    is_fixed,
+    is_told_already,
+    tells_groups,
+)
+from prunetrain_kernels.graph.parameters import is_saved_tensor
+from prunetrain_kernels.graph.told import Told
+from prunetrain_kernels.graph.traced import Shape
 
-WRITTEN_OUT = "its number of channels is written out in the forward"
 
-
-# -- numbers of channels that the forward reads ------------------------------------------------------------------------
-
-
-def counts(flow: Flow, node: fx.Node) -> bool:
-    """Rule for arithmetic on a number of channels: `c // 2`, `c * h * w`. True if its result is followed too."""
-    numbers = [(n, count) for n in node.all_input_nodes if (count := flow.count_of(n)) is not None]
+def shapes_after(flow: Flow, node: fx.Node) -> list[torch.Size]:
+    """The shapes of all tensors that a call gives, one or a tuple; none if it gives anything else."""
     value = flow.value(node)
-    if len(numbers) != 1 or not isinstance(value, int) or len(node.args) != 2 or isinstance(value, bool):
-        return False
-    ((number, count),) = numbers
-    other = node.args[1] if node.args[0] is number else node.args[0]
-    known = flow.value(other) if isinstance(other, fx.Node) else other
-    if not isinstance(known, int) or known == 0:
-        return False
-    if node.target is operator.mul:
-        factor = count.factor * known
-    elif node.target in (operator.floordiv, torch.floor_divide) and node.args[0] is number:
-        factor = count.factor / known
-    else:
-        return False
-    if count.channels.features * factor != value:
-        return False  # it was rounded
-    flow.set_count(node, Count(count.channels, factor))
-    flow.understand(node, number)
-    return True
-
-
-def is_count_of(flow: Flow, node: fx.Node, number: Any, ids: tuple[int, ...], factor: Fraction) -> bool:
-    """Whether a size that is passed to `node` is, and stays, `factor` times the number of channels `ids`."""
-    if isinstance(number, int):
-        return number == -1
-    count = flow.count_of(number)
-    if count is None:
-        return False
-    per_channel = count.channels.block * count.factor
-    roots, counted = (sorted(map(flow.find, side)) for side in (ids, count.channels.ids))
-    if roots != counted:
-        repeats = Fraction(len(roots), len(counted))
-        if repeats == 1 and per_channel == factor:
-            flow.join(ids, count.channels.ids)  # the program says that there are as many of both
-        elif repeats.denominator != 1 or sorted(counted * int(repeats)) != roots:
-            return False
-        factor *= repeats
-    if per_channel != factor:
-        return False
-    flow.understand(node, number)
-    return True
+    values = list(value) if isinstance(value, tuple) else [value]
+    if not all(isinstance(v, Tensor | Shape) for v in values):
+        return []
+    return [v.shape if isinstance(v, Tensor) else v.sizes for v in values]
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
@@ -85,56 +54,81 @@ def reshape_to(flow: Flow, node: fx.Node, sizes: Sequence[Any] | None) -> Outcom
     if result is None:
         return False
     target_sizes = [-1] * len(after) if sizes is None else list(sizes)
-    if result.grid:
+    if result.grid and not value.grid:
         return _split_into_grid(flow, node, result, target_sizes)
-    (dim,) = result.dims
-    if isinstance(target_sizes[dim], int) and target_sizes[dim] != -1:
-        if flow.is_by_heads(result):
-            flow.set(node, result)
-            return True
-        return flow.stays(node, WRITTEN_OUT, value, result)
-    if not is_count_of(flow, node, target_sizes[dim], result.ids, Fraction(result.block)):
-        return False
+    for dim in result.dims:
+        if result.grid and dim in fixed_axes(flow, result):
+            continue
+        if is_count_of(flow, node, target_sizes[dim], places_along(result, dim), Fraction(result.block)):
+            continue
+        if is_fixed(target_sizes[dim]) and not (result.dim is not None and flow.is_by_heads(result)):
+            return flow.stays(node, WRITTEN_OUT, value, result)
+        follows_heads(flow, node, target_sizes[dim])
+        if not is_fixed(target_sizes[dim]):
+            from_others = is_count_of_others(flow, target_sizes[dim : dim + 1])
+            return from_others and flow.stays(node, OF_OTHERS, value, result)
     flow.set(node, result)
     return True
 
 
 def _same_shape(flow: Flow, node: fx.Node, value: Channels, sizes: Sequence[Any] | None) -> Outcome:
     """Rule for a reshape that changes nothing, of a grid whose size is left open where it can get shorter."""
-    varies = [] if sizes is None else [d for d in value.dims if d not in fixed_axes(flow, value)]
-    if any(sizes is not None and sizes[d] != -1 for d in varies):
-        return flow.stays(node, WRITTEN_OUT, value, value)
+    for dim in value.dims:
+        if sizes is None or dim in fixed_axes(flow, value):
+            continue
+        if not is_count_of(flow, node, sizes[dim], places_along(value, dim), Fraction(1)):
+            return flow.stays(node, WRITTEN_OUT, value, value)
     flow.set(node, value)
     return True
 
 
 def _split_into_grid(flow: Flow, node: fx.Node, result: Channels, sizes: list[Any]) -> Outcome:
     """Rule for view(b, groups, c // groups, ...): one new dimension gets shorter, everywhere along the others."""
-    fixed = [isinstance(sizes[d], int) and sizes[d] != -1 for d in result.dims]
+    fixed = [is_fixed(sizes[d]) for d in result.dims]
     if all(fixed[:-1]):
         axis = flow.heads_axis(result)
         if axis is not None:
             _tie(flow, result, axis)
             flow.follow_heads(result, axis)
+            follows_heads(flow, node, sizes[result.dims[axis]])
             flow.set(node, result)
             return True
-    if all(fixed):
+    told = _told_axis(flow, result, sizes) if all(fixed) else None
+    if all(fixed) and told is None:
         return flow.stays(node, WRITTEN_OUT, result, result)
-    if fixed.count(False) != 1:
+    if told is None and fixed.count(False) != 1:
         return False
-    varies = fixed.index(False)
+    varies = fixed.index(False) if told is None else told
     _tie(flow, result, varies)
+    if told is None and is_count_of_others(flow, [sizes[result.dims[varies]]]):
+        return flow.stays(node, OF_OTHERS, result, result)
     rest = math.prod(size for axis, size in enumerate(result.grid) if axis != varies)
-    if not is_count_of(flow, node, sizes[result.dims[varies]], result.ids, Fraction(1, rest)):
+    if told is not None:
+        dim = result.dims[varies]
+        if not follows(flow, node, sizes[dim], places_along(result, dim)):
+            return flow.stays(node, WRITTEN_OUT, result, result)
+    elif not is_count_of(flow, node, sizes[result.dims[varies]], result.ids, Fraction(1, rest)):
         return False
     if varies == 0 and len(result.grid) > 2:  # each channel is a map now: view(n, -1, 4, 4) of a linear layer's output
         flow.set(node, Channels(result.ids[::rest], dims=result.dims[:1]))
         return True
-    flow.keep_two(result.ids)
+    if told is None:
+        flow.keep_two(result.ids)
     if flow.heads_axis(result) == varies:
         flow.follow_heads(result, varies)  # view(n, length, -1, head_dim): an attribute tells the number all the same
     flow.set(node, result)
     return True
+
+
+def _told_axis(flow: Flow, value: Channels, sizes: Sequence[Any]) -> int | None:
+    """The axis of a grid that gets shorter where all its sizes are numbers that the program holds: one that an
+    attribute tells. One whose meaning is known already comes first; of heads and features, of channels and their maps
+    it is the first one; groups stay as many as they are."""
+    axes = [axis for axis, dim in enumerate(value.dims) if isinstance(sizes[dim], Told)]
+    known = [axis for axis in axes if is_told_already(flow, sizes[value.dims[axis]])]
+    parts = [axis for axis in axes if not tells_groups(sizes[value.dims[axis]])]
+    ordered = [*known, *parts, *axes]
+    return ordered[0] if ordered else None
 
 
 def _tie(flow: Flow, value: Channels, axis: int) -> None:
@@ -207,6 +201,17 @@ def permutation(flow: Flow, node: fx.Node) -> Outcome:
     return True
 
 
+def interleaved(flow: Flow, node: fx.Node) -> Outcome:
+    """Rule for `repeat_interleave(x, 2, dim)`: along the channels' dimension each is there twice in a row."""
+    read, times, dim = flow.source(node), argument(node, 1, "repeats"), argument(node, 2, "dim")
+    if read is None or not is_whole(times) or not is_whole(dim) or flow.tensors(node) != [read.node]:
+        return False
+    dim %= len(read.before)
+    value = read.channels.plain() if dim in read.channels.dims else read.channels
+    flow.set(node, repeated(value, dim, times) if dim in value.dims else value)
+    return True
+
+
 def transposed(flow: Flow, node: fx.Node) -> Outcome:
     """Rule for `x.mT`, `x.mH` and `adjoint`, which swap the last two dimensions; of a matrix, `x.T`, `x.H`, `t`."""
     read = flow.source(node)
@@ -223,7 +228,7 @@ def transposed(flow: Flow, node: fx.Node) -> Outcome:
 
 def _dims(value: Any, ndim: int) -> list[int] | None:
     dims = [value] if isinstance(value, int) else value
-    if not isinstance(dims, list | tuple) or not all(type(d) is int for d in dims):
+    if not isinstance(dims, list | tuple) or not all(is_whole(d) for d in dims):
         return None
     return [d % ndim for d in dims]
 
@@ -286,6 +291,20 @@ def resized_axis(value: Channels, dim: int, size: int) -> Channels:
     stride, old = math.prod(grid[axis + 1 :]), value.grid[axis]
     places = ((place // (stride * size) * old * stride) + place % stride for place in range(math.prod(grid)))
     return Channels(tuple(value.ids[place] for place in places), 1, value.dims, grid)
+
+
+def places_along(value: Channels, dim: int) -> tuple[int, ...]:
+    """The channels in each place along one of a value's dimensions; of a grid, the first of those in the place."""
+    return tuple(tied[0] for tied in tied_columns(value.ids, value.grid or (len(value.ids),), value.dims.index(dim)))
+
+
+def taken(value: Channels, dim: int, start: int, stop: int) -> Channels:
+    """The part of a grid from `start` to `stop` along one of its dimensions; of channels in one dimension likewise."""
+    axis, sizes = value.dims.index(dim), value.grid or (len(value.ids),)
+    stride = math.prod(sizes[axis + 1 :])
+    ids = tuple(i for place, i in enumerate(value.ids) if start <= place // stride % sizes[axis] < stop)
+    grid = (*value.grid[:axis], stop - start, *value.grid[axis + 1 :]) if value.grid else ()
+    return Channels(ids, value.block, value.dims, grid)
 
 
 def _along(value: Channels, axis: int) -> list[tuple[int, ...]]:
@@ -409,41 +428,69 @@ def _grids_together(flow: Flow, node: fx.Node, parts: list[Channels], dim: int) 
 
 
 def pieces_of(flow: Flow, node: fx.Node) -> Outcome:
-    """Rule for chunk and split. The channels of equal pieces stay or go together, so that the pieces stay equal; pieces
-    of a fixed number of channels cannot follow."""
+    """Rule for chunk and split. The channels of equal pieces stay or go together, so that the pieces stay equal; a
+    piece of a number of channels that an attribute tells goes with that; one whose number is written out stays."""
     source = argument(node, 0, "input", "tensor")
     value, before, results = flow.channels_of(source), flow.shape(source), flow.value(node)
     dim = argument(node, 2, "dim", default=0)
-    if (
-        value is None
-        or before is None
-        or value.dim is None
-        or not isinstance(dim, int)
-        or not isinstance(results, tuple)
-    ):
+    if value is None or before is None or not is_whole(dim) or not isinstance(results, tuple):
         return False
-    if dim % len(before) != value.dim:
+    dim %= len(before)
+    sizes = [shape[dim] for shape in shapes_after(flow, node)]
+    if dim not in value.dims:
         flow.set_parts(node, [value] * len(results))
         return True
-    pieces = len(results)
+    if value.grid and dim in fixed_axes(flow, value):
+        flow.set_parts(node, [resized_axis(value, dim, size) for size in sizes])
+        return True
     sections = argument(node, 1, "chunks", "split_size_or_sections", "split_size")
-    value = value.plain() if len(value.ids) % pieces else value
-    size = len(value.ids) // pieces
-    if node.target not in (torch.chunk, "chunk"):
-        sizes = list(sections) if isinstance(sections, list | tuple) else [sections]
-        if any(isinstance(number, int) for number in sizes):
-            return _pieces_written_out(flow, node, value, sizes)
-        factor = Fraction(value.block, pieces)
-        if not all(is_count_of(flow, node, number, value.ids, factor) for number in sizes):
-            return False
-    elif sections != pieces:
+    if node.target in (torch.chunk, "chunk"):
+        return sections == len(results) and _equal_pieces(flow, node, value, dim, None)
+    if not isinstance(sections, list | tuple):
+        is_even = len(set(sizes)) == 1 and (not is_fixed(sections) or isinstance(sections, Told))
+        return (
+            _equal_pieces(flow, node, value, dim, sections)
+            if is_even
+            else _listed_pieces(flow, node, value, dim, sizes)
+        )
+    if not value.grid and all(isinstance(number, fx.Node) for number in sections):
+        factor = Fraction(value.block, len(results))
+        even = all(is_count_of(flow, node, number, value.ids, factor) for number in sections)
+        return even and _equal_pieces(flow, node, value, dim, None)
+    return _listed_pieces(flow, node, value, dim, sections)
+
+
+def _equal_pieces(flow: Flow, node: fx.Node, value: Channels, dim: int, number: Any) -> Outcome:
+    """Rule for pieces that are equal and stay so; `number`: of the features of each, None if it follows by itself."""
+    pieces = len(flow.value(node))
+    value = value.plain() if not value.grid and len(value.ids) % pieces else value
+    length = value.grid[value.dims.index(dim)] if value.grid else len(value.ids)
+    size = length // pieces
+    if size * pieces != length:
         return False
-    if size * pieces != len(value.ids):
+    if isinstance(number, fx.Node) and not is_count_of(
+        flow, node, number, places_along(value, dim), Fraction(value.block, pieces)
+    ):
         return False
-    columns = [value.ids[i * size : (i + 1) * size] for i in range(pieces)]
-    for other in columns[1:]:
-        flow.join(columns[0], other)
-    flow.set_parts(node, [Channels(ids, value.block, value.dims) for ids in columns])
+    parts = [taken(value, dim, i * size, (i + 1) * size) for i in range(pieces)]
+    for part in parts[1:]:
+        flow.join(parts[0].ids, part.ids)
+    if isinstance(number, Told) and not follows(flow, node, number, places_along(parts[0], dim), Fraction(value.block)):
+        flow.stays(node, WRITTEN_OUT, value)
+    flow.set_parts(node, parts)
+    return True
+
+
+def _listed_pieces(flow: Flow, node: fx.Node, value: Channels, dim: int, sizes: Sequence[Any]) -> Outcome:
+    """Rule for split([26, 26], 1): each piece stays or goes with the attribute that tells its number, or stays."""
+    value, start, parts = value.plain(), 0, []
+    for number, shape in zip(sizes, shapes_after(flow, node), strict=True):
+        part = taken(value, dim, start, start + shape[dim])
+        start += shape[dim]
+        parts.append(part)
+        if not is_count_of(flow, node, number, places_along(part, dim), Fraction(1)):
+            flow.stays(node, WRITTEN_OUT, part)
+    flow.set_parts(node, parts)
     return True
 
 
@@ -463,21 +510,6 @@ def halves(flow: Flow, node: fx.Node, dim: Any) -> Outcome:
     return True
 
 
-def _pieces_written_out(flow: Flow, node: fx.Node, value: Channels, sizes: list[Any]) -> Outcome:
-    """Rule for split(26, 1) or split([26, 26], 1): no channel can go, but it is known which piece has which."""
-    ids = value.plain().ids
-    if len(sizes) == 1:
-        sizes = sizes * -(-len(ids) // sizes[0])
-    if not all(isinstance(size, int) for size in sizes):
-        return WRITTEN_OUT
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    flow.stays(node, WRITTEN_OUT, value)
-    flow.set_parts(
-        node, [Channels(ids[end - size : end], dims=value.dims) for end, size in zip(ends, sizes, strict=True)]
-    )
-    return True
-
-
 def index(flow: Flow, node: fx.Node) -> Outcome:
     """Rule for `x[key]`, where x is a tensor or a tuple of tensors."""
     source, key = node.args
@@ -488,6 +520,8 @@ def index(flow: Flow, node: fx.Node) -> Outcome:
         else:
             flow.set(node, parts[key])
         return True
+    if flow.shape(key) is not None:
+        return rows_of(flow, node, source, key)
     read = flow.source(node)
     if read is None or flow.tensors(node) != [read.node]:
         return False
@@ -515,8 +549,10 @@ def index(flow: Flow, node: fx.Node) -> Outcome:
                 return reason if isinstance(entry, int) else False
             if value.grid or any(isinstance(i, fx.Node) for i in (entry.start, entry.stop, entry.step)):
                 return reason
-            flow.stays(node, reason, value)
-            value = Channels(tuple(list(value.plain().ids)[entry]), dims=value.dims)
+            plain = value.plain()
+            if not _bounds_follow(flow, node, entry, plain.ids):
+                flow.stays(node, reason, value)
+            value = Channels(plain.ids[entry], dims=value.dims)
         if not isinstance(entry, int):
             dims[old] = new
             new += 1
@@ -525,11 +561,44 @@ def index(flow: Flow, node: fx.Node) -> Outcome:
     return True
 
 
+def rows_of(flow: Flow, node: fx.Node, table: Any, key: Any) -> Outcome:
+    """Rule for `table[numbers]`: the rows of a table have its channels, in its last dimensions; a parameter of two
+    dimensions that is not known to have any gets some."""
+    before, picked, after = flow.shape(table), flow.shape(key), flow.shape(node)
+    if before is None or picked is None or after is None or tuple(after) != (*picked, *before[1:]):
+        return False
+    value = flow.channels_of(table)
+    if value is None and table.op == "get_attr" and len(before) == 2 and is_saved_tensor(flow, str(table.target)):
+        value = flow.parameter(table, 1)
+    if value is None or 0 in value.dims:
+        return False
+    numbers = flow.channels_of(key)
+    if numbers is not None:
+        flow.freeze(numbers, "rows are picked by it")
+    flow.end(node)
+    flow.set(node, replace(value, dims=tuple(dim + len(picked) - 1 for dim in value.dims)))
+    return True
+
+
+def _bounds_follow(flow: Flow, node: fx.Node, entry: slice, ids: tuple[int, ...]) -> bool:
+    """Whether attributes tell where a slice of channels begins and ends: `x[:, : self.width]`, `x[:, -self.more :]`."""
+    if entry.step not in (None, 1):
+        return False
+    for bound in (entry.start, entry.stop):
+        if bound is None or bound == 0 or (bound is entry.stop and _takes_all(slice(bound), len(ids))):
+            continue
+        counted, part = (bound, ids[:bound]) if bound > 0 else (-bound, ids[bound:])
+        if not follows(flow, node, counted, part):
+            return False
+    return True
+
+
 def _takes_all(entry: Any, size: int) -> bool:
     """Whether an entry of an index is a slice of the whole dimension, also when that gets shorter."""
     if not isinstance(entry, slice) or entry.step not in (None, 1) or entry.start not in (None, 0):
         return False
-    return entry.stop is None or (isinstance(entry.stop, int) and entry.stop >= size)
+    written = isinstance(entry.stop, int) and not isinstance(entry.stop, Told)  # what an attribute tells gets smaller
+    return entry.stop is None or (written and entry.stop >= size)
 
 
 def shuffle(flow: Flow, node: fx.Node, kind: str, size: Any) -> Outcome:

@@ -6,12 +6,14 @@ is pruned from a whole space, so that every layer on it keeps fitting every othe
 side by side, as behind a concatenation, they form a space with `members`, which keeps what its members keep.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.errors import InputError
+from prunetrain_kernels.graph.told import TOLD, told_value
 from prunetrain_kernels.inputs import ExampleInputs
 
 
@@ -168,6 +170,18 @@ class ChannelSpaces:
             torch.arange(self.spaces[layer.output].size, device="cpu") if layer.live_out is None else layer.live_out,
         )
 
+    def told_sizes(self, kept: Callable[[int], int]) -> dict[str, dict[str, int]]:
+        """What the attributes that tell numbers of channels are to be, by the module's name, then by theirs.
+
+        Args:
+            kept: the number of channels that a space keeps.
+        """
+        sizes: dict[str, dict[str, int]] = {}
+        for follower in self.followers.values():
+            if follower.kind == TOLD:
+                sizes.setdefault(follower.module, {})[follower.tensor] = kept(follower.space)
+        return sizes
+
     def check(self, model: nn.Module) -> None:
         """Raises InputError where `model` no longer has the shape that was traced."""
         modules = dict(model.named_modules())
@@ -185,7 +199,10 @@ class ChannelSpaces:
         for follower in self.followers.values():
             module, size = modules.get(follower.module), self.spaces[follower.space].size * follower.block
             tensors = {} if module is None else follower.tensors(module)
-            if module is None or any(tensor.shape[follower.dim] != size for tensor in tensors.values()):
+            other = any(tensor.shape[follower.dim] != size for tensor in tensors.values())
+            if module is not None and follower.kind == TOLD:
+                other = told_value(module, follower.tensor) != size
+            if module is None or other:
                 raise InputError(
                     f"'{follower.name}' does not have the {size} channels that were traced; call "
                     "trace_channels(model, example_inputs) again after every change to the model."

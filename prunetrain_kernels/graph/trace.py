@@ -62,14 +62,14 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     refuse_sharded(model)
     with tracing(), outside_inference_mode(), unchanged(model), buffers_copied(model), parameters_kept(model):
         runs = runs_of(model, example_inputs)
-        graph, failed = None, None
+        graph, distrusted, failed = None, "", None
         try:
-            graph = _graph(runs, "torch.fx")
+            graph, distrusted = _graph(runs, "torch.fx")
         except UntraceableError as error:
             failed = error
         if graph is None or _is_incomplete(graph):
             try:
-                exported = _graph(runs, "torch.export")
+                exported, of_exported = _graph(runs, "torch.export")
             except MemoryError:  # says nothing about the model
                 raise
             except Exception as error:
@@ -77,14 +77,15 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
                     raise TraceError(_why_not(runs, failed, error)) from failed
             else:
                 if graph is None or exported.free_channels > graph.free_channels:
-                    graph = exported
-    if graph.doubts and not graph.free_channels:
-        raise TraceError(f"none of the channels of {type(model).__name__} can go: {graph.doubts[0]}. {HOW_TO_TRACE}")
+                    graph, distrusted = exported, of_exported
+    if distrusted and not graph.free_channels:
+        raise TraceError(f"none of the channels of {type(model).__name__} can go: {distrusted}. {HOW_TO_TRACE}")
     return graph
 
 
-def _graph(runs: Runs, tracer: str) -> ChannelGraph:
-    """The graph from the programs of one tracer, with the trial cut behind it; raises what `programs_of` raises."""
+def _graph(runs: Runs, tracer: str) -> tuple[ChannelGraph, str]:
+    """The graph from the programs of one tracer, with the trial cut behind it, and why a program is not what the model
+    computes, if one is not; raises what `programs_of` raises."""
     all_programs = programs_of(runs, tracer)
     programs = distinct(all_programs)
     graph = walk(runs.model, programs, runs.examples)
@@ -95,7 +96,7 @@ def _graph(runs: Runs, tracer: str) -> ChannelGraph:
     starts = [known for mode in modes for known in [k for k in runs.known if k[0] == mode][:MOST_STARTS]]
     graph.doubts = distrusted + freeze_what_fails(graph, runs, starts)
     graph.alike_in_both_modes = runs.alike_in_both_modes
-    return graph
+    return graph, next(iter(distrusted), "")
 
 
 def _is_incomplete(graph: ChannelGraph) -> bool:

@@ -11,7 +11,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunetrain_kernels.graph.rules import rule_for
+from prunetrain_kernels.graph.told import told_numbers
 from prunetrain_kernels.graph.traced import LISTED
 from prunetrain_kernels.graph.transformers import plain_forward
 from prunetrain_kernels.inputs import ExampleInputs, arguments_of, mapped, named_inputs
@@ -32,6 +33,8 @@ from prunetrain_kernels.probe import (
 )
 
 _LOCK = threading.RLock()
+# Functions of torch that make a tensor of nothing but numbers.
+FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "eye")
 SLICED_BY_A_SIZE = "slice indices must be integers"  # what Python says of a tensor that a traced number slices
 
 
@@ -196,6 +199,30 @@ class _Tracer(ThreadTracer):
             raise
 
 
+@contextmanager
+def _recording_factories(tracer: _Tracer) -> Iterator[None]:
+    """Inside, `torch.zeros(x.shape[0], 8)` and the like are recorded: PyTorch takes no traced number for a size there.
+    What other threads call meanwhile runs as it is."""
+    before = {name: getattr(torch, name) for name in FACTORIES}
+
+    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == tracer.thread and _holds_proxies((args, kwargs)):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    try:
+        for name, function in before.items():
+            setattr(torch, name, recording(function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(torch, name, function)
+
+
 def _is_plain_object(value: Any) -> bool:
     """Whether a value is an object of a user's class, for which fx has no way to write it down."""
     known = (fx.Proxy, fx.Node, Tensor, nn.Module, type, dict, list, tuple, slice, range)
@@ -267,7 +294,7 @@ def _trace(
             restore_attributes(module, attributes)
         tracer = _Tracer(set(closed), inputs, sees_buffers=sees_buffers)
         try:
-            with _tables_restored(model):
+            with _tables_restored(model), told_numbers(model), _recording_factories(tracer):
                 return tracer.trace(model), closed
         except MemoryError:  # says nothing about the model
             raise

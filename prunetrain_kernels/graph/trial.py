@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.runs import Runs, Start, describe_difference, in_double, own_tensors, run
 from prunetrain_kernels.graph.spaces import ChannelSpaces, expand
+from prunetrain_kernels.graph.told import TOLD, set_attribute
 from prunetrain_kernels.inputs import ExampleInputs, mapped, tensors_in
 from prunetrain_kernels.probe import difference, first_line
 
@@ -37,9 +38,10 @@ def freeze_what_fails(graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[b
     """
     gated = any(layer.live_in is not None or layer.live_out is not None for layer in graph.layers.values())
     if gated or any(follower.kind == "constant" for follower in graph.followers.values()):
-        for follower in graph.followers.values():
-            if follower.kind == HEADS:
-                graph.spaces[follower.space].frozen = "heads are only pruned where a trial cut can be made"
+        for i in _spaces_told(graph):
+            untried = "its number, which an attribute tells, is only changed where a trial cut can be made"
+            graph.spaces[i].frozen = graph.spaces[i].frozen or untried
+        _freeze_put_together(graph)
         return ()  # a reconfiguration made this network, and the trial was before it
     trial = _Trial(graph, runs, starts)
     spaces = [
@@ -48,10 +50,10 @@ def freeze_what_fails(graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[b
         if space.members is None and not space.frozen and len(_channels_to_cut(space.size, space.least))
     ]
     reasons: dict[str, None] = {}
-    heads = {follower.space for follower in graph.followers.values() if follower.kind == HEADS}.intersection(spaces)
-    if heads and trial.why_not(spaces):  # that an attribute tells the number of heads was no more than a likely guess
-        for i, reason in trial.culprits(sorted(heads)).items():
-            graph.spaces[i].frozen = f"the heads do not follow the attribute that tells their number: {reason}"
+    told = _spaces_told(graph).intersection(spaces)
+    if told and trial.why_not(spaces):  # that a forward does nothing else with an attribute was no more than likely
+        for i, reason in trial.culprits(sorted(told)).items():
+            graph.spaces[i].frozen = f"it does not follow the attribute that tells its number: {reason}"
         spaces = [i for i in spaces if not graph.spaces[i].frozen]
     reasons |= trial.freeze(spaces)
     if (
@@ -60,11 +62,26 @@ def freeze_what_fails(graph: ChannelSpaces, runs: Runs, starts: Sequence[tuple[b
         follow = {i for i in spaces if _holds_any_of(graph, i, runs.written)}
         reasons |= trial.freeze([i for i in spaces if i in follow])
         reasons |= trial.freeze([i for i in spaces if i not in follow])
+    _freeze_put_together(graph)
+    return tuple(reasons)
+
+
+def _spaces_told(graph: ChannelSpaces) -> set[int]:
+    """The spaces with channels whose number an attribute tells, but for those that are put together."""
+    told: set[int] = set()
+    for follower in graph.followers.values():
+        if follower.kind in (HEADS, TOLD):
+            members = graph.spaces[follower.space].members
+            told |= {follower.space} if members is None else set(members[:, 0].tolist())
+    return told
+
+
+def _freeze_put_together(graph: ChannelSpaces) -> None:
+    """Freezes spaces of which all members are frozen by now."""
     for whole in graph.spaces:
         if whole.members is not None and not whole.frozen:
             frozen = [graph.spaces[n].frozen for n in whole.members[:, 0].unique().tolist()]
             whole.frozen = frozen[0] if all(frozen) else None
-    return tuple(reasons)
 
 
 def _holds_any_of(graph: ChannelSpaces, space: int, parameters: Collection[str]) -> bool:
@@ -92,7 +109,7 @@ class _Trial:
         inputs: the example inputs, or noise in place of inputs without variety.
         starts: (training, start): the runs that are compared; the model runs on `inputs` in each.
         cuts: how many cuts were tried.
-        heads: attributes of modules, by name, that tell the numbers of attention heads in the latest cut.
+        told: attributes of modules, by name, that tell the numbers of heads and channels in the latest cut.
         counts: for modules without tensors that are told their number of channels, how many they have in the last cut.
     """
 
@@ -108,7 +125,7 @@ class _Trial:
             if same_inputs or self._takes_inputs(start, training=training)
         ]
         self.cuts = 0
-        self.heads: Attributes = {}
+        self.told: Attributes = {}
         self.counts: dict[str, int] = {}
 
     def _takes_inputs(self, start: Start, *, training: bool) -> bool:
@@ -125,7 +142,7 @@ class _Trial:
         """Why the channels of these spaces cannot be cut; empty if they can."""
         self.cuts += 1
         zeroed, smaller = self._tensors(cut := self._cut(spaces))
-        self.heads = _heads_left(self.graph, self.modules, cut)
+        self.told = _told_left(self.graph, self.modules, cut)
         for training, start in self.starts:
             reason = self._compare(zeroed, smaller, start, training=training)
             if reason:
@@ -141,7 +158,7 @@ class _Trial:
         except Exception:
             return ""  # it does not run on weights of zero, so there is nothing to compare with
         try:
-            with _sizes_fitting(self.modules, smaller, self.counts, self.heads):
+            with _sizes_fitting(self.modules, smaller, self.counts, self.told):
                 outputs = run(self.model, self.inputs, training=training, start=start, tensors=smaller)
         except MemoryError:  # says nothing about the model
             raise
@@ -161,10 +178,10 @@ class _Trial:
         """Whether a difference was rounding after all; False where float64 cannot be used."""
         outputs = []
         try:
-            for tensors, heads in ((zeroed, {}), (smaller, self.heads)):
+            for tensors, told in ((zeroed, {}), (smaller, self.told)):
                 inputs, wide = in_double(self.model, self.inputs, tensors)
                 counts = self.counts if tensors is smaller else {}
-                with _sizes_fitting(self.modules, tensors, counts, heads):
+                with _sizes_fitting(self.modules, tensors, counts, told):
                     outputs.append(run(self.model, inputs, training=training, start=start, tensors=wide))
         except MemoryError:  # says nothing about the model
             raise
@@ -249,33 +266,35 @@ def _sides(graph: ChannelSpaces, modules: dict[str, nn.Module]) -> Iterator[tupl
             yield follower.module, key, follower.dim, follower.block, follower.space
 
 
-def _heads_left(graph: ChannelSpaces, modules: dict[str, nn.Module], cut: list[Tensor]) -> Attributes:
-    """The attributes that tell the numbers of heads that are left."""
-    left: Attributes = {}
+def _told_left(graph: ChannelSpaces, modules: dict[str, nn.Module], cut: list[Tensor]) -> Attributes:
+    """The attributes that tell the numbers of heads and channels that are left."""
+    left: Attributes = graph.told_sizes(lambda space: int((~cut[space]).sum()))
     for follower in graph.followers.values():
         mask = cut[follower.space]
         if follower.kind == HEADS and mask.any():
-            left[follower.module] = head_sizes(modules[follower.module], len(mask), int((~mask).sum()))
+            sizes = head_sizes(modules[follower.module], len(mask), int((~mask).sum()))
+            left[follower.module] = {**sizes, **left.get(follower.module, {})}
     return left
 
 
 @contextmanager
 def _sizes_fitting(
-    modules: dict[str, nn.Module], tensors: Tensors, counts: dict[str, int], heads: Attributes
+    modules: dict[str, nn.Module], tensors: Tensors, counts: dict[str, int], told: Attributes
 ) -> Iterator[None]:
     """Inside, the size attributes of modules (`out_channels`, ...) fit the tensors put in place of theirs, the numbers
-    of channels in `counts`, and those of attention the number of `heads`."""
+    of channels in `counts`, and those that tell a number of heads or channels are as in `told`."""
     before: list[tuple[nn.Module, str, Any]] = []
     try:
         names = {**tensors, **counts}
         sizes = [(name, _sizes(modules[name], tensors.get(name, {}), counts.get(name))) for name in names]
-        for name, attributes in (*sizes, *heads.items()):
+        for name, attributes in (*sizes, *told.items()):
             for attribute, value in attributes.items():
-                before.append((modules[name], attribute, getattr(modules[name], attribute)))
-                setattr(modules[name], attribute, value)
+                whole = attribute.partition("[")[0]
+                before.append((modules[name], whole, getattr(modules[name], whole)))
+                set_attribute(modules[name], attribute, value)
         yield
     finally:
-        for module, attribute, value in before:
+        for module, attribute, value in reversed(before):
             setattr(module, attribute, value)
 
 
@@ -290,6 +309,8 @@ def _sizes(module: nn.Module, tensors: dict[str, Tensor], count: int | None) -> 
         return {"in_channels": ins, "out_channels": outs, "groups": groups}
     if isinstance(module, nn.Linear) and weight is not None:
         return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, nn.Embedding) and weight is not None:
+        return {"embedding_dim": weight.shape[1]}
     if isinstance(module, nn.GroupNorm):
         groups = module.num_groups * (count or module.num_channels) // module.num_channels
         return {"num_channels": count or module.num_channels, "num_groups": groups}

@@ -16,16 +16,18 @@ from torch.nn.utils.parametrize import is_parametrized
 from prunetrain_kernels.graph.calls import Outcome
 from prunetrain_kernels.graph.channels import Channels, Count
 from prunetrain_kernels.graph.direct import LAYER_TENSORS, follow_parameters
-from prunetrain_kernels.graph.flow import Flow
+from prunetrain_kernels.graph.flow import TABLE, Flow
 from prunetrain_kernels.graph.functions import understands_function
 from prunetrain_kernels.graph.ids import Ids
 from prunetrain_kernels.graph.keep import ChannelGraph
 from prunetrain_kernels.graph.maps import takes_whole_size
+from prunetrain_kernels.graph.numbers import counts, pin_told
 from prunetrain_kernels.graph.parameters import begin_parameter, computed_weights
 from prunetrain_kernels.graph.rules import rule_for
 from prunetrain_kernels.graph.runs import own_tensors
-from prunetrain_kernels.graph.shapes import counts, fixed_axes
+from prunetrain_kernels.graph.shapes import fixed_axes, places_along
 from prunetrain_kernels.graph.spaces import Space
+from prunetrain_kernels.graph.told import TOLD
 from prunetrain_kernels.graph.traced import LISTED, Traced, joined_calls
 from prunetrain_kernels.graph.transformers import read_without_call
 from prunetrain_kernels.inputs import ExampleInputs
@@ -62,6 +64,8 @@ def walk(model: nn.Module, programs: Sequence[Traced], examples: ExampleInputs) 
     _mark_inputs(flow, modules, nodes)
     _mark_outputs(flow, modules, nodes)
     follow_parameters(flow, modules, weights, nodes)
+    _freeze_idle(flow)
+    pin_told(flow, nodes)
     _pin(flow, modules, nodes)
     return _graph(flow, modules, opaque, [traced.program for traced in programs], examples)
 
@@ -169,7 +173,9 @@ def _reads_entries(flow: Flow, node: fx.Node, source: Any, index: Any) -> None:
     if shape is None or value is None or not node.users:
         return
     if _entries(index, len(shape)) & (set(value.dims) - set(fixed_axes(flow, value))):
-        if isinstance(index, int) and value.dim is not None:
+        if isinstance(index, int) and value.block == 1:
+            flow.set_count(node, Count(Channels(places_along(value, index % len(shape)))))
+        elif isinstance(index, int) and value.dim is not None:
             flow.set_count(node, Count(value))
         else:
             flow.freeze(value, COUNT_IS_READ)
@@ -229,6 +235,16 @@ def _mark_outputs(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> Non
             flow.ids.mark_outputs(value.ids)
         if not _is_closed(flow, modules, node):
             waiting += flow.tensors(node)
+
+
+def _freeze_idle(flow: Flow) -> None:
+    """Freezes what attributes count, and embeddings give, that is no channel of a layer: nothing tells which of it
+    could go."""
+    of_layers = {flow.find(i) for side in (flow.read, flow.made) for ids in side.values() for i in ids}
+    for name, follower in flow.followers.items():
+        if follower.kind in (TOLD, TABLE):
+            idle = [i for i in flow.followed[name] if flow.find(i) not in of_layers]
+            flow.ids.freeze(idle, "no layer has its channels", weak=True)
 
 
 def _pin(flow: Flow, modules: Modules, nodes: Iterable[fx.Node]) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.errors import CheckpointError, InputError
 from prunetrain_kernels.graph.gating import why_not_gated
+from prunetrain_kernels.graph.told import can_be_told, size_of
 from prunetrain_kernels.nn.gated_conv import SIDES, GatedConv2d
 from prunetrain_kernels.ops.channel_index import ChannelIndex
 from prunetrain_kernels.prune.branches import ConstantConv, restore_stand_ins
@@ -141,8 +142,9 @@ def _check_sizes(
     for name, sizes in described["sizes"].items():
         module = stand_ins.get(name, modules.get(name))
         for attribute, value in sizes.items():
-            known = module is not None and attribute in (*size_without_tensor(module), *sizes_told_by(module))
-            present = getattr(module, attribute, None) if known else None
+            sized = () if module is None else (*size_without_tensor(module), *sizes_told_by(module))
+            known = module is not None and (attribute in sized or can_be_told(module, attribute))
+            present = size_of(module, attribute) if known and module is not None else None
             if not isinstance(present, int) or value > present:
                 here = "there is none" if present is None else f"is {present} here"
                 raise CheckpointError(f"{other}it says that {attribute} of '{name}' is {value}, which {here}; {BUILD}.")

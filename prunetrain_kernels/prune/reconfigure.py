@@ -26,6 +26,7 @@ from prunetrain_kernels.compiled import eagerly, forget_compiled
 from prunetrain_kernels.graph.gating import batch_norm_behind
 from prunetrain_kernels.graph.heads import HEADS, head_sizes
 from prunetrain_kernels.graph.keep import Keep
+from prunetrain_kernels.graph.told import TOLD, note_told, set_attribute, told_value
 from prunetrain_kernels.inputs import ExampleInputs
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, gate_, pair, unpair
@@ -392,7 +393,7 @@ def _set_sizes(model: nn.Module, keep: Keep) -> None:
     """Sets module attributes such as `out_channels` to the sizes of the tensors."""
     spaces = {layer.name: (layer.output, 1) for layer in keep.graph.layers.values()}
     followers = keep.graph.followers.values()
-    spaces |= {follower.module: (follower.space, follower.block) for follower in followers}
+    spaces |= {follower.module: (follower.space, follower.block) for follower in followers if follower.kind != TOLD}
     heads = {follower.module for follower in followers if follower.kind == HEADS}
     for name, (space, block) in spaces.items():
         module, kept = model.get_submodule(name), len(keep.channels[space])
@@ -402,6 +403,12 @@ def _set_sizes(model: nn.Module, keep: Keep) -> None:
             sizes = sizes_told_by(module) | sizes_for(module, kept * block)
         for attribute, value in sizes.items():
             setattr(module, attribute, value)
+    for name, told in keep.graph.told_sizes(lambda space: len(keep.channels[space])).items():
+        module = model.get_submodule(name)
+        for attribute, value in told.items():
+            if value != told_value(module, attribute):
+                note_told(module, attribute)
+                set_attribute(module, attribute, value)
 
 
 def _gate(model: nn.Module, keep: Keep) -> None:

@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 
 from prunetrain_kernels.errors import CheckpointError
-from prunetrain_kernels.graph.heads import NUMBERS_OF_FEATURES, NUMBERS_OF_HEADS
+from prunetrain_kernels.graph.told import is_attribute
 from prunetrain_kernels.ops.conv2d import BACKENDS
 
 FORMAT = "prunetrain_kernels.checkpoint/1"
 SHAPE_FORMAT = "prunetrain_kernels.shape/1"
 LARGEST = 2**31 - 1  # channels, strides, counts: nothing that a network is made of is larger
-# The attributes of modules that a file may set, all of them sizes.
-SIZES = frozenset({
-    "out_channels", "in_channels", "groups", "in_features", "out_features", "num_parameters", "num_channels",
-    "num_groups", "num_features", *NUMBERS_OF_HEADS, *NUMBERS_OF_FEATURES,
-})  # fmt: skip
 STAND_INS = {
     "removed": {"kind", "geometry"},
     "constant_conv": {"kind", "geometry", "full", "collapse"},
@@ -195,7 +190,7 @@ def check_description(described: dict[str, Any], place: Place) -> None:
         _check_gating(one, place["gated"][name])
     for name, sizes in mapping(described["sizes"], place["sizes"]).items():
         for attribute, value in mapping(sizes, place["sizes"][name]).items():
-            if attribute not in SIZES:
+            if not is_attribute(attribute):
                 raise place["sizes"][name][attribute].wrong(value, "no attribute but a size")
             whole(value, place["sizes"][name][attribute], least=1)
     for part in ("original", "tensors"):

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from prunetrain_kernels.errors import CheckpointError
 from prunetrain_kernels.graph.gating import why_not_gated
+from prunetrain_kernels.graph.told import note_told, noted, set_attribute, size_of
 from prunetrain_kernels.nn.batch_norm import BatchNormAct2d
 from prunetrain_kernels.nn.gated_conv import GatedConv2d, describe_gating, gate_, restore_gating, unpair
 from prunetrain_kernels.probe import makes_trainable
@@ -127,10 +128,13 @@ def _narrow(tensor: Tensor, shape: Sequence[int], optimizers: Sequence[Optimizer
 
 
 def set_sizes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
-    """Sets the size attributes of modules to what their tensors tell, and to `sizes` where these tell nothing."""
+    """Sets the size attributes of modules to what their tensors tell, and to `sizes` where these tell nothing; what
+    neither tells is as it was built."""
     for name, module in model.named_modules():
-        for attribute, value in (sizes_told_by(module) | dict(sizes.get(name, {}))).items():
-            setattr(module, attribute, value)
+        for attribute, value in (noted(module) | sizes_told_by(module) | dict(sizes.get(name, {}))).items():
+            if attribute not in (*size_without_tensor(module), *sizes_told_by(module)):
+                note_told(module, attribute)
+            set_attribute(module, attribute, value)
 
 
 def describe_shape(model: nn.Module) -> Shape:
@@ -140,7 +144,7 @@ def describe_shape(model: nn.Module) -> Shape:
         "stand_ins": describe_stand_ins(model),
         "gated": describe_gating(model),
         "sizes": {
-            name: {attribute: getattr(module, attribute) for attribute in size_without_tensor(module)}
+            name: {attribute: size_of(module, attribute) for attribute in size_without_tensor(module)}
             for name, module in model.named_modules()
             if size_without_tensor(module)
         },

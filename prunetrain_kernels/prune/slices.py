@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prunetrain_kernels.graph.heads import told_sizes
 from prunetrain_kernels.graph.keep import Keep
 from prunetrain_kernels.graph.spaces import Layer, expand
+from prunetrain_kernels.graph.told import noted
 from prunetrain_kernels.nn.gated_conv import GatedConv2d
 from prunetrain_kernels.prune.branches import ConstantConv
 
@@ -180,7 +181,7 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
 
 def size_without_tensor(module: nn.Module) -> list[str]:
     """The size attributes of a module that none of its tensors tells."""
-    return [*sizes_for(module, 0), *told_sizes(module)]
+    return [*sizes_for(module, 0), *told_sizes(module), *noted(module)]
 
 
 def sizes_for(module: nn.Module, channels: int) -> dict[str, int]:
@@ -214,6 +215,8 @@ def sizes_told_by(module: nn.Module) -> dict[str, int]:
         return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * module.groups}
     if isinstance(module, nn.Linear) and weight is not None:
         return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": module.weight.shape[1]}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": module.weight.shape[0]}
     if isinstance(module, nn.GroupNorm):

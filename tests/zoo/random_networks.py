@@ -21,11 +21,13 @@ FOLLOWED = (
     "strided", "transposed", "pixel_shuffle", "prelu", "again", "sum_of_parts", "repeat", "functional_norm", "conv",
     "batch_norm", "add", "cat", "max_pool", "upsample", "stacked_sum", "add_in_place", "unshuffle", "groups_norm",
     "frozen_norm", "glu", "larger", "chosen", "equalised", "turned", "place", "places", "powers", "generated",
-    "swapped", "gated",
+    "swapped", "gated", "told_split", "told_list", "told_slices", "product", "einsum", "windows", "window_linear",
+    "unflattened", "instance", "compared", "state", "told_groups",
 )  # fmt: skip
 STRANGE = (
     "first_channels", "group_norm", "average", "mask", "squash", "less_mean", "softmax", "pad_channels", "flip",
     "every_other", "largest_channel", "standardised", "rolled", "sorted_channels", "perceptron", "across", "attention",
+    "products_of_heads", "rotated", "shared_heads", "gram", "channel_sum", "bilinear",
 )  # fmt: skip
 
 
@@ -237,6 +239,97 @@ class Attention(nn.Module):
         return self.project(mixed).transpose(1, 2).reshape(x.shape)
 
 
+class WrittenAttention(nn.Module):
+    """Attention as products over heads, rotated by halves and with fewer keys than queries if asked for."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int, *, shared: int = 1, rotated: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = heads * shared, heads, head_dim
+        self.shared, self.rotated = shared, rotated
+        self.q = nn.Linear(channels, heads * shared * head_dim)
+        self.k, self.v = (nn.Linear(channels, heads * head_dim) for _ in range(2))
+        self.project = nn.Linear(heads * shared * head_dim, channels)
+        self.register_buffer("turn", torch.randn(2, head_dim))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        first, second = x[..., : self.head_dim // 2], x[..., self.head_dim // 2 :]
+        return x * self.turn[0] + torch.cat((-second, first), dim=-1) * self.turn[1]
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        n, heads, length, features = x.shape
+        x = x[:, :, None].expand(n, heads, self.shared, length, features)
+        return x.reshape(n, heads * self.shared, length, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same."""
+        tokens = x.flatten(2).transpose(1, 2)
+        n, length, _ = tokens.shape
+        query = self.q(tokens).view(n, length, self.num_heads, self.head_dim).transpose(1, 2)
+        key = self.k(tokens).view(n, length, self.num_key_value_heads, self.head_dim).transpose(1, 2)
+        value = self.v(tokens).view(n, length, self.num_key_value_heads, self.head_dim).transpose(1, 2)
+        if self.rotated:
+            query, key = self._turned(query), self._turned(key)
+        if self.shared > 1:
+            key, value = self._repeated(key), self._repeated(value)
+        weights = torch.matmul(query, key.transpose(-1, -2)).mul(0.5).softmax(-1)
+        mixed = torch.matmul(weights, value).transpose(1, 2).reshape(n, length, -1)
+        return self.project(mixed).transpose(1, 2).reshape(x.shape)
+
+
+def _products_of_heads(step: Step, x: Shape) -> Plan:
+    heads, features = 1 + step.second % 3, 2 * (1 + step.size % 2)
+    options = {"shared": 2 if step.operation == "shared_heads" else 1, "rotated": step.operation == "rotated"}
+    return Plan([x], WrittenAttention(x.channels, heads, features, **options))
+
+
+class Told(nn.Module):
+    """Pieces, slices and zeros whose numbers of channels are attributes."""
+
+    def __init__(self, channels: int, how: str, number: int) -> None:
+        super().__init__()
+        self.how, self.width, self.first = how, channels // 2, 1 + number % (channels - 1)
+        self.sizes = [self.first, channels - self.first]
+        self.channels, self.groups = channels, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "told_split":
+            pieces = x.split(self.width, dim=1)
+            return torch.cat([pieces[1], F.relu(pieces[0])], 1)
+        if self.how == "told_list":
+            a, b = torch.split(x, self.sizes, 1)
+            return torch.cat([b.sigmoid(), a], 1)
+        if self.how == "told_slices":
+            return torch.cat([x[:, self.first :], x[:, : self.first].tanh()], 1)
+        if self.how == "told_groups":
+            y = x.view(x.shape[0], self.groups, self.width, x.shape[2], x.shape[3])
+            return y.transpose(1, 2).reshape(x.shape[0], self.groups * self.width, x.shape[2], x.shape[3])
+        return x + torch.zeros(x.shape[0], self.channels, x.shape[2], x.shape[3], dtype=x.dtype)
+
+
+def _told(step: Step, x: Shape) -> Plan | None:
+    even = step.operation in ("told_split", "told_groups")
+    if x.channels < 3 or (even and x.channels % 2):
+        return None
+    return Plan([x], Told(x.channels, step.operation, step.size))
+
+
+def _product(step: Step, x: Shape) -> Plan:
+    return Plan([x], nn.Linear(x.side, x.side, bias=False))
+
+
+def _bilinear(step: Step, x: Shape) -> Plan:
+    return Plan([Shape(_width(step), x.side)], nn.Linear(x.channels, _width(step), bias=False))
+
+
+def _window_linear(step: Step, x: Shape) -> Plan | None:
+    return None if x.side % 2 else Plan([Shape(_width(step), x.side // 2)], nn.Linear(x.channels * 4, _width(step)))
+
+
+def _instance(step: Step, x: Shape) -> Plan | None:
+    affine = bool(step.second % 2)
+    return None if x.side < 2 else Plan([x], nn.InstanceNorm2d(x.channels, eps=0.01, affine=affine))
+
+
 def _attention(step: Step, x: Shape) -> Plan:
     return Plan([x], Attention(x.channels, 1 + step.second % 3, 2 + step.size % 3))
 
@@ -329,7 +422,11 @@ PLANS: dict[str, Callable[..., Plan | None]] = {
     "equalised": _equalised, "standardised": _equalised, "place": _place, "places": _places, "generated": _generated,
     **dict.fromkeys(("relu", "add", "stacked_sum", "add_in_place", "less_mean", "softmax", "flip"), _same_shape),
     **dict.fromkeys(("larger", "chosen", "turned", "powers", "rolled", "sorted_channels"), _same_shape),
-    **dict.fromkeys(("swapped", "gated"), _same_shape),
+    **dict.fromkeys(("swapped", "gated", "gram", "channel_sum", "compared"), _same_shape),
+    **dict.fromkeys(("told_split", "told_list", "told_slices", "told_groups", "state"), _told),
+    **dict.fromkeys(("products_of_heads", "rotated", "shared_heads"), _products_of_heads),
+    **dict.fromkeys(("product", "einsum"), _product), "bilinear": _bilinear, "window_linear": _window_linear,
+    "windows": _places, "unflattened": _shuffle, "instance": _instance,
 }  # fmt: skip
 
 
@@ -365,10 +462,17 @@ def _maps_of(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.mean((2, 3))).view(x.shape[0], -1, 2, 2)
 
 
+def _linear_of_windows(module: nn.Module, x: Tensor) -> Tensor:
+    rows = F.unfold(x, 2, stride=2).transpose(1, 2)
+    return module(rows).transpose(1, 2).unflatten(2, (x.shape[2] // 2, x.shape[3] // 2))
+
+
 # How operations with a module use it, where they do not just call it.
 CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "linear": _on_last_dimension, "squash": _on_last_dimension, "gate": _gated, "mask": _masked,
     "functional_norm": _normalised, "perceptron": _behind_the_unknown, "generated": _maps_of,
+    "product": lambda m, x: x @ m.weight, "einsum": lambda m, x: torch.einsum("nchw,hk->nckw", x, m.weight),
+    "bilinear": lambda m, x: torch.einsum("nchw,kc->nkhw", x, m.weight), "window_linear": _linear_of_windows,
 }  # fmt: skip
 
 
@@ -392,6 +496,15 @@ def _added_in_place(call: Call, x: Tensor, y: Tensor) -> list[Tensor]:
     total = x.clone()
     total += y
     return [total]
+
+
+def _windows(call: Call, x: Tensor) -> list[Tensor]:
+    return [F.fold(F.unfold(x, 2, stride=2).tanh(), x.shape[2:], 2, stride=2)]
+
+
+def _gram(call: Call, x: Tensor) -> list[Tensor]:
+    rows = x.flatten(2)
+    return [torch.bmm(torch.bmm(rows, rows.mT).softmax(-1), rows).reshape(x.shape)]
 
 
 def _put_back(call: Call, x: Tensor) -> list[Tensor]:
@@ -432,6 +545,11 @@ FUNCTIONS: dict[str, Callable[..., list[Tensor]]] = {
     "rolled": lambda call, x: [x.roll(1, 1)],
     "swapped": lambda call, x: [x.flatten(2).mT.sigmoid().mT.reshape(*x.shape[:2], *x.size()[-2:])],
     "gated": lambda call, x: [x * x.mean((2, 3)).T.sigmoid().t().view(*x.shape[:2], 1, 1)],
+    "windows": _windows,
+    "gram": _gram,
+    "channel_sum": lambda call, x: [x * torch.einsum("nchw,nchw->nhw", x, x)[:, None].sigmoid()],
+    "compared": lambda call, x: [torch.minimum(x, x.mean((2, 3), keepdim=True)) * (x > x.flip(3)) + x.clamp(min=0.2)],
+    "unflattened": lambda call, x: [x.unflatten(1, (call.settings[0], -1)).transpose(1, 2).flatten(1, 2)],
     "sorted_channels": lambda call, x: [x.sort(1)[0]],
 }
 

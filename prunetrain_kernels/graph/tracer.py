@@ -314,7 +314,8 @@ def _trace(
 def _tables_restored(model: nn.Module) -> Iterator[None]:
     """Puts parameters and buffers back that a traced forward binds anew (`self.mean = self.mean * 0.9 + ...`): what it
     binds is a traced value, with which nothing can be computed later."""
-    before = [(table, dict(table)) for m in model.modules() for table in (m._parameters, m._buffers)]
+    tables = (table for m in model.modules() for table in (m._parameters, m._buffers))
+    before = [(table, dict(table)) for table in tables if isinstance(table, dict)]  # TorchScript's are none, and stay
     try:
         yield
     finally:

@@ -182,7 +182,7 @@ def copy_of_run(finished: Path, tmp_path: Path) -> Path:
     ],
 )
 def test_resuming_with_another_option_names_it(copy_of_run: Path, option: str, value: Any) -> None:
-    with pytest.raises(CheckpointError, match=f"--{option.replace('_', '-')} "):
+    with pytest.raises(CheckpointError, match=rf"--{option.replace('_', '-')}\b"):
         train(config(copy_of_run, **{**SHORT, option: value}), resume=True, progress=False)
 
 
